@@ -1,0 +1,32 @@
+"""State-space-model decode kernels in NVIDIA's CuTe DSL, for PyTorch tensors.
+
+Importing this package loads neither the compiler nor CUDA and reads no environment; names are resolved on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cute_ssm.ops.selective_state_update import selective_state_update as selective_state_update
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "selective_state_update": "cute_ssm.ops.selective_state_update",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'cute_ssm' has no attribute {name!r}")
+    value = getattr(import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
