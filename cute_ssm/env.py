@@ -1,0 +1,137 @@
+"""The environment variables: the only module of the package that reads them, once, on first use."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from cute_ssm import arch as archs
+from cute_ssm.errors import UnsupportedArchError, describe
+
+PREFIX = "CUTE_SSM_"
+LOG_LEVELS = {"off": logging.WARNING, "compile": logging.INFO, "calls": logging.DEBUG}
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One row of the table of variables that the README and ``python -m cute_ssm env`` show."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+VARIABLES = (
+    Variable("CUTE_SSM_CACHE_DIR", "$XDG_CACHE_HOME/cute_ssm or ~/.cache/cute_ssm", "folder of compiled kernels"),
+    Variable("CUTE_SSM_CACHE", "1", "0: neither read nor write compiled kernels on disk"),
+    Variable("CUTE_SSM_ARCH", "that of the GPU", f"compile for this target: {', '.join(archs.ARCHS)}"),
+    Variable("CUTE_SSM_AOT_DIR", "none", "folders of kernels compiled ahead of time, separated by colons"),
+    Variable("CUTE_SSM_LOG", "off", "off, compile (compilations and cache), calls (every call's arguments too)"),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asks for.
+
+    Attributes
+    ----------
+    cache_dir : Path or None
+        Folder of compiled kernels; None: they are kept in memory only.
+    arch : Arch or None
+        Compile target instead of the GPU's own.
+    aot_dirs : tuple of Path
+        Read-only folders searched before the cache.
+    log : str
+        ``"off"``, ``"compile"`` or ``"calls"``.
+    """
+
+    cache_dir: Path | None
+    arch: archs.Arch | None
+    aot_dirs: tuple[Path, ...]
+    log: str
+
+
+@functools.cache
+def settings() -> Settings:
+    """Return the settings, read at the first call; ``settings.cache_clear()`` makes the next call read them again.
+
+    Raises
+    ------
+    ValueError
+        If a variable has a value that means nothing; the message names the variable.
+    """
+    return Settings(
+        cache_dir=_cache_dir() if _choice("CUTE_SSM_CACHE", "1", ("0", "1")) == "1" else None,
+        arch=_arch(),
+        aot_dirs=tuple(_folder(part) for part in _value("CUTE_SSM_AOT_DIR").split(":") if part),
+        log=_choice("CUTE_SSM_LOG", "off", tuple(LOG_LEVELS)),
+    )
+
+
+@functools.cache
+def logger() -> logging.Logger:
+    """Return the logger ``cute_ssm``, set to the level of CUTE_SSM_LOG at the first call.
+
+    A level asked for by the variable shows on standard error unless the application has handlers of its own.
+    """
+    log = logging.getLogger("cute_ssm")
+    wanted = settings().log
+    if wanted != "off":
+        log.setLevel(LOG_LEVELS[wanted])
+        if not log.hasHandlers():
+            handler = logging.StreamHandler(sys.stderr)
+            handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+            log.addHandler(handler)
+    return log
+
+
+def present() -> dict[str, str]:
+    """Return the variables of this package that are set, misspelt ones included."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(PREFIX)}
+
+
+def _value(name: str) -> str:
+    return os.environ.get(name, "").strip()
+
+
+def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
+    value = _value(name) or default
+    if value not in choices:
+        raise ValueError(describe(name, f"one of {', '.join(choices)}", repr(value), "correct or unset the variable"))
+    return value
+
+
+def _arch() -> archs.Arch | None:
+    name = _value("CUTE_SSM_ARCH")
+    if not name:
+        return None
+    try:
+        return archs.by_name(name)
+    except UnsupportedArchError:
+        choices = f"one of {', '.join(archs.ARCHS)}"
+        raise ValueError(describe("CUTE_SSM_ARCH", choices, repr(name), "correct or unset the variable")) from None
+
+
+def _cache_dir() -> Path | None:
+    chosen = _value("CUTE_SSM_CACHE_DIR")
+    if chosen:
+        return _folder(chosen)
+    base = _value("XDG_CACHE_HOME")
+    if base and Path(base).is_absolute():
+        return Path(base) / "cute_ssm"
+    try:
+        return Path.home() / ".cache" / "cute_ssm"
+    except RuntimeError:  # no home folder: a shared temporary folder would let others plant code
+        return None
+
+
+def _folder(text: str) -> Path:
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:
+        return Path(text).absolute()

@@ -1,0 +1,61 @@
+"""Kernels in the emulator `ptxsim`, if the user has opened it; this package never imports it on its own account."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from cute_ssm import arch as archs
+from cute_ssm.kernels import registry
+from cute_ssm.runtime import compiler, lookup
+
+if TYPE_CHECKING:
+    from cute_ssm.arch import Arch
+    from cute_ssm.spec import Config, Spec
+
+_memory: dict[tuple[Spec, Config | None, str], Any] = {}
+
+
+def emulator() -> Any | None:
+    """Return the emulator session that this thread has open, or None."""
+    module = sys.modules.get("ptxsim")
+    return module.current() if module is not None else None
+
+
+def emulated(spec: Spec, config: Config | None = None, arch: Arch | None = None) -> Any:
+    """Return the kernel of a spec for CPU tensors inside ``ptxsim.emulate()``; like `get`, but in memory only.
+
+    Parameters
+    ----------
+    spec, config
+        As for `get`.
+    arch : Arch, optional
+        Compile target; by default that of the open session, else as for `get`.
+
+    Returns
+    -------
+    object
+        What ``ptxsim.compile`` returns: callable like the function of `get`, with PTX and register counts on it.
+    """
+    if arch is None:
+        session = emulator()
+        arch = lookup.target() if session is None else archs.by_name(session.arch)
+    kernel = _memory.get((spec, config, arch.name))
+    if kernel is not None:
+        return kernel
+    spec.check()
+    with compiler.LOCK:
+        chosen = config if config is not None else registry.default_config(spec, arch)
+        kernel = _memory.get((spec, chosen, arch.name))
+        if kernel is None:
+            kernel = _memory[spec, chosen, arch.name] = _compile(spec, chosen, arch)
+        _memory[spec, config, arch.name] = kernel
+    return kernel
+
+
+def _compile(spec: Spec, config: Config, arch: Arch) -> Any:
+    ptxsim = import_module("ptxsim")
+    with compiler.refusal(spec, config, arch):
+        kernel = registry.kernel_class(spec)(spec, config, arch)
+        return ptxsim.compile(kernel, *kernel.fakes(), arch=arch.name)

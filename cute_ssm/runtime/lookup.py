@@ -1,0 +1,199 @@
+"""`get`: the callable of a spec, from memory, an ahead-of-time bundle, the disk, or the compiler, in this order."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cute_ssm import arch as archs
+from cute_ssm.env import logger, settings
+from cute_ssm.errors import CuteSsmError, UnsupportedArchError, describe
+from cute_ssm.kernels import registry
+from cute_ssm.runtime import compiler, toolchain
+from cute_ssm.runtime.compiler import Function
+from cute_ssm.runtime.store import BadObjectError, Key, Store
+
+if TYPE_CHECKING:
+    import torch
+
+    from cute_ssm.arch import Arch
+    from cute_ssm.spec import Config, Spec
+
+_memory: dict[tuple[Spec, Config | None, str], Function] = {}
+_targets: dict[torch.device | None, Arch] = {}
+
+
+def get(spec: Spec, config: Config | None = None, arch: Arch | None = None) -> Function:
+    """Return the function that runs a kernel on CUDA tensors, on torch's current stream.
+
+    Parameters
+    ----------
+    spec : Spec
+        What is computed.
+    config : Config, optional
+        How fast; by default what the kernel class chooses.
+    arch : Arch, optional
+        Compile target; by default that of CUTE_SSM_ARCH, else of the current CUDA device.
+
+    Returns
+    -------
+    callable
+        A raw ``tvm_ffi.Function`` that takes the arguments of the kernel's ``__call__`` but the stream.
+
+    Raises
+    ------
+    UnsupportedSpecError, UnsupportedArchError, CompileError
+        Nothing is stored then.
+    """
+    if arch is None:
+        arch = target()
+    function = _memory.get((spec, config, arch.name))
+    return function if function is not None else _miss(spec, config, arch)
+
+
+def target(device: torch.device | None = None) -> Arch:
+    """Return the compile target for a CUDA device, by default the current one; CUTE_SSM_ARCH wins over both."""
+    known = _targets.get(device)
+    if known is None:
+        known = settings().arch or _own_target(device)
+        if device is not None and device.index is not None:
+            _targets[device] = known
+    return known
+
+
+def compile_to(folder: str | Path, spec: Spec, config: Config | None = None, arch: Arch | None = None) -> Path:
+    """Compile a kernel into a bundle that CUTE_SSM_AOT_DIR can name; return the object's path.
+
+    Raises
+    ------
+    CuteSsmError
+        If the folder cannot be written.
+    """
+    arch = arch or target()
+    spec.check()
+    store = Store(Path(folder).absolute())
+    with compiler.LOCK:
+        key = Key(spec, config or registry.default_config(spec, arch), arch)
+        with store.lock(key) as held:
+            data, seconds = _compile(key)
+            if not (held and store.write(key, data, seconds)):
+                raise CuteSsmError(describe("folder", "a writable folder", repr(str(folder))))
+    return store.path(key)
+
+
+def forget() -> None:
+    """Empty the memory, not the disk; the next `get` of each spec looks there."""
+    with compiler.LOCK:
+        _memory.clear()
+        _targets.clear()
+
+
+def _own_target(device: torch.device | None) -> Arch:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UnsupportedArchError(
+            describe(
+                "arch", "a target or a CUDA device", "neither", "pass arch=cute_ssm.arch.SM_90A or set CUTE_SSM_ARCH"
+            )
+        )
+    return archs.of_device(torch.device("cuda") if device is None else device)
+
+
+def _miss(spec: Spec, config: Config | None, arch: Arch) -> Function:
+    spec.check()
+    toolchain.check()
+    with compiler.LOCK:
+        chosen = config if config is not None else registry.default_config(spec, arch)
+        function = _memory.get((spec, chosen, arch.name))
+        if function is None:
+            key = Key(spec, chosen, arch)
+            function = _logged(key.name, _find(key))
+            _memory[spec, chosen, arch.name] = function
+        _memory[spec, config, arch.name] = function
+    return function
+
+
+def _find(key: Key) -> Function:
+    for folder in settings().aot_dirs:
+        function = _from_bundle(Store(folder), key)
+        if function is not None:
+            return function
+    cache = settings().cache_dir
+    if cache is None:
+        return compiler.load(_compile(key)[0], key.function)
+    return _from_cache(Store(cache), key)
+
+
+def _from_bundle(store: Store, key: Key) -> Function | None:
+    try:
+        function = _stored(store, key)
+    except BadObjectError as error:
+        logger().warning("%s cannot be used: %s", store.path(key), error)
+        return None
+    if function is None:
+        logger().info("the bundle %s has no %s for tool-chain %s", store.root, key.name, toolchain.stack())
+    return function
+
+
+def _from_cache(store: Store, key: Key) -> Function:
+    """Read without a lock, which a read-only disk allows; judge an object bad, or compile, only with the lock."""
+    try:
+        function = _stored(store, key)
+    except BadObjectError:
+        function = None
+    if function is not None:
+        return function
+    with store.lock(key) as held:
+        if held:
+            try:
+                function = _stored(store, key)
+            except BadObjectError as error:
+                store.quarantine(key, error)
+        if function is None:
+            data, seconds = _compile(key)
+            function = compiler.load(data, key.function)
+            if held:
+                store.write(key, data, seconds)
+    return function
+
+
+def _stored(store: Store, key: Key) -> Function | None:
+    start = time.perf_counter()
+    data = store.read(key)
+    if data is None:
+        return None
+    try:
+        function = compiler.load(data, key.function)
+    except Exception as error:
+        raise BadObjectError(f"it does not load: {error}") from error
+    logger().info("loaded %s in %.1f ms", store.path(key), (time.perf_counter() - start) * 1e3)
+    return function
+
+
+def _compile(key: Key) -> tuple[bytes, float]:
+    start = time.perf_counter()
+    data = compiler.export(compiler.compile_kernel(key.spec, key.config, key.arch), key.function)
+    seconds = time.perf_counter() - start
+    logger().info("compiled %s for %s in %.2f s, %d bytes", key.name, key.arch.name, seconds, len(data))
+    return data, seconds
+
+
+def _logged(name: str, function: Function) -> Function:
+    """Wrap a function to log its arguments before it runs, if CUTE_SSM_LOG asks for it."""
+    if settings().log != "calls":
+        return function
+
+    def logged(*arguments: Any) -> Any:
+        logger().debug("%s(%s)", name, ", ".join(map(_brief, arguments)))
+        return function(*arguments)
+
+    return logged
+
+
+def _brief(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    if shape is None:
+        return repr(value)
+    return f"{str(value.dtype).removeprefix('torch.')}{list(shape)}:{list(value.stride())}@{value.data_ptr():#x}"

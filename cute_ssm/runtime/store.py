@@ -1,0 +1,223 @@
+"""Compiled kernels on disk: ``<root>/<package version>/<target>/<tool-chain digest>/<readable name>-<digest>.o``.
+
+Beside each object lies a record, ``.json``, with spec, config, date, size and SHA-256; in each digest's folder a
+``meta.json`` with the versions behind the digest.  Files appear by atomic replacement while the key's lock is held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import cute_ssm
+from cute_ssm.arch import Arch
+from cute_ssm.env import logger
+from cute_ssm.kernels import registry
+from cute_ssm.runtime import toolchain
+from cute_ssm.spec import Config, Spec, digest
+
+META = "meta.json"
+BAD = ".bad-"
+TEMPORARY = ".tmp-"
+LOCK_TIMEOUT_S = 600.0  # a compile takes seconds; a process stopped by a debugger must not stop others for ever
+LOCK_POLL_S = 0.02
+
+
+class BadObjectError(Exception):
+    """A stored object that is there and cannot be used."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """All that a compile depends on, given a tool-chain."""
+
+    spec: Spec
+    config: Config
+    arch: Arch
+
+    @cached_property
+    def name(self) -> str:
+        """Stem of the file names."""
+        return f"{self.spec.text()}-{self.digest}"
+
+    @cached_property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits of spec, config, target and, for kernels from outside, their source."""
+        return digest(self.spec, self.config, self.arch, registry.fingerprint(self.spec))
+
+    @property
+    def function(self) -> str:
+        """Name of the function in the object file."""
+        return f"cute_ssm_{self.digest}"
+
+
+class Store:
+    """One folder of compiled kernels."""
+
+    _troubled: set[Path] = set()  # noqa: RUF012 - shared on purpose: one warning per folder and process
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def folder(self, key: Key) -> Path:
+        """Return the folder of a key's files."""
+        return self.root / cute_ssm.__version__ / key.arch.name / toolchain.stack()
+
+    def path(self, key: Key) -> Path:
+        """Return where a key's object lies, or would lie."""
+        return self.folder(key) / f"{key.name}.o"
+
+    def read(self, key: Key) -> bytes | None:
+        """Return an object, or None if there is none for this tool-chain.
+
+        Raises
+        ------
+        BadObjectError
+            If object and record do not fit together.
+        """
+        path = self.path(key)
+        try:
+            if not self._described(path.parent):
+                return None
+            data = path.read_bytes()
+            record = json.loads(path.with_suffix(".json").read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            self.trouble("read", error)
+            return None
+        except ValueError as error:
+            raise BadObjectError(f"unreadable record: {error}") from None
+        if not isinstance(record, dict) or record.get("sha256") != hashlib.sha256(data).hexdigest():
+            raise BadObjectError("the object is not the one its record describes")
+        return data
+
+    def write(self, key: Key, data: bytes, compile_s: float) -> bool:
+        """Store an object, with the key's lock held; say whether it was possible."""
+        path = self.path(key)
+        record = {
+            "kernel": registry.kernel_path(key.spec),
+            "arch": key.arch.name,
+            "spec": {"type": type(key.spec).__name__, **dataclasses.asdict(key.spec)},
+            "config": {"type": type(key.config).__name__, **dataclasses.asdict(key.config)},
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "compile_s": round(compile_s, 3),
+            "size": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._described(path.parent):
+                _replace(path.parent / META, _json(toolchain.description()))
+            _replace(path, data)
+            _replace(path.with_suffix(".json"), _json(record))
+        except OSError as error:
+            self.trouble("write", error)
+            return False
+        return True
+
+    def quarantine(self, key: Key, reason: object) -> None:
+        """Move a bad object out of the way, with the lock held; the second bad one replaces the first."""
+        path = self.path(key)
+        logger().warning("%s cannot be used and is compiled again: %s", path, reason)
+        try:
+            os.replace(path, path.with_name(BAD + path.name))
+            path.with_suffix(".json").unlink(missing_ok=True)
+        except OSError as error:
+            self.trouble("move", error)
+
+    @contextlib.contextmanager
+    def lock(self, key: Key) -> Iterator[bool]:
+        """Hold a key's lock among processes; False where the folder cannot be written or locked."""
+        file = self._locked(self.path(key).with_suffix(".lock"))
+        try:
+            yield file is not None
+        finally:
+            if file is not None:
+                file.close()
+
+    def trouble(self, verb: str, error: object) -> None:
+        """Warn, once per folder and process, that kernels stay in memory only."""
+        if self.root not in self._troubled:
+            self._troubled.add(self.root)
+            logger().warning(
+                "cannot %s in the kernel cache %s (%s): kernels are kept in memory only; "
+                "point CUTE_SSM_CACHE_DIR to a writable folder or set CUTE_SSM_CACHE=0",
+                *(verb, self.root, error),
+            )
+
+    def _described(self, folder: Path) -> bool:
+        """Say whether a folder's ``meta.json`` is that of the running tool-chain."""
+        try:
+            meta = json.loads((folder / META).read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except ValueError:
+            meta = None
+        if meta != toolchain.description():
+            logger().info("%s was not written by this tool-chain: its kernels are ignored", folder)
+            return False
+        return True
+
+    def _locked(self, path: Path) -> IO[bytes] | None:
+        if self.root in self._troubled:
+            return None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "ab")  # noqa: SIM115 - closed by lock()
+        except OSError as error:
+            self.trouble("write", error)
+            return None
+        try:
+            _flock(file)
+        except (OSError, ImportError) as error:
+            file.close()
+            self.trouble("lock", error)
+            return None
+        return file
+
+
+def _flock(file: IO[bytes]) -> None:
+    """Wait for an exclusive lock, which the kernel releases when its holder dies."""
+    import fcntl
+
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    waiting = False
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{file.name} has been locked for {LOCK_TIMEOUT_S:.0f} s") from None
+        if not waiting:
+            waiting = True
+            logger().info("waiting for another process to compile %s", Path(file.name).stem)
+        time.sleep(LOCK_POLL_S)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Let a file appear with these contents, whole or not at all."""
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()

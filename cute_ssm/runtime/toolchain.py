@@ -1,0 +1,116 @@
+"""What compiled a kernel: versions, sources and options, of which every stored object carries the digest."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import platform
+import re
+import sys
+import sysconfig
+from pathlib import Path
+
+import cute_ssm
+from cute_ssm.errors import CompileError, describe
+from cute_ssm.spec import digest
+
+DSL = "nvidia-cutlass-dsl"
+DSL_RANGE = ((4, 8, 1), (4, 9))
+TVM_FFI = "apache-tvm-ffi"
+TVM_FFI_RANGE = ((0, 1, 11), (0, 2))
+OPTIONS = "--enable-tvm-ffi --gpu-arch {arch}"
+
+# Everything that tracing a kernel can execute.
+_SOURCES = ("arch.py", "device", "kernels", "spec.py", "tuning")
+
+Range = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def installed(distribution: str) -> str | None:
+    """Return the installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version: ``"4.8.1.dev0"`` is (4, 8, 1)."""
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(part) for part in match.group().split(".")) if match else ()
+
+
+def within(version: str, accepted: Range) -> bool:
+    """Say whether a version lies in a half-open range."""
+    return accepted[0] <= numbers(version) < accepted[1]
+
+
+def requirement(distribution: str, accepted: Range) -> str:
+    """Return a range as pip spells it, e.g. ``"nvidia-cutlass-dsl>=4.8.1,<4.9"``."""
+    low, high = (".".join(map(str, bound)) for bound in accepted)
+    return f"{distribution}>={low},<{high}"
+
+
+@functools.cache
+def check() -> None:
+    """Raise `CompileError` if the installed compiler is not one this version works with."""
+    for name, accepted in ((DSL, DSL_RANGE), (TVM_FFI, TVM_FFI_RANGE)):
+        version = installed(name)
+        if version is None or not within(version, accepted):
+            wanted = requirement(name, accepted)
+            got = version or "none installed"
+            raise CompileError(describe(name, wanted, got, f"run: {sys.executable} -m pip install '{wanted}'"))
+
+
+def dsl_distributions() -> dict[str, str]:
+    """Return the versions of all installed parts of the compiler; their names tell which CUDA they are built for."""
+    found = {}
+    for distribution in importlib.metadata.distributions():
+        name = (distribution.metadata["Name"] or "").lower().replace("_", "-")
+        if name.startswith(DSL):
+            found[name] = distribution.version
+    return dict(sorted(found.items()))
+
+
+@functools.cache
+def sources_digest() -> str:
+    """Return a digest of the sources a kernel is made of."""
+    root = Path(cute_ssm.__file__).parent
+    hasher = hashlib.sha256()
+    for top in _SOURCES:
+        path = root / top
+        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+            hasher.update(f"{file.relative_to(root).as_posix()}\0".encode())
+            hasher.update(file.read_bytes() + b"\0")
+    return hasher.hexdigest()[:16]
+
+
+def cuda_flavor() -> str:
+    """Return the CUDA major version of the loaded compiler: of several installed ones, the driver decides at import."""
+    import cutlass  # noqa: F401
+
+    library = sys.modules.get("cutlass._mlir._mlir_libs._cutlass_ir")
+    match = re.search(r"\.cu(\d+)\.", Path(getattr(library, "__file__", None) or "").name)
+    return f"cu{match.group(1)}" if match else "unknown"
+
+
+@functools.cache
+def description() -> dict[str, object]:
+    """Return the contents of ``meta.json``.  Imports the compiler."""
+    return {
+        "cute_ssm": cute_ssm.__version__,
+        "sources": sources_digest(),
+        "dsl": dsl_distributions(),
+        "cuda": cuda_flavor(),
+        TVM_FFI: installed(TVM_FFI),
+        "python": sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag,
+        "machine": f"{platform.system()}-{platform.machine()}",
+        "options": OPTIONS,
+    }
+
+
+@functools.cache
+def stack() -> str:
+    """Return the digest of `description`, the name of the folder of everything this tool-chain compiles."""
+    return digest(repr(sorted(description().items())))
