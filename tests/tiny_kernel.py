@@ -3,7 +3,6 @@
 import cutlass
 import cutlass.cute as cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
-
 from tiny_spec import TinyConfig
 
 

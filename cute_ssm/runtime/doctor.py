@@ -1,0 +1,241 @@
+"""What is installed, what would run where, and what is wrong: the facts behind ``python -m cute_ssm env``."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import cute_ssm
+from cute_ssm import arch as archs
+from cute_ssm import env
+from cute_ssm.errors import UnsupportedArchError
+from cute_ssm.runtime import shelves, toolchain
+
+TORCH_RANGE = ((2, 11), (2, 14))
+PIP = f"{sys.executable} -m pip install"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device; `arch` is None where no kernel is compiled for it."""
+
+    name: str
+    capability: str
+    arch: str | None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, and the command that mends it.  `broken`: reference or compiler cannot work."""
+
+    broken: bool
+    what: str
+    fix: str
+
+
+@dataclass
+class Facts:
+    """Everything `problems` judges; a version is None where nothing is installed."""
+
+    python: str = field(default_factory=platform.python_version)
+    torch: str | None = None
+    torch_cuda: str | None = None
+    dsl: dict[str, str] = field(default_factory=dict)
+    tvm_ffi: str | None = None
+    compiler_error: str = ""
+    compiler_cuda: str = ""
+    driver_cuda: str | None = None
+    gpus: list[Gpu] = field(default_factory=list)
+    ptxsim: bool = False
+    settings_error: str = ""
+    cache_dir: Path | None = None
+    cache_writable: bool = False
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+def gather() -> Facts:
+    """Look at the installation.  Imports torch and the compiler, touches no file."""
+    facts = Facts(
+        torch=toolchain.installed("torch"),
+        dsl=toolchain.dsl_distributions(),
+        tvm_ffi=toolchain.installed(toolchain.TVM_FFI),
+        driver_cuda=driver_cuda(),
+        ptxsim=find_spec("ptxsim") is not None,
+        variables=env.present(),
+    )
+    try:
+        facts.cache_dir = env.settings().cache_dir
+    except ValueError as error:
+        facts.settings_error = str(error)
+    facts.cache_writable = facts.cache_dir is not None and writable(facts.cache_dir)
+    if facts.torch is not None:
+        facts.torch_cuda, facts.gpus = _gpus()
+    try:
+        import_module("cutlass.cute")
+        facts.compiler_cuda = toolchain.cuda_flavor()
+    except Exception as error:  # whatever stops the import is the finding
+        facts.compiler_error = f"{type(error).__name__}: {error}"
+    return facts
+
+
+def problems(facts: Facts) -> list[Problem]:
+    """Return what is wrong, the broken things first."""
+    found = [*_python_problems(facts), *_compiler_problems(facts), *_cuda_problems(facts), *_setting_problems(facts)]
+    if not facts.ptxsim:
+        fix = f"{PIP} --force-reinstall --no-deps cute-ssm (in a checkout: export PYTHONPATH=tools)"
+        found.append(Problem(False, "the emulator ptxsim is not importable: no kernel runs without a GPU", fix))
+    return sorted(found, key=lambda problem: not problem.broken)
+
+
+def backends(facts: Facts) -> dict[str, str]:
+    """Return, for each way to run, where it runs or why it does not."""
+    compiles = not facts.compiler_error
+    ready = [f"cuda:{i} ({gpu.arch})" for i, gpu in enumerate(facts.gpus) if gpu.arch]
+    if ready:
+        cuda = f"yes: {', '.join(ready)}" if compiles else "no: the compiler does not work"
+    elif facts.gpus:
+        cuda = "no: no kernels for this GPU"
+    else:
+        cuda = "no: no GPU" if facts.driver_cuda is None else "no: torch sees no GPU"
+    emulate = "yes: CPU tensors inside `with ptxsim.emulate():`"
+    if not (facts.ptxsim and compiles):
+        emulate = "no: ptxsim is not installed" if compiles else "no: the compiler does not work"
+    reference = "yes: CPU tensors" if facts.torch else "no: torch is not installed"
+    return {"cuda": cuda, "emulate": emulate, "reference": reference}
+
+
+def driver_cuda() -> str | None:
+    """Return the newest CUDA version the NVIDIA driver supports, or None without a driver."""
+    try:
+        version = ctypes.c_int()
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def writable(folder: Path) -> bool:
+    """Say whether files can be made in a folder, or the folder itself; makes neither."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def as_dict(facts: Facts) -> dict[str, object]:
+    """Return the whole report as data for JSON."""
+    shelf = shelves.listing(facts.cache_dir)
+    return {
+        "versions": versions(facts),
+        "driver_cuda": facts.driver_cuda,
+        "gpus": [vars(gpu) for gpu in facts.gpus],
+        "backends": backends(facts),
+        "cache": {
+            "folder": None if facts.cache_dir is None else str(facts.cache_dir),
+            "writable": facts.cache_writable,
+            "objects": len(shelf),
+            "bytes": sum(item.size for item in shelf),
+        },
+        "environment": facts.variables,
+        "problems": [vars(problem) for problem in problems(facts)],
+    }
+
+
+def versions(facts: Facts) -> dict[str, str]:
+    """Return name and version of everything that matters."""
+    return {
+        "python": facts.python,
+        "cute_ssm": cute_ssm.__version__,
+        "torch": facts.torch or "missing",
+        **(facts.dsl or {toolchain.DSL: "missing"}),
+        toolchain.TVM_FFI: facts.tvm_ffi or "missing",
+        "compiler built for": facts.compiler_cuda or "unknown",
+    }
+
+
+def _gpus() -> tuple[str | None, list[Gpu]]:
+    try:
+        import torch
+    except Exception:  # its own problem is reported by its version and by the reference
+        return None, []
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        device = torch.device("cuda", index)
+        try:
+            name: str | None = archs.of_device(device).name
+        except UnsupportedArchError:
+            name = None
+        major, minor = torch.cuda.get_device_capability(device)
+        found.append(Gpu(torch.cuda.get_device_name(device), f"{major}.{minor}", name))
+    return torch.version.cuda, found
+
+
+def _python_problems(facts: Facts) -> list[Problem]:
+    found = []
+    if toolchain.numbers(facts.python) < (3, 10):
+        found.append(Problem(True, f"Python {facts.python} is older than 3.10", "use a newer Python"))
+    wanted = toolchain.requirement("torch", TORCH_RANGE)
+    if facts.torch is None:
+        found.append(Problem(True, "torch is not installed", f"{PIP} '{wanted}'"))
+    elif not toolchain.within(facts.torch, TORCH_RANGE):
+        found.append(Problem(False, f"torch {facts.torch} is outside the tested {wanted}", f"{PIP} '{wanted}'"))
+    return found
+
+
+def _compiler_problems(facts: Facts) -> list[Problem]:
+    found = []
+    accepted = (
+        (toolchain.DSL, facts.dsl.get(toolchain.DSL), toolchain.DSL_RANGE),
+        (toolchain.TVM_FFI, facts.tvm_ffi, toolchain.TVM_FFI_RANGE),
+    )
+    for name, version, bounds in accepted:
+        wanted = toolchain.requirement(name, bounds)
+        if version is None:
+            found.append(Problem(True, f"{name} is not installed", f"{PIP} '{wanted}'"))
+        elif not toolchain.within(version, bounds):
+            found.append(Problem(True, f"{name} {version} is not {wanted}", f"{PIP} '{wanted}'"))
+    if len(set(facts.dsl.values())) > 1:
+        parts = ", ".join(f"{name} {version}" for name, version in facts.dsl.items())
+        wanted = toolchain.requirement(toolchain.DSL, toolchain.DSL_RANGE)
+        found.append(Problem(True, f"parts of the compiler differ: {parts}", f"{PIP} --force-reinstall '{wanted}'"))
+    if facts.compiler_error and not found:
+        wanted = toolchain.requirement(toolchain.DSL, toolchain.DSL_RANGE)
+        what = f"the compiler does not import: {facts.compiler_error}"
+        found.append(Problem(True, what, f"{PIP} --force-reinstall '{wanted}'"))
+    return found
+
+
+def _cuda_problems(facts: Facts) -> list[Problem]:
+    found = []
+    if facts.torch is not None and facts.driver_cuda is not None and facts.torch_cuda is None:
+        wanted = toolchain.requirement("torch", TORCH_RANGE)
+        what = f"an NVIDIA driver (CUDA {facts.driver_cuda}) is here, but torch {facts.torch} is built for the CPU only"
+        found.append(Problem(False, what, f"{PIP} --force-reinstall '{wanted}'"))
+    if (facts.torch_cuda or "").startswith("13.") and f"{toolchain.DSL}-libs-cu13" not in facts.dsl:
+        what = f"torch is built for CUDA {facts.torch_cuda}, the compiler's libraries for CUDA 12"
+        found.append(Problem(False, what, f"{PIP} 'cute-ssm[cu13]'"))
+    for gpu in facts.gpus:
+        if gpu.arch is None:
+            known = ", ".join(archs.ARCHS)
+            what = f"{gpu.name} ({gpu.capability}) runs none of the kernels, which are for {known}"
+            found.append(Problem(False, what, "use CPU tensors: they take the reference"))
+    return found
+
+
+def _setting_problems(facts: Facts) -> list[Problem]:
+    found = []
+    if facts.settings_error:
+        found.append(Problem(True, facts.settings_error, f"unset {facts.settings_error.partition(':')[0]}"))
+    known = {variable.name for variable in env.VARIABLES}
+    for name in facts.variables.keys() - known:
+        found.append(Problem(False, f"{name} is no variable of this package: misspelt?", f"unset {name}"))
+    if facts.cache_dir is not None and not facts.cache_writable:
+        what = f"the kernel cache {facts.cache_dir} cannot be written: every process compiles anew"
+        found.append(Problem(False, what, "export CUTE_SSM_CACHE_DIR=<a writable folder>"))
+    return found

@@ -1,0 +1,84 @@
+"""Looking through, and emptying, a folder of compiled kernels, whichever tool-chain wrote them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cute_ssm.arch import ARCHS
+from cute_ssm.runtime.store import BAD, META, TEMPORARY
+
+_SUFFIXES = (".o", ".json", ".lock")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One stored object."""
+
+    path: Path
+    size: int
+    created: str
+    version: str
+    arch: str
+    stack: str
+
+
+def listing(root: Path | None) -> list[Item]:
+    """Return all objects under a cache folder or a bundle, in order of their paths."""
+    found = []
+    for folder in _folders(root):
+        for path in sorted(folder.glob("*.o")):
+            if path.name.startswith("."):
+                continue
+            try:
+                record = json.loads(path.with_suffix(".json").read_bytes())
+                size = path.stat().st_size
+            except (OSError, ValueError):
+                continue
+            created = str(record.get("created", "")) if isinstance(record, dict) else ""
+            found.append(Item(path, size, created, *folder.parts[-3:]))
+    return found
+
+
+def clear(root: Path | None, version: str | None = None) -> tuple[int, int]:
+    """Delete the files of the cache, of one package version or of all, and the folders this leaves empty.
+
+    Nothing is deleted that does not look like this package's own: a wrongly set folder loses nothing else.
+
+    Returns
+    -------
+    tuple of int
+        Files deleted, and their bytes.
+
+    Raises
+    ------
+    OSError
+        If a file cannot be deleted.
+    """
+    count = size = 0
+    for folder in _folders(root):
+        if version not in (None, folder.parts[-3]):
+            continue
+        for path in list(folder.iterdir()):
+            if path.name == META or path.name.startswith((BAD, TEMPORARY)) or path.suffix in _SUFFIXES:
+                size += path.stat().st_size
+                path.unlink()
+                count += 1
+        with contextlib.suppress(OSError):  # not empty, or in use by another process: stays
+            for level in (folder, folder.parent, folder.parent.parent):
+                level.rmdir()
+    return count, size
+
+
+def _folders(root: Path | None) -> Iterator[Path]:
+    """Yield the folders ``version/target/digest`` that a tool-chain has described."""
+    if root is None or not root.is_dir():
+        return
+    for meta in sorted(root.glob(f"*/*/*/{META}")):
+        folder = meta.parent
+        if folder.parent.name in ARCHS and re.fullmatch(r"[0-9a-f]{12}", folder.name):
+            yield folder
