@@ -1,0 +1,291 @@
+"""The Mamba-2 language model of the demo: whole sequences in chunks, and single tokens through the operator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cute_ssm.demo.ssd import chunked_scan, recurrence
+from cute_ssm.errors import describe
+
+__all__ = ["Cache", "LanguageModel", "ModelConfig", "StateUpdate"]
+
+#: A function with the signature of :func:`cute_ssm.selective_state_update`.
+StateUpdate = Callable[..., Tensor]
+
+_NORM_EPS = 1e-5
+
+
+def operator() -> StateUpdate:
+    """Return :func:`cute_ssm.selective_state_update`, imported when it is needed."""
+    from cute_ssm import selective_state_update
+
+    return selective_state_update
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a :class:`LanguageModel`.
+
+    Parameters
+    ----------
+    vocab : int
+        Number of tokens.
+    layers : int
+        Number of Mamba-2 blocks.
+    width : int
+        Size of the residual stream (``d_model``).
+    expand : int
+        Inner size of a block over `width`.
+    headdim, dstate, ngroups : int
+        Shape of the state: ``expand * width / headdim`` heads of ``(headdim, dstate)``, B and C shared in `ngroups` groups.
+    conv : int
+        Taps of the causal depthwise convolution.
+    """
+
+    vocab: int
+    layers: int = 4
+    width: int = 256
+    expand: int = 2
+    headdim: int = 64
+    dstate: int = 64
+    ngroups: int = 1
+    conv: int = 4
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(describe(name, "a positive integer", repr(value)))
+        if self.inner % self.headdim:
+            raise ValueError(describe("headdim", f"a divisor of expand * width = {self.inner}", self.headdim))
+        if self.heads % self.ngroups:
+            raise ValueError(describe("ngroups", f"a divisor of the {self.heads} heads", self.ngroups))
+        if self.conv < 2:
+            raise ValueError(describe("conv", "at least 2 taps", self.conv))
+
+    @property
+    def inner(self) -> int:
+        """Channels of a block's state-space model."""
+        return self.expand * self.width
+
+    @property
+    def heads(self) -> int:
+        """Heads of a block."""
+        return self.inner // self.headdim
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of the convolution: x, B and C."""
+        return self.inner + 2 * self.ngroups * self.dstate
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What a model remembers of its sequences: for every layer a pool of slots, of which a sequence uses one.
+
+    Attributes
+    ----------
+    conv : list of Tensor
+        Last inputs of the convolution ``(slots, channels, conv - 1)``, oldest first.
+    ssm : list of Tensor
+        States ``(slots, heads, headdim, dstate)``.
+    """
+
+    conv: list[Tensor]
+    ssm: list[Tensor]
+
+    @property
+    def slots(self) -> int:
+        """Number of slots."""
+        return self.ssm[0].shape[0]
+
+
+class Block(nn.Module):
+    """One Mamba-2 block: projection, causal convolution, state-space model, gated norm, projection."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        self.norm = nn.Parameter(torch.ones(c.width))
+        self.in_proj = nn.Parameter(torch.empty(c.inner + c.conv_channels + c.heads, c.width))
+        self.conv_weight = nn.Parameter(torch.empty(c.conv_channels, c.conv))
+        self.conv_bias = nn.Parameter(torch.zeros(c.conv_channels))
+        self.A_log = nn.Parameter(torch.empty(c.heads))
+        self.dt_bias = nn.Parameter(torch.empty(c.heads))
+        self.D = nn.Parameter(torch.ones(c.heads))
+        self.gate_norm = nn.Parameter(torch.ones(c.inner))
+        self.out_proj = nn.Parameter(torch.empty(c.width, c.inner))
+
+    def reset_parameters(self) -> None:
+        """Draw fresh weights: decay rates in [1, 16], step sizes log-uniform in [1e-3, 1e-1]."""
+        c = self.config
+        with torch.no_grad():
+            self.in_proj.normal_(std=c.width**-0.5)
+            self.conv_weight.uniform_(-(c.conv**-0.5), c.conv**-0.5)
+            self.A_log.uniform_(1, 16).log_()
+            step = torch.exp(torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)))
+            self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+            self.out_proj.normal_(std=(c.inner * 2 * c.layers) ** -0.5)
+
+    def forward(self, u: Tensor, chunk: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Process a sequence ``(batch, time, width)`` from empty states; returns the output and both states after it."""
+        c = self.config
+        batch, time, _ = u.shape
+        z, xbc, raw_dt = self._project(u)
+        xbc = F.pad(xbc.transpose(1, 2), (c.conv - 1, 0))
+        conv = xbc[:, :, time:]
+        mixed = F.silu(F.conv1d(xbc, self.conv_weight[:, None], self.conv_bias, groups=c.conv_channels)).transpose(1, 2)
+        x, B, C = mixed.split_with_sizes([c.inner, c.ngroups * c.dstate, c.ngroups * c.dstate], dim=-1)
+        dt = F.softplus(raw_dt.to(self.dt_bias.dtype) + self.dt_bias)
+        x = x.reshape(batch, time, c.heads, c.headdim)
+        B, C = (v.reshape(batch, time, c.ngroups, c.dstate) for v in (B, C))
+        A = -torch.exp(self.A_log)
+        if chunk is None:
+            y, ssm = recurrence(x, dt, A, B, C, self.D)
+        else:
+            y, ssm = chunked_scan(x, dt, A, B, C, self.D, chunk=chunk)
+        return self._finish(y.reshape(batch, time, c.inner), z), conv, ssm
+
+    def step(self, u: Tensor, conv: Tensor, ssm: Tensor, slots: Tensor, update: StateUpdate) -> Tensor:
+        """Process one token ``(batch, width)`` of the sequences in `slots`; the pools `conv` and `ssm` are updated in place."""
+        c = self.config
+        batch = u.shape[0]
+        z, xbc, raw_dt = self._project(u)
+        window = torch.cat([conv[slots], xbc[:, :, None]], dim=2)
+        conv[slots] = window[:, :, 1:]
+        mixed = F.silu(torch.sum(window * self.conv_weight, dim=2) + self.conv_bias)
+        x, B, C = mixed.split_with_sizes([c.inner, c.ngroups * c.dstate, c.ngroups * c.dstate], dim=-1)
+        head = (c.heads, c.headdim)
+        y = torch.empty(batch, *head, dtype=u.dtype, device=u.device)
+        update(
+            ssm,
+            x.view(batch, *head),
+            raw_dt[:, :, None].expand(batch, *head),
+            (-torch.exp(self.A_log))[:, None, None].expand(*head, c.dstate),
+            B.view(batch, c.ngroups, c.dstate),
+            C.view(batch, c.ngroups, c.dstate),
+            self.D[:, None].expand(head),
+            z=None,
+            dt_bias=self.dt_bias[:, None].expand(head),
+            dt_softplus=True,
+            state_batch_indices=slots,
+            out=y,
+        )
+        return self._finish(y.view(batch, c.inner), z)
+
+    def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c = self.config
+        projected = F.linear(F.rms_norm(u, (c.width,), self.norm, _NORM_EPS), self.in_proj)
+        z, xbc, raw_dt = projected.split_with_sizes([c.inner, c.conv_channels, c.heads], dim=-1)
+        return z, xbc, raw_dt
+
+    def _finish(self, y: Tensor, z: Tensor) -> Tensor:
+        gated = F.rms_norm(y * F.silu(z), (self.config.inner,), self.gate_norm, _NORM_EPS)
+        return F.linear(gated, self.out_proj)
+
+
+class LanguageModel(nn.Module):
+    """A stack of Mamba-2 blocks between a tied embedding and its transpose.
+
+    Parameters
+    ----------
+    config : ModelConfig
+        Sizes.
+    dropout : float
+        Dropout on the embedding and on the output of each block, in training mode.
+    """
+
+    def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.dropout = dropout
+        self.embedding = nn.Parameter(torch.empty(config.vocab, config.width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.Parameter(torch.ones(config.width))
+
+    def reset_parameters(self) -> None:
+        """Draw fresh weights from torch's global generator."""
+        with torch.no_grad():
+            self.embedding.normal_(std=0.02)
+        for block in self._blocks():
+            block.reset_parameters()
+
+    def forward(self, tokens: Tensor, chunk: int | None = 32) -> Tensor:
+        """Logits ``(batch, time, vocab)`` after every token of ``(batch, time)``, from empty states.
+
+        Parameters
+        ----------
+        chunk : int, optional
+            Tokens of a chunk of the scan; None runs the recurrence token by token.
+        """
+        return self._sequence(tokens, None, None, chunk)
+
+    def new_cache(self, slots: int, state_dtype: torch.dtype | None = None) -> Cache:
+        """Make zeroed pools of `slots` slots; the recurrent states have `state_dtype` (default: that of the weights)."""
+        if slots < 1:
+            raise ValueError(describe("slots", "a positive number", slots))
+        c, like = self.config, self.embedding
+        conv = [like.new_zeros(slots, c.conv_channels, c.conv - 1) for _ in range(c.layers)]
+        shape = (slots, c.heads, c.headdim, c.dstate)
+        ssm = [like.new_zeros(shape, dtype=state_dtype or like.dtype) for _ in range(c.layers)]
+        return Cache(conv=conv, ssm=ssm)
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor, cache: Cache, slots: Tensor, chunk: int | None = 32) -> Tensor:
+        """Process the prompts ``(batch, time)`` from empty states, fill their `slots`, and return the last token's logits."""
+        self._check_slots(tokens, cache, slots)
+        if tokens.ndim != 2 or tokens.shape[1] < 1:
+            raise ValueError(describe("tokens", "(batch, time) with at least one token", tuple(tokens.shape)))
+        return self._sequence(tokens, cache, slots, chunk)[:, -1]
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, cache: Cache, slots: Tensor, update: StateUpdate | None = None) -> Tensor:
+        """Process one token ``(batch,)`` of the sequences in `slots` and return its logits ``(batch, vocab)``.
+
+        Parameters
+        ----------
+        update : callable, optional
+            The state update, :func:`cute_ssm.selective_state_update` when not given.
+        """
+        self._check_slots(tokens, cache, slots)
+        if tokens.ndim != 1:
+            raise ValueError(describe("tokens", "(batch,)", tuple(tokens.shape)))
+        update = update or operator()
+        u = self.embedding[tokens]
+        for index, block in enumerate(self._blocks()):
+            u = u + block.step(u, cache.conv[index], cache.ssm[index], slots, update)
+        return self._logits(u)
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def _sequence(self, tokens: Tensor, cache: Cache | None, slots: Tensor | None, chunk: int | None) -> Tensor:
+        u = F.dropout(self.embedding[tokens], self.dropout, self.training)
+        for index, block in enumerate(self._blocks()):
+            out, conv, ssm = block(u, chunk)
+            if cache is not None and slots is not None:
+                cache.conv[index][slots] = conv.to(cache.conv[index].dtype)
+                cache.ssm[index][slots] = ssm.to(cache.ssm[index].dtype)
+            u = u + F.dropout(out, self.dropout, self.training)
+        return self._logits(u)
+
+    def _logits(self, u: Tensor) -> Tensor:
+        return F.linear(F.rms_norm(u, (self.config.width,), self.norm, _NORM_EPS), self.embedding)
+
+    @staticmethod
+    def _check_slots(tokens: Tensor, cache: Cache, slots: Tensor) -> None:
+        """Refuse slots that are not those of distinct sequences; on a GPU their values are left alone, to wait for nothing."""
+        if slots.shape != tokens.shape[:1]:
+            raise ValueError(describe("slots", f"one slot for each of {tokens.shape[0]} sequences", tuple(slots.shape)))
+        if slots.device.type != "cpu":
+            return
+        if slots.numel() and (int(slots.min()) < 0 or int(slots.max()) >= cache.slots):
+            raise ValueError(describe("slots", f"values in [0, {cache.slots})", slots.tolist()))
+        if len(set(slots.tolist())) != slots.numel():
+            raise ValueError(describe("slots", "distinct slots", slots.tolist()))

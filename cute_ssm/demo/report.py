@@ -1,0 +1,120 @@
+"""What the demo shows: text that streams with a progress bar below it, and the table at the end."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from typing import TextIO
+
+__all__ = ["Screen", "table"]
+
+_MARGIN = 100  # widest line of running text on a terminal
+_BAR = 24
+_ROOM_BELOW = "\x1bD\x1b[A"  # scrolls if the cursor is on the last line, and leaves it where it was in the text
+_SAVE, _RESTORE, _BELOW, _ERASE = "\x1b7", "\x1b8", "\x1b[B\r", "\x1b[J"
+
+
+class Screen:
+    """Streams text to `out`, and keeps a progress bar on `err` if that is a terminal.
+
+    On a terminal lines are broken between words; anywhere else the text is written as it is. With both on a terminal the bar lies
+    on the line below the text.
+
+    Parameters
+    ----------
+    out, err : text file
+        Where text and bar go.
+    total : int
+        Steps of a full bar.
+    """
+
+    def __init__(self, out: TextIO, err: TextIO, total: int) -> None:
+        self._out, self._err, self._total = out, err, total
+        self._wraps = out.isatty()
+        self._has_bar = err.isatty()
+        self._width = max(20, min(_MARGIN, shutil.get_terminal_size().columns - 1))
+        self._column = self._indent = self._gap = 0
+        self._word = ""
+        self._bar = ""
+
+    def text(self, text: str) -> None:
+        """Stream a piece of text."""
+        if not text:
+            return
+        self._erase()
+        if self._wraps:
+            for piece in re.findall(r"\S+|\n| +|[^\S\n ]", text):
+                self._piece(piece)
+        else:
+            self._out.write(text)
+        self._out.flush()
+        self._draw()
+
+    def progress(self, done: int, seconds: float) -> None:
+        """Show how far the work is, and its rate."""
+        if not self._has_bar:
+            return
+        full = _BAR * done // self._total
+        speed = f"{done / seconds:.1f} tokens/s" if seconds > 0 else ""
+        self._erase()
+        self._bar = f"[{'#' * full}{'.' * (_BAR - full)}] {done}/{self._total}  {speed}"[: self._width]
+        self._draw()
+
+    def close(self) -> None:
+        """Finish the text with a line break and remove the bar."""
+        self._erase()
+        self._bar = ""
+        self._flush_word()
+        self._out.write("\n")
+        self._out.flush()
+        self._column = 0
+
+    def _piece(self, piece: str) -> None:
+        if piece == "\n":
+            self._flush_word()
+            self._out.write("\n")
+            self._column = self._gap = self._indent = 0
+        elif piece.isspace():
+            self._flush_word()
+            self._gap += len(piece)
+        else:
+            self._word += piece
+
+    def _flush_word(self) -> None:
+        if not self._word:
+            return
+        if self._column == 0:
+            self._indent = self._gap = min(self._gap, self._width // 2)
+        elif self._column + self._gap + len(self._word) > self._width:
+            self._out.write("\n")
+            self._column, self._gap = 0, self._indent
+        room = self._width - self._column - self._gap
+        self._out.write(" " * self._gap + self._word[:room])
+        self._column += self._gap + len(self._word[:room])
+        for start in range(room, len(self._word), self._width):
+            part = self._word[start : start + self._width]
+            self._out.write("\n" + part)
+            self._column = len(part)
+        self._gap, self._word = 0, ""
+
+    def _draw(self) -> None:
+        if self._bar:
+            if self._wraps:
+                self._err.write(f"{_ROOM_BELOW}{_SAVE}{_BELOW}{self._bar}{_RESTORE}")
+            else:
+                self._err.write(f"\r{self._bar}{_ERASE}")
+            self._err.flush()
+
+    def _erase(self) -> None:
+        if self._bar:
+            self._err.write(_ERASE if self._wraps else f"\r{_ERASE}")
+            self._err.flush()
+
+
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """Lay out names and values in two columns between two rules."""
+    left = max(len(name) for name, _ in rows)
+    right = max(len(value) for _, value in rows)
+    rule = "-" * (left + 2 + right)
+    return "\n".join([rule, *(f"{name:<{left}}  {value}" for name, value in rows), rule])
