@@ -320,7 +320,7 @@ def test_demo_prints_text_and_table(capsys):
     rows = dict(line.split("  ", 1) for line in outputs[0].splitlines() if line[:1].isalpha() and "  " in line)
     rows = {name.strip(): value.strip() for name, value in rows.items()}
     assert rows["backend"] == "reference" and rows["kernel"] == "reference (PyTorch)" and rows["tokens"] == "40"
-    for name in ("off float64, state updates", "off float64, logits"):
+    for name in ("update error", "logits error"):
         assert 0 < float(rows[name].split()[0]) < 1e-3
 
 
@@ -386,6 +386,25 @@ def test_emulated_kernel_generates_the_text_of_the_reference(capsys):
     assert emulated.split("\n\n---")[0] == reference.split("\n\n---")[0]
     assert "SelectiveStep" in emulated and "sm_90a" in emulated and "28 launches" in emulated
     assert "reference (PyTorch)" not in emulated and "SelectiveStep" not in reference
+
+
+def test_an_interrupt_keeps_what_was_generated(capsys, monkeypatch):
+    step, calls = LanguageModel.step, []
+
+    def interrupted_at_the_fourth_token(self, tokens, cache, slots, update=None):
+        calls.append(None)
+        if len(calls) < 5:
+            return step(self, tokens, cache, slots, update)
+
+        def stop(*values, **options):
+            raise KeyboardInterrupt
+
+        update.update = stop  # inside a layer, when its inputs are recorded and its outputs are not
+        return step(self, tokens, cache, slots, update)
+
+    monkeypatch.setattr(LanguageModel, "step", interrupted_at_the_fourth_token)
+    assert cli.main(arguments("--backend", "reference", "--tokens", "50")) == 130
+    assert "tokens        3\n" in capsys.readouterr().out
 
 
 def test_a_reader_that_leaves_is_no_error():

@@ -62,6 +62,8 @@ def main(args: argparse.Namespace) -> int:
         sys.stdout.reconfigure(errors="replace")  # the model's text may hold what the terminal's encoding does not
     try:
         return _run(args)
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:
         # the reader has gone; keep the interpreter from complaining when it closes the stream
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -137,6 +139,19 @@ def _backend(name: str) -> Iterator[_Backend]:
         yield _Backend("emulate", "cpu", session=session, arch=EMULATED_ARCH)
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep PyTorch to one thread: products of one token are too small to share, and waiting for a busy core costs far more."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _run(args: argparse.Namespace) -> int:
     if not args.prompt:
         raise ValueError(describe("prompt", "some text", "none", "the model needs a token to start from"))
@@ -151,7 +166,7 @@ def _run(args: argparse.Namespace) -> int:
 
     sampler = Sampler(args.temperature, args.seed)
     state_dtype: torch.dtype = getattr(torch, args.state_dtype)
-    with _backend(args.backend) as backend:
+    with _one_thread(), _backend(args.backend) as backend:
         model, tokenizer = weights.load(device=backend.device)
         count = args.tokens or TOKENS[backend.name]
         generation = Generation(model, tokenizer.encode(args.prompt), count, sampler, state_dtype)
@@ -180,15 +195,16 @@ def _rows(generation: Generation, backend: _Backend, first: float, state_dtype: 
     return [
         *backend.rows(),
         ("state", f"{state_dtype}, slot {generation.slot} of {generation.slots}"),
-        ("first call", f"{first:.2f} s on another slot, compilation included"),
+        ("first call", f"{first:.3f} s, compilation included"),
         ("prompt", f"{generation.prompt_length} tokens, {generation.prefill_seconds:.3f} s"),
         ("tokens", str(count)),
         ("time", f"{generation.seconds:.2f} s"),
         ("tokens/s", f"{count / generation.seconds:.1f}"),
-        ("off float64, state updates", _deviation(generation.ssm_deviation())),
-        ("off float64, logits", _deviation(generation.logits_deviation())),
+        ("update error", _error(generation.ssm_deviation(), "recurrence")),
+        ("logits error", _error(generation.logits_deviation(), "model")),
     ]
 
 
-def _deviation(deviation: Deviation) -> str:
-    return f"{deviation.difference:.1e} at most (values up to {deviation.largest:.1f})"
+def _error(deviation: Deviation, against: str) -> str:
+    largest = f"values up to {deviation.largest:.1f}"
+    return f"{deviation.difference:.1e} at most from the float64 {against} ({largest})"

@@ -168,8 +168,9 @@ class Generation:
     def ssm_deviation(self) -> Deviation:
         """Compare the outputs of all state updates with the float64 recurrence on the same inputs and first states."""
         worst = Deviation(0.0, 0.0)
+        steps = len(self.generated)  # an interrupted step has left more than this in some lists
         for layer in self._recorder.layers:
-            x, dt, B, C, out = (_series(values) for values in (layer.x, layer.dt, layer.B, layer.C, layer.out))
+            x, dt, B, C, out = (_series(v[:steps]) for v in (layer.x, layer.dt, layer.B, layer.C, layer.out))
             step = torch.nn.functional.softplus(dt + layer.dt_bias.double())
             expected, _ = recurrence(x, step, layer.A.double(), B, C, layer.D.double(), layer.start.double())
             worst = _worse(worst, Deviation.of(out, expected))
@@ -180,7 +181,7 @@ class Generation:
         exact = copy.deepcopy(self.model).to("cpu", torch.float64)
         with torch.no_grad():
             expected = exact(torch.tensor([self.tokens[:-1]]), chunk=None)[:, self.prompt_length - 1 :]
-        return Deviation.of(torch.stack(self.logits, dim=1), expected)
+        return Deviation.of(torch.stack(self.logits[: len(self.generated)], dim=1), expected)
 
     def _wait(self) -> None:
         if self._index.is_cuda:
