@@ -66,7 +66,7 @@ def gather() -> Facts:
         dsl=toolchain.dsl_distributions(),
         tvm_ffi=toolchain.installed(toolchain.TVM_FFI),
         driver_cuda=driver_cuda(),
-        ptxsim=find_spec("ptxsim") is not None,
+        ptxsim=getattr(find_spec("ptxsim"), "origin", None) is not None,  # not some folder of that name
         variables=env.present(),
     )
     try:

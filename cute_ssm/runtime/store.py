@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import cute_ssm
 from cute_ssm.arch import Arch
@@ -63,7 +63,7 @@ class Key:
 class Store:
     """One folder of compiled kernels."""
 
-    _troubled: set[Path] = set()  # noqa: RUF012 - shared on purpose: one warning per folder and process
+    warned: ClassVar[set[Path]] = set()  # shared on purpose: one warning per folder and process
 
     def __init__(self, root: Path):
         self.root = root
@@ -147,8 +147,8 @@ class Store:
 
     def trouble(self, verb: str, error: object) -> None:
         """Warn, once per folder and process, that kernels stay in memory only."""
-        if self.root not in self._troubled:
-            self._troubled.add(self.root)
+        if self.root not in self.warned:
+            self.warned.add(self.root)
             logger().warning(
                 "cannot %s in the kernel cache %s (%s): kernels are kept in memory only; "
                 "point CUTE_SSM_CACHE_DIR to a writable folder or set CUTE_SSM_CACHE=0",
@@ -169,7 +169,7 @@ class Store:
         return True
 
     def _locked(self, path: Path) -> IO[bytes] | None:
-        if self.root in self._troubled:
+        if self.root in self.warned:
             return None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

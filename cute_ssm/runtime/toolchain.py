@@ -8,7 +8,7 @@ import importlib.metadata
 import platform
 import re
 import sys
-import sysconfig
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import cute_ssm
@@ -104,7 +104,7 @@ def description() -> dict[str, object]:
         "dsl": dsl_distributions(),
         "cuda": cuda_flavor(),
         TVM_FFI: installed(TVM_FFI),
-        "python": sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag,
+        "python": EXTENSION_SUFFIXES[0],
         "machine": f"{platform.system()}-{platform.machine()}",
         "options": OPTIONS,
     }
