@@ -114,8 +114,14 @@ def test_the_disk_can_be_switched_off(cache, settings, compiled):
     assert not cache.exists()
 
 
+def bit_rot(data):
+    """The object with one bit changed in the machine code of the GPU, which still loads."""
+    middle = (data.rindex(b"\x7fELF") + len(data)) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
 @pytest.mark.parametrize(
-    "damage", ["garbage", "truncated", "empty", "valid record of garbage", "no record", "bad record"]
+    "damage", ["garbage", "truncated", "empty", "bit rot", "recorded garbage", "no record", "bad record"]
 )
 def test_a_damaged_object_is_replaced(cache, compiled, warnings, damage):
     runtime.get(TinySpec(), arch=SM_90A)
@@ -127,7 +133,7 @@ def test_a_damaged_object_is_replaced(cache, compiled, warnings, damage):
     elif damage == "bad record":
         record.write_text("{")
     else:
-        bad = {"truncated": good[:2000], "empty": b""}.get(damage, b"garbage" * 100)
+        bad = {"truncated": good[:2000], "empty": b"", "bit rot": bit_rot(good)}.get(damage, b"garbage" * 100)
         path.write_bytes(bad)
         if damage == "recorded garbage":
             record.write_text(json.dumps({"sha256": hashlib.sha256(bad).hexdigest()}))
@@ -219,6 +225,16 @@ def test_a_failing_disk_costs_one_warning(cache, compiled, warnings, monkeypatch
     assert os.strerror(code) in warnings()[0]
     left = [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
     assert left == [], "no half-written file stays"
+
+
+def test_an_unreadable_cache_costs_one_warning(cache, compiled, warnings, monkeypatch):
+    toolchain.stack()  # this and the fingerprint read sources, which stay readable
+    monkeypatch.setattr(store.registry, "fingerprint", lambda spec: "tiny")
+    monkeypatch.setattr(store.Path, "read_bytes", refuse(errno.EACCES))
+    for factor in (2.0, 3.0):
+        assert callable_(runtime.get(TinySpec(factor=factor), arch=SM_90A))
+    assert len(compiled) == 2
+    assert len(warnings()) == 1
 
 
 @pytest.mark.parametrize("depth", [0, 1], ids=["the folder", "a parent"])
