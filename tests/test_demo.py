@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import io
 import json
@@ -407,6 +408,11 @@ def test_an_interrupt_keeps_what_was_generated(capsys, monkeypatch):
     assert "tokens        3\n" in capsys.readouterr().out
 
 
+def test_the_command_line_is_there_without_torch():
+    code = "import sys, cute_ssm.demo.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_a_reader_that_leaves_is_no_error():
     command = [sys.executable, "-c", "import sys; from cute_ssm.__main__ import main; sys.exit(main())"]
     command += ["demo", "--backend", "reference", "--tokens", "100"]
@@ -502,6 +508,18 @@ def test_left_out_merges_give_other_tokens_of_the_same_text(train, shipped):
     assert first != second and first == segment.encode(0).tolist()
     assert tokenizer.decode(first) == tokenizer.decode(second) == PASSAGE.encode()
     assert train.Resegmenter(tokenizer, PASSAGE, 0.0, seed=0).encode(0).tolist() == tokenizer.encode(PASSAGE)
+
+
+def test_the_committed_result_is_that_of_the_shipped_weights(train, shipped):
+    from pydoc_data.topics import topics
+
+    result = json.loads((train.ROOT / "tools" / "train_demo_result.json").read_text())
+    content = (weights.DIRECTORY / weights.WEIGHTS_FILE).read_bytes()
+    assert result["weights_sha256"] == hashlib.sha256(content).hexdigest()
+    assert result["weights_bytes"] == len(content)
+    held_out = train.prepare(topics)[10::20]
+    if sum(len(section.encode()) for section in held_out) == result["held_out_bytes"]:  # the same version of the text
+        assert train.bits_per_byte(*shipped, held_out) == pytest.approx(result["held_out_bits_per_byte"], abs=1e-3)
 
 
 def test_training_goes_on_from_its_checkpoint_as_if_never_stopped(train, tmp_path, monkeypatch):
