@@ -89,6 +89,7 @@ def sources_digest() -> str:
 def cuda_flavor() -> str:
     """Return the CUDA major version of the loaded compiler: of several installed ones, the driver decides at import."""
     import cutlass  # noqa: F401
+    import tvm_ffi  # noqa: F401
 
     library = sys.modules.get("cutlass._mlir._mlir_libs._cutlass_ir")
     match = re.search(r"\.cu(\d+)\.", Path(getattr(library, "__file__", None) or "").name)
