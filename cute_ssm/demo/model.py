@@ -224,7 +224,7 @@ class LanguageModel(nn.Module):
         chunk : int, optional
             Tokens of a chunk of the scan; None runs the recurrence token by token.
         """
-        return self._sequence(tokens, None, None, chunk)
+        return self._logits(self._sequence(tokens, None, None, chunk))
 
     def new_cache(self, slots: int, state_dtype: torch.dtype | None = None) -> Cache:
         """Make zeroed pools of `slots` slots; the recurrent states have `state_dtype` (default: that of the weights)."""
@@ -242,7 +242,7 @@ class LanguageModel(nn.Module):
         self._check_slots(tokens, cache, slots)
         if tokens.ndim != 2 or tokens.shape[1] < 1:
             raise ValueError(describe("tokens", "(batch, time) with at least one token", tuple(tokens.shape)))
-        return self._sequence(tokens, cache, slots, chunk)[:, -1]
+        return self._logits(self._sequence(tokens, cache, slots, chunk)[:, -1])
 
     @torch.no_grad()
     def step(self, tokens: Tensor, cache: Cache, slots: Tensor, update: StateUpdate | None = None) -> Tensor:
@@ -273,7 +273,7 @@ class LanguageModel(nn.Module):
                 cache.conv[index][slots] = conv.to(cache.conv[index].dtype)
                 cache.ssm[index][slots] = ssm.to(cache.ssm[index].dtype)
             u = u + F.dropout(out, self.dropout, self.training)
-        return self._logits(u)
+        return u
 
     def _logits(self, u: Tensor) -> Tensor:
         return F.linear(F.rms_norm(u, (self.config.width,), self.norm, _NORM_EPS), self.embedding)
