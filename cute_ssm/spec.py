@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass
 
-from cute_ssm.errors import UnsupportedSpecError
+from cute_ssm.errors import UnsupportedSpecError, describe
 
 FLOATS = ("float32", "bfloat16", "float16")
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8}
@@ -41,8 +41,8 @@ class Config:
 def digest(*parts: object, length: int = 12) -> str:
     """Return a hexadecimal digest of frozen dataclasses, strings and numbers that is stable between processes."""
     text = "|".join(
-        f"{type(part).__qualname__}{sorted(dataclasses.asdict(part).items())!r}"  # type: ignore[call-overload]
-        if dataclasses.is_dataclass(part)
+        f"{type(part).__qualname__}{sorted(dataclasses.asdict(part).items())!r}"
+        if dataclasses.is_dataclass(part) and not isinstance(part, type)
         else repr(part)
         for part in parts
     )
@@ -61,19 +61,20 @@ class SelectiveStateUpdateSpec(Spec):
         None: the argument is absent.
     dim, dstate : int
         Rows and columns of one head's state.  ``dim`` only chooses tiles: kernels take any multiple of their tile.
-    tied : bool
-        ``A``, ``dt`` and ``dt_bias`` hold one value per head (Mamba-2).  Otherwise ``A`` varies over dim and dstate and
-        ``dt`` over dim (Mamba-1).
+    A_tied, dt_tied, D_tied : bool
+        ``A`` holds one value per head; ``dt`` and ``dt_bias`` do; ``D`` does (Mamba-2).  Otherwise ``A`` varies over dim
+        and dstate, the others over dim (Mamba-1).
     has_z, dt_softplus : bool
         Gate by silu(z); apply softplus to dt.
-    index_dtype : str or None
-        Type of ``state_batch_indices``; None: sequence b owns slot b.
-    has_dst : bool
-        New states go to ``dst_state_batch_indices`` (of the same type).
+    src_dtype, dst_dtype : str or None
+        Types of ``state_batch_indices`` and ``dst_state_batch_indices``.  None: sequence b reads slot b; new states
+        replace those that were read.
     update_state : bool
         Write the new state.
+    zero_padding : bool
+        Rows of ``out`` whose sequence is padding become zero instead of staying as they are.
     vector_inputs : bool
-        Rows of x, B, C, z, A are aligned for vector loads.
+        Rows of B, C and (unless tied) A are aligned for vector loads.
     """
 
     state_dtype: str
@@ -84,12 +85,15 @@ class SelectiveStateUpdateSpec(Spec):
     dt_bias_dtype: str | None
     dim: int
     dstate: int
-    tied: bool
+    A_tied: bool
+    dt_tied: bool
+    D_tied: bool
     has_z: bool
     dt_softplus: bool
-    index_dtype: str | None
-    has_dst: bool
+    src_dtype: str | None
+    dst_dtype: str | None
     update_state: bool
+    zero_padding: bool
     vector_inputs: bool
 
     @property
@@ -97,10 +101,15 @@ class SelectiveStateUpdateSpec(Spec):
         return "selective_state_update"
 
     def text(self) -> str:
-        layout = "tied" if self.tied else "dense"
-        return f"ssu-{self.state_dtype}-{self.input_dtype}-{self.dim}x{self.dstate}-{layout}"
+        layout = "tied" if self.A_tied else "dense"
+        return f"selective_state_update-{self.state_dtype}-{self.input_dtype}-{self.dim}x{self.dstate}-{layout}"
 
     def check(self) -> None:
-        for name in ("state_dtype", "input_dtype", "A_dtype", "dt_dtype"):
-            if getattr(self, name) not in FLOATS:
-                raise UnsupportedSpecError(f"{name}: expected one of {', '.join(FLOATS)}, got {getattr(self, name)}")
+        for name in ("state_dtype", "input_dtype", "A_dtype", "dt_dtype", "D_dtype", "dt_bias_dtype"):
+            value = getattr(self, name)
+            if value not in FLOATS and not (value is None and name in ("D_dtype", "dt_bias_dtype")):
+                raise UnsupportedSpecError(describe(name, " or ".join(FLOATS), value))
+        if self.dim < 8 or self.dim % 8:
+            raise UnsupportedSpecError(describe("dim", "a positive multiple of 8", self.dim))
+        if not 16 <= self.dstate <= 256:
+            raise UnsupportedSpecError(describe("dstate", "16 to 256", self.dstate))

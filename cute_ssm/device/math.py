@@ -1,0 +1,70 @@
+"""Scalar functions of the recurrences, and sums over lanes, in float32."""
+
+import cutlass.cute as cute
+from cutlass import Float32
+from cutlass.cutlass_dsl import T, dsl_user_op
+
+from cute_ssm.device.asm import pure
+
+# log2(e) as the sum of two floats; rounding x log2(e) to one float alone would cost |x| units in the last place of e^x
+_LOG2E = 1.44269502162933349609375
+_LOG2E_LOW = 1.92596299112661746e-8
+_LN2 = 0.6931471805599453
+# log(1 + e) = 2 artanh(s) with s = e / (2 + e) <= 1/3: artanh(s) / s in powers of s^2, to a relative 2e-8
+_ARTANH = tuple(1.0 / (2 * k + 1) for k in range(7))
+
+
+@dsl_user_op
+def _approx(name, x, *, loc=None, ip=None):
+    return Float32(pure(T.f32(), [x], f"{name}.approx.ftz.f32 $0, $1;", "=f,f", loc, ip))
+
+
+def decay(x):
+    """e^x of a finite x <= 0 (or of any x whose result is finite), to a relative error of about 2^-22."""
+    product = x * _LOG2E
+    excess = cute.math.fma(x, Float32(-_LOG2E), product)  # how far the rounded product is too large
+    excess = cute.math.fma(x, Float32(-_LOG2E_LOW), excess)
+    power = _approx("ex2", product)
+    return cute.math.fma(power * excess, Float32(-_LN2), power)
+
+
+def softplus(x):
+    """log(1 + e^x) to a relative error of about 2^-22, also where it is small; above 20 it is x itself in float32."""
+    e = decay(-cute.math.absf(x))
+    s = e * _approx("rcp", e + 2.0)
+    square = s * s
+    series = Float32(_ARTANH[-1])
+    for coefficient in _ARTANH[-2::-1]:
+        series = cute.math.fma(series, square, Float32(coefficient))
+    return cute.math.fma(s + s, series, cute.arch.fmax(x, Float32(0.0)))
+
+
+@cute.jit
+def silu(x: Float32):
+    """x / (1 + e^-x)."""
+    e = decay(-cute.math.absf(x))  # never overflows
+    inverse = _approx("rcp", e + 1.0)
+    return x * (inverse if x >= 0.0 else e * inverse)
+
+
+def exchanged(value, distance):
+    """The value of the lane whose number differs by an exclusive or with `distance`, a Python int."""
+    return value if distance == 0 else cute.arch.shuffle_sync_bfly(value, distance)
+
+
+def sum_exchanged(values, lanes):
+    """Sums over segments of `lanes` lanes, one sum per lane, at about one exchange a sum.
+
+    `values` lists n <= `lanes` floats (both powers of two); in lane j of a segment, values[s] belongs to sum
+    ``s ^ (j % n)``.  Lane j returns sum ``j % n``.  Because of that order a lane always keeps even entries and gives odd
+    ones.  The order of additions depends on `lanes` alone.
+    """
+    offset = 1
+    while len(values) > 1:
+        values = [keep + exchanged(give, offset) for keep, give in zip(values[::2], values[1::2])]
+        offset *= 2
+    total = values[0]
+    while offset < lanes:
+        total += exchanged(total, offset)
+        offset *= 2
+    return total

@@ -1,0 +1,98 @@
+"""Loads, stores and bulk copies.
+
+Registers hold memory as *words* (`convert`); whoever loads says how many bytes one access may take.
+"""
+
+import cutlass.cute as cute
+import cutlass.experimental.primitives as prims
+from cutlass import Int8, Int16, Int32, Int64
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T, dsl_user_op
+
+from cute_ssm.device import convert
+
+
+def address(tensor, *coord):
+    """Pointer to an element; offsets are computed in the type of the strides, 64 bits for symbolic ones."""
+    return tensor.iterator + cute.crd2idx(coord, tensor.layout)
+
+
+def global_bytes(address):
+    """Pointer to an address in global memory that bulk copies can take: a multiple of 16."""
+    return cute.make_ptr(Int8, address, cute.AddressSpace.gmem, assumed_align=16)
+
+
+_INTEGERS = {16: (T.i16, Int16), 32: (T.i32, Int32), 64: (T.i64, Int64)}
+
+
+@dsl_user_op
+def load_words(ptr, count, bits=32, *, loc=None, ip=None):
+    """`count` (1, 2 or 4) words of `bits` from an address that is a multiple of their size, at most 16 bytes."""
+    kind, wrap = _INTEGERS[bits]
+    source, alignment = ptr.to_llvm_ptr(loc=loc, ip=ip), count * bits // 8
+    if count == 1:
+        return [wrap(llvm.load(kind(), source, alignment=alignment, loc=loc, ip=ip))]
+    vector = llvm.load(ir.VectorType.get([count], kind()), source, alignment=alignment, loc=loc, ip=ip)
+    index = [llvm.mlir_constant(ir.IntegerAttr.get(T.i32(), i), loc=loc, ip=ip) for i in range(count)]
+    return [wrap(llvm.extractelement(vector, i, loc=loc, ip=ip)) for i in index]
+
+
+@dsl_user_op
+def store_words(ptr, words, *, loc=None, ip=None):
+    """Store 1, 2 or 4 words at an address that is a multiple of their size."""
+    target = ptr.to_llvm_ptr(loc=loc, ip=ip)
+    if len(words) == 1:
+        llvm.store(words[0].ir_value(loc=loc, ip=ip), target, alignment=4, loc=loc, ip=ip)
+        return
+    vector = llvm.mlir_undef(ir.VectorType.get([len(words)], T.i32()), loc=loc, ip=ip)
+    for i, word in enumerate(words):
+        index = llvm.mlir_constant(ir.IntegerAttr.get(T.i32(), i), loc=loc, ip=ip)
+        vector = llvm.insertelement(vector, word.ir_value(loc=loc, ip=ip), index, loc=loc, ip=ip)
+    llvm.store(vector, target, alignment=4 * len(words), loc=loc, ip=ip)
+
+
+@dsl_user_op
+def load_scalar(ptr, dtype, *, loc=None, ip=None):
+    """One element as float32."""
+    return convert.widen(load_words(ptr, 1, dtype.width, loc=loc, ip=ip)[0], dtype, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def store_scalar(ptr, value, dtype, *, loc=None, ip=None):
+    """Round one float32 to nearest even and store it."""
+    bits = convert.narrow(value, dtype, loc=loc, ip=ip)
+    llvm.store(bits.ir_value(loc=loc, ip=ip), ptr.to_llvm_ptr(loc=loc, ip=ip), alignment=dtype.width // 8, loc=loc, ip=ip)
+
+
+def load(ptr, dtype, count, access_bytes):
+    """`count` contiguous elements as float32, by accesses of `access_bytes` (one element's size up to 16)."""
+    per_access = access_bytes * 8 // dtype.width
+    if access_bytes < 4:
+        return [load_scalar(ptr + i, dtype) for i in range(count)]
+    bits = convert.word_bits(dtype, access_bytes)
+    values = []
+    for first in range(0, count, per_access):
+        values += convert.unpack(load_words(ptr + first, access_bytes * 8 // bits, bits), dtype)
+    return values
+
+
+def store(ptr, values, dtype, access_bytes):
+    """Round float32 values to nearest even and store them contiguously, by accesses of `access_bytes`."""
+    if access_bytes < 4:
+        for i, value in enumerate(values):
+            store_scalar(ptr + i, value, dtype)
+        return
+    per_access = access_bytes * 8 // dtype.width
+    for first in range(0, len(values), per_access):
+        store_words(ptr + first, convert.pack(values[first : first + per_access], dtype))
+
+
+def bulk_load(dst, src, n_bytes, mbar):
+    """This thread copies `n_bytes` (a multiple of 16) to shared memory; `mbar` counts the bytes.  No election."""
+    prims.cp_async_bulk_shared_cluster_global(dst.raw_ptr(), src.raw_ptr(), mbar.raw_ptr(), n_bytes)
+
+
+def bulk_store(dst, src, n_bytes):
+    """This thread copies `n_bytes` (a multiple of 16) to global memory, in its current bulk group.  No election."""
+    prims.cp_async_bulk_global_shared_cta(dst.raw_ptr(), src.raw_ptr(), n_bytes)

@@ -1,0 +1,1 @@
+"""Public operators: signature, docstring, validation and dispatch, one file each."""

@@ -1,0 +1,75 @@
+"""Checks that operators share; each error names the argument, what was expected, what came, and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from cute_ssm.errors import describe
+
+DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.int32: "int32",
+    torch.int64: "int64",
+}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return ``"float16"`` for ``torch.float16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensors(tensors: Mapping[str, object], optional: Iterable[str]) -> None:
+    """Raise unless all are tensors (or None where optional) of one device."""
+    optional = set(optional)
+    device = None
+    for name, value in tensors.items():
+        if value is None and name in optional:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(describe(name, "a torch.Tensor", type(value).__name__))
+        if device is None:
+            first, device = name, value.device
+        elif value.device != device:
+            fix = f"move it with {name}.to({str(device)!r})"
+            raise ValueError(describe(name, f"a tensor on {device} like {first}", f"one on {value.device}", fix))
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: Iterable[torch.dtype], why: str = "") -> None:
+    """Raise unless the tensor has one of the types."""
+    allowed = tuple(allowed)
+    if tensor.dtype not in allowed:
+        raise TypeError(describe(name, f"dtype {' or '.join(map(name_of, allowed))}", name_of(tensor.dtype), why))
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], letters: str) -> None:
+    """Raise unless the shape is the given one; `letters` spells it in the user's terms."""
+    if tensor.shape != shape:
+        raise ValueError(describe(name, f"shape {letters} = {shape}", tuple(tensor.shape)))
+
+
+def check_last_contiguous(name: str, tensor: Tensor) -> None:
+    """Raise unless the last dimension has stride 1."""
+    if tensor.stride(-1) != 1:
+        raise ValueError(
+            describe(name, "stride 1 in its last dimension", f"strides {tensor.stride()}", f"pass {name}.contiguous()")
+        )
+
+
+def aligned(tensor: Tensor, n_bytes: int) -> bool:
+    """Whether the address and all strides but the last are multiples of `n_bytes`."""
+    size = tensor.element_size()
+    return tensor.data_ptr() % n_bytes == 0 and all(s * size % n_bytes == 0 for s in tensor.stride()[:-1])
+
+
+def check_slots(name: str, indices: Tensor, slots: int, pad_slot_id: int) -> None:
+    """Raise if an index on the CPU is neither a slot nor the pad; indices on a GPU are never read here."""
+    outside = ((indices < 0) | (indices >= slots)) & (indices != pad_slot_id)
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0, 0])
+        expected = f"slots in [0, {slots}) or pad_slot_id = {pad_slot_id}"
+        raise ValueError(describe(name, expected, f"{int(indices[row])} at position {row}"))

@@ -1,0 +1,149 @@
+"""The config of `kernels.selective_step`, and the choice of one.
+
+What a result's bits depend on (`lanes`) is chosen from the spec alone; what only moves work (`rows`, `warps`) may also
+depend on the amount of work.  So a sequence's result does not depend on the batch it is part of.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+from cute_ssm.arch import Arch
+from cute_ssm.errors import UnsupportedSpecError
+from cute_ssm.spec import ITEMSIZE, Config, SelectiveStateUpdateSpec
+from cute_ssm.tuning import apply_override
+
+WARP = 32
+RING = 3  # stages of a persistent warp: one unit arrives, one is worked on, one leaves
+ACCESS_BYTES = 16
+UNIT_BYTES = 16384  # largest unit: four warps then fill an SM's shared memory, and keep 64 KiB arriving
+RESIDENT_CTAS = 16  # of one warp, per SM: more would not make the memory busier
+CTA_BYTES = 1024 + 128  # shared memory of a CTA besides its ring
+FULL = 0.9  # units per SM below which units are made smaller
+
+
+@dataclass(frozen=True)
+class SelectiveStepConfig(Config):
+    """Knobs of `SelectiveStep`.
+
+    Attributes
+    ----------
+    lanes : int
+        Lanes that share a row of the state: a power of two.
+    rows : int
+        Rows of a unit, which one warp takes at a time: a divisor of dim, and a multiple of a block.
+    warps : int
+        Warps of a CTA, each with units and a ring of its own.
+    stages : int
+        3: a ring, the grid is persistent.  1: the grid has a warp for every unit.
+    ctas_per_sm : int
+        Upper bound of the persistent grid, per SM.
+    """
+
+    lanes: int
+    rows: int
+    warps: int
+    stages: int
+    ctas_per_sm: int
+
+    def unit_bytes(self, spec: SelectiveStateUpdateSpec) -> int:
+        """Bytes of one unit, a multiple of 16."""
+        return self.rows * spec.dstate * ITEMSIZE[spec.state_dtype]
+
+    def shared_bytes(self, spec: SelectiveStateUpdateSpec) -> int:
+        """Shared memory of one CTA: rings and their barriers."""
+        return self.warps * self.stages * (self.unit_bytes(spec) + 8)
+
+    def check(self, spec: SelectiveStateUpdateSpec, arch: Arch) -> None:
+        """Raise `UnsupportedSpecError` if the kernel cannot run so."""
+        block = min(block_rows(spec), self.rows)
+        steps = block * self.lanes // WARP
+        problems = {
+            "lanes": self.lanes in (1, 2, 4, 8, 16, 32) and 1 <= steps <= self.lanes,
+            "rows": self.rows >= 8 and self.rows % block == 0 and spec.dim % self.rows == 0,
+            "warps": 1 <= self.warps <= 32,
+            "stages": self.stages in (1, RING),
+            "ctas_per_sm": self.ctas_per_sm >= 1,
+            "shared memory": self.shared_bytes(spec) <= arch.shared_bytes,
+        }
+        bad = [name for name, good in problems.items() if not good]
+        if bad:
+            raise UnsupportedSpecError(f"config: {', '.join(bad)} of {self} do not fit {spec.text()} on {arch.name}")
+
+
+def block_rows(spec: SelectiveStateUpdateSpec) -> int:
+    """Rows that a warp sums at once, one per lane if dim allows."""
+    return math.gcd(spec.dim, WARP)
+
+
+def state_vector(spec: SelectiveStateUpdateSpec) -> int:
+    """Elements of the widest access, up to 16 bytes, that divides a row of the state."""
+    return math.gcd(spec.dstate, ACCESS_BYTES // ITEMSIZE[spec.state_dtype])
+
+
+def input_vector(spec: SelectiveStateUpdateSpec, itemsize: int) -> int:
+    """Elements of one access to a row of B, C or A, if rows are aligned: those of `state_vector`, up to 16 bytes."""
+    return min(state_vector(spec), ACCESS_BYTES // itemsize)
+
+
+def bank_conflicts(spec: SelectiveStateUpdateSpec, lanes: int) -> int:
+    """Excess wavefronts of a warp's access to a block: a quarter warp of 16 bytes a lane can meet every bank once."""
+    access = state_vector(spec) * ITEMSIZE[spec.state_dtype]
+    pitch = spec.dstate * ITEMSIZE[spec.state_dtype]
+    stride, steps = WARP // lanes, block_rows(spec) * lanes // WARP
+    group = min(WARP, 128 // access)
+    excess = 0
+    for first in range(0, WARP, group):
+        words: dict[int, set[int]] = {}
+        for lane in range(first, first + group):
+            row = lane % lanes % steps * stride + lane // lanes
+            start = row * pitch + lane % lanes * access
+            for word in range(start // 4, -(-(start + access) // 4)):
+                words.setdefault(word % 32, set()).add(word)
+        excess += max(len(found) for found in words.values()) - 1
+    return excess
+
+
+@functools.lru_cache(maxsize=1024)
+def lanes_of(spec: SelectiveStateUpdateSpec) -> int:
+    """Lanes per row: least idle lanes, then no bank conflicts, then about 16 columns a lane, then fewer exchanges."""
+    accesses = spec.dstate // state_vector(spec)
+
+    def cost(lanes: int) -> tuple[float, int, int, int]:
+        per_lane = -(-accesses // lanes)
+        columns = per_lane * state_vector(spec)
+        idle = per_lane * lanes / accesses
+        return (idle if columns <= 32 else math.inf, bank_conflicts(spec, lanes), abs(columns - 16), lanes)
+
+    return min((n for n in (2, 4, 8, 16, 32) if n * block_rows(spec) >= WARP), key=cost)
+
+
+def choose(spec: SelectiveStateUpdateSpec, arch: Arch, heads: int, sm_count: int) -> SelectiveStepConfig:
+    """Return the config for ``heads`` (sequence, head) pairs on ``sm_count`` SMs, as `tuning.override` would have it."""
+    return apply_override(_choose(spec, arch, heads, sm_count))
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(spec: SelectiveStateUpdateSpec, arch: Arch, heads: int, sm_count: int) -> SelectiveStepConfig:
+    """Return the config for ``heads`` (sequence, head) pairs on ``sm_count`` SMs.
+
+    Units are as large as 16 KiB allow while (nearly) every SM still gets one.  With no more of them than one wave of
+    single warps, every unit gets a warp and a CTA of its own; with more, warps are persistent.
+    """
+    lanes = lanes_of(spec)
+    smallest = max(8, WARP // lanes)
+    block = block_rows(spec)
+    sizes = [r for r in (8, 16, 32) if smallest <= r <= block]
+    sizes += [r for r in range(2 * block, spec.dim + 1, block) if spec.dim % r == 0]
+    row_bytes = spec.dstate * ITEMSIZE[spec.state_dtype]
+    fitting = [r for r in sizes if r * row_bytes <= UNIT_BYTES] or sizes[:1]
+    rows = ([r for r in fitting if heads * (spec.dim // r) >= FULL * sm_count] or fitting[:1])[-1]
+    units = heads * (spec.dim // rows)
+    alone = min(RESIDENT_CTAS, arch.shared_bytes // (rows * row_bytes + CTA_BYTES))
+    if units <= alone * sm_count:
+        return SelectiveStepConfig(lanes, rows, warps=1, stages=1, ctas_per_sm=alone)
+    persistent = max(1, min(RESIDENT_CTAS, arch.shared_bytes // (RING * rows * row_bytes + CTA_BYTES)))
+    warps = 2 if persistent >= 4 else 1
+    return SelectiveStepConfig(lanes, rows, warps, RING, ctas_per_sm=persistent // warps)
