@@ -46,15 +46,13 @@ class NoneSpec:
 
 
 class ConstantSpec(NoneSpec):
-    """A compile-time constant: the call must repeat the value."""
-
-    optional = False
+    """A compile-time constant: the call repeats the value or passes None."""
 
     def __init__(self, name, value):
         self.name, self.value = name, value
 
     def pack(self, value, symbols, keep):
-        if value is not self.value and value != self.value:
+        if value is not None and value != self.value:
             raise ValueError(f"{self.name}: compiled for the constant {self.value!r}, got {value!r}")
         return []
 
@@ -216,5 +214,8 @@ def describe(name, fake, annotation=None):
     if isinstance(fake, (bool, int, float)):
         return ScalarSpec(name, numeric or (Float32 if isinstance(fake, float) else Int32))
     if isinstance(fake, (tuple, list)):
+        if hasattr(fake, "_fields"):
+            kinds = getattr(type(fake), "__annotations__", {})
+            return SequenceSpec(name, [describe(f"{name}.{f}", v, kinds.get(f)) for f, v in zip(fake._fields, fake, strict=True)])
         return SequenceSpec(name, [describe(f"{name}[{i}]", item) for i, item in enumerate(fake)])
     raise TypeError(f"{name}: cannot compile for a {type(fake).__name__}; pass a fake tensor, a number or None")

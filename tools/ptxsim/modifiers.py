@@ -29,7 +29,8 @@ _TABLE = {
     "setp set": f"{INT} {FLOAT} {COMPARE}", "selp slct": f"{INT} {FLOAT} ftz", "mov": f"pred {INT} {FLOAT}",
     "cvt": f"{INT} {FLOAT} tf32 e4m3x2 e5m2x2 e4m3x4 e5m2x4 {ROUND} rni rzi rmi rpi rna rs satfinite relu pack",
     "cvta": f"to u32 u64 {SPACE}", "isspacep": SPACE,
-    "ld ldu": f"{INT} {FLOAT} {SPACE} {ORDER} {CACHE} {VECTOR} b128", "st": f"{INT} {FLOAT} {SPACE} {ORDER} {CACHE} {VECTOR} b128",
+    "ld ldu": f"{INT} {FLOAT} {SPACE} {ORDER} {CACHE} {VECTOR} b128",
+    "st": f"{INT} {FLOAT} {SPACE} {ORDER} {CACHE} {VECTOR} b128 async mbarrier::complete_tx::bytes",
     "prefetch prefetchu": f"{SPACE} L1 L2 L2::evict_last L2::evict_normal tensormap", "applypriority": "global L2::evict_normal",
     "discard": "global L2", "createpolicy": f"fractional range cvt {CACHE} L2::evict_unchanged b64 global",
     "fence membar": ("proxy alias async async::generic async.global async.shared::cta async.shared::cluster global "

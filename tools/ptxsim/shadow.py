@@ -393,6 +393,21 @@ class Shadow:
             slot = self.entry(int(cells[i]))[2]
             self.record_write(slot, units, ins.line)
 
+    def store_async(self, S, index, nbytes, ins, cells):
+        """st.async: a write that completes on an mbarrier; races are looked for in the CTA's own memory only."""
+        for i in range(S.n):
+            units, _ = self.units(index[i:i + 1], nbytes)
+            if self.init:
+                self.written[units] = True
+            if not self.race:
+                continue
+            cta = int(S.cta[i])
+            if int(index[i]) // self.wave.smem_stride == cta:
+                thread = int(S.lanes[i] % self.T)
+                self.check_writer(cta, thread, units, ins, "write-write race")
+                self.check_readers(cta, thread, units, ins)
+            self.record_write(self.entry(int(cells[i]))[2], units, ins.line)
+
     def bulk_read(self, S, index, granule, ins, cells, group):
         """A TMA store reads shared memory; it is pending until the issuing thread's wait_group."""
         for i in range(len(index)):
