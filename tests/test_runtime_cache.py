@@ -17,11 +17,13 @@ from cute_ssm.errors import CompileError, CuteSsmError, UnsupportedArchError, Un
 from cute_ssm.runtime import compiler, store, toolchain
 
 SM_90A = arch.SM_90A
+SOURCES_CHANGED = toolchain.sources_changed
 
 
 @pytest.fixture
-def cache(settings, tmp_path):
-    """An empty cache folder, and nothing in memory."""
+def cache(settings, tmp_path, monkeypatch):
+    """An empty cache folder, and nothing in memory; nobody edits the sources meanwhile."""
+    monkeypatch.setattr(toolchain, "sources_changed", lambda: False)
     folder = tmp_path / "cache"
     settings(CACHE_DIR=folder)
     return folder
@@ -195,6 +197,19 @@ def test_another_toolchain_has_a_folder_of_its_own(cache, compiled, monkeypatch)
     assert len({path.parent for path in objects(cache)}) == 2
 
 
+def test_edited_sources_are_not_stored_under_the_digest_of_the_old_ones(cache, compiled, warnings, monkeypatch):
+    monkeypatch.setattr(toolchain, "sources_changed", SOURCES_CHANGED)
+    monkeypatch.setattr(toolchain, "_hash_sources", toolchain.sources_digest)
+    runtime.get(TinySpec(), arch=SM_90A)
+    monkeypatch.setattr(toolchain, "_hash_sources", lambda: "of the edited sources")
+    runtime.forget()
+    for factor in (3.0, 4.0):
+        assert callable_(runtime.get(TinySpec(factor=factor), arch=SM_90A))
+    assert len(objects(cache)) == 1
+    assert len(warnings()) == 1
+    assert "the sources of cute_ssm have changed" in warnings()[0]
+
+
 def refuse(code):
     def refusing(*_, **__):
         raise OSError(code, os.strerror(code))
@@ -296,7 +311,7 @@ def test_a_bad_bundle_is_a_miss(cache, settings, tmp_path, compiled, warnings, c
 
 def test_compiling_into_an_unwritable_folder_is_an_error(settings, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CuteSsmError, match="folder: expected a writable folder"):
+    with pytest.raises(CuteSsmError, match="folder: expected one that can be written"):
         runtime.compile_to(tmp_path / "file", TinySpec(), arch=SM_90A)
 
 

@@ -12,7 +12,7 @@ from tiny_spec import TinySpec
 import cute_ssm
 from cute_ssm import arch, env, runtime
 from cute_ssm.__main__ import main
-from cute_ssm.runtime import doctor
+from cute_ssm.runtime import doctor, toolchain
 
 GOOD = doctor.Facts(
     python="3.12.1",
@@ -90,6 +90,7 @@ def test_a_bad_variable_is_reported(settings, capsys):
 
 def test_cache(settings, tmp_path, capsys, monkeypatch):
     settings(CACHE_DIR=tmp_path)
+    monkeypatch.setattr(toolchain, "sources_changed", lambda: False)
     (tmp_path / "precious.o").write_text("not ours")
     (tmp_path / "a" / "b" / "c").mkdir(parents=True)
     (tmp_path / "a" / "b" / "c" / "meta.json").write_text("not ours either")

@@ -13,6 +13,7 @@ import pytest
 from tiny_spec import TinyConfig, TinySpec
 
 from cute_ssm import arch, runtime
+from cute_ssm.runtime import toolchain
 from cute_ssm.runtime.store import Key, Store
 
 TESTS = Path(__file__).parent
@@ -24,7 +25,9 @@ from pathlib import Path
 from tiny_spec import TinySpec
 import tiny_kernel
 from cute_ssm import arch, runtime
-from cute_ssm.runtime import compiler
+from cute_ssm.runtime import compiler, toolchain
+toolchain.sources_digest = lambda: sys.argv[3]  # the same for all, even if somebody edits the sources meanwhile
+toolchain.sources_changed = lambda: False
 real = compiler.compile_kernel
 folder = Path(sys.argv[1])
 
@@ -55,15 +58,17 @@ check(runtime.get(TinySpec(), arch=arch.SM_90A))
 
 
 @pytest.fixture
-def spawn(settings, tmp_path):
+def spawn(settings, tmp_path, monkeypatch):
     """Start ``spawn(script, seconds a compile is drawn out)`` on the cache of this test."""
     settings(CACHE_DIR=tmp_path / "cache")
+    monkeypatch.setattr(toolchain, "sources_changed", lambda: False)
+    sources = str(toolchain.description()["sources"])
     running = []
 
     def start(script, compile_s=0.0):
         path = os.pathsep.join([str(TESTS), *sys.path])
         process = subprocess.Popen(
-            [sys.executable, "-c", PROLOGUE + script, str(tmp_path), str(compile_s)],
+            [sys.executable, "-c", PROLOGUE + script, str(tmp_path), str(compile_s), sources],
             env={**os.environ, "PYTHONPATH": path, "CUTE_SSM_LOG": "compile"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -78,7 +78,9 @@ def compile_to(folder: str | Path, spec: Spec, config: Config | None = None, arc
         with store.lock(key) as held:
             data, seconds = _compile(key)
             if not (held and store.write(key, data, seconds)):
-                raise CuteSsmError(describe("folder", "a writable folder", repr(str(folder))))
+                raise CuteSsmError(
+                    describe("folder", "one that can be written", repr(str(folder)), "see the warning before")
+                )
     return store.path(key)
 
 

@@ -103,6 +103,9 @@ class Store:
 
     def write(self, key: Key, data: bytes, compile_s: float) -> bool:
         """Store an object, with the key's lock held; say whether it was possible."""
+        if toolchain.sources_changed():
+            self.trouble("write", "the sources of cute_ssm have changed since this process read them")
+            return False
         path = self.path(key)
         record = {
             "kernel": registry.kernel_path(key.spec),

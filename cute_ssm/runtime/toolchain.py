@@ -75,7 +75,16 @@ def dsl_distributions() -> dict[str, str]:
 
 @functools.cache
 def sources_digest() -> str:
-    """Return a digest of the sources a kernel is made of."""
+    """Return a digest of the sources a kernel is made of, as they are at the first call."""
+    return _hash_sources()
+
+
+def sources_changed() -> bool:
+    """Say whether the sources have been edited since, so that what runs here is not what the digest stands for."""
+    return _hash_sources() != sources_digest()
+
+
+def _hash_sources() -> str:
     root = Path(cute_ssm.__file__).parent
     hasher = hashlib.sha256()
     for top in _SOURCES:
