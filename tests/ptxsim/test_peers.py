@@ -1,4 +1,5 @@
 """Kernels we did not write, unchanged: QuACK's (CuTe DSL) and a Triton kernel, emulated and compared with torch."""
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -9,7 +10,7 @@ import cutlass.cute as cute  # noqa: E402
 import ptxsim  # noqa: E402
 
 pytestmark = pytest.mark.peers
-CHECKED = dict(racecheck=True)     # not initcheck: QuACK's reductions read shared rows that lie past the batch, unused
+CHECKED = dict(racecheck=True)  # not initcheck: QuACK's reductions read shared rows that lie past the batch, unused
 
 
 def compile_peer(monkeypatch, compile_function, *args, **kwargs):
@@ -31,6 +32,7 @@ def quack(monkeypatch):
 @pytest.mark.parametrize("rows,columns", [(5, 1000), (2, 4096)])
 def test_quack_softmax(quack, monkeypatch, rows, columns, options):
     from quack.softmax import Softmax
+
     kernel = compile_peer(monkeypatch, Softmax.compile, cutlass.BFloat16, cutlass.BFloat16, columns)
     x = torch.randn(rows, columns).bfloat16()
     out = torch.empty_like(x)
@@ -43,9 +45,23 @@ def test_quack_softmax(quack, monkeypatch, rows, columns, options):
 def test_quack_rmsnorm(quack, monkeypatch, columns, options):
     """The wide case runs as a cluster that reduces through distributed shared memory."""
     from quack.rmsnorm import _compile_rmsnorm_fwd
+
     bf16 = cutlass.BFloat16
-    kernel = compile_peer(monkeypatch, _compile_rmsnorm_fwd, bf16, bf16, None, cutlass.Float32, None, None, columns, False,
-                          False, False, False)
+    kernel = compile_peer(
+        monkeypatch,
+        _compile_rmsnorm_fwd,
+        bf16,
+        bf16,
+        None,
+        cutlass.Float32,
+        None,
+        None,
+        columns,
+        False,
+        False,
+        False,
+        False,
+    )
     x, weight = torch.randn(3, columns).bfloat16(), torch.randn(columns)
     out = torch.empty_like(x)
     with ptxsim.emulate(**options) as session:
@@ -63,17 +79,48 @@ def test_quack_gemm_sm90(quack, monkeypatch, cluster, pingpong, options):
     from quack.gemm_default_epi import GemmDefaultSm90
     from quack.gemm_tvm_ffi_utils import make_scheduler_args
     from quack.rounding import RoundingMode
+
     bf16 = cutlass.BFloat16
     kernel = compile_peer(
-        monkeypatch, gemm._compile_gemm, bf16, bf16, bf16, None, "k", "k", "n", None, (128, 128), cluster, pingpong, True,
-        False, None, None, None, 0, 0, False, (), False, False, False, False, False, (9, 0), RoundingMode.RN, 0, None)
+        monkeypatch,
+        gemm._compile_gemm,
+        bf16,
+        bf16,
+        bf16,
+        None,
+        "k",
+        "k",
+        "n",
+        None,
+        (128, 128),
+        cluster,
+        pingpong,
+        True,
+        False,
+        None,
+        None,
+        None,
+        0,
+        0,
+        False,
+        (),
+        False,
+        False,
+        False,
+        False,
+        False,
+        (9, 0),
+        RoundingMode.RN,
+        0,
+        None,
+    )
     m, n, k = 384, 256, 192
     a, b = torch.randn(1, m, k).bfloat16(), torch.randn(1, n, k).bfloat16()
     out = torch.full((1, m, n), float("nan")).bfloat16()
     epilogue = GemmDefaultSm90.EpilogueArguments()
     with ptxsim.emulate(**options):
         kernel(a, b, out, None, epilogue, make_scheduler_args(2, 8, None), None, None, None, None)
-    want = (a.float() @ b.float().mT)
+    want = a.float() @ b.float().mT
     torch.testing.assert_close(out.float(), want, atol=0.15, rtol=1e-2)
 
 
@@ -81,8 +128,9 @@ def test_quack_gemm_sm90(quack, monkeypatch, cluster, pingpong, options):
 def test_triton_kernel(options):
     """A state update written in Triton, compiled for sm_90."""
     triton = pytest.importorskip("triton")
-    from ptxsim.triton_hook import emulate_triton
     from triton import language as tl
+
+    from ptxsim.triton_hook import emulate_triton
 
     @triton.jit
     def step(state, x, b, out, decay, N: tl.constexpr):

@@ -1,4 +1,5 @@
 """A small CuTe DSL kernel with bulk copies, a ring of stages and named bugs: each is caught and leads to its line."""
+
 import re
 
 import pytest
@@ -16,8 +17,13 @@ import ptxsim  # noqa: E402
 
 WIDTH, THREADS, STAGES = 128, 64, 2
 BYTES = WIDTH * 4
-MODES = [{}, dict(async_mode="late"), *(dict(schedule=s) for s in (1, 2, 3)), dict(racecheck=True, initcheck=True),
-         dict(racecheck=True, initcheck=True, async_mode="late", schedule=4)]
+MODES = [
+    {},
+    dict(async_mode="late"),
+    *(dict(schedule=s) for s in (1, 2, 3)),
+    dict(racecheck=True, initcheck=True),
+    dict(racecheck=True, initcheck=True, async_mode="late", schedule=4),
+]
 
 
 class Reverse:
@@ -97,7 +103,10 @@ class Reverse:
 
 def compiled(bug=""):
     rows = cute.sym_int()
-    fakes = [make_fake_tensor(Float32, (rows, WIDTH), (cute.sym_int64(divisibility=4), 1), assumed_align=16) for _ in range(2)]
+    fakes = [
+        make_fake_tensor(Float32, (rows, WIDTH), (cute.sym_int64(divisibility=4), 1), assumed_align=16)
+        for _ in range(2)
+    ]
     return ptxsim.compile(Reverse(bug), *fakes, Int32(1))
 
 
@@ -122,16 +131,31 @@ def test_the_correct_kernel_passes(correct, options):
 RACE = dict(racecheck=True)
 
 
-@pytest.mark.parametrize("bug,options,error,message,line", [
-    ("missing barrier", RACE, ptxsim.RaceError, "write-read race on shared byte", "ld.shared"),
-    ("missing proxy fence", RACE, ptxsim.RaceError, "missing fence.proxy.async", "cp.async.bulk.global.shared"),
-    ("wrong phase", dict(racecheck=True, async_mode="late"), ptxsim.RaceError, "mbarrier not waited for", "ld.shared"),
-    ("wrong phase", {}, ptxsim.Deadlock, "threads .*wait .*phase 0, 1 arrivals", "mbarrier.try_wait"),
-    ("early reuse", RACE, ptxsim.RaceError, "read-write race.*\n.*\n.*bulk copy issued by warp 0", "st.shared"),
-    ("row past the end", {}, ptxsim.MemoryFault, "past the end of 'x'", "cp.async.bulk.shared"),
-    ("uninitialised", dict(initcheck=True), ptxsim.UninitialisedRead, "that nothing has written", "ld.shared"),
-    ("deadlock", {}, ptxsim.Deadlock, r"threads .*wait .*mbarrier at shared 0x\w+: phase 0, 0 arrivals and 16 bytes outstanding\) at PTX line", "mbarrier.try_wait"),
-])
+@pytest.mark.parametrize(
+    "bug,options,error,message,line",
+    [
+        ("missing barrier", RACE, ptxsim.RaceError, "write-read race on shared byte", "ld.shared"),
+        ("missing proxy fence", RACE, ptxsim.RaceError, "missing fence.proxy.async", "cp.async.bulk.global.shared"),
+        (
+            "wrong phase",
+            dict(racecheck=True, async_mode="late"),
+            ptxsim.RaceError,
+            "mbarrier not waited for",
+            "ld.shared",
+        ),
+        ("wrong phase", {}, ptxsim.Deadlock, "threads .*wait .*phase 0, 1 arrivals", "mbarrier.try_wait"),
+        ("early reuse", RACE, ptxsim.RaceError, "read-write race.*\n.*\n.*bulk copy issued by warp 0", "st.shared"),
+        ("row past the end", {}, ptxsim.MemoryFault, "past the end of 'x'", "cp.async.bulk.shared"),
+        ("uninitialised", dict(initcheck=True), ptxsim.UninitialisedRead, "that nothing has written", "ld.shared"),
+        (
+            "deadlock",
+            {},
+            ptxsim.Deadlock,
+            r"threads .*wait .*mbarrier at shared 0x\w+: phase 0, 0 arrivals and 16 bytes outstanding\) at PTX line",
+            "mbarrier.try_wait",
+        ),
+    ],
+)
 def test_each_bug_is_caught_at_its_line(bug, options, error, message, line):
     kernel = compiled(bug)
     with pytest.raises(error) as caught:

@@ -1,14 +1,15 @@
 """Conflicting accesses of different CTAs to global memory within one launch.
 
-Per element of every registered tensor: the CTA that last wrote it and the CTA that read it.  CTAs that have used a global
-atomic, an acquire or release access or a cluster barrier before the access are trusted to be ordered by it.
+Per element of every registered tensor: the CTA that last wrote it and the CTA that read it.  CTAs that have used a
+global atomic, an acquire or release access or a cluster barrier before the access are trusted to be ordered by it.
 """
+
 from __future__ import annotations
 
 import numpy as np
 
-LIMIT = 1 << 28                    # allocations with more bytes are not watched
-MANY = -1                          # read by more than one CTA
+LIMIT = 1 << 28  # allocations with more bytes are not watched
+MANY = -1  # read by more than one CTA
 
 
 class _Cells:
@@ -70,12 +71,23 @@ class GlobalShadow:
             return
         reader = known.reader[cell]
         self.report("write-write", bad, known, cell, own, writer, known.write_line, ins, S)
-        self.report("read-write", checked & (reader != own) & (reader != 0), known, cell, own, reader, known.read_line, ins, S)
+        self.report(
+            "read-write", checked & (reader != own) & (reader != 0), known, cell, own, reader, known.read_line, ins, S
+        )
         known.writer[cell] = own
         known.write_line[cell] = ins.line
         if own[0] != own[-1]:
-            self.report("write-write", checked & (known.writer[cell] != own), known, cell, own, known.writer[cell],
-                        known.write_line, ins, S)
+            self.report(
+                "write-write",
+                checked & (known.writer[cell] != own),
+                known,
+                cell,
+                own,
+                known.writer[cell],
+                known.write_line,
+                ins,
+                S,
+            )
 
     def report(self, kind, bad, known, cell, own, other, lines, ins, S):
         if not bad.any():
@@ -88,11 +100,12 @@ class GlobalShadow:
         address = known.base + int(cell[at]) * known.unit
         alloc = self.launch.memory.find(address)
         place = f"{alloc.name!r} + {address - alloc.base}" if alloc else f"0x{address:x}"
-        text = next((i.text for i in self.launch.program.kernel.instrs if i.line == earlier), "?")
+        text = self.launch.program.text_of(earlier)
         who = "several CTAs" if other[at] == MANY else f"CTA {self.cta_name(int(other[at]) - 1)}"
         self.found[key] = (
             f"{kind} race between CTAs on {place}\n    earlier: PTX line {earlier}: {text[:120]}\n             by {who}\n"
-            f"    later:   PTX line {ins.line}: {ins.text[:120]}\n             by CTA {self.cta_name(int(own[at]) - 1)}")
+            f"    later:   PTX line {ins.line}: {ins.text[:120]}\n             by CTA {self.cta_name(int(own[at]) - 1)}"
+        )
 
     def cta_name(self, number):
         gx, gy, _ = self.launch.grid

@@ -4,6 +4,7 @@ A tensor reaches the host code as a descriptor: the data pointer, then the dynam
 Sizes and strides are two groups (LLVM structs); members have the width of their SymInt, and each group is aligned and
 padded to its widest member.  Static sizes and strides are part of the compiled code and therefore not passed.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -75,7 +76,7 @@ class ScalarSpec(NoneSpec):
         self.name, self.kind, self.symbol = name, kind, symbol
 
     def pack(self, value, symbols, keep):
-        if isinstance(value, bool) and self.kind.__name__ != "Boolean" or not isinstance(value, (bool, int, float)):
+        if (isinstance(value, bool) and self.kind.__name__ != "Boolean") or not isinstance(value, (bool, int, float)):
             if type(value) is not self.kind:
                 raise TypeError(f"{self.name}: expected a number ({self.kind.__name__}), got {type(value).__name__}")
             value = value.value
@@ -160,7 +161,7 @@ class TensorSpec(NoneSpec):
                 dynamic.append(got)
         empty = 0 in shape
         for i, (want, got) in enumerate(zip(self.stride, stride)):
-            free = empty or shape[i] == 1            # such a stride never multiplies anything but zero
+            free = empty or shape[i] == 1  # such a stride never multiplies anything but zero
             if isinstance(want, int):
                 if want != got and not free:
                     raise ValueError(f"{self.name}.stride[{i}] is {got}, compiled for {want}")
@@ -177,16 +178,31 @@ class TensorSpec(NoneSpec):
         return [ctypes.addressof(data)]
 
 
-_TORCH = {"Float64": ("float64",), "Float32": ("float32",), "TFloat32": ("float32",), "Float16": ("float16",),
-          "BFloat16": ("bfloat16",), "Float8E4M3FN": ("float8_e4m3fn", "uint8"), "Float8E5M2": ("float8_e5m2", "uint8"),
-          "Float8E8M0FNU": ("float8_e8m0fnu", "uint8"), "Int64": ("int64",), "Int32": ("int32",), "Int16": ("int16",),
-          "Int8": ("int8",), "Uint64": ("uint64", "int64"), "Uint32": ("uint32", "int32"),
-          "Uint16": ("uint16", "int16"), "Uint8": ("uint8", "bool"), "Boolean": ("bool",)}
+_TORCH = {
+    "Float64": ("float64",),
+    "Float32": ("float32",),
+    "TFloat32": ("float32",),
+    "Float16": ("float16",),
+    "BFloat16": ("bfloat16",),
+    "Float8E4M3FN": ("float8_e4m3fn", "uint8"),
+    "Float8E5M2": ("float8_e5m2", "uint8"),
+    "Float8E8M0FNU": ("float8_e8m0fnu", "uint8"),
+    "Int64": ("int64",),
+    "Int32": ("int32",),
+    "Int16": ("int16",),
+    "Int8": ("int8",),
+    "Uint64": ("uint64", "int64"),
+    "Uint32": ("uint32", "int32"),
+    "Uint16": ("uint16", "int16"),
+    "Uint8": ("uint8", "bool"),
+    "Boolean": ("bool",),
+}
 
 
 def torch_dtypes(kind):
     """The torch dtypes that may be passed for a DSL element type."""
     import torch
+
     names = _TORCH.get(kind.__name__)
     if names is None:
         raise TypeError(f"tensors of {kind.__name__} cannot be emulated")
@@ -198,6 +214,7 @@ def describe(name, fake, annotation=None):
     from cutlass import Float32, Int32, Int64
     from cutlass.base_dsl.typing import Numeric
     from cutlass.cute.typing import SymInt
+
     if fake is None:
         return NoneSpec(name)
     if "Constexpr" in str(annotation):
@@ -216,6 +233,8 @@ def describe(name, fake, annotation=None):
     if isinstance(fake, (tuple, list)):
         if hasattr(fake, "_fields"):
             kinds = getattr(type(fake), "__annotations__", {})
-            return SequenceSpec(name, [describe(f"{name}.{f}", v, kinds.get(f)) for f, v in zip(fake._fields, fake, strict=True)])
+            return SequenceSpec(
+                name, [describe(f"{name}.{f}", v, kinds.get(f)) for f, v in zip(fake._fields, fake, strict=True)]
+            )
         return SequenceSpec(name, [describe(f"{name}[{i}]", item) for i, item in enumerate(fake)])
     raise TypeError(f"{name}: cannot compile for a {type(fake).__name__}; pass a fake tensor, a number or None")

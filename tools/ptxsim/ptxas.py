@@ -1,4 +1,5 @@
 """What ptxas reports about a compiled kernel."""
+
 from __future__ import annotations
 
 import re
@@ -10,6 +11,7 @@ _KERNEL = re.compile(r"Compiling entry function '([^']+)' for '([^']+)'(.*?)(?=C
 @dataclass(frozen=True)
 class KernelInfo:
     """Resources of one kernel; ``spill_bytes`` adds up spill stores and loads, ``shared_bytes`` is static."""
+
     name: str
     registers: int
     spill_bytes: int
@@ -21,12 +23,20 @@ def parse(text):
     """KernelInfo of every entry function in the output of ``ptxas -v``."""
     out = []
     for name, _, body in _KERNEL.findall(text):
+
         def number(pattern, body=body):
             found = re.search(pattern, body)
             return int(found.group(1)) if found else 0
+
         if not re.search(r"Used \d+ registers", body):
             continue
-        out.append(KernelInfo(name, number(r"Used (\d+) registers"),
-                              number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
-                              number(r"(\d+) bytes smem"), number(r"(\d+) bytes stack frame")))
+        out.append(
+            KernelInfo(
+                name,
+                number(r"Used (\d+) registers"),
+                number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+                number(r"(\d+) bytes smem"),
+                number(r"(\d+) bytes stack frame"),
+            )
+        )
     return out

@@ -2,10 +2,10 @@
 
 Shared memory is watched in units of the kernel's smallest access.  Every unit has a shadow: written or not, its last
 writer and, per warp or asynchronous actor, its last reader.  Happens-before is tracked with vector clocks (one per
-thread): entry ``VC[t, a]`` is the latest time of actor ``a`` known to precede thread ``t``'s next action.  An access that
-conflicts with an earlier one by actor ``a`` at time ``c`` is ordered iff ``VC[t, a] >= c``.  Times are ticks of one global
-clock that runs on from launch to launch, so that shadows of earlier launches need no clearing: they lie before the time
-that all clocks start with.
+thread): entry ``VC[t, a]`` is the latest time of actor ``a`` known to precede thread ``t``'s next action.  An access
+that conflicts with an earlier one by actor ``a`` at time ``c`` is ordered iff ``VC[t, a] >= c``.  Times are ticks of
+one clock that runs on from launch to launch, so that shadows of earlier launches need no clearing: they lie before the
+time that all clocks start with.
 
 Actors are the threads of the CTA, then one per mbarrier (TMA loads that signal it), one per warp (wgmma reads) and
 one per warp for bulk stores.  A second clock ``AVC`` holds what has been made visible to the async proxy: it takes
@@ -13,6 +13,7 @@ over VC at ``fence.proxy.async`` and travels along synchronisation, so a fence a
 
 PTX ISA: "Memory Consistency Model", "Async proxy".
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -21,10 +22,10 @@ from .errors import RaceError, UninitialisedRead
 from .ptx import TYPE_BYTES
 
 I32, I64 = np.int32, np.int64
-NEVER = 2**31 - 1                  # time of a cp.async write that nobody has waited for
+NEVER = 2**31 - 1  # time of a cp.async write that nobody has waited for
 MBAR_SLOTS = 64
-RESTART = 2**30                    # shadows are cleared when the clock gets here
-ACTOR, LINE = 20, (1 << 20) - 1    # a shadow word: time << 32 | actor << ACTOR | PTX line
+RESTART = 2**30  # shadows are cleared when the clock gets here
+ACTOR, LINE = 20, (1 << 20) - 1  # a shadow word: time << 32 | actor << ACTOR | PTX line
 
 
 def access_unit(kernel):
@@ -51,7 +52,7 @@ class Shadow:
     def __init__(self, wave):
         self.wave = wave
         self.unit = access_unit(wave.program.kernel)
-        self.stride = wave.smem_stride // self.unit          # units per CTA
+        self.stride = wave.smem_stride // self.unit  # units per CTA
         self.size = wave.count * self.stride
         self.written = np.zeros(self.size, bool)
         self.T = wave.threads
@@ -80,19 +81,19 @@ class Shadow:
             shape = (self.wave.count, self.T, self.actors)
             self.vc, self.avc = np.zeros(shape, I32), np.zeros(shape, I32)
             self.cluster = np.zeros((self.wave.count, 2, self.actors), I32)
-            self.w = np.zeros(self.size, I64)                # last write of each unit
-            self.r = np.zeros((3 * self.nwarps, self.size), I64)   # last reads: by warps, wgmma, bulk copies
+            self.w = np.zeros(self.size, I64)  # last write of each unit
+            self.r = np.zeros((3 * self.nwarps, self.size), I64)  # last reads: by warps, wgmma, bulk copies
             self.now = 1
         else:
             if self.pending:
                 self.w[self.w >> 32 == NEVER] = 0
             for clocks in (self.vc, self.avc, self.cluster):
                 clocks.fill(self.now)
-        self.pending = False                                 # was there a cp.async?
-        self.used = np.zeros(3 * self.nwarps, bool)          # reader columns in use
-        self.mbar = {}                                       # mbarrier word -> arriving, completed clocks, slot
+        self.pending = False  # was there a cp.async?
+        self.used = np.zeros(3 * self.nwarps, bool)  # reader columns in use
+        self.mbar = {}  # mbarrier word -> arriving, completed clocks, slot
         self.slots = [0] * self.wave.count
-        self.issued = {}                                     # (kind, cta, thread or warp) -> [(group, time)]
+        self.issued = {}  # (kind, cta, thread or warp) -> [(group, time)]
 
     # ------------------------------------------------------------ helpers
     def tick(self):
@@ -126,11 +127,12 @@ class Shadow:
         if key in self.found:
             return
         cta, offset = divmod(int(unit) * self.unit, self.wave.smem_stride)
-        text = next((i.text for i in self.wave.program.kernel.instrs if i.line == line), "?")
+        text = self.wave.program.text_of(line)
         self.found[key] = (
             f"{kind} on shared byte 0x{offset:x} ({self.wave.describe_shared(offset)}) {extra}\n"
             f"    earlier: PTX line {line}: {text[:120]}\n             by {self.name(cta, int(word) >> ACTOR & 4095)}\n"
-            f"    later:   PTX line {ins.line}: {ins.text[:120]}\n             by {self.name(cta, int(actor))}")
+            f"    later:   PTX line {ins.line}: {ins.text[:120]}\n             by {self.name(cta, int(actor))}"
+        )
 
     # ------------------------------------------------------------ plain accesses
     def access(self, S, index, nbytes, ins, mode):
@@ -144,7 +146,7 @@ class Shadow:
         if not self.race:
             return
         threads, own = self.thread(S), S.cta
-        if self.wave.cluster_size > 1:                       # another CTA's memory: ordering is not tracked
+        if self.wave.cluster_size > 1:  # another CTA's memory: ordering is not tracked
             remote = index // self.wave.smem_stride != own
             if remote.any():
                 if mode != "read":
@@ -162,19 +164,21 @@ class Shadow:
             self.check_writer(own, threads, units, ins, "write-write race")
             self.check_readers(own, threads, units, ins)
             self.record_write(threads, units, ins.line)
-        else:                                                # atomics conflict with plain accesses, not with each other
+        else:  # atomics conflict with plain accesses, not with each other
             self.check_writer(own, threads, units, ins, "write-atomic race")
             self.check_readers(own, threads, units, ins, "read-atomic race")
-            self.w[units] = 0                                # later plain reads are not checked against atomics
+            self.w[units] = 0  # later plain reads are not checked against atomics
 
     def check_init(self, S, units, count, ins):
         ok = self.written[units]
         if not ok.all():
             bad = int(np.flatnonzero(~ok)[0])
             offset = int(units[bad]) * self.unit % self.wave.smem_stride
-            raise UninitialisedRead(f"read of shared byte 0x{offset:x} that nothing has written "
-                                    f"({self.wave.describe_shared(offset)})\n    "
-                                    f"{self.wave.where(ins, S, min(bad // count, S.n - 1))}")
+            raise UninitialisedRead(
+                f"read of shared byte 0x{offset:x} that nothing has written "
+                f"({self.wave.describe_shared(offset)})\n    "
+                f"{self.wave.where(ins, S, min(bad // count, S.n - 1))}"
+            )
 
     def check_writer(self, cta, threads, units, ins, kind, proxy=False):
         """Is the last write of each unit ordered before this access?"""
@@ -186,15 +190,26 @@ class Shadow:
             bad &= (actor != threads) | (when == NEVER)
         if bad.any():
             at = int(np.flatnonzero(bad)[0])
-            extra = "(cp.async not waited for)" if when[at] == NEVER else \
-                "(mbarrier not waited for)" if actor[at] >= self.T else ""
+            extra = (
+                "(cp.async not waited for)"
+                if when[at] == NEVER
+                else "(mbarrier not waited for)"
+                if actor[at] >= self.T
+                else ""
+            )
             self.report(kind, words[at], units[at], ins, self.pick(threads, at), extra)
         if proxy:
             missing = (actor < self.T) & (self.avc[cta, threads, actor] < when) & ~bad
             if missing.any():
                 at = int(np.flatnonzero(missing)[0])
-                self.report("missing fence.proxy.async", words[at], units[at], ins, self.pick(threads, at),
-                            "(generic write read by the async proxy)")
+                self.report(
+                    "missing fence.proxy.async",
+                    words[at],
+                    units[at],
+                    ins,
+                    self.pick(threads, at),
+                    "(generic write, then an access of the async proxy)",
+                )
 
     @staticmethod
     def pick(threads, at):
@@ -220,8 +235,14 @@ class Shadow:
             at = int(np.flatnonzero(lost)[0])
             winner = int(np.flatnonzero(index == index[at])[-1])
             t = self.thread(S)
-            self.report("write-write race", int(t[at]) << ACTOR | ins.line, index[at] // self.unit, ins, t[winner],
-                        "(two lanes of one instruction)")
+            self.report(
+                "write-write race",
+                int(t[at]) << ACTOR | ins.line,
+                index[at] // self.unit,
+                ins,
+                t[winner],
+                "(two lanes of one instruction)",
+            )
 
     def record_write(self, actors, units, line, time=None):
         word = (time or self.tick()) << 32 | line
@@ -309,8 +330,11 @@ class Shadow:
         state = self.mbar.get(cell)
         if state is None:
             cta = cell * 8 // self.wave.smem_stride
-            state = self.mbar[cell] = [np.zeros((2, self.actors), I32), np.zeros((2, self.actors), I32),
-                                       self.first_mbar + self.slots[cta] % MBAR_SLOTS]
+            state = self.mbar[cell] = [
+                np.zeros((2, self.actors), I32),
+                np.zeros((2, self.actors), I32),
+                self.first_mbar + self.slots[cta] % MBAR_SLOTS,
+            ]
             self.slots[cta] += 1
         return state
 
@@ -388,7 +412,7 @@ class Shadow:
             if not self.race:
                 continue
             thread, cta = int(S.lanes[i] % self.T), int(S.cta[i])
-            self.check_writer(cta, thread, units, ins, "write-write race")
+            self.check_writer(cta, thread, units, ins, "write-write race", proxy=True)
             self.check_readers(cta, thread, units, ins)
             slot = self.entry(int(cells[i]))[2]
             self.record_write(slot, units, ins.line)
@@ -396,7 +420,7 @@ class Shadow:
     def store_async(self, S, index, nbytes, ins, cells):
         """st.async: a write that completes on an mbarrier; races are looked for in the CTA's own memory only."""
         for i in range(S.n):
-            units, _ = self.units(index[i:i + 1], nbytes)
+            units, _ = self.units(index[i : i + 1], nbytes)
             if self.init:
                 self.written[units] = True
             if not self.race:

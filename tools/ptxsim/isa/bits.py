@@ -2,6 +2,7 @@
 
 PTX ISA: "Logic and Shift Instructions", "bfe, bfi, bmsk, szext, popc, clz, brev, bfind, fns, dp4a, dp2a, prmt".
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -61,6 +62,7 @@ def shift(dec, ins):
         clipped = np.minimum(n, U32(bits - 1)).astype(dtype)
         out = ufunc(x, clipped)
         return out if k[0] == "s" else np.where(n >= bits, dtype(0), out)
+
     return dec.alu(run, d, k, [(a, k), (amount, "u32")], False)
 
 
@@ -74,6 +76,7 @@ def funnel(dec, ins):
         n = np.asarray(n & U32(31) if wrap else np.minimum(n, U32(32))).astype(U64)
         pair = (np.asarray(high).astype(U64) << U64(32)) | np.asarray(low).astype(U64)
         return ((pair << n) >> U64(32)).astype(U32) if left else (pair >> n).astype(U32)
+
     return dec.alu(run, d, "u32", [(lo, "u32"), (hi, "u32"), (count, "u32")], False)
 
 
@@ -94,6 +97,7 @@ def lop3(dec, ins):
         for term in terms[1:]:
             out = out | term
         return out
+
     return dec.alu(run, ins.operands[0], "u32", [(a, "u32") for a in ins.operands[1:4]], False)
 
 
@@ -114,6 +118,7 @@ def prmt(dec, ins):
                     byte = (byte >> U32(7)) * U32(0xFF)
                 out = out | (byte << U32(8 * i))
             return out
+
         return dec.alu(run, d, "u32", [(a, "u32"), (b, "u32")], False)
 
     def run_dynamic(x, y, sel):
@@ -125,6 +130,7 @@ def prmt(dec, ins):
             byte = np.where(pick & U64(8), (byte >> U64(7)) * U64(0xFF), byte)
             out = out | (byte << U64(8 * i))
         return out.astype(U32)
+
     return dec.alu(run_dynamic, d, "u32", [(a, "u32"), (b, "u32"), (c, "u32")], False)
 
 
@@ -140,13 +146,14 @@ def bfe(dec, ins):
         if k[0] == "u":
             wide = x.astype(U64)
             out = np.where(p < 64, wide >> np.minimum(p, U64(63)), U64(0))
-            return out & np.where(n >= 64, U64(2 ** 64 - 1), (U64(1) << np.minimum(n, U64(63))) - U64(1))
+            return out & np.where(n >= 64, U64(2**64 - 1), (U64(1) << np.minimum(n, U64(63))) - U64(1))
         p, n = p.astype(S64), n.astype(S64)
         wide = x.astype(S64)
         top = np.minimum(p + n, bits)
         keep = np.maximum(top - p, 0)
         shifted = np.where(keep > 0, (wide << np.minimum(64 - top, 63)) >> np.minimum(64 - keep, 63), 0)
         return np.where(n == 0, 0, np.where(keep > 0, shifted, wide >> 63))
+
     return dec.alu(run, d, k, [(a, k), (pos, "u32"), (length, "u32")], False)
 
 
@@ -158,10 +165,11 @@ def bfi(dec, ins):
 
     def run(x, y, p, n):
         p, n = (np.asarray(v).astype(U64) & U64(0xFF) for v in (p, n))
-        ones = np.where(n >= 64, U64(2 ** 64 - 1), (U64(1) << np.minimum(n, U64(63))) - U64(1))
+        ones = np.where(n >= 64, U64(2**64 - 1), (U64(1) << np.minimum(n, U64(63))) - U64(1))
         mask = np.where(p < bits, ones << np.minimum(p, U64(63)), U64(0))
         field = np.asarray(x).astype(U64) << np.minimum(p, U64(63))
         return (np.asarray(y).astype(U64) & ~mask) | (field & mask)
+
     return dec.alu(run, d, k, [(a, k), (b, k), (pos, "u32"), (length, "u32")], False)
 
 
@@ -173,6 +181,7 @@ def bmsk(dec, ins):
         p, n = np.asarray(p).astype(U64), np.asarray(n).astype(U64)
         p, n = (p & U64(31), n & U64(31)) if wrap else (np.minimum(p, U64(32)), np.minimum(n, U64(32)))
         return (((U64(1) << n) - U64(1)) << p).astype(U32)
+
     return dec.alu(run, ins.operands[0], "u32", [(a, "u32") for a in ins.operands[1:]], False)
 
 
@@ -184,6 +193,7 @@ def szext(dec, ins):
         n = np.asarray(n & U32(31) if "wrap" in ins.mods else np.minimum(n, U32(32))).astype(S64)
         low = np.asarray(x).astype(S64) & ((S64(1) << n) - 1)
         return np.where((n > 0) & ((low >> np.maximum(n - 1, 0)) & 1 > 0), low - (S64(1) << n), low) if signed else low
+
     return dec.alu(run, ins.operands[0], "u32", [(a, "u32") for a in ins.operands[1:]], False)
 
 
@@ -214,7 +224,10 @@ def reverse_bits(x):
 def bit_counts(dec, ins):
     k = unsigned(KIND_OF_TYPE[type_of(ins)])
     fn = {"popc": popcount, "clz": leading_zeros, "brev": reverse_bits}[ins.op]
-    typed = lambda x: fn(np.atleast_1d(np.ascontiguousarray(x)))
+
+    def typed(x):
+        return fn(np.atleast_1d(np.ascontiguousarray(x)))
+
     return dec.alu(typed, ins.operands[0], k if ins.op == "brev" else "u32", [(ins.operands[1], k)], False)
 
 
@@ -230,6 +243,7 @@ def bfind(dec, ins):
         clz = leading_zeros(x)
         out = clz if "shiftamt" in ins.mods else U32(bits - 1) - clz
         return np.where(x == 0, U32(0xFFFFFFFF), out)
+
     return dec.alu(run, ins.operands[0], "u32", [(ins.operands[1], k)], False)
 
 
@@ -248,9 +262,15 @@ def fns(dec, ins):
                 return at
             at += step
         return 0xFFFFFFFF
+
     vector = np.vectorize(one, otypes=[U32])
-    return dec.alu(lambda m, b, o: vector(np.asarray(m, S64), np.asarray(b, S64), np.asarray(o, S64)), d, "u32",
-                   [(mask, "u32"), (base, "u32"), (offset, "s32")], False)
+    return dec.alu(
+        lambda m, b, o: vector(np.asarray(m, S64), np.asarray(b, S64), np.asarray(o, S64)),
+        d,
+        "u32",
+        [(mask, "u32"), (base, "u32"), (offset, "s32")],
+        False,
+    )
 
 
 @op("dp4a", "dp2a")
@@ -260,7 +280,7 @@ def dot_packed(dec, ins):
 
     def parts(x, size, signed):
         x = np.ascontiguousarray(np.atleast_1d(x)).view(f"{'i' if signed else 'u'}{size}").astype(S64)
-        return x.reshape(x.shape[:-1] + (-1, 4 // size))
+        return x.reshape((*x.shape[:-1], -1, 4 // size))
 
     def run4(x, y, z):
         return z + (parts(x, 1, types[0] == "s32") * parts(y, 1, types[1] == "s32")).sum(-1).astype(U32)
@@ -269,4 +289,5 @@ def dot_packed(dec, ins):
         ys = parts(y, 1, types[1] == "s32")
         ys = ys[..., 2:] if "hi" in ins.mods else ys[..., :2]
         return z + (parts(x, 2, types[0] == "s32") * ys).sum(-1).astype(U32)
+
     return dec.alu(run4 if ins.op == "dp4a" else run2, d, "u32", [(a, "u32"), (b, "u32"), (c, "u32")], False)

@@ -2,6 +2,7 @@
 
 PTX ISA: "Data Movement and Conversion Instructions: mov, cvta, isspacep".
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -27,8 +28,11 @@ def mov(dec, ins):
     dst, src = ins.operands
     if isinstance(src, Special) and src.name in _CLOCKS:
         put = dec.put(dst, KIND_OF_TYPE[kind])
-        divisor, mask = (1 << 32, 0xFFFFFFFF) if src.name.endswith("_hi") else \
-            (1, 0xFFFFFFFF if src.name in ("%clock", "%globaltimer_lo") else 2 ** 64 - 1)
+        divisor, mask = (
+            (1 << 32, 0xFFFFFFFF)
+            if src.name.endswith("_hi")
+            else (1, 0xFFFFFFFF if src.name in ("%clock", "%globaltimer_lo") else 2**64 - 1)
+        )
         return lambda S: put(S, np.uint64(S.wave.clock() // divisor & mask))
     if isinstance(dst, Vec):
         return unpack(dec, kind, dst.items, src)
@@ -38,14 +42,18 @@ def mov(dec, ins):
     if isinstance(src, (Imm, Sym, Mem)):
         if isinstance(dst, Sym):
             return lambda S: None
-        value = dec.const(src, "f32" if kind == "f32" and src.kind != "i" else k if k != "h32" else "u32") \
-            if isinstance(src, Imm) else dec.const(src, k)
+        value = (
+            dec.const(src, "f32" if kind == "f32" and src.kind != "i" else k if k != "h32" else "u32")
+            if isinstance(src, Imm)
+            else dec.const(src, k)
+        )
         index, k2 = dec.row(dst), k if k != "h32" else "u32"
         return lambda S: S.put(k2, index, value)
     if k != "p":
         k = unsigned(k.replace("h", "u"))
-    return dec.alu(np.positive if k != "p" else np.logical_or, dst, k,
-                   [(src, k)] if k != "p" else [(src, "p"), (src, "p")])
+    return dec.alu(
+        np.positive if k != "p" else np.logical_or, dst, k, [(src, k)] if k != "p" else [(src, "p"), (src, "p")]
+    )
 
 
 def unpack(dec, kind, dsts, src):
@@ -58,6 +66,7 @@ def unpack(dec, kind, dsts, src):
         value = np.ascontiguousarray(get(S)).view(f"u{part // 8}").reshape(-1, len(puts))
         for i, put in enumerate(puts):
             put(S, value[:, i])
+
     return f
 
 
@@ -72,19 +81,21 @@ def pack(dec, dst, srcs):
         for i, get in enumerate(gets):
             value[:, i] = get(S)
         put(S, value.view(f"u{width // 8}").reshape(-1))
+
     return f
 
 
 @op("cvta")
 def cvta(dec, ins):
     """cvta{.to}.space: shared and local windows live at 1<<60 and 2<<60, param at 3<<60."""
-    space = next(m.split("::")[0] for m in ins.mods if m.split("::")[0] in
-                 ("shared", "global", "local", "param", "const"))
+    space = next(
+        m.split("::")[0] for m in ins.mods if m.split("::")[0] in ("shared", "global", "local", "param", "const")
+    )
     d, a = ins.operands
     k = KIND_OF_TYPE[type_of(ins)]
     base = {"shared": SHARED_BASE, "local": LOCAL_BASE}.get(space, 0)
     if "to" in ins.mods:
-        mask = 0xFFFFFFFF if base else 2 ** 64 - 1
+        mask = 0xFFFFFFFF if base else 2**64 - 1
         return dec.alu(np.bitwise_and, d, k, [(a, k), (Imm("i", mask), k)])
     return dec.alu(np.bitwise_or, d, k, [(a, k), (Imm("i", base), k)])
 
@@ -93,5 +104,6 @@ def cvta(dec, ins):
 def isspacep(dec, ins):
     space = ins.mods[0].split("::")[0]
     code = {"global": 0, "const": 0, "shared": 1, "local": 2, "param": 3}[space]
-    return dec.alu(lambda a: (np.asarray(a) >> U64(60)) == code, ins.operands[0], "p",
-                   [(ins.operands[1], "u64")], False)
+    return dec.alu(
+        lambda a: (np.asarray(a) >> U64(60)) == code, ins.operands[0], "p", [(ins.operands[1], "u64")], False
+    )
