@@ -215,43 +215,47 @@ def _run(
 ) -> None:
     tensors = (state, x, dt, A, B, C, D, z, dt_bias, src, dst, out)
     flags = (dt_softplus, disable_state_update, zero_padding)
-    if x.is_cuda:
-        key = (
-            x.shape, B.shape, state.dtype, x.dtype, dt.dtype, A.dtype, flags, x.device.index,
-            None if D is None else D.dtype, z is None, None if dt_bias is None else dt_bias.dtype,
-            None if src is None else src.dtype, None if dst is None else dst.dtype,
-        )  # fmt: skip
-        plan = None if overridden() else _plans.get(key)
-        if plan is not None:
-            try:
-                plan[0](*tensors, pad_slot_id, plan[1])
-                return
-            except (TypeError, ValueError):
-                pass  # other strides or alignment than last time, or a bad argument: the checks below tell
-        spec = _check(*tensors, flags)
-        if not x.shape[0]:
+    key = (
+        x.shape, B.shape, state.dtype, x.dtype, dt.dtype, A.dtype, flags, x.device,
+        None if D is None else D.dtype, z is None, None if dt_bias is None else dt_bias.dtype,
+        None if src is None else src.dtype, None if dst is None else dst.dtype,
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is not None and not overridden():
+        try:
+            plan[0](*tensors, pad_slot_id, plan[1])
             return
-        arch = archs.of_device(x.device)
+        except (TypeError, ValueError):
+            pass  # other strides or alignment than last time, or a bad argument: the checks below tell
+    spec = _check(*tensors, flags)
+    if not x.is_cuda:
+        _run_on_cpu(spec, tensors, pad_slot_id, flags)
+    elif x.shape[0]:
+        arch = runtime.target(x.device)
         sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
         config = tuning.choose(spec, arch, x.shape[0] * x.shape[1], sm_count)
         plan = (runtime.get(spec, config, arch), sm_count * config.ctas_per_sm)
         if not overridden():
             _plans[key] = plan
         plan[0](*tensors, pad_slot_id, plan[1])
-        return
-    spec = _check(*tensors, flags)
+
+
+def _run_on_cpu(
+    spec: SelectiveStateUpdateSpec, tensors: tuple[Any, ...], pad_slot_id: int, flags: tuple[bool, bool, bool]
+) -> None:
+    """Run the compiled kernel if an emulator is open, else the reference."""
+    state, x, src, dst = tensors[0], tensors[1], tensors[9], tensors[10]
     for name, indices in (("state_batch_indices", src), ("dst_state_batch_indices", dst)):
         if indices is not None:
             arguments.check_slots(name, indices, state.shape[0], pad_slot_id)
     emulator = runtime.emulator()
     if emulator is None:
         _reference(*tensors, pad_slot_id, flags)
-        return
-    if not x.shape[0]:
-        return
-    arch = archs.by_name(emulator.arch)
-    config = tuning.choose(spec, arch, x.shape[0] * x.shape[1], arch.sm_count)
-    runtime.emulated(spec, config, arch)(*tensors, pad_slot_id, arch.sm_count * config.ctas_per_sm)
+    elif x.shape[0]:
+        arch = archs.by_name(emulator.arch)
+        sm_count = emulator.sm_count or arch.sm_count
+        config = tuning.choose(spec, arch, x.shape[0] * x.shape[1], sm_count)
+        runtime.emulated(spec, config, arch)(*tensors, pad_slot_id, sm_count * config.ctas_per_sm)
 
 
 def _check(
