@@ -103,7 +103,8 @@ class GlobalShadow:
         text = self.launch.program.text_of(earlier)
         who = "several CTAs" if other[at] == MANY else f"CTA {self.cta_name(int(other[at]) - 1)}"
         self.found[key] = (
-            f"{kind} race between CTAs on {place}\n    earlier: PTX line {earlier}: {text[:120]}\n             by {who}\n"
+            f"{kind} race between CTAs on {place}\n"
+            f"    earlier: PTX line {earlier}: {text[:120]}\n             by {who}\n"
             f"    later:   PTX line {ins.line}: {ins.text[:120]}\n             by CTA {self.cta_name(int(own[at]) - 1)}"
         )
 
