@@ -68,6 +68,13 @@ class Shadow:
         """Memory that racecheck needs for one CTA."""
         return threads * (threads + MBAR_SLOTS + threads // 16) * 8 + (3 * threads // 32 + 1) * smem // unit * 8
 
+    @property
+    def bytes(self):
+        """Memory held."""
+        if not hasattr(self, "r"):
+            return self.written.nbytes
+        return self.written.nbytes + self.w.nbytes + self.r.nbytes + 2 * self.vc.nbytes
+
     def start(self, options):
         """Begin a wave: nothing is written, nothing is unordered."""
         self.race, self.init = options.racecheck, options.initcheck
