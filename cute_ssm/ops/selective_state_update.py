@@ -192,7 +192,7 @@ def _with_heads(
 
 # Steady state: everything a kernel is chosen by, but for strides and alignment.  Those, and the equality of sizes and
 # types, the kernel's own entry checks before it launches; if it refuses, the arguments are examined one by one.
-_plans: dict[tuple[object, ...], tuple[Callable[..., None], int]] = {}
+_plans: dict[tuple[object, ...] | None, tuple[Callable[..., None], int]] = {}
 
 
 def _run(
@@ -215,11 +215,15 @@ def _run(
 ) -> None:
     tensors = (state, x, dt, A, B, C, D, z, dt_bias, src, dst, out)
     flags = (dt_softplus, disable_state_update, zero_padding)
-    key = (
-        x.shape, B.shape, state.dtype, x.dtype, dt.dtype, A.dtype, flags, x.device,
-        None if D is None else D.dtype, z is None, None if dt_bias is None else dt_bias.dtype,
-        None if src is None else src.dtype, None if dst is None else dst.dtype,
-    )  # fmt: skip
+    key: tuple[object, ...] | None
+    try:
+        key = (
+            x.shape, B.shape, state.dtype, x.dtype, dt.dtype, A.dtype, flags, x.device,
+            None if D is None else D.dtype, z is None, None if dt_bias is None else dt_bias.dtype,
+            None if src is None else src.dtype, None if dst is None else dst.dtype,
+        )  # fmt: skip
+    except AttributeError:  # something is no tensor, which `_check` will name
+        key = None
     plan = _plans.get(key)
     if plan is not None and not overridden():
         try:

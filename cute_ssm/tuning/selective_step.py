@@ -18,7 +18,7 @@ from cute_ssm.tuning import apply_override
 WARP = 32
 RING = 3  # stages of a persistent warp: one unit arrives, one is worked on, one leaves
 ACCESS_BYTES = 16
-UNIT_BYTES = 16384  # largest unit: four warps then fill an SM's shared memory, and keep 64 KiB arriving
+UNIT_BYTES = 20480  # largest unit: three or four rings fill an SM's shared memory, and 48 to 64 KiB are always arriving
 RESIDENT_CTAS = 16  # of one warp, per SM: more would not make the memory busier
 CTA_BYTES = 1024 + 128  # shared memory of a CTA besides its ring
 FULL = 0.9  # units per SM below which units are made smaller
@@ -129,7 +129,7 @@ def choose(spec: SelectiveStateUpdateSpec, arch: Arch, heads: int, sm_count: int
 def _choose(spec: SelectiveStateUpdateSpec, arch: Arch, heads: int, sm_count: int) -> SelectiveStepConfig:
     """Return the config for ``heads`` (sequence, head) pairs on ``sm_count`` SMs.
 
-    Units are as large as 16 KiB allow while (nearly) every SM still gets one.  With no more of them than one wave of
+    Units are as large as 20 KiB allow while (nearly) every SM still gets one.  With no more of them than one wave of
     single warps, every unit gets a warp and a CTA of its own; with more, warps are persistent.
     """
     lanes = lanes_of(spec)

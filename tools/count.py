@@ -1,0 +1,190 @@
+"""Count what one call of an operator costs, on the emulator: issue slots, bytes, shared-memory wavefronts, registers.
+
+    python tools/count.py selective_state_update batch=8 nheads=16 dim=64 dstate=128 state_dtype=float16 --json
+
+Keys are the shape names of the operator, ``state_dtype``, ``input_dtype``, ``arch`` and ``config.FIELD``; each operator's
+function below lists its own with their defaults.  Arguments are random.  A *unit* is one (sequence, head).  Instructions
+are warp instructions of the PTX; on one large kernel the machine code had 8 % fewer.  ``floor_bytes`` are the bytes that
+the call must read once and write once; ``dram_bytes`` the distinct 32-byte sectors read plus those written, summed over
+launches: what a cold cache would move; ``l2_bytes`` all sectors moved, repeats included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import cute_ssm
+import ptxsim
+from cute_ssm import tuning
+
+
+@dataclass
+class Call:
+    """A call to count: ``run`` makes it, on arguments that exist already."""
+
+    run: Callable[[], object]
+    units: int
+    floor_bytes: int
+
+
+def selective_state_update(
+    batch=8, nheads=16, dim=64, dstate=128, ngroups=1, state_dtype="float16", input_dtype="bfloat16",
+    dt_dtype="float32", layout="tied", z=0, update=1,
+):  # fmt: skip
+    """One token per sequence; slots are a random permutation of a pool.
+
+    layout: tied (Mamba-2: A, D, dt and dt_bias per head) or dense (Mamba-1).  z: gate by silu(z).  update: write states.
+    """
+    inputs, weights = getattr(torch, input_dtype), torch.float32
+    slots = 2 * batch
+    tied = layout == "tied"
+
+    def per_head(*shape, dtype):
+        values = torch.randn(*shape, *(() if tied else (dim,))).to(dtype)
+        return values[..., None].expand(*shape, dim) if tied else values
+
+    A = -torch.rand(nheads, *((1, 1) if tied else (dim, dstate)))
+    arguments = {
+        "state": torch.randn(slots, nheads, dim, dstate).to(getattr(torch, state_dtype)),
+        "x": torch.randn(batch, nheads, dim).to(inputs),
+        "dt": per_head(batch, nheads, dtype=getattr(torch, dt_dtype)),
+        "A": A.expand(nheads, dim, dstate),
+        "B": torch.randn(batch, ngroups, dstate).to(inputs),
+        "C": torch.randn(batch, ngroups, dstate).to(inputs),
+        "D": per_head(nheads, dtype=weights),
+        "z": torch.randn(batch, nheads, dim).to(inputs) if z else None,
+        "dt_bias": per_head(nheads, dtype=weights),
+        "out": torch.empty(batch, nheads, dim, dtype=inputs),
+        "state_batch_indices": torch.randperm(slots)[:batch].int(),
+    }
+    state_bytes = batch * nheads * dim * dstate * arguments["state"].element_size()
+    others = sum(stored_bytes(t) for name, t in arguments.items() if name != "state" and t is not None)
+    return Call(
+        lambda: cute_ssm.selective_state_update(**arguments, dt_softplus=True, disable_state_update=not update),
+        units=batch * nheads,
+        floor_bytes=state_bytes * (2 if update else 1) + others,
+    )
+
+
+OPERATORS = {function.__name__: function for function in (selective_state_update,)}
+
+
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's distinct elements: dimensions of stride 0 count once."""
+    size = tensor.element_size()
+    for extent, stride in zip(tensor.shape, tensor.stride()):
+        size *= extent if stride else 1
+    return size
+
+
+def count(op: str, keys: dict[str, str], arch: str = "sm_90a") -> dict:
+    """Run one call of an operator in the emulator and return what it cost.
+
+    Parameters
+    ----------
+    op : str
+        Name of an operator in ``OPERATORS``.
+    keys : dict of str to str
+        Shapes and types of the call, and ``config.FIELD`` for overrides of its config.
+    arch : str
+        Compile target.
+
+    Raises
+    ------
+    ValueError
+        If the operator, or a key, does not exist.
+    """
+    if op not in OPERATORS:
+        raise ValueError(f"op: expected one of {', '.join(OPERATORS)}, got {op!r}")
+    function = OPERATORS[op]
+    parameters = inspect.signature(function).parameters
+    config = {k.removeprefix("config."): int(v) for k, v in keys.items() if k.startswith("config.")}
+    shapes = {k: v for k, v in keys.items() if not k.startswith("config.")}
+    for key in shapes:
+        if key not in parameters:
+            raise ValueError(f"{key}: expected one of {', '.join(parameters)}, arch or config.FIELD")
+    torch.manual_seed(0)
+    call = function(**{k: type(parameters[k].default)(v) for k, v in shapes.items()})
+    with ptxsim.emulate(arch=arch, counters=True) as session, tuning.override(**config):
+        call.run()
+    counters = [launch.counters.as_dict() for launch in session.launches]
+
+    def total(name: str) -> int:
+        return sum(c[name] for c in counters)
+
+    classes = {name for c in counters for name in c["instructions"]}
+    instructions = {name: sum(c["instructions"].get(name, 0) for c in counters) for name in sorted(classes)}
+    slots = instructions.pop("total")
+    dram = total("dram_read_bytes") + total("dram_write_bytes")
+    l2 = total("l2_read_bytes") + total("l2_write_bytes")
+    names = sorted({name for c in counters for name in c["tensors"]})
+    wavefronts, excess = total("smem_wavefronts"), total("smem_excess")
+    return {
+        "op": op,
+        "arch": arch,
+        "keys": {**{k: p.default for k, p in parameters.items()}, **keys},
+        "kernels": [
+            {
+                "name": kernel.name,
+                "registers": kernel.registers,
+                "spill_bytes": kernel.spill_bytes,
+                "shared_bytes": max(
+                    launch.smem_total for launch in session.launches if launch.program.kernel.name == kernel.name
+                ),
+            }
+            for function in session.functions
+            for kernel in function.kernels
+        ],
+        "launches": len(session.launches),
+        "grids": [list(launch.grid) for launch in session.launches],
+        "units": call.units,
+        "issue_slots": slots,
+        "issue_slots_per_unit": round(slots / call.units, 1),
+        "instructions_per_unit": {name: round(n / call.units, 1) for name, n in instructions.items()},
+        "floor_bytes": call.floor_bytes,
+        "dram_bytes": dram,
+        "l2_bytes": l2,
+        "dram_over_floor": round(dram / call.floor_bytes, 4),
+        "l2_over_floor": round(l2 / call.floor_bytes, 4),
+        "smem_wavefronts": wavefronts,
+        "smem_excess_fraction": round(excess / wavefronts, 4) if wavefronts else 0.0,
+        "tensors": {
+            name: {
+                key: sum(c["tensors"][name][key] for c in counters if name in c["tensors"])
+                for key in ("dram_read_bytes", "dram_write_bytes", "l2_read_bytes", "l2_write_bytes")
+            }
+            for name in names
+        },
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line, count, print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("op", choices=OPERATORS)
+    parser.add_argument("keys", nargs="*", metavar="key=value")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(argv)
+    keys = dict(item.partition("=")[::2] for item in options.keys)
+    arch = keys.pop("arch", "sm_90a")
+    try:
+        result = count(options.op, keys, arch)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.json:
+        print(json.dumps(result))
+    else:
+        for key, value in result.items():
+            print(f"{key:22} {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
