@@ -72,18 +72,26 @@ def test_quack_rmsnorm(quack, monkeypatch, columns, options):
 
 
 @pytest.mark.parametrize("options", [{}, dict(async_mode="late", schedule=2), CHECKED], ids=str)
-@pytest.mark.parametrize("cluster,pingpong", [((1, 1, 1), False), ((2, 1, 1), True)])
-def test_quack_gemm_sm90(quack, monkeypatch, cluster, pingpong, options):
-    """Persistent, warp-specialised: TMA loads (multicast in a cluster), wgmma, TMA store."""
+@pytest.mark.parametrize(
+    "cluster,pingpong,registers", [((1, 1, 1), False, False), ((2, 1, 1), True, False), ((1, 1, 1), False, True)]
+)
+def test_quack_gemm_sm90(quack, monkeypatch, cluster, pingpong, registers, options):
+    """Persistent, warp-specialised: TMA loads (multicast in a cluster), wgmma (A in shared memory or registers)."""
     from quack import gemm
     from quack.gemm_default_epi import GemmDefaultSm90
     from quack.gemm_tvm_ffi_utils import make_scheduler_args
     from quack.rounding import RoundingMode
 
+    class FromRegisters(GemmDefaultSm90):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, mma_is_rs=True, **kwargs)
+
+    if registers:
+        monkeypatch.setattr(gemm, "GemmDefaultSm90", FromRegisters)
     bf16 = cutlass.BFloat16
     kernel = compile_peer(
         monkeypatch,
-        gemm._compile_gemm,
+        gemm._compile_gemm.__wrapped__,
         bf16,
         bf16,
         bf16,
