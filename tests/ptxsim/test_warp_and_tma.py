@@ -94,8 +94,8 @@ mov.u32 %d, 1;""",
 def test_vector_and_packed_atomics(rng):
     x, out, table = np.zeros(32, np.uint32), np.zeros(32, np.uint32), np.zeros(8, np.float32)
     run(
-        """ld.param.u64 %x0, [pt]; and.b32 %r0, %i, 1; mad.wide.u32 %x0, %r0, 16, %x0; cvt.rn.f32.u32 %f0, %i; mov.f32 %f1, 0f3F800000;
-red.global.add.v4.f32 [%x0], {%f0, %f1, %f1, %f0}; mov.u32 %d, 0;""",
+        """ld.param.u64 %x0, [pt]; and.b32 %r0, %i, 1; mad.wide.u32 %x0, %r0, 16, %x0; cvt.rn.f32.u32 %f0, %i;
+mov.f32 %f1, 0f3F800000; red.global.add.v4.f32 [%x0], {%f0, %f1, %f1, %f0}; mov.u32 %d, 0;""",
         x,
         out,
         params=", .param .u64 pt",

@@ -411,18 +411,18 @@ class Shadow:
         self.w[units[mine]] = (words[mine] & 0xFFFFFFFF) | self.tick() << 32
 
     def bulk_write(self, S, index, granule, ins, cells, group):
-        """A TMA load into shared memory, completing on the mbarriers ``cells``."""
-        for i in range(len(index)):
-            units, _ = self.units(index[i], granule)
-            if self.init:
-                self.written[units] = True
-            if not self.race:
-                continue
-            thread, cta = int(S.lanes[i] % self.T), int(S.cta[i])
-            self.check_writer(cta, thread, units, ins, "write-write race", proxy=True)
-            self.check_readers(cta, thread, units, ins)
-            slot = self.entry(int(cells[i]))[2]
-            self.record_write(slot, units, ins.line)
+        """A TMA load into shared memory, completing on the mbarriers ``cells``; ``index`` has a row per lane."""
+        units, _ = self.units(index, granule)
+        if self.init:
+            self.written[units] = True
+        if not self.race:
+            return
+        each = len(units) // len(index)
+        threads, cta = np.repeat(self.thread(S), each), np.repeat(S.cta, each)
+        self.check_writer(cta, threads, units, ins, "write-write race", proxy=True)
+        self.check_readers(cta, threads, units, ins)
+        slots = np.array([self.entry(int(cell))[2] for cell in cells])
+        self.record_write(np.repeat(slots, each), units, ins.line)
 
     def store_async(self, S, index, nbytes, ins, cells):
         """st.async: a write that completes on an mbarrier; races are looked for in the CTA's own memory only."""
@@ -441,17 +441,18 @@ class Shadow:
 
     def bulk_read(self, S, index, granule, ins, cells, group):
         """A TMA store reads shared memory; it is pending until the issuing thread's wait_group."""
-        for i in range(len(index)):
-            units, _ = self.units(index[i], granule)
-            if self.init:
-                self.check_init(S, units, len(units), ins)
-            if not self.race:
-                continue
-            thread, cta = int(S.lanes[i] % self.T), int(S.cta[i])
-            self.check_writer(cta, thread, units, ins, "write-read race", proxy=True)
-            warp = thread // 32
-            self.record_read(2 * self.nwarps + warp, self.first_bulk + warp, units, ins)
-            self.issued.setdefault(("bulk", cta, thread), []).append((int(group[i]), self.now))
+        units, _ = self.units(index, granule)
+        each = len(units) // len(index)
+        if self.init:
+            self.check_init(S, units, each, ins)
+        if not self.race:
+            return
+        threads = self.thread(S)
+        self.check_writer(np.repeat(S.cta, each), np.repeat(threads, each), units, ins, "write-read race", proxy=True)
+        warps = np.repeat(threads >> 5, each)
+        self.record_read(2 * self.nwarps + warps, self.first_bulk + warps, units, ins)
+        for cta, thread, number in zip(S.cta.tolist(), threads.tolist(), group.tolist(), strict=True):
+            self.issued.setdefault(("bulk", cta, thread), []).append((number, self.now))
 
     def bulk_wait(self, S, limit):
         """cp.async.bulk.wait_group{.read}: the thread's groups below ``limit`` have read their sources."""
