@@ -1,0 +1,116 @@
+"""What the documents say is so: examples run, tables and lists agree with the code, files exist."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import cute_ssm
+from cute_ssm import arch, env, spec
+from cute_ssm.__main__ import main
+from cute_ssm.errors import UnsupportedSpecError
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tools/ptxsim/README.md")
+RESULTS = "tools/bench/results/"
+
+
+def section(title: str) -> str:
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.M | re.S).group(1)
+
+
+def region(name: str) -> str:
+    return re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", README, re.S).group(1)
+
+
+def test_python_examples_run(capsys):
+    """The blocks are one program: the first runs the reference, the second the compiled kernel in the emulator."""
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    assert len(blocks) == 2
+    torch.manual_seed(0)
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["out"].shape == (4, 8, 64)
+    assert not names["out"][3].any(), "padding"
+    assert names["state"][[0, 3, 7]].any()
+    assert len(names["session"].launches) == 1
+    assert capsys.readouterr().out
+
+
+def test_environment_table_is_that_of_the_code():
+    rows = [f"| `{row.name}` | {row.default} | {row.meaning} |" for row in env.VARIABLES]
+    assert region("environment").splitlines() == ["| variable | default | meaning |", "| --- | --- | --- |", *rows]
+
+
+def test_support_table_names_types_and_targets_of_the_code():
+    header, _, row = section("Support").strip().splitlines()[:3]
+    assert re.findall(r"\bsm_\w+", header) == list(arch.ARCHS)
+    assert sorted(re.findall(r"\bb?float\d+\b", row)) == sorted(3 * spec.FLOATS)
+
+
+def test_what_is_refused_is_what_not_yet_lists():
+    refused = re.search(r"refuses, by `UnsupportedSpecError`, any of (.*?):", section("Not yet"), re.S).group(1)
+    listed = set(re.findall(r"`(\w+)`", refused))
+    anything = torch.zeros(1)
+    found = set()
+    for name in inspect.signature(cute_ssm.selective_state_update).parameters:
+        given = {key: anything for key in ("state", "x", "dt", "A", "B", "C")}
+        try:
+            cute_ssm.selective_state_update(**{**given, name: 1 if name == "cache_steps" else anything})
+        except UnsupportedSpecError:
+            found.add(name)
+        except (TypeError, ValueError):
+            pass
+    assert listed == found
+
+
+@pytest.mark.parametrize("command", ["env", "cache", "demo"])
+def test_options_of_the_command_line_exist(command, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    assert done.value.code == 0
+    words = set(re.findall(r"--[\w-]+", capsys.readouterr().out)) - {"--help"}
+    rows = "\n".join(line for line in section("Command line").splitlines() if f"cute_ssm {command}" in line)
+    assert words == set(re.findall(r"--[\w-]+", rows))
+
+
+def test_ci_installs_and_tests_as_the_readme_says():
+    commands = (ROOT / ".ci" / "run").read_text().splitlines()
+    install, test = re.search(r'pip install "\.\[(\w+)\]" && (pytest.*)', section("Two commands")).groups()
+    assert commands[-1] == test
+    assert any(re.fullmatch(rf'python -m pip install --quiet "\.\[{install},dev\]"', line) for line in commands)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_named_in_documents_exist(document):
+    path = ROOT / document
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+    links = [path.parent / link for link in re.findall(r"\]\(([^)#:]+)\)", text)]
+    named = {name for name in re.findall(r"`((?:cute_ssm|tools|tests|\.ci)/[\w./]*)`", text)}
+    if not region("counters").strip():
+        named.discard(RESULTS)  # the table has no rows yet
+    missing = [str(p) for p in (*links, *(ROOT / name for name in named)) if not p.exists()]
+    assert not missing
+
+
+def test_no_tracked_file_names_a_place_of_one_machine():
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    place = re.compile(r"(?<![\w.~}/-])/(?:work|root|opt|workspace|Users|mnt|tmp/\w+)/[\w.-]")
+    found = []
+    for name in listed.stdout.splitlines():
+        path = ROOT / name
+        if path.suffix in (".safetensors", ".png") or not path.is_file() or path == Path(__file__):
+            continue
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+            if place.search(line):
+                found.append(f"{name}:{number}: {line.strip()}")
+    assert not found
