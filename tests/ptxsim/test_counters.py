@@ -156,3 +156,34 @@ def test_neighbours_share_a_sector_once():
     moved = session.launches[-1].counters.as_dict()
     assert torch.equal(out[0], x[0, 4:] + y[0, :32])
     assert [moved["tensors"][n]["dram_read_bytes"] for n in "xy"] == [160, 160] and moved["dram_read_bytes"] == 288
+
+
+class Fused:
+    """out = x + y shifted by ``skip`` columns."""
+
+    def __init__(self, skip):
+        self.skip = skip
+
+    @cute.jit
+    def __call__(self, x: cute.Tensor, y: cute.Tensor, out: cute.Tensor):
+        self.kernel(x, y, out).launch(grid=[out.shape[0], 1, 1], block=[32, 1, 1])
+
+    @cute.kernel
+    def kernel(self, x: cute.Tensor, y: cute.Tensor, out: cute.Tensor):
+        t, _, _ = cute.arch.thread_idx()
+        b, _, _ = cute.arch.block_idx()
+        out[b, t] = x[b, t] + y[b, t + self.skip]
+
+
+def test_interleaved_arguments():
+    """Slices of one fused projection: traffic by slice, and a fault only where no argument is."""
+    pool, out = torch.randn(3, 96), torch.zeros(3, 32)
+    x, y = pool[:, :32], pool[:, 32:64]
+    fakes = [make_fake_tensor(Float32, (cute.sym_int(), 32), (cute.sym_int64(), 1)) for _ in range(3)]
+    with ptxsim.emulate(counters=True) as session:
+        ptxsim.compile(Fused(0), *fakes)(x, y, out)
+    assert torch.equal(out, x + y)
+    moved = session.launches[-1].counters.as_dict()["tensors"]
+    assert {n: t["dram_read_bytes"] for n, t in moved.items()} == {"x": 384, "y": 384, "out": 0}
+    with ptxsim.emulate(), pytest.raises(ptxsim.MemoryFault, match="in the gap between rows of 'y'"):
+        ptxsim.compile(Fused(32), *fakes)(x[:2], y[:2], out[:1])
