@@ -1,0 +1,98 @@
+"""Record what the operators cost on the emulator: ``python tools/bench/counters.py`` rewrites the results and the README.
+
+Results go to ``results/counters.json``; the README's table between the marks ``counters`` is made from that file alone,
+so ``--table`` rewrites it without counting anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).with_name("results") / "counters.json"
+BEGIN, END = "<!-- counters:begin -->", "<!-- counters:end -->"
+
+STEP = {"nheads": 16, "dim": 64, "dstate": 128, "ngroups": 1, "state_dtype": "float16"}
+CASES = [  # (operator, keys)
+    ("selective_state_update", {"batch": 8, **STEP}),
+    ("selective_state_update", {"batch": 64, **STEP}),
+    ("selective_state_update", {"batch": 64, **STEP, "state_dtype": "bfloat16"}),
+    ("selective_state_update", {"batch": 64, **STEP, "state_dtype": "float32"}),
+    ("selective_state_update", {"batch": 64, **STEP, "dim": 80}),
+    ("selective_state_update", {"batch": 1, **STEP}),
+    ("selective_state_update", {"batch": 64, **STEP, "z": 1}),
+    ("selective_state_update", {"batch": 16, "nheads": 1, "dim": 4096, "dstate": 16, "state_dtype": "float32", "layout": "dense"}),
+]  # fmt: skip
+ARCHS = ("sm_90a", "sm_100a")
+
+
+def record() -> dict:
+    """Count every case on every target."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    from count import count
+
+    rows = [count(op, {k: str(v) for k, v in keys.items()}, arch) for op, keys in CASES for arch in ARCHS]
+    for row in rows:  # names and per-tensor bytes can be had again from tools/count.py
+        row.pop("tensors")
+        for kernel in row["kernels"]:
+            kernel.pop("name")
+    versions = {name: metadata.version(name) for name in ("nvidia-cutlass-dsl", "torch", "numpy")}
+    return {
+        "method": "tools/count.py: PTX warp instructions and 32-byte sectors in the emulator; nothing here is a time",
+        "versions": {"python": platform.python_version(), **versions},
+        "rows": rows,
+    }
+
+
+def table(results: dict) -> str:
+    """Markdown table of the recorded counts."""
+    lines = [
+        "| operator | call | target | issue slots / unit | DRAM / floor | L2 / floor | registers | spills |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        defaults = ("ngroups", "input_dtype", "dt_dtype", "update")
+        call = ", ".join(f"{k}={v}" for k, v in row["keys"].items() if k not in defaults and str(v) not in ("0", "tied"))
+        registers = max(kernel["registers"] for kernel in row["kernels"])
+        spills = sum(kernel["spill_bytes"] for kernel in row["kernels"])
+        lines.append(
+            f"| `{row['op']}` | {call} | {row['arch']} | {row['issue_slots_per_unit']:.0f} | "
+            f"{row['dram_over_floor']:.3f} | {row['l2_over_floor']:.3f} | {registers} | {spills} |"
+        )
+    return "\n".join(lines)
+
+
+def rewrite(path: Path, text: str) -> None:
+    """Put `text` between the marks in a file.
+
+    Raises
+    ------
+    ValueError
+        If the file lacks a mark.
+    """
+    old = path.read_text()
+    if BEGIN not in old or END not in old:
+        raise ValueError(f"{path.name}: expected the marks {BEGIN} and {END}; add them where the table belongs")
+    head, _, rest = old.partition(BEGIN)
+    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Count unless told not to, then rewrite the README's table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--table", action="store_true", help="only rewrite the README's table from the results")
+    options = parser.parse_args(argv)
+    if not options.table:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(record(), indent=1) + "\n")
+    rewrite(ROOT / "README.md", table(json.loads(RESULTS.read_text())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
