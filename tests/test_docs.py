@@ -14,6 +14,7 @@ import cute_ssm
 from cute_ssm import arch, env, spec
 from cute_ssm.__main__ import main
 from cute_ssm.errors import UnsupportedSpecError
+from cute_ssm.runtime import doctor, toolchain
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -69,6 +70,15 @@ def test_what_is_refused_is_what_not_yet_lists():
         except (TypeError, ValueError):
             pass
     assert listed == found
+
+
+def test_versions_that_the_package_checks_are_those_it_declares():
+    """And no later minor of the compiler is let in by accident: the contributors' notes are about this one."""
+    declared = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[0]
+    for name, accepted in ((toolchain.DSL, toolchain.DSL_RANGE), (toolchain.TVM_FFI, toolchain.TVM_FFI_RANGE)):
+        assert f'"{toolchain.requirement(name, accepted)}"' in declared
+    assert f'"{toolchain.requirement("torch", doctor.TORCH_RANGE)}"' in declared
+    assert f"nvidia-cutlass-dsl {'.'.join(map(str, toolchain.DSL_RANGE[0]))}," in (ROOT / "CONTRIBUTING.md").read_text()
 
 
 @pytest.mark.parametrize("command", ["env", "cache", "demo"])
