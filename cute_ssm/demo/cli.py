@@ -27,6 +27,7 @@ STATE_DTYPES = ("float32", "float16", "bfloat16")
 PROMPT = "The import statement"
 TOKENS = {"reference": 200, "emulate": 100, "cuda": 200}
 MAX_TOKENS = 10_000
+TEMPERATURE = 0.5
 EMULATED_ARCH = "sm_90a"
 
 
@@ -49,11 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature",
         type=float,
-        default=0.0,
-        help="spread of the sampling; 0, the default, takes the likeliest token",
+        default=TEMPERATURE,
+        help=f"spread of the sampling; 0 takes the likeliest token (default: {TEMPERATURE})",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
-    parser.add_argument("--state-dtype", choices=STATE_DTYPES, default="float32", help="type the states are stored in")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    parser.add_argument(
+        "--state-dtype",
+        choices=STATE_DTYPES,
+        default="float32",
+        help="type the states are stored in (default: float32)",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
