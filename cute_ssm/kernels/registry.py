@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cute_ssm.errors import UnsupportedSpecError
-from cute_ssm.spec import Config, SelectiveStateUpdateSpec, Spec
+from cute_ssm.spec import Config, SelectiveScanSpec, SelectiveStateUpdateSpec, Spec
 
 if TYPE_CHECKING:
     from cute_ssm.arch import Arch
@@ -34,6 +34,7 @@ class Kernel(Protocol):
 
 KERNELS: dict[type[Spec], str] = {
     SelectiveStateUpdateSpec: "cute_ssm.kernels.selective_step:SelectiveStep",
+    SelectiveScanSpec: "cute_ssm.kernels.selective_scan:SelectiveScan",
 }
 _resolved: dict[str, type[Kernel]] = {}
 

@@ -1,0 +1,128 @@
+"""What a scan over tokens is composed of: powers, gates, sums of chains, and pieces of a row of tokens.
+
+A *piece* is `count` neighbouring tokens of one row, held as 32-bit words like memory (`convert`), or, if it is a single
+token, as a float32.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass.cutlass_dsl import T, dsl_user_op
+
+from cute_ssm.device import convert, memory
+from cute_ssm.device.asm import pure
+
+LOG2E = 1.44269502162933349609375  # log2(e), rounded to float32
+
+
+@dsl_user_op
+def power_of_two(x, *, loc=None, ip=None):
+    """2^x to a relative error of about 2^-22; below 2^-126 zero."""
+    return Float32(pure(T.f32(), [x], "ex2.approx.ftz.f32 $0, $1;", "=f,f", loc, ip))
+
+
+@dsl_user_op
+def _reciprocal(x, *, loc=None, ip=None):
+    return Float32(pure(T.f32(), [x], "rcp.approx.ftz.f32 $0, $1;", "=f,f", loc, ip))
+
+
+def silu_narrow(x):
+    """x / (1 + e^-x) for a result that is rounded to 16 bits: a relative error of about (1 + |x|) 2^-23."""
+    return x * _reciprocal(power_of_two(x * -LOG2E) + 1.0)
+
+
+def sum_chains(chains):
+    """Sum of a power of two of floats, halves first: entries i and i + n / 2 meet."""
+    while len(chains) > 1:
+        half = len(chains) // 2
+        chains = [low + high for low, high in zip(chains[:half], chains[half:])]
+    return chains[0]
+
+
+def scatter_sums(values, lane, lanes):
+    """Sum over the lanes of an aligned segment of `lanes`; lane j keeps its share of the list, sums j n / lanes onwards.
+
+    The order of additions is that of `sum_chains`: lanes j and j + lanes / 2 meet first.
+    """
+    distance = lanes // 2
+    while distance:
+        half = len(values) // 2
+        upper = (lane & distance) != 0
+        keep = [cutlass.select_(upper, high, low) for low, high in zip(values[:half], values[half:])]
+        give = [cutlass.select_(upper, low, high) for low, high in zip(values[:half], values[half:])]
+        values = [mine + cute.arch.shuffle_sync_bfly(other, distance) for mine, other in zip(keep, give)]
+        distance //= 2
+    return values
+
+
+def piece_words(dtype, count):
+    """How many words a piece has."""
+    return max(1, count * dtype.width // 32)
+
+
+def unpack_piece(words, dtype, count):
+    """A piece as float32 values."""
+    return [convert.as_float(words[0])] if count == 1 else convert.unpack(words, dtype)
+
+
+def pack_piece(values, dtype):
+    """Float32 values that `dtype` holds exactly as a piece."""
+    return [convert.as_word(values[0])] if len(values) == 1 else convert.pack(values, dtype)
+
+
+@cute.jit
+def load_piece(row, token, begin, stop, whole: Boolean, valid: Boolean, count: cutlass.Constexpr, aligned: cutlass.Constexpr):
+    """`count` tokens of a row from `token` on; zeros outside [begin, stop), and everywhere unless `valid`.
+
+    `whole` says that all of them are inside; then, if `aligned`, accesses are as wide as can be.
+    """
+    dtype = row.dtype
+    words = [Int32(0)] * piece_words(dtype, count)
+    if valid:
+        if const_expr(aligned and count * dtype.width >= 32):
+            if whole:
+                words = load_words(row + token, len(words))
+            else:
+                words = _load_inside(row, token, begin, stop, count)
+        else:
+            words = _load_inside(row, token, begin, stop, count)
+    return words
+
+
+def load_words(pointer, count):
+    """Words from an address that is a multiple of 16 bytes, or of all of them if they are fewer."""
+    words = []
+    for first in range(0, count, 4):
+        words += memory.load_words(pointer + first * 32 // pointer.dtype.width, min(4, count))
+    return words
+
+
+@cute.jit
+def _load_inside(row, token, begin, stop, count: cutlass.Constexpr):
+    values = [Float32(0.0)] * count
+    for i in cutlass.range_constexpr(count):
+        value = Float32(0.0)
+        if token + i >= begin and token + i < stop:
+            value = memory.load_scalar(row + (token + i), row.dtype)
+        values[i] = value
+    return pack_piece(values, row.dtype)
+
+
+@cute.jit
+def store_piece(row, token, values, begin, stop, whole: Boolean, aligned: cutlass.Constexpr):
+    """Round and store tokens of a row from `token` on, those inside [begin, stop); see `load_piece`."""
+    dtype = row.dtype
+    if const_expr(aligned and len(values) * dtype.width >= 32):
+        if whole:
+            memory.store(row + token, values, dtype, min(16, len(values) * dtype.width // 8))
+        else:
+            _store_inside(row, token, values, begin, stop)
+    else:
+        _store_inside(row, token, values, begin, stop)
+
+
+@cute.jit
+def _store_inside(row, token, values, begin, stop):
+    for i in cutlass.range_constexpr(len(values)):
+        if token + i >= begin and token + i < stop:
+            memory.store_scalar(row + (token + i), values[i], row.dtype)

@@ -1,0 +1,461 @@
+"""`SelectiveScan`: the selective state update over all tokens of every sequence.
+
+Per (sequence, channel), with the states h [dstate] and the equations of `cute_ssm.reference.selective_scan`, token by
+token:
+
+    delta' = softplus(delta + bias);  h <- 2^(A' delta') h + (delta' u) B;  y = h . C + D u;  out = y silu(z)
+
+with A' = A log2(e).  `lanes` lanes share a channel and keep its states, and A', in registers for the whole sequence, so
+nothing is scanned across lanes or tokens: five instructions a (token, channel, state) are the arithmetic.
+
+A CTA owns a tile of channels of one group, persistently one (sequence, tile) after another.  B and C of the next
+`tokens` tokens are loaded while those of the last are worked on, and staged as float32 [token][state] in the other half
+of a double buffer, where all its channels read them.  Rows of u, delta and z are read in *blocks* of 8 tokens, aligned in
+the row, each lane its share, one block ahead.  Tokens of a block outside the sequence have delta' = 0 and B = 0, which
+leaves h as it is, bit for bit.
+
+The y of a token is summed in `chains` partial sums, whose states and order do not depend on `lanes`: lane j holds the
+quads (4 neighbouring states) j, j + lanes, ..., and quad q is part of chain q modulo `chains`.
+
+In place: every lane reads its tokens of a row before it writes them, so outputs may be the rows of u, delta or z.
+
+PDL: everything is read and written after `griddepcontrol.wait`; dependents are released at once and wait likewise.
+"""
+
+from typing import Optional
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.memory import SmemAllocator
+
+from cute_ssm.arch import Arch
+from cute_ssm.device import convert, math, memory, scan
+from cute_ssm.spec import SelectiveScanSpec
+from cute_ssm.tuning.selective_scan import BLOCK, QUAD, WARP, SelectiveScanConfig, chains, choose, padded_states
+
+
+class SelectiveScan:
+    """The kernel of a `SelectiveScanSpec`; batch, channels, groups, tokens, slots and strides are dynamic."""
+
+    def __init__(self, spec: SelectiveScanSpec, config: SelectiveScanConfig, arch: Arch):
+        config.check(spec, arch)
+        self.spec, self.config = spec, config
+        self.dtype = convert.DTYPES[spec.input_dtype]
+        self.state_dtype = convert.DTYPES.get(spec.state_dtype)
+        self.lanes = config.lanes
+        self.threads = WARP * config.warps
+        self.padded = padded_states(spec)  # columns of B, and of C, in shared memory
+        self.pitch = 2 * self.padded  # floats of a token in shared memory
+        self.quads = self.padded // (QUAD * config.lanes)  # of a lane
+        self.chains = chains(spec) // config.lanes  # of a lane
+        self.share = BLOCK // config.lanes  # tokens of a block whose scalars and outputs a lane owns
+        self.tokens = config.tokens
+        self.pieces = config.column_pieces(spec)
+        self.blocks = config.tokens // BLOCK
+
+    @staticmethod
+    def default_config(spec: SelectiveScanSpec, arch: Arch, units: int | None = None) -> SelectiveScanConfig:
+        """The config for `units` (sequence, channel) pairs, by default for more than the GPU can hold at once."""
+        return choose(spec, arch, units if units is not None else 1 << 20, 1 << 20, arch.sm_count)
+
+    # ------------------------------------------------------------------------------------------------------------ host
+    def fakes(self):
+        """Arguments of `__call__` as the compiler sees them: what is static, and which sizes are equal."""
+        spec = self.spec
+        dim, groups, slots, length = (cute.sym_int32() for _ in range(4))
+        rows = cute.sym_int32()  # of u: sequences, or 1 if they are packed
+        sequences = rows if spec.query_dtype is None else cute.sym_int32()
+
+        def tensor(dtype, shape, align=1):
+            """Stride 1 in the last dimension, free strides before; accesses of `align` elements."""
+            outer = tuple(cute.sym_int64(divisibility=align) for _ in shape[1:])
+            return make_fake_tensor(dtype, shape, (*outer, 1), assumed_align=align * dtype.width // 8)
+
+        def optional(wanted, dtype, shape, align=1):
+            return tensor(dtype, shape, align) if wanted else None
+
+        def vector():
+            return make_fake_tensor(Float32, (dim,), (cute.sym_int64(),), assumed_align=4)
+
+        def indices(wanted):
+            index = convert.DTYPES.get(spec.cache_dtype)
+            return make_fake_tensor(index, (sequences,), (cute.sym_int64(),)) if wanted else None
+
+        wide = 16 * 8 // self.dtype.width if spec.aligned else 1
+        quad = QUAD if spec.aligned_states else 1
+        channels, columns = (rows, dim, length), (rows, groups, spec.dstate, length)
+        cache = indices(spec.cache_dtype is not None and not spec.blocks)
+        query = None
+        if spec.query_dtype is not None:
+            query = make_fake_tensor(convert.DTYPES[spec.query_dtype], (cute.sym_int32(),), (1,))
+        if spec.blocks:
+            cache = tensor(convert.DTYPES[spec.cache_dtype], (sequences, cute.sym_int32()))
+        ends = make_fake_tensor(convert.DTYPES[spec.cache_dtype], (cute.sym_int32(),), (1,)) if spec.chunks else None
+        return (
+            tensor(self.dtype, channels, wide),
+            optional(spec.state_dtype is not None, self.state_dtype, (slots, dim, spec.dstate), quad),
+            tensor(self.dtype, channels, wide),
+            tensor(Float32, (dim, spec.dstate), quad),
+            tensor(self.dtype, columns, wide),
+            tensor(self.dtype, columns, wide),
+            vector() if spec.has_D else None,
+            optional(spec.has_z, self.dtype, channels, wide),
+            vector() if spec.has_bias else None,
+            query,
+            cache,
+            make_fake_tensor(cutlass.Uint8, (sequences,), (cute.sym_int64(),)) if spec.has_initial else None,
+            indices(spec.blocks),
+            indices(spec.blocks),
+            indices(spec.blocks),
+            ends,
+            indices(spec.chunks),
+            tensor(self.dtype, channels, wide),
+            optional(spec.ungated, self.dtype, channels, wide),
+            Int64(0),
+            Int32(0),
+            Int32(0),
+            Int32(0),
+            make_fake_stream(use_tvm_ffi_env_stream=True),
+        )
+
+    @cute.jit
+    def __call__(
+        self,
+        u: cute.Tensor,
+        ssm_states: Optional[cute.Tensor],
+        delta: cute.Tensor,
+        A: cute.Tensor,
+        B: cute.Tensor,
+        C: cute.Tensor,
+        D: Optional[cute.Tensor],
+        z: Optional[cute.Tensor],
+        delta_bias: Optional[cute.Tensor],
+        query_start_loc: Optional[cute.Tensor],
+        cache_indices: Optional[cute.Tensor],
+        has_initial_state: Optional[cute.Tensor],
+        block_idx_first_scheduled_token: Optional[cute.Tensor],
+        block_idx_last_scheduled_token: Optional[cute.Tensor],
+        initial_state_idx: Optional[cute.Tensor],
+        cu_chunk_seqlen: Optional[cute.Tensor],
+        last_chunk_indices: Optional[cute.Tensor],
+        out: cute.Tensor,
+        ungated: Optional[cute.Tensor],
+        null_block_id: Int64,
+        block_size: Int32,
+        sequences: Int32,
+        max_ctas: Int32,
+        stream,
+    ):
+        """Shapes as in `cute_ssm.selective_scan`, packed ones with an axis of 1 in front; `max_ctas` bounds the grid."""
+        groups = B.shape[1]
+        channels = self.threads // self.lanes
+        per_group = u.shape[1] // groups
+        tiles = (per_group + channels - 1) // channels
+        units = sequences * groups * tiles
+        self.kernel(
+            u, ssm_states, delta, A, B, C, D, z, delta_bias, query_start_loc, cache_indices, has_initial_state,
+            block_idx_first_scheduled_token, block_idx_last_scheduled_token, initial_state_idx, cu_chunk_seqlen,
+            last_chunk_indices, out, ungated, null_block_id, block_size, units, tiles, per_group,
+        ).launch(
+            grid=[cutlass.min(units, max_ctas), 1, 1], block=[self.threads, 1, 1], use_pdl=True, stream=stream,
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------------------------------------------------- device
+    @cute.kernel
+    def kernel(
+        self,
+        u: cute.Tensor,
+        states: Optional[cute.Tensor],
+        delta: cute.Tensor,
+        A: cute.Tensor,
+        B: cute.Tensor,
+        C: cute.Tensor,
+        D: Optional[cute.Tensor],
+        z: Optional[cute.Tensor],
+        bias: Optional[cute.Tensor],
+        query_start: Optional[cute.Tensor],
+        cache: Optional[cute.Tensor],
+        has_initial: Optional[cute.Tensor],
+        first_block: Optional[cute.Tensor],
+        last_block: Optional[cute.Tensor],
+        initial_block: Optional[cute.Tensor],
+        chunk_ends: Optional[cute.Tensor],
+        last_chunk: Optional[cute.Tensor],
+        out: cute.Tensor,
+        ungated: Optional[cute.Tensor],
+        null_slot: Int64,
+        block_size: Int32,
+        units: Int32,
+        tiles: Int32,
+        per_group: Int32,
+    ):
+        thread = cute.arch.thread_idx()[0]
+        smem = SmemAllocator().allocate_array(Float32, 2 * self.tokens * self.pitch)
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        metadata = (query_start, cache, has_initial, first_block, last_block, initial_block, chunk_ends, last_chunk)
+        per_sequence = tiles * (u.shape[1] // per_group)
+        unit, stride = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+        while unit < units:
+            b = unit // per_sequence
+            tile = unit - b * per_sequence
+            group = tile // tiles
+            within = (tile - group * tiles) * (self.threads // self.lanes) + thread // self.lanes
+            channel, valid = group * per_group + within, within < per_group
+            begin, end, slot, real, initial = self.extent(metadata, u, b, null_slot)
+            if real:
+                row = b if const_expr(query_start is None) else Int32(0)
+                # lanes beyond the last channel read its scalars and none of its tokens
+                known = channel if valid else group * per_group
+                rates = [a * scan.LOG2E for a in self.load_quads(memory.address(A, known, 0), thread % self.lanes)]
+                weights = [None if const_expr(t is None) else Float32(t[known]) for t in (D, bias)]
+                rows = [
+                    None if const_expr(t is None) else memory.address(t, row, known, 0)
+                    for t in (u, delta, z, out, ungated)
+                ]
+                columns = self.column_rows(B, C, row, group, thread)
+                h = [Float32(0.0)] * (QUAD * self.quads)
+                if const_expr(states is not None):
+                    if initial:
+                        h = self.load_quads(memory.address(states, slot, known, 0), thread % self.lanes)
+                args = (rows, columns, weights, rates, smem, thread, valid)
+                if const_expr(self.spec.blocks):
+                    self.segments(args, h, metadata, states, b, known, begin, end, null_slot, block_size)
+                elif begin < end:
+                    h = self.segment(args, h, begin, end)
+                    if const_expr(states is not None):
+                        if valid:
+                            self.store_quads(memory.address(states, slot, known, 0), h, thread % self.lanes)
+            unit += stride
+
+    # ------------------------------------------------------------------------------------------------------- sequences
+    @cute.jit
+    def extent(self, metadata, u, b, null_slot):
+        """(first token, end, slot of the initial state, whether there is anything to do, whether to load the state)."""
+        query_start, cache, has_initial, _, _, initial_block, _, _ = metadata
+        begin, end = Int32(0), Int32(u.shape[2])
+        slot, real, initial = Int64(b), Boolean(True), Boolean(False)
+        if const_expr(query_start is not None):
+            begin, end = Int32(query_start[b]), Int32(query_start[b + 1])
+        if const_expr(cache is not None):
+            # 64 bits: the product of a slot with its stride passes 2^31 elements
+            slot = Int64(cache[b, initial_block[b]] if const_expr(self.spec.blocks) else cache[b])
+            real = slot != null_slot
+        if const_expr(has_initial is not None):
+            initial = has_initial[b] != 0
+        return begin, end, slot, real, initial
+
+    @cute.jit
+    def segments(self, args, h, metadata, states, b, channel, begin, end, null_slot, block_size):
+        """Scan a sequence and save the states at the end of each of its blocks or chunks."""
+        _, cache, _, first_block, last_block, _, chunk_ends, last_chunk = metadata
+        thread, valid = args[5:]
+        first, count = Int32(0), (end - begin + block_size - 1) // block_size
+        tokens = cutlass.min(block_size, end - begin)  # of the first segment
+        if const_expr(self.spec.chunks):
+            if b > 0:
+                first = Int32(last_chunk[b - 1]) + 1
+            count = Int32(last_chunk[b]) - first + 1
+            tokens = Int32(chunk_ends[first + 1]) - Int32(chunk_ends[first])
+        position = Int32(first_block[b]) * block_size
+        if count > 1 and tokens < block_size:
+            position += block_size - tokens  # the first chunk completes a block
+        i = Int32(0)
+        while i < count and begin < end:
+            stop = begin + block_size
+            if const_expr(self.spec.chunks):
+                stop = begin + (Int32(chunk_ends[first + i + 1]) - Int32(chunk_ends[first + i]))
+            stop = cutlass.min(stop, end)
+            h = self.segment(args, h, begin, stop)
+            position += stop - begin
+            i += 1
+            column = (position - 1) // block_size
+            if i == count:
+                column = Int32(last_block[b])
+            slot = Int64(cache[b, column])
+            if slot != null_slot and valid:
+                self.store_quads(memory.address(states, slot, channel, 0), h, thread % self.lanes)
+            begin = stop
+
+    @cute.jit
+    def segment(self, args, h, begin, stop):
+        """Scan tokens [begin, stop), not empty; returns the states after them."""
+        rows, columns, weights, rates, smem, thread, valid = args
+        lane = thread % self.lanes
+        first = begin & -BLOCK
+        tiles = (stop - first + (self.tokens - 1)) // self.tokens
+        self.stage(smem, self.load_columns(columns, first, begin, stop, thread), thread)
+        cute.arch.sync_threads()
+        ahead = self.load_rows(rows, first, begin, stop, lane, valid)
+        for i in cutlass.range(tiles):
+            token = first + i * self.tokens
+            brought = self.load_columns(columns, token + self.tokens, begin, stop, thread)
+            tile = smem + (i % 2) * (self.tokens * self.pitch)
+            blocks = cutlass.min(Int32(self.blocks), (stop - token + (BLOCK - 1)) // BLOCK)
+            for k in cutlass.range(blocks):
+                now, at = ahead, token + k * BLOCK
+                ahead = self.load_rows(rows, at + BLOCK, begin, stop, lane, valid)
+                h = self.block(rows, now, weights, rates, h, tile + k * (BLOCK * self.pitch), at, begin, stop, lane, valid)
+            self.stage(smem + ((i + 1) % 2) * (self.tokens * self.pitch), brought, thread)
+            cute.arch.sync_threads()
+        return h
+
+    # ------------------------------------------------------------------------------------------------ loads and stores
+    def inside(self, token, begin, stop):
+        """Whether the block from `token` on lies in [begin, stop)."""
+        return token >= begin and token + BLOCK <= stop
+
+    @cute.jit
+    def load_rows(self, rows, token, begin, stop, lane, valid):
+        """This lane's tokens of u, delta and z of the block from `token` on, as words."""
+        whole = token >= begin and token + BLOCK <= stop
+        read = [rows[n] for n in range(3 if self.spec.has_z else 2)]
+        return [
+            scan.load_piece(row, token + lane * self.share, begin, stop, whole, valid, self.share, self.spec.aligned)
+            for row in read
+        ]
+
+    @cute.jit
+    def column_rows(self, B, C, row, group, thread):
+        """(row of B or C, first token in a tile, whether it exists) of each block that this thread brings."""
+        found = []
+        for p in cutlass.range_constexpr(self.pieces):
+            number = thread + p * self.threads
+            column = number % self.pitch
+            state = column if column < self.padded else column - self.padded
+            known = state if state < self.spec.dstate else Int32(0)
+            start = memory.address(B, row, group, known, 0).toint()
+            if column >= self.padded:
+                start = memory.address(C, row, group, known, 0).toint()
+            exists = state < self.spec.dstate and number < self.pitch * self.blocks
+            pointer = cute.make_ptr(self.dtype, start, cute.AddressSpace.gmem, assumed_align=self.dtype.width // 8)
+            found.append((pointer, number // self.pitch * BLOCK, exists))
+        return found
+
+    @cute.jit
+    def load_columns(self, columns, token, begin, stop, thread):
+        """This thread's blocks of B and C in the tile from `token` on, as words."""
+        brought = []
+        for p in cutlass.range_constexpr(self.pieces):
+            pointer, offset, exists = columns[p]
+            at = token + offset
+            whole = at >= begin and at + BLOCK <= stop
+            near = exists and at < stop
+            brought.append(scan.load_piece(pointer, at, begin, stop, whole, near, BLOCK, self.spec.aligned))
+        return brought
+
+    @cute.jit
+    def stage(self, tile, brought, thread):
+        """Write this thread's blocks of B and C to shared memory, token by token."""
+        for p in cutlass.range_constexpr(self.pieces):
+            number = thread + p * self.threads
+            values = scan.unpack_piece(brought[p], self.dtype, BLOCK)
+            target = tile + (number % self.pitch + number // self.pitch * (BLOCK * self.pitch))
+            if const_expr((p + 1) * self.threads <= self.pitch * self.blocks):
+                for t in cutlass.range_constexpr(BLOCK):
+                    memory.store_scalar(target + t * self.pitch, values[t], Float32)
+            elif number < self.pitch * self.blocks:
+                for t in cutlass.range_constexpr(BLOCK):
+                    memory.store_scalar(target + t * self.pitch, values[t], Float32)
+
+    @cute.jit
+    def load_quads(self, row, lane):
+        """This lane's states, or rates, of a channel; zeros beyond dstate."""
+        dtype = row.dtype
+        values = []
+        for i in cutlass.range_constexpr(self.quads):
+            state = (lane + i * self.lanes) * QUAD
+            got = [Float32(0.0)] * QUAD
+            if const_expr(self.spec.aligned_states):
+                if state < self.spec.dstate:
+                    got = memory.load(row + state, dtype, QUAD, QUAD * dtype.width // 8)
+            else:
+                for j in cutlass.range_constexpr(QUAD):
+                    value = Float32(0.0)
+                    if state + j < self.spec.dstate:
+                        value = memory.load_scalar(row + (state + j), dtype)
+                    got[j] = value
+            values += got
+        return values
+
+    @cute.jit
+    def store_quads(self, row, values, lane):
+        """Round and store this lane's states of a channel."""
+        dtype = row.dtype
+        for i in cutlass.range_constexpr(self.quads):
+            state = (lane + i * self.lanes) * QUAD
+            if const_expr(self.spec.aligned_states):
+                if state < self.spec.dstate:
+                    memory.store(row + state, values[i * QUAD : (i + 1) * QUAD], dtype, QUAD * dtype.width // 8)
+            else:
+                for j in cutlass.range_constexpr(QUAD):
+                    if state + j < self.spec.dstate:
+                        memory.store_scalar(row + (state + j), values[i * QUAD + j], dtype)
+
+    # ------------------------------------------------------------------------------------------------------ arithmetic
+    @cute.jit
+    def block(self, rows, words, weights, rates, h, tile, token, begin, stop, lane, valid):
+        """Scan the block from `token` on, whose B and C are at `tile`, and store its outputs; returns the states."""
+        D, bias = weights
+        whole = token >= begin and token + BLOCK <= stop
+        mine = token + lane * self.share
+        inputs = scan.unpack_piece(words[0], self.dtype, self.share)
+        steps = self.steps(scan.unpack_piece(words[1], self.dtype, self.share), bias)
+        if not whole:
+            inside = [mine + t >= begin and mine + t < stop for t in range(self.share)]
+            steps = [step if held else Float32(0.0) for step, held in zip(steps, inside)]
+        gains = [step * value for step, value in zip(steps, inputs)]
+        h, sums = self.advance(rates, h, steps, gains, tile + lane * QUAD, lane)
+        sums = scan.scatter_sums(sums, lane, self.lanes)
+        if const_expr(D is not None):
+            sums = [cute.math.fma(D, value, y) for value, y in zip(inputs, sums)]
+        if const_expr(self.spec.ungated):
+            if valid:
+                scan.store_piece(rows[4], mine, sums, begin, stop, whole, self.spec.aligned)
+        if const_expr(self.spec.has_z):
+            silu = math.silu if const_expr(self.spec.input_dtype == "float32") else scan.silu_narrow
+            gates = scan.unpack_piece(words[2], self.dtype, self.share)
+            sums = [y * silu(gate) for y, gate in zip(sums, gates)]
+        if valid:
+            scan.store_piece(rows[3], mine, sums, begin, stop, whole, self.spec.aligned)
+        return h
+
+    def steps(self, values, bias):
+        """delta' of delta."""
+        if bias is not None:
+            values = [value + bias for value in values]
+        return [math.softplus(value) for value in values] if self.spec.delta_softplus else values
+
+    def advance(self, rates, h, steps, gains, columns, lane):
+        """Advance a lane's states by a block; returns them and this lane's part of the dot products with C."""
+        h = list(h)
+        sums = []
+        for t in range(BLOCK):
+            step, gain = self.of_token(steps, t, lane), self.of_token(gains, t, lane)
+            chains = [None] * self.chains
+            for i in range(self.quads):
+                at = columns + (t * self.pitch + i * self.lanes * QUAD)
+                B = memory.load(at, Float32, QUAD, 16)
+                C = memory.load(at + self.padded, Float32, QUAD, 16)
+                chain = i % self.chains
+                for j in range(QUAD):
+                    n = i * QUAD + j
+                    h[n] = cute.math.fma(scan.power_of_two(step * rates[n]), h[n], gain * B[j])
+                    total = chains[chain]
+                    chains[chain] = h[n] * C[j] if total is None else cute.math.fma(h[n], C[j], total)
+            sums.append(scan.sum_chains(chains))
+        return h, sums
+
+    def of_token(self, values, t, lane):
+        """The scalar of a token, from the lane that owns it."""
+        if self.lanes == 1:
+            return values[t]
+        owner = lane_base(self.lanes) + t // self.share
+        return cute.arch.shuffle_sync(values[t % self.share], owner)
+
+
+def lane_base(lanes):
+    """First lane of the segment of `lanes` lanes that this one is part of."""
+    return cute.arch.lane_idx() & -lanes

@@ -1,0 +1,570 @@
+"""`selective_scan` and `selective_scan_fn`: the recurrence of Mamba-1 over all tokens of a batch of sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cute_ssm import arch as archs
+from cute_ssm import runtime
+from cute_ssm.errors import describe
+from cute_ssm.ops import _arguments as arguments
+from cute_ssm.ops import _library
+from cute_ssm.ops._scan_plan import Metadata, plan_on_cpu
+from cute_ssm.reference.selective_scan import selective_scan as reference
+from cute_ssm.spec import SelectiveScanSpec
+from cute_ssm.tuning import overridden
+from cute_ssm.tuning import selective_scan as tuning
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int32, torch.int64)
+ACCESS_BYTES = 16  # widest access to a row
+
+
+def selective_scan(
+    u: Tensor,
+    ssm_states: Tensor | None,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    query_start_loc: Tensor | None = None,
+    cache_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    null_block_id: int = 0,
+    block_size: int = 1024,
+    block_idx_first_scheduled_token: Tensor | None = None,
+    block_idx_last_scheduled_token: Tensor | None = None,
+    initial_state_idx: Tensor | None = None,
+    cu_chunk_seqlen: Tensor | None = None,
+    last_chunk_indices: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Run the selective state-space recurrence over every sequence and return the outputs.
+
+    With the states h [dstate] of a (sequence, channel), in float32, for every token::
+
+        delta' = softplus(delta + delta_bias);  h <- exp(A delta') h + (delta' u) B;  out = (h . C + D u) silu(z)
+
+    Sequences are equally long (*dense*), or packed one after another (*varlen*, with ``query_start_loc``).  Tensors on a
+    GPU run the compiled kernel; tensors on the CPU run the PyTorch reference, or the same compiled kernel inside
+    ``ptxsim.emulate()``.  There is no gradient.
+
+    Parameters
+    ----------
+    u : Tensor, (batch, dim, length) or varlen (dim, total), float32/bfloat16/float16
+        Input.  Stride 1 in the last dimension is fast, like for delta, B, C, z and out; others work through a copy.
+    ssm_states : Tensor, (slots, dim, dstate), type of u or float32, or None
+        Pool of states, **updated in place**: a sequence's slot receives its final state.  Stride 1 in the last
+        dimension, other strides free.  None: scans start from zero and final states are not kept.
+    delta : Tensor, like u
+        Step size before bias and softplus.
+    A : Tensor, (dim, dstate), float32
+        Decay rates, stride 1 in the last dimension; dstate is 1 to 256.
+    B, C : Tensor, (batch, ngroups, dstate, length) or varlen (ngroups, dstate, total), type of u
+        Input and output projections of each token; dim is a multiple of ngroups.  The axis of a single group may be
+        left out.
+    D : Tensor, (dim,), float32, optional
+        Skip weights, any stride.
+    z : Tensor, like u, optional
+        Gate.
+    delta_bias : Tensor, (dim,), float32, optional
+        Any stride.
+    delta_softplus : bool
+        Apply softplus to delta + delta_bias (the identity above 20).
+    query_start_loc : Tensor, (batch + 1,), int32/int64, optional
+        Varlen: sequence b is tokens ``query_start_loc[b]`` to ``query_start_loc[b + 1]``; the first entry is 0.
+    cache_indices : Tensor, (batch,) or (batch, n), int32/int64, optional
+        Slot of each sequence; of a matrix, column 0, or with prefix caching a table of n blocks per sequence.  None:
+        sequence b uses slot b, and none is null.
+    has_initial_state : Tensor, (batch,), bool, optional
+        Sequences that start from the state in their slot; the others, or all if None, start from zero.
+    null_block_id : int
+        A sequence whose (initial) slot is this one is skipped: its tokens of ``out`` stay as they are, or are zero if
+        ``out`` was not given.  With prefix caching, a state whose destination is this slot is not saved.
+    block_size : int
+        Prefix caching: tokens of a block, any positive number.
+    block_idx_first_scheduled_token, block_idx_last_scheduled_token, initial_state_idx : Tensor, (batch,), optional
+        Prefix caching, all three or none, type of cache_indices: columns of ``cache_indices`` of the block of the first
+        token and of the last one, and of the initial state.
+    cu_chunk_seqlen : Tensor, (chunks + 1,), type of cache_indices, optional
+        Prefix caching: offsets of the chunks of all sequences; states are saved at the ends of chunks.  None: sequences
+        are cut every ``block_size`` tokens.
+    last_chunk_indices : Tensor, (batch,), type of cache_indices, optional
+        With ``cu_chunk_seqlen``: number of each sequence's last chunk.
+    out : Tensor, like u, optional
+        **Written.**  It may be u, delta or z itself.  Allocated if None; zero then where no sequence has a token.
+
+    Returns
+    -------
+    Tensor
+        ``out``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        A shape, type, stride, device, size or index is not as described above.  Nothing has been written.
+    UnsupportedArchError
+        The tensors are on a GPU that the kernels are not compiled for.
+
+    Notes
+    -----
+    Prefix caching saves the state after every block or chunk in the slot named by the block's column of
+    ``cache_indices``: the last one in column ``block_idx_last_scheduled_token``, another in the column of the block that
+    its last token is in.  Positions count from ``block_idx_first_scheduled_token`` blocks; if the first of several
+    chunks is shorter than a block, it is taken to complete one.
+
+    The recurrence is that of Gu and Dao, "Mamba" (2023); the conventions of slots and blocks are those of vLLM.
+    A sequence's result does not depend on the other sequences of the call, bit for bit, and one call gives the bits of
+    several that carry a float32 state.
+    """
+    tensors = _Tensors(
+        u, ssm_states, delta, A, B, C, D, z, delta_bias, query_start_loc, cache_indices, has_initial_state,
+        block_idx_first_scheduled_token, block_idx_last_scheduled_token, initial_state_idx, cu_chunk_seqlen,
+        last_chunk_indices,
+    )  # fmt: skip
+    if not isinstance(u, Tensor):
+        raise TypeError(describe("u", "a torch.Tensor", type(u).__name__))
+    if out is None:
+        partial = query_start_loc is not None or cache_indices is not None
+        allocate = torch.zeros_like if partial else torch.empty_like
+        out = allocate(u, memory_format=torch.contiguous_format)
+    run = _run if type(u) is Tensor and not torch.compiler.is_compiling() else _overload
+    run(*tensors, delta_softplus, null_block_id, block_size, out)
+    return out
+
+
+def selective_scan_fn(
+    u: Tensor,
+    ssm_states: Tensor | None,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    query_start_loc: Tensor | None = None,
+    cache_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    null_block_id: int = 0,
+    block_size: int = 1024,
+    block_idx_first_scheduled_token: Tensor | None = None,
+    block_idx_last_scheduled_token: Tensor | None = None,
+    initial_state_idx: Tensor | None = None,
+    cu_chunk_seqlen: Tensor | None = None,
+    last_chunk_indices: Tensor | None = None,
+) -> Tensor:
+    """Run `selective_scan` in place, by vLLM's convention: the outputs replace ``delta``, and ``z`` if given.
+
+    Parameters
+    ----------
+    u, ssm_states, A, B, C, D, delta_bias, delta_softplus, query_start_loc, cache_indices, has_initial_state, \
+    null_block_id, block_size, block_idx_first_scheduled_token, block_idx_last_scheduled_token, initial_state_idx, \
+    cu_chunk_seqlen, last_chunk_indices
+        As for `selective_scan`; ``ssm_states`` is **updated in place**.
+    delta : Tensor, (batch, dim, length) or varlen (dim, total), type of u
+        Step size.  **Overwritten** by the outputs before the gate.
+    z : Tensor, like delta, optional
+        Gate.  **Overwritten** by the gated outputs.
+
+    Returns
+    -------
+    Tensor
+        ``z`` if given, else ``delta``: the tensor with the results.
+
+    Raises
+    ------
+    ValueError, TypeError, UnsupportedArchError
+        As for `selective_scan`.  Nothing has been written.
+
+    Notes
+    -----
+    The caller's tensors receive the results whatever their strides.  Tokens of skipped sequences, and of none, stay as
+    they are.  The signature follows ``selective_scan_fn`` of vLLM.
+    """
+    tensors = _Tensors(
+        u, ssm_states, delta, A, B, C, D, z, delta_bias, query_start_loc, cache_indices, has_initial_state,
+        block_idx_first_scheduled_token, block_idx_last_scheduled_token, initial_state_idx, cu_chunk_seqlen,
+        last_chunk_indices,
+    )  # fmt: skip
+    run = _run_in_place if type(u) is Tensor and not torch.compiler.is_compiling() else _overload_in_place
+    if not isinstance(u, Tensor):
+        raise TypeError(describe("u", "a torch.Tensor", type(u).__name__))
+    run(*tensors, delta_softplus, null_block_id, block_size)
+    return delta if z is None else z
+
+
+class _Tensors(NamedTuple):
+    """The tensors of a call but its outputs, in the order of the signatures."""
+
+    u: Tensor
+    ssm_states: Tensor | None
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    delta_bias: Tensor | None
+    query_start_loc: Tensor | None
+    cache_indices: Tensor | None
+    has_initial_state: Tensor | None
+    block_idx_first_scheduled_token: Tensor | None
+    block_idx_last_scheduled_token: Tensor | None
+    initial_state_idx: Tensor | None
+    cu_chunk_seqlen: Tensor | None
+    last_chunk_indices: Tensor | None
+
+
+# Steady state: everything a kernel is chosen by, but for strides and alignment.  Those, and the equality of sizes and
+# types, the kernel's own entry checks before it launches; if it refuses, the arguments are examined one by one.
+_plans: dict[tuple[object, ...], tuple[Callable[..., None], int]] = {}
+
+
+def _run(*args: Any) -> None:
+    """Run on the arguments of the operator ``cute_ssm::selective_scan``."""
+    tensors, (softplus, null_block_id, block_size, out) = _Tensors(*args[:-4]), args[-4:]
+    _scan(tensors, softplus, null_block_id, block_size, out, None)
+
+
+def _run_in_place(*args: Any) -> None:
+    """Run on the arguments of the operator ``cute_ssm::selective_scan_fn``."""
+    tensors, (softplus, null_block_id, block_size) = _Tensors(*args[:-3]), args[-3:]
+    if tensors.z is None:
+        _scan(tensors, softplus, null_block_id, block_size, tensors.delta, None, "delta")
+    else:
+        _scan(tensors, softplus, null_block_id, block_size, tensors.z, tensors.delta, "z", "delta")
+
+
+def _scan(
+    tensors: _Tensors,
+    softplus: bool,
+    null_block_id: int,
+    block_size: int,
+    out: Tensor,
+    ungated: Tensor | None,
+    out_name: str = "out",
+    ungated_name: str = "ungated",
+) -> None:
+    """Scan into `out`, and into `ungated` what the gate has not seen; the names are those of errors."""
+    key = _key(tensors, softplus, out, ungated)
+    plan = _plans.get(key)
+    if plan is not None and not overridden():
+        try:
+            plan[0](*_canonical(tensors, out, ungated), null_block_id, block_size, _sequences(tensors), plan[1])
+            return
+        except (TypeError, ValueError, IndexError, AttributeError):
+            pass  # other strides or alignment than last time, or a bad argument: the checks below tell
+    _check(tensors, null_block_id, block_size, {out_name: out, ungated_name: ungated})
+    copies = _unit_strides({**tensors._asdict(), "out": out, "ungated": ungated})
+    if copies:
+        given = _Tensors(*(copies.get(id(t), t) for t in tensors))
+        written = [None if t is None else copies.get(id(t), t) for t in (out, ungated)]
+        _scan(given, softplus, null_block_id, block_size, written[0], written[1], out_name, ungated_name)
+        for target, source in zip((out, ungated), written):
+            if target is not None and target is not source:
+                target.copy_(source)
+        return
+    args = _canonical(tensors, out, ungated)
+    spec = _spec(args, softplus)
+    sequences = _sequences(tensors)
+    u, B = args[0], args[4]
+    work = (sequences * u.shape[1], u.shape[1] // B.shape[1])
+    if not u.is_cuda:
+        _run_on_cpu(spec, args, null_block_id, block_size, sequences, work)
+    elif u.numel() and sequences:
+        arch = runtime.target(u.device)
+        sm_count = torch.cuda.get_device_properties(u.device).multi_processor_count
+        config = tuning.choose(spec, arch, *work, sm_count)
+        plan = (runtime.get(spec, config, arch), sm_count * config.ctas_per_sm)
+        if not overridden():
+            _plans[key] = plan
+        plan[0](*args, null_block_id, block_size, sequences, plan[1])
+
+
+def _key(tensors: _Tensors, softplus: bool, out: Tensor, ungated: Tensor | None) -> tuple[object, ...]:
+    u, B, cache = tensors.u, tensors.B, tensors.cache_indices
+    return (
+        u.shape, getattr(B, "shape", None), u.dtype, u.device, softplus, out.dtype, ungated is None,
+        *(getattr(t, "dtype", None) for t in tensors[1:]),
+        None if cache is None else cache.dim(),
+        None if tensors.query_start_loc is None else tensors.query_start_loc.shape,
+    )  # fmt: skip
+
+
+def _sequences(tensors: _Tensors) -> int:
+    starts = tensors.query_start_loc
+    return tensors.u.shape[0] if starts is None else starts.shape[0] - 1
+
+
+def _canonical(tensors: _Tensors, out: Tensor, ungated: Tensor | None) -> tuple[Any, ...]:
+    """The arguments of the kernel: packed tensors with an axis of 1 in front, projections with one of groups."""
+    varlen = tensors.query_start_loc is not None
+
+    def channels(tensor: Tensor | None) -> Tensor | None:
+        return tensor.unsqueeze(0) if varlen and tensor is not None else tensor
+
+    def columns(tensor: Tensor) -> Tensor:
+        if tensor.dim() == (2 if varlen else 3):
+            tensor = tensor.unsqueeze(-3)
+        return tensor.unsqueeze(0) if varlen else tensor
+
+    cache, initial = tensors.cache_indices, tensors.has_initial_state
+    if cache is not None and cache.dim() == 2 and tensors.block_idx_first_scheduled_token is None:
+        cache = cache[:, 0]
+    return (
+        channels(tensors.u), tensors.ssm_states, channels(tensors.delta), tensors.A, columns(tensors.B),
+        columns(tensors.C), tensors.D, channels(tensors.z), tensors.delta_bias, tensors.query_start_loc, cache,
+        None if initial is None or tensors.ssm_states is None else initial.view(torch.uint8), *tensors[12:],
+        channels(out), channels(ungated),
+    )  # fmt: skip
+
+
+def _unit_strides(named: dict[str, Tensor | None]) -> dict[int, Tensor]:
+    """Contiguous copies, by identity, of the tensors with tokens whose last stride is not 1."""
+    copies = {}
+    for name in ("u", "delta", "B", "C", "z", "out", "ungated"):
+        tensor = named[name]
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            copies.setdefault(id(tensor), tensor.contiguous())
+    return copies
+
+
+def _aligned(tensor: Tensor | None, n_bytes: int) -> bool:
+    """Whether the address and the strides that matter, but for the last, are multiples of `n_bytes`."""
+    if tensor is None:
+        return True
+    outer = zip(tensor.shape[:-1], tensor.stride()[:-1])
+    size = tensor.element_size()
+    return tensor.data_ptr() % n_bytes == 0 and all(n == 1 or s * size % n_bytes == 0 for n, s in outer)
+
+
+def _spec(args: tuple[Any, ...], softplus: bool) -> SelectiveScanSpec:
+    """The spec of canonical arguments."""
+    u, states, delta, A, B, C, D, z, bias, starts, cache, initial, first, _, _, ends, _, out, ungated = args
+
+    def name_of(tensor: Tensor | None) -> str | None:
+        return None if tensor is None else arguments.DTYPE_NAMES[tensor.dtype]
+
+    dstate = A.shape[1]
+    quad = all(_aligned(t, tuning.QUAD * t.element_size()) for t in (A, states) if t is not None)
+    return SelectiveScanSpec(
+        input_dtype=arguments.DTYPE_NAMES[u.dtype],
+        state_dtype=name_of(states),
+        dstate=dstate,
+        has_D=D is not None,
+        has_z=z is not None,
+        has_bias=bias is not None,
+        delta_softplus=bool(softplus),
+        query_dtype=name_of(starts),
+        cache_dtype=name_of(cache),
+        has_initial=initial is not None,
+        blocks=first is not None,
+        chunks=ends is not None,
+        ungated=ungated is not None,
+        aligned=all(_aligned(t, ACCESS_BYTES) for t in (u, delta, B, C, z, out, ungated)),
+        aligned_states=quad and dstate % tuning.QUAD == 0,
+    )
+
+
+def _run_on_cpu(
+    spec: SelectiveScanSpec,
+    args: tuple[Any, ...],
+    null_block_id: int,
+    block_size: int,
+    sequences: int,
+    work: tuple[int, int],
+) -> None:
+    """Run the compiled kernel if an emulator is open, else the reference."""
+    u, states = args[:2]
+    segments = plan_on_cpu(
+        Metadata(*args[9:17]), sequences, u.shape[2], None if states is None else states.shape[0], null_block_id, block_size
+    )
+    emulator = runtime.emulator()
+    if emulator is None:
+        _reference(args, spec.delta_softplus, segments)
+    elif u.numel() and sequences:
+        arch = archs.by_name(emulator.arch)
+        sm_count = emulator.sm_count or arch.sm_count
+        config = tuning.choose(spec, arch, *work, sm_count)
+        kernel = runtime.emulated(spec, config, arch)
+        kernel(*args, null_block_id, block_size, sequences, sm_count * config.ctas_per_sm)
+
+
+def _reference(args: tuple[Any, ...], softplus: bool, segments: list[Any]) -> None:
+    """Scan the sequences one by one: what the kernel does, by PyTorch."""
+    u, states, delta, A, B, C, D, z, bias = args[:9]
+    out, ungated = args[17:]
+    for sequence in segments:
+        state = None if sequence.source is None else states[sequence.source][None]
+        begin, row = sequence.begin, slice(sequence.row, sequence.row + 1)
+        for stop, target in sequence.ends:
+            part = (row, ..., slice(begin, stop))
+            y, gated, state = reference(
+                u[part], delta[part], A, B[part], C[part], D, None if z is None else z[part], bias, softplus, state
+            )
+            if ungated is not None:
+                ungated[part] = y.to(ungated.dtype)
+            out[part] = gated.to(out.dtype)
+            if target is not None:
+                states[target] = state[0].to(states.dtype)
+            begin = stop
+
+
+# ---------------------------------------------------------------------------------------------------------------- checks
+def _check(tensors: _Tensors, null_block_id: int, block_size: int, outputs: dict[str, Tensor | None]) -> None:
+    """Raise unless the arguments are as documented; the contents of tensors are not looked at."""
+    named: dict[str, Any] = tensors._asdict()
+    for name, tensor in outputs.items():
+        named.setdefault(name, tensor)
+    required = ("u", "delta", "A", "B", "C", "out")
+    arguments.check_tensors(named, [name for name in named if name not in required])
+    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    for name, number, least in (("null_block_id", null_block_id, None), ("block_size", block_size, 1)):
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(describe(name, "an int", type(number).__name__))
+        if least is not None and number < least:
+            raise ValueError(describe(name, "a positive number of tokens", number))
+    _check_presence(given)
+    _check_shapes(given)
+    _check_dtypes(given)
+    for name in ("A", "ssm_states"):
+        if name in given and given[name].shape[-1] > 1:
+            arguments.check_last_contiguous(name, given[name])
+    if "cu_chunk_seqlen" in given:
+        arguments.check_last_contiguous("cu_chunk_seqlen", given["cu_chunk_seqlen"])
+    if "query_start_loc" in given:
+        arguments.check_last_contiguous("query_start_loc", given["query_start_loc"])
+    for name, tensor in outputs.items():
+        if tensor is not None and any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride())):
+            expected = "distinct elements, as it is written"
+            raise ValueError(describe(name, expected, f"strides {tensor.stride()}", f"pass {name}.contiguous()"))
+
+
+_BLOCKS = ("block_idx_first_scheduled_token", "block_idx_last_scheduled_token", "initial_state_idx")
+_CHUNKS = ("cu_chunk_seqlen", "last_chunk_indices")
+
+
+def _check_presence(given: dict[str, Tensor]) -> None:
+    """Raise if an argument lacks another that it needs."""
+    for names in (_BLOCKS, _CHUNKS):
+        present = [name for name in names if name in given]
+        if present and len(present) < len(names):
+            missing = next(name for name in names if name not in given)
+            raise ValueError(describe(missing, f"a tensor, as {present[0]} is given", None, "pass all of them or none"))
+    needs = {_CHUNKS[0]: _BLOCKS[0], _BLOCKS[0]: "cache_indices", "cache_indices": "ssm_states"}
+    needs["has_initial_state"] = "ssm_states"
+    for name, needed in needs.items():
+        if name in given and needed not in given:
+            # a null slot skips a sequence, so cache_indices mean something without states
+            if name == "cache_indices" and _BLOCKS[0] not in given:
+                continue
+            raise ValueError(describe(needed, f"a tensor, as {name} is given", None))
+    if _BLOCKS[0] in given and given["cache_indices"].dim() != 2:
+        shape = tuple(given["cache_indices"].shape)
+        raise ValueError(describe("cache_indices", f"shape (batch, blocks), as {_BLOCKS[0]} is given", shape))
+
+
+def _check_shapes(given: dict[str, Tensor]) -> None:
+    """Raise unless all shapes agree; `given` holds the arguments that are not None."""
+    u, A, B = given["u"], given["A"], given["B"]
+    varlen = "query_start_loc" in given
+    rank, letters = (2, "(dim, total)") if varlen else (3, "(batch, dim, length)")
+    if u.dim() != rank:
+        fix = "leave query_start_loc out for sequences of equal length" if varlen else "pass query_start_loc for packed ones"
+        raise ValueError(describe("u", f"shape {letters}", tuple(u.shape), fix))
+    if A.dim() != 2:
+        raise ValueError(describe("A", "shape (dim, dstate)", tuple(A.shape)))
+    if varlen and (given["query_start_loc"].dim() != 1 or not given["query_start_loc"].shape[0]):
+        raise ValueError(describe("query_start_loc", "shape (batch + 1,)", tuple(given["query_start_loc"].shape)))
+    dim, length = u.shape[-2:]
+    batch = given["query_start_loc"].shape[0] - 1 if varlen else u.shape[0]
+    dstate = A.shape[1]
+    if not 1 <= dstate <= 256:
+        raise ValueError(describe("A", "dstate of 1 to 256", f"dstate = {dstate}"))
+    lead: tuple[int, ...] = () if varlen else (batch,)
+    front = "" if varlen else "batch, "
+    tail = "total" if varlen else "length"
+    grouped = B.dim() == len(lead) + 3
+    if not grouped and B.dim() != len(lead) + 2:
+        raise ValueError(describe("B", f"shape ({front}ngroups, dstate, {tail})", tuple(B.shape)))
+    groups = (B.shape[-3],) if grouped else ()
+    if grouped and (groups[0] < 1 or dim % groups[0]):
+        raise ValueError(describe("B", f"ngroups that divides dim = {dim}", f"ngroups = {groups[0]}"))
+    columns = (*lead, *groups, dstate, length)
+    columns_text = f"({front}{'ngroups, ' if grouped else ''}dstate, {tail})"
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {
+        "A": ((dim, dstate), "(dim, dstate)"),
+        "B": (columns, columns_text),
+        "C": (columns, columns_text),
+        "D": ((dim,), "(dim,)"),
+        "delta_bias": ((dim,), "(dim,)"),
+        **{name: ((*lead, dim, length), letters) for name in ("delta", "z", "out")},
+        **{name: ((batch,), "(batch,)") for name in ("has_initial_state", *_BLOCKS, "last_chunk_indices")},
+    }
+    for name, (shape, text) in shapes.items():
+        if name in given:
+            arguments.check_shape(name, given[name], shape, text)
+    if "cache_indices" in given:
+        cache = given["cache_indices"]
+        if cache.dim() not in (1, 2) or cache.shape[0] != batch or (cache.dim() == 2 and not cache.shape[1]):
+            raise ValueError(describe("cache_indices", f"shape (batch,) = {(batch,)} or (batch, n)", tuple(cache.shape)))
+    if "cu_chunk_seqlen" in given and given["cu_chunk_seqlen"].dim() != 1:
+        raise ValueError(describe("cu_chunk_seqlen", "shape (chunks + 1,)", tuple(given["cu_chunk_seqlen"].shape)))
+    if "ssm_states" in given:
+        states = given["ssm_states"]
+        if states.dim() != 3 or states.shape[1:] != (dim, dstate):
+            expected = f"shape (slots, dim, dstate) = (slots, {dim}, {dstate})"
+            raise ValueError(describe("ssm_states", expected, tuple(states.shape)))
+        if "cache_indices" not in given and states.shape[0] < batch:
+            fix = "pass cache_indices to say which slot each sequence uses"
+            raise ValueError(describe("ssm_states", f"at least batch = {batch} slots", states.shape[0], fix))
+
+
+def _check_dtypes(given: dict[str, Tensor]) -> None:
+    u = given["u"]
+    arguments.check_dtype("u", u, FLOATS)
+    for name in ("delta", "B", "C", "z", "out"):
+        if name in given:
+            arguments.check_dtype(name, given[name], (u.dtype,), f"the type of u; cast it with {name}.to(u.dtype)")
+    for name in ("A", "D", "delta_bias"):
+        if name in given:
+            arguments.check_dtype(name, given[name], (torch.float32,), f"cast it with {name}.float()")
+    if "ssm_states" in given:
+        allowed = dict.fromkeys((u.dtype, torch.float32))
+        arguments.check_dtype("ssm_states", given["ssm_states"], allowed, "the type of u or float32")
+    for name in ("query_start_loc", "cache_indices"):
+        if name in given:
+            arguments.check_dtype(name, given[name], INTEGERS)
+    if "has_initial_state" in given:
+        arguments.check_dtype("has_initial_state", given["has_initial_state"], (torch.bool,))
+    for name in (*_BLOCKS, *_CHUNKS):
+        if name in given:
+            arguments.check_dtype(name, given[name], (given["cache_indices"].dtype,), "the type of cache_indices")
+
+
+_INPUTS = (
+    "Tensor A, Tensor B, Tensor C, Tensor? D, Tensor{z}? z, Tensor? delta_bias, Tensor? query_start_loc, "
+    "Tensor? cache_indices, Tensor? has_initial_state, Tensor? block_idx_first_scheduled_token, "
+    "Tensor? block_idx_last_scheduled_token, Tensor? initial_state_idx, Tensor? cu_chunk_seqlen, "
+    "Tensor? last_chunk_indices, bool delta_softplus, int null_block_id, int block_size"
+)
+_overload = _library.register(
+    f"selective_scan(Tensor u, Tensor(a!)? ssm_states, Tensor delta, {_INPUTS.format(z='')}, Tensor(b!) out) -> ()",
+    _run,
+    lambda *_: None,
+)
+_overload_in_place = _library.register(
+    f"selective_scan_fn(Tensor u, Tensor(a!)? ssm_states, Tensor(b!) delta, {_INPUTS.format(z='(c!)')}) -> ()",
+    _run_in_place,
+    lambda *_: None,
+)

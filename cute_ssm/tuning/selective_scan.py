@@ -1,0 +1,111 @@
+"""The config of `kernels.selective_scan`, and the choice of one.
+
+The bits of a result depend on the spec alone: every field only moves work.  So a sequence's result does not depend on
+the batch it is part of, on where it lies in a packed batch, or on how many lanes share its channels.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from cute_ssm.arch import Arch
+from cute_ssm.errors import UnsupportedSpecError
+from cute_ssm.spec import Config, SelectiveScanSpec
+from cute_ssm.tuning import apply_override
+
+WARP = 32
+BLOCK = 8  # tokens that a lane works on at a time: 16 bytes of a 16-bit row
+QUAD = 4  # neighbouring states that stay together
+LANE_STATES = 32  # of one lane, at most: they and their rates take two registers each
+COLUMN_PIECES = 4  # blocks of B and C that a thread holds while they travel, at most
+RESIDENT_WARPS = 16  # per SM, as the registers allow
+BUSY_WARPS = 8  # per SM: with fewer, channels are shared by more lanes
+
+
+@dataclass(frozen=True)
+class SelectiveScanConfig(Config):
+    """Knobs of `SelectiveScan`.
+
+    Attributes
+    ----------
+    lanes : int
+        Lanes that share a channel, each with a part of its states: a power of two up to `chains`.
+    warps : int
+        Warps of a CTA; they share the tokens' B and C.
+    tokens : int
+        Tokens of B and C that are staged at a time: a multiple of 8.
+    ctas_per_sm : int
+        Upper bound of the persistent grid, per SM.
+    """
+
+    lanes: int
+    warps: int
+    tokens: int
+    ctas_per_sm: int
+
+    def channels(self) -> int:
+        """Channels of a CTA."""
+        return WARP * self.warps // self.lanes
+
+    def column_pieces(self, spec: SelectiveScanSpec) -> int:
+        """Blocks of B and C that each thread brings per tile."""
+        return -(-2 * padded_states(spec) * self.tokens // (BLOCK * WARP * self.warps))
+
+    def shared_bytes(self, spec: SelectiveScanSpec) -> int:
+        """Shared memory of one CTA: two tiles of B and C in float32."""
+        return 2 * self.tokens * 2 * padded_states(spec) * 4
+
+    def check(self, spec: SelectiveScanSpec, arch: Arch) -> None:
+        """Raise `UnsupportedSpecError` if the kernel cannot run so."""
+        problems = {
+            "lanes": self.lanes in lane_choices(spec),
+            "warps": 1 <= self.warps <= 8,
+            "tokens": self.tokens >= BLOCK and self.tokens % BLOCK == 0 and self.column_pieces(spec) <= 2 * COLUMN_PIECES,
+            "ctas_per_sm": self.ctas_per_sm >= 1,
+            "shared memory": self.shared_bytes(spec) <= arch.shared_bytes,
+        }
+        bad = [name for name, good in problems.items() if not good]
+        if bad:
+            raise UnsupportedSpecError(f"config: {', '.join(bad)} of {self} do not fit {spec.text()} on {arch.name}")
+
+
+def chains(spec: SelectiveScanSpec) -> int:
+    """Partial sums of a dot product with C: a power of two, and the most lanes that can share a channel."""
+    quads = -(-spec.dstate // QUAD)
+    return min(1 << (quads - 1).bit_length(), 8 if spec.dstate > 4 * LANE_STATES else 4)
+
+
+def padded_states(spec: SelectiveScanSpec) -> int:
+    """dstate rounded up to whole quads in every chain."""
+    unit = QUAD * chains(spec)
+    return -(-spec.dstate // unit) * unit
+
+
+def lane_choices(spec: SelectiveScanSpec) -> list[int]:
+    """How many lanes may share a channel, fewest first."""
+    powers = (1, 2, 4, 8)
+    return [n for n in powers if n <= chains(spec) and padded_states(spec) <= n * LANE_STATES]
+
+
+def choose(spec: SelectiveScanSpec, arch: Arch, channels: int, per_group: int, sm_count: int) -> SelectiveScanConfig:
+    """Return the config for ``channels`` (sequence, channel) pairs, in groups of ``per_group`` that share B and C."""
+    return apply_override(_choose(spec, arch, channels, per_group, sm_count))
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(spec: SelectiveScanSpec, arch: Arch, channels: int, per_group: int, sm_count: int) -> SelectiveScanConfig:
+    """As few lanes a channel, and as many warps a CTA, as keep every SM busy."""
+    choices = lane_choices(spec)
+    lanes = next((n for n in choices if channels * n >= BUSY_WARPS * WARP * sm_count), choices[-1])
+    resident = channels * lanes / (WARP * sm_count)
+    warps = 4 if resident >= RESIDENT_WARPS else 2 if resident >= BUSY_WARPS else 1
+    while warps > 1 and WARP * (warps // 2) >= per_group * lanes:
+        warps //= 2
+    rows = 2 * padded_states(spec)
+    tokens = next((n for n in (32, 16) if rows * n <= COLUMN_PIECES * BLOCK * WARP * warps), BLOCK)
+    if rows * tokens > 2 * COLUMN_PIECES * BLOCK * WARP * warps:
+        warps = 4
+    config = SelectiveScanConfig(lanes, warps, tokens, ctas_per_sm=1)
+    fitting = arch.shared_bytes // (config.shared_bytes(spec) + 1024)
+    return SelectiveScanConfig(lanes, warps, tokens, ctas_per_sm=max(1, min(fitting, RESIDENT_WARPS // warps)))
