@@ -28,14 +28,14 @@ pytest.importorskip("safetensors")
 
 # written for this test: in the manner of the training text, but no part of it
 PASSAGE = """\
-The purpose of a function is to give a name to a piece of code, so that it can be called from several places in a program. When a
-function is called, its arguments are evaluated first, and each value is bound to the name of the corresponding parameter. If the
-number of arguments does not match the definition, a "TypeError" exception is raised. The value of the call is the object that the
-"return" statement names, or "None" if the end of the body is reached.
+The purpose of a function is to give a name to a piece of code, so that it can be called from several places in a
+program. When a function is called, its arguments are evaluated first, and each value is bound to the name of the
+corresponding parameter. If the number of arguments does not match the definition, a "TypeError" exception is raised.
+The value of the call is the object that the "return" statement names, or "None" if the end of the body is reached.
 
-Note that a default value is evaluated only once, when the definition is executed. A list that is used as a default value is therefore
-shared by all calls of the function, which is rarely what was intended. The usual way around this is to use "None" as the default and
-to test for it in the body of the function.
+Note that a default value is evaluated only once, when the definition is executed. A list that is used as a default
+value is therefore shared by all calls of the function, which is rarely what was intended. The usual way around this
+is to use "None" as the default and to test for it in the body of the function.
 """
 PASSAGE_BITS_PER_BYTE = 1.4  # the shipped weights: 1.29
 
@@ -92,7 +92,7 @@ def arguments(*words):
     return parser.parse_args(words)
 
 
-# ------------------------------------------------------------------------------------------------------------------- scan
+# ----------------------------------------------------------------------------------------------------------------- scan
 @pytest.mark.parametrize("time", [1, 7, 8, 37])
 @pytest.mark.parametrize("chunk", [1, 8, 64])
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -138,7 +138,7 @@ def test_chunk_must_be_positive():
         chunked_scan(*inputs(), chunk=0)
 
 
-# -------------------------------------------------------------------------------------------------------------- tokenizer
+# ------------------------------------------------------------------------------------------------------------ tokenizer
 def test_tokenizer_gives_back_any_bytes(shipped):
     _, tokenizer = shipped
     draw = random.Random(0)
@@ -174,7 +174,7 @@ def test_a_merge_of_a_later_token_is_refused():
         Tokenizer([(256, 97)])
 
 
-# ------------------------------------------------------------------------------------------------------------------ model
+# ---------------------------------------------------------------------------------------------------------------- model
 @pytest.mark.parametrize("groups", [1, 2])
 def test_prefill_and_steps_equal_the_whole_sequence(groups):
     model = small_model(ngroups=groups)
@@ -219,7 +219,7 @@ def test_sizes_are_checked(sizes):
         ModelConfig(**{"vocab": 50, **sizes})
 
 
-# ---------------------------------------------------------------------------------------------------------------- weights
+# -------------------------------------------------------------------------------------------------------------- weights
 def test_shipped_weights_are_small_and_known_to_be_finite(shipped):
     model, tokenizer = shipped
     assert sum(path.stat().st_size for path in weights.DIRECTORY.iterdir()) <= 4_000_000
@@ -259,7 +259,7 @@ def test_damaged_weights_are_refused(tmp_path):
         weights.load(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------- sampling and loop
+# ---------------------------------------------------------------------------------------------------- sampling and loop
 def test_sampling():
     logits = torch.tensor([[0.0, 3.0, 2.9, -40.0]]).repeat(500, 1)
     assert Sampler(0)(logits).eq(1).all()
@@ -307,7 +307,7 @@ def test_the_warm_up_changes_nothing(shipped):
     assert texts[0] == texts[1]
 
 
-# ----------------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------------------- command line
 def test_demo_prints_text_and_table(capsys):
     words = ("--backend", "reference", "--prompt", "The import statement", "--tokens", "40")
     outputs = []
@@ -422,7 +422,7 @@ def test_a_reader_that_leaves_is_no_error():
     assert process.returncode == 141
 
 
-# ----------------------------------------------------------------------------------------------------------------- report
+# --------------------------------------------------------------------------------------------------------------- report
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -468,7 +468,7 @@ def test_table():
     assert report.table([("a", "1"), ("name", "value")]) == "-----------\na     1\nname  value\n-----------"
 
 
-# --------------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------- training
 @pytest.fixture(scope="module")
 def train():
     path = Path(__file__).parents[1] / "tools" / "train_demo.py"

@@ -4,9 +4,9 @@ One command makes ``cute_ssm/demo/weights`` and ``tools/train_demo_result.json``
 
     python tools/train_demo.py
 
-It runs on the CPU, on one thread unless told otherwise, and goes on from its checkpoint (``--checkpoint``) when it was stopped.
-The text is `pydoc_data.topics`: each paragraph once, lines joined that were only broken to fit 70 columns, tables left out. Every
-20th section of about 1500 bytes is held out of the training and of the vocabulary.
+It runs on the CPU, on one thread unless told otherwise, and goes on from its checkpoint (``--checkpoint``) when it was
+stopped. The text is `pydoc_data.topics`: each paragraph once, lines joined that were only broken to fit 70 columns,
+tables left out. Every 20th section of about 1500 bytes is held out of the training and of the vocabulary.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def prepare(topics: Mapping[str, str], size: int = 1500) -> list[str]:
 
 
 def learn_merges(text: str, count: int) -> list[tuple[int, int]]:
-    """Learn `count` byte-pair merges: again and again the most frequent pair inside words, the first in order among equals."""
+    """Learn `count` byte-pair merges: each time the most frequent pair inside words, the lowest among equals."""
     words = Counter(split_words(text.encode()))
     sequences = [list(word) for word in words]
     weight = list(words.values())

@@ -1,4 +1,4 @@
-"""``python -m cute_ssm demo``: generate text with a small Mamba-2 model through :func:`cute_ssm.selective_state_update`."""
+"""``python -m cute_ssm demo``: text from a small Mamba-2 model, through :func:`cute_ssm.selective_state_update`."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def _backend(name: str) -> Iterator[_Backend]:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keep PyTorch to one thread: products of one token are too small to share, and waiting for a busy core costs far more."""
+    """Keep PyTorch to one thread: a token's products are too small to share, and waiting for a busy core costs more."""
     import torch
 
     threads = torch.get_num_threads()
@@ -201,7 +201,7 @@ def _rows(generation: Generation, backend: _Backend, first: float, state_dtype: 
     return [
         *backend.rows(),
         ("state", f"{state_dtype}, slot {generation.slot} of {generation.slots}"),
-        ("first call", f"{first:.3f} s, compilation included"),
+        ("first call", f"{first:.3f} s" + (", compilation included" if backend.name != "reference" else "")),
         ("prompt", f"{generation.prompt_length} tokens, {generation.prefill_seconds:.3f} s"),
         ("tokens", str(count)),
         ("time", f"{generation.seconds:.2f} s"),

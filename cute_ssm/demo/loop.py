@@ -65,7 +65,7 @@ class _Recorder:
 
 @dataclass(frozen=True)
 class Deviation:
-    """The largest difference between what was computed and its float64 counterpart, and the largest value of the latter."""
+    """The largest difference of what was computed from its float64 counterpart, and the largest value of the latter."""
 
     difference: float
     largest: float
@@ -80,8 +80,8 @@ class Deviation:
 class Generation:
     """One sequence on its way: prefills the prompt, then yields a token for every state update.
 
-    The last token of the prompt is the first that goes through the state update, so `count` tokens take `count` steps of the
-    model, and ``count * layers`` state updates.
+    The last token of the prompt is the first that goes through the state update, so `count` tokens take `count` steps
+    of the model, and ``count * layers`` state updates.
 
     Parameters
     ----------

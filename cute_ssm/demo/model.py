@@ -43,7 +43,8 @@ class ModelConfig:
     expand : int
         Inner size of a block over `width`.
     headdim, dstate, ngroups : int
-        Shape of the state: ``expand * width / headdim`` heads of ``(headdim, dstate)``, B and C shared in `ngroups` groups.
+        Shape of the state: ``expand * width / headdim`` heads of ``(headdim, dstate)``, which share `ngroups` groups of
+        B and C.
     conv : int
         Taps of the causal depthwise convolution.
     """
@@ -134,7 +135,7 @@ class Block(nn.Module):
             self.out_proj.normal_(std=(c.inner * 2 * c.layers) ** -0.5)
 
     def forward(self, u: Tensor, chunk: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Process a sequence ``(batch, time, width)`` from empty states; returns the output and both states after it."""
+        """Process a sequence ``(batch, time, width)`` from empty states; return the output and both states after it."""
         c = self.config
         batch, time, _ = u.shape
         z, xbc, raw_dt = self._project(u)
@@ -153,7 +154,7 @@ class Block(nn.Module):
         return self._finish(y.reshape(batch, time, c.inner), z), conv, ssm
 
     def step(self, u: Tensor, conv: Tensor, ssm: Tensor, slots: Tensor, update: StateUpdate) -> Tensor:
-        """Process one token ``(batch, width)`` of the sequences in `slots`; the pools `conv` and `ssm` are updated in place."""
+        """Process one token ``(batch, width)`` of the sequences in `slots`; updates the pools of states in place."""
         c = self.config
         batch = u.shape[0]
         z, xbc, raw_dt = self._project(u)
@@ -227,7 +228,7 @@ class LanguageModel(nn.Module):
         return self._logits(self._sequence(tokens, None, None, chunk))
 
     def new_cache(self, slots: int, state_dtype: torch.dtype | None = None) -> Cache:
-        """Make zeroed pools of `slots` slots; the recurrent states have `state_dtype` (default: that of the weights)."""
+        """Make zeroed pools of `slots` slots, the recurrent states of `state_dtype` (default: that of the weights)."""
         if slots < 1:
             raise ValueError(describe("slots", "a positive number", slots))
         c, like = self.config, self.embedding
@@ -238,7 +239,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, cache: Cache, slots: Tensor, chunk: int | None = 32) -> Tensor:
-        """Process the prompts ``(batch, time)`` from empty states, fill their `slots`, and return the last token's logits."""
+        """Process prompts ``(batch, time)`` from empty states, fill `slots`, and return the last token's logits."""
         self._check_slots(tokens, cache, slots)
         if tokens.ndim != 2 or tokens.shape[1] < 1:
             raise ValueError(describe("tokens", "(batch, time) with at least one token", tuple(tokens.shape)))
@@ -280,7 +281,7 @@ class LanguageModel(nn.Module):
 
     @staticmethod
     def _check_slots(tokens: Tensor, cache: Cache, slots: Tensor) -> None:
-        """Refuse slots that are not those of distinct sequences; on a GPU their values are left alone, to wait for nothing."""
+        """Refuse slots that are not those of distinct sequences; on a GPU without their values, to wait for nothing."""
         if slots.shape != tokens.shape[:1]:
             raise ValueError(describe("slots", f"one slot for each of {tokens.shape[0]} sequences", tuple(slots.shape)))
         if slots.device.type != "cpu":

@@ -18,8 +18,8 @@ _SAVE, _RESTORE, _BELOW, _ERASE = "\x1b7", "\x1b8", "\x1b[B\r", "\x1b[J"
 class Screen:
     """Streams text to `out`, and keeps a progress bar on `err` if that is a terminal.
 
-    On a terminal lines are broken between words; anywhere else the text is written as it is. With both on a terminal the bar lies
-    on the line below the text.
+    On a terminal lines are broken between words; anywhere else the text is written as it is. With both on a terminal
+    the bar lies on the line below the text.
 
     Parameters
     ----------

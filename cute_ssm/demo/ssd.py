@@ -66,8 +66,8 @@ def chunked_scan(
     Parameters
     ----------
     chunk : int
-        Tokens of a chunk. Any length of sequence is accepted; the last chunk is filled with steps of size zero, which change
-        nothing.
+        Tokens of a chunk. Any length of sequence is accepted; the last chunk is filled with steps of size zero, which
+        change nothing.
     """
     if chunk < 1:
         raise ValueError(describe("chunk", "a positive number of tokens", chunk))
