@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -19,7 +21,6 @@ from cute_ssm.runtime import doctor, toolchain
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tools/ptxsim/README.md")
-RESULTS = "tools/bench/results/"
 
 
 def section(title: str) -> str:
@@ -50,10 +51,23 @@ def test_environment_table_is_that_of_the_code():
     assert region("environment").splitlines() == ["| variable | default | meaning |", "| --- | --- | --- |", *rows]
 
 
-def test_support_table_names_types_and_targets_of_the_code():
-    header, _, row = section("Support").strip().splitlines()[:3]
-    assert re.findall(r"\bsm_\w+", header) == list(arch.ARCHS)
-    assert sorted(re.findall(r"\bb?float\d+\b", row)) == sorted(3 * spec.FLOATS)
+def test_support_table_names_operators_types_and_targets_of_the_code():
+    rows = [line for line in section("Support").splitlines() if line.startswith("| `")]
+    operators = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(operators) == sorted(set(cute_ssm.__all__) - {"__version__"})
+    for row in rows:
+        assert re.findall(r"\bsm_\w+", row) == list(arch.ARCHS)
+    assert sorted(re.findall(r"\bb?float\d+\b", rows[0])) == sorted(3 * spec.FLOATS)
+
+
+def test_table_of_counters_is_that_of_the_results():
+    script = ROOT / "tools" / "bench" / "counters.py"
+    module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location("bench_counters", script))
+    found.loader.exec_module(module)
+    if not module.RESULTS.exists():
+        assert not region("counters").strip(), "figures without results"
+        return
+    assert region("counters").strip() == module.table(json.loads(module.RESULTS.read_text())).strip()
 
 
 def test_what_is_refused_is_what_not_yet_lists():
@@ -105,7 +119,7 @@ def test_files_named_in_documents_exist(document):
     links = [path.parent / link for link in re.findall(r"\]\(([^)#:]+)\)", text)]
     named = {name for name in re.findall(r"`((?:cute_ssm|tools|tests|\.ci)/[\w./]*)`", text)}
     if not region("counters").strip():
-        named.discard(RESULTS)  # the table has no rows yet
+        named.discard("tools/bench/results/")  # the table has no rows yet
     missing = [str(p) for p in (*links, *(ROOT / name for name in named)) if not p.exists()]
     assert not missing
 
