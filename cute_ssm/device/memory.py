@@ -23,7 +23,7 @@ def global_bytes(address):
     return cute.make_ptr(Int8, address, cute.AddressSpace.gmem, assumed_align=16)
 
 
-_INTEGERS = {16: (T.i16, Int16), 32: (T.i32, Int32), 64: (T.i64, Int64)}
+_INTEGERS = {8: (T.i8, Int8), 16: (T.i16, Int16), 32: (T.i32, Int32), 64: (T.i64, Int64)}
 
 
 @dsl_user_op
@@ -40,10 +40,11 @@ def load_words(ptr, count, bits=32, *, loc=None, ip=None):
 
 @dsl_user_op
 def store_words(ptr, words, *, loc=None, ip=None):
-    """Store 1, 2 or 4 words at an address that is a multiple of their size."""
+    """Store 1, 2 or 4 words at an address that is a multiple of their size; a single one may be of 8 or 16 bits."""
     target = ptr.to_llvm_ptr(loc=loc, ip=ip)
     if len(words) == 1:
-        llvm.store(words[0].ir_value(loc=loc, ip=ip), target, alignment=4, loc=loc, ip=ip)
+        size = words[0].width // 8
+        llvm.store(words[0].ir_value(loc=loc, ip=ip), target, alignment=size, loc=loc, ip=ip)
         return
     vector = llvm.mlir_undef(ir.VectorType.get([len(words)], T.i32()), loc=loc, ip=ip)
     for i, word in enumerate(words):
@@ -62,18 +63,27 @@ def load_scalar(ptr, dtype, *, loc=None, ip=None):
 def store_scalar(ptr, value, dtype, *, loc=None, ip=None):
     """Round one float32 to nearest even and store it."""
     bits = convert.narrow(value, dtype, loc=loc, ip=ip)
-    llvm.store(bits.ir_value(loc=loc, ip=ip), ptr.to_llvm_ptr(loc=loc, ip=ip), alignment=dtype.width // 8, loc=loc, ip=ip)
+    llvm.store(
+        bits.ir_value(loc=loc, ip=ip), ptr.to_llvm_ptr(loc=loc, ip=ip), alignment=dtype.width // 8, loc=loc, ip=ip
+    )
 
 
 def load(ptr, dtype, count, access_bytes):
-    """`count` contiguous elements as float32, by accesses of `access_bytes` (one element's size up to 16)."""
+    """`count` contiguous elements as float32, by accesses of `access_bytes` (one element's size up to 16).
+
+    Quantised elements come without their scale.
+    """
     per_access = access_bytes * 8 // dtype.width
-    if access_bytes < 4:
-        return [load_scalar(ptr + i, dtype) for i in range(count)]
-    bits = convert.word_bits(dtype, access_bytes)
     values = []
     for first in range(0, count, per_access):
-        values += convert.unpack(load_words(ptr + first, access_bytes * 8 // bits, bits), dtype)
+        if per_access == 1 and access_bytes < 4:
+            values.append(load_scalar(ptr + first, dtype))
+        elif access_bytes < 4:
+            word = Int32(load_words(ptr + first, 1, access_bytes * 8)[0])
+            values += convert.unpack([word], dtype)[:per_access]
+        else:
+            bits = convert.word_bits(dtype, access_bytes)
+            values += convert.unpack(load_words(ptr + first, access_bytes * 8 // bits, bits), dtype)
     return values
 
 
@@ -83,9 +93,20 @@ def store(ptr, values, dtype, access_bytes):
         for i, value in enumerate(values):
             store_scalar(ptr + i, value, dtype)
         return
-    per_access = access_bytes * 8 // dtype.width
-    for first in range(0, len(values), per_access):
-        store_words(ptr + first, convert.pack(values[first : first + per_access], dtype))
+    store_packed(ptr, convert.pack(values, dtype), dtype, access_bytes)
+
+
+def store_packed(ptr, words, dtype, access_bytes):
+    """Store the elements of type `dtype` in 32-bit `words` contiguously, by accesses of `access_bytes` (1 to 16)."""
+    if access_bytes < 4:
+        per_access, bits = access_bytes * 8 // dtype.width, access_bytes * 8
+        _, piece = _INTEGERS[bits]
+        pieces = [piece(word >> shift) for word in words for shift in range(0, 32, bits)]
+    else:
+        per_access, count = 32 // dtype.width * (access_bytes // 4), access_bytes // 4
+        pieces = [words[i : i + count] for i in range(0, len(words), count)]
+    for i, part in enumerate(pieces):
+        store_words(ptr + i * per_access, part if access_bytes >= 4 else [part])
 
 
 def bulk_load(dst, src, n_bytes, mbar):

@@ -74,7 +74,7 @@ def philox(seed: int | Tensor, counter: Sequence[int | Tensor], rounds: int) -> 
         a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # modulo 2^64
         c0, c1, c2, c3 = b >> 32 & _MASK ^ c1 ^ k0, b & _MASK, a >> 32 & _MASK ^ c3 ^ k1, a & _MASK
         k0, k1 = k0 + _WEYL[0] & _MASK, k1 + _WEYL[1] & _MASK
-    c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
+    c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)  # type: ignore[no-untyped-call]
     return c0, c1, c2, c3
 
 
@@ -160,9 +160,10 @@ def row_scale(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
         scale = max(c * max |h|, 2^-126);   encode = 1 / scale
 
-    The excess of 2^-22 outweighs all roundings, so that ``|h * encode| <= LARGEST`` always: nothing is ever clamped, and
-    the largest element still encodes to ``LARGEST``.  A row with NaN or infinity has the scale and the factor NaN: it
-    reads as NaN throughout, whatever its integers are.
+    The excess of 2^-22 outweighs all roundings, so that ``|h * encode| <= LARGEST`` always: nothing is ever clamped,
+    and the largest element still encodes to ``LARGEST``.  (A row within 2^-21 of the largest float32 therefore reads as
+    infinity there.)  A row with NaN or infinity has the scale and the factor NaN: all of it reads as NaN, whatever its
+    integers are.
     """
     largest = values.abs().amax(-1)
     scale = (largest * scale_factor(dtype)).clamp(min=SMALLEST_SCALE)
