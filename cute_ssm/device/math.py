@@ -28,6 +28,11 @@ def decay(x):
     return cute.math.fma(power * excess, Float32(-_LN2), power)
 
 
+def reciprocal(x):
+    """1 / x, correct to one unit in the last place."""
+    return _approx("rcp", x)
+
+
 def softplus(x):
     """log(1 + e^x) to a relative error of about 2^-22, also where it is small; above 20 it is x itself in float32."""
     e = decay(-cute.math.absf(x))
@@ -52,6 +57,18 @@ def exchanged(value, distance):
     return value if distance == 0 else cute.arch.shuffle_sync_bfly(value, distance)
 
 
+def _reduce_exchanged(values, lanes, combine):
+    offset = 1
+    while len(values) > 1:
+        values = [combine(keep, exchanged(give, offset)) for keep, give in zip(values[::2], values[1::2])]
+        offset *= 2
+    total = values[0]
+    while offset < lanes:
+        total = combine(total, exchanged(total, offset))
+        offset *= 2
+    return total
+
+
 def sum_exchanged(values, lanes):
     """Sums over segments of `lanes` lanes, one sum per lane, at about one exchange a sum.
 
@@ -59,12 +76,20 @@ def sum_exchanged(values, lanes):
     ``s ^ (j % n)``.  Lane j returns sum ``j % n``.  Because of that order a lane always keeps even entries and gives odd
     ones.  The order of additions depends on `lanes` alone.
     """
-    offset = 1
-    while len(values) > 1:
-        values = [keep + exchanged(give, offset) for keep, give in zip(values[::2], values[1::2])]
-        offset *= 2
-    total = values[0]
-    while offset < lanes:
-        total += exchanged(total, offset)
-        offset *= 2
-    return total
+    return _reduce_exchanged(values, lanes, lambda a, b: a + b)
+
+
+def max_exchanged(values, lanes):
+    """Like `sum_exchanged`, the largest instead of the sum; NaN if any is."""
+    return _reduce_exchanged(values, lanes, larger)
+
+
+@dsl_user_op
+def larger(a, b, *, loc=None, ip=None):
+    """The larger of two floats, NaN if one is."""
+    return Float32(pure(T.f32(), [a, b], "max.NaN.f32 $0, $1, $2;", "=f,f,f", loc, ip))
+
+
+def from_lane(value, lane):
+    """The value of a lane that is the same for all lanes of the warp."""
+    return cute.arch.shuffle_sync(value, lane)

@@ -1,4 +1,4 @@
-"""`SelectiveStep`: one token of the selective state update per sequence.
+"""`SelectiveStep`: the selective state update of one or more tokens per sequence.
 
 Per (sequence, head), with the state h [dim, dstate] and the equations of `cute_ssm.reference.selective_state_update`:
 
@@ -8,8 +8,11 @@ A *unit* is `rows` rows of one head's state, contiguous in memory.  Every warp w
 owns a ring of three of them in shared memory: while it updates one in place, the next arrives and the last leaves, both
 by one bulk copy that lane 0 issues.  No two warps ever synchronise.  Where every unit has a warp, the ring is one stage.
 
-A unit is worked on in *blocks* of up to 32 rows.  `lanes` lanes share a row; a lane keeps its columns of B and C in
-registers for the whole unit, and of each block the scalars of one row: that whose dot product ends up in it.
+A unit is worked on in *blocks* of up to 32 rows, as `device.state.StateView` lays them out; a lane keeps its columns of
+B and C in registers.  One token streams through a block.  Of several, a block's state stays in float32 registers for all
+of them; where one decay per head and token holds (A and dt tied), it stays divided by their running product, so that a
+token costs two operations an element: h_t = p_t g_t with p_t = p_{t-1} e^(A dt'_t) and g_t = g_{t-1} + (dt'_t x_t / p_t)
+B_t^T.  When p leaves [2^-60, 2^60], g is multiplied by it and it restarts at one.
 
 PDL: everything is read and written after `griddepcontrol.wait`, because the state's last writer may be the upstream
 kernel (the same layer's previous step); dependents are released at once, and must wait likewise before they read.
@@ -24,40 +27,36 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
-from cute_ssm.device import convert, math, memory
+from cute_ssm.device import convert, math, memory, philox
+from cute_ssm.device.state import WARP, StateView
 from cute_ssm.spec import SelectiveStateUpdateSpec
-from cute_ssm.tuning.selective_step import (
-    WARP,
-    SelectiveStepConfig,
-    block_rows,
-    choose,
-    input_vector,
-    state_vector,
-)
+from cute_ssm.tuning.selective_step import SelectiveStepConfig, block_rows, choose, input_vector, state_vector
+
+SMALLEST, LARGEST = 2.0**-60, 2.0**60  # of the running product of decays: its reciprocal times an input stays finite
 
 
 class SelectiveStep:
-    """The kernel of a `SelectiveStateUpdateSpec`; batch, heads, groups, slots and strides are dynamic."""
+    """The kernel of a `SelectiveStateUpdateSpec`; batch, tokens, heads, groups, slots and strides are dynamic."""
 
     def __init__(self, spec: SelectiveStateUpdateSpec, config: SelectiveStepConfig, arch: Arch):
         config.check(spec, arch)
         self.spec, self.config = spec, config
-        self.state_dtype = convert.DTYPES[spec.state_dtype]
         self.input_dtype = convert.DTYPES[spec.input_dtype]
         self.A_dtype = convert.DTYPES[spec.A_dtype]
         self.dt_dtype = convert.DTYPES[spec.dt_dtype]
         self.D_dtype = convert.DTYPES.get(spec.D_dtype)
         self.dt_bias_dtype = convert.DTYPES.get(spec.dt_bias_dtype)
-        self.lanes = config.lanes
-        self.block = min(block_rows(spec), config.rows)
-        self.stride = WARP // config.lanes  # rows a warp touches at once
-        self.steps = self.block // self.stride  # rows of a block that a lane works on
-        self.vector = state_vector(spec)  # elements of the state in one access
-        self.accesses = -(-spec.dstate // (self.vector * config.lanes))  # of a lane to a row
-        self.ragged = spec.dstate % (self.vector * config.lanes) != 0
+        block = min(block_rows(spec), config.rows)
+        state_dtype = convert.DTYPES[spec.state_dtype]
+        vector = state_vector(spec)
+        self.view = StateView(state_dtype, spec.dstate, block, config.lanes, vector, spec.philox_rounds, arch)
+        self.blocks = config.rows // block
         self.unit_bytes = config.unit_bytes(spec)
-        self.blocks = config.rows // self.block
-        self.block_bytes = self.unit_bytes // self.blocks
+        self.one = spec.tokens == "one"
+        self.uniform = spec.A_tied and spec.dt_tied
+        self.final = spec.update_state and not spec.dst_columns  # the last state leaves with its unit
+        self.each = spec.intermediates or (spec.update_state and spec.dst_columns)  # the state after every token leaves
+        self.writes = self.final or self.each
 
     @staticmethod
     def default_config(spec: SelectiveStateUpdateSpec, arch: Arch, units: int | None = None) -> SelectiveStepConfig:
@@ -67,8 +66,8 @@ class SelectiveStep:
     # ------------------------------------------------------------------------------------------------------------ host
     def fakes(self):
         """Arguments of `__call__` as the compiler sees them: what is static, and which sizes are equal."""
-        spec = self.spec
-        batch, nheads, ngroups, slots = (cute.sym_int32() for _ in range(4))
+        spec, view = self.spec, self.view
+        batch, tokens, total, nheads, ngroups, slots, rows, steps = (cute.sym_int32() for _ in range(8))
         dim, dstate = spec.dim, spec.dstate
 
         def tensor(dtype, shape, inner=(), align=1):
@@ -76,26 +75,40 @@ class SelectiveStep:
             outer = tuple(cute.sym_int64(divisibility=align) for _ in shape[len(inner) :])
             return make_fake_tensor(dtype, shape, outer + inner, assumed_align=align * dtype.width // 8)
 
-        def optional(dtype, *args):
-            return None if dtype is None else tensor(dtype, *args)
+        def when(present, dtype, *args):
+            return tensor(convert.DTYPES[dtype] if isinstance(dtype, str) else dtype, *args) if present else None
 
-        row, column = (batch, nheads, dim), (batch, ngroups, dstate)
-        dt_inner = (0,) if spec.dt_tied else ()
+        token = {"one": (batch,), "batched": (batch, tokens), "packed": (total,)}[spec.tokens]
+        row, column = (*token, nheads, dim), (*token, ngroups, dstate)
+        bulk = 16 * 8 // view.dtype.width
+        inner = {True: (0,), False: ()}
         A_layout = ((0, 0), 1) if spec.A_tied else ((1,), self.input_vector(self.A_dtype))
+        columns = tensor(self.input_dtype, column, (1,), self.input_vector(self.input_dtype))
+        src = (batch, cute.sym_int32()) if spec.src_columns else (batch,)
+        dst = (batch, cute.sym_int32()) if spec.dst_columns else (batch,)
+        saved = spec.intermediates
         return (
-            tensor(self.state_dtype, (slots, nheads, dim, dstate), (dstate, 1), 16 * 8 // self.state_dtype.width),
+            tensor(view.dtype, (slots, nheads, dim, dstate), (dstate, 1), bulk),
             tensor(self.input_dtype, row, (1,)),
-            tensor(self.dt_dtype, row, dt_inner),
+            tensor(self.dt_dtype, row, inner[spec.dt_tied]),
             tensor(self.A_dtype, (nheads, dim, dstate), *A_layout),
-            tensor(self.input_dtype, column, (1,), self.input_vector(self.input_dtype)),
-            tensor(self.input_dtype, column, (1,), self.input_vector(self.input_dtype)),
-            optional(self.D_dtype, (nheads, dim), (0,) if spec.D_tied else ()),
-            tensor(self.input_dtype, row, (1,)) if spec.has_z else None,
-            optional(self.dt_bias_dtype, (nheads, dim), dt_inner),
-            optional(convert.DTYPES.get(spec.src_dtype), (batch,)),
-            optional(convert.DTYPES.get(spec.dst_dtype), (batch,)),
+            columns,
+            columns,
+            when(spec.D_dtype, spec.D_dtype, (nheads, dim), inner[spec.D_tied]),
+            when(spec.has_z, self.input_dtype, row, (1,)),
+            when(spec.dt_bias_dtype, spec.dt_bias_dtype, (nheads, dim), inner[spec.dt_tied]),
             tensor(self.input_dtype, row, (1,)),
+            when(view.scaled, "float32", (slots, nheads, dim), (1,)),
+            when(spec.src_dtype, spec.src_dtype, src),
+            when(spec.dst_dtype, spec.dst_dtype, dst),
+            when(spec.accepted_dtype, spec.accepted_dtype, (batch,)),
+            when(spec.cu_dtype, spec.cu_dtype, (cute.sym_int32(),)),
+            when(saved, view.dtype, (rows, steps, nheads, dim, dstate), (dstate, 1), bulk),
+            when(spec.intermediate_dtype, spec.intermediate_dtype, (batch,)),
+            when(saved and view.scaled, "float32", (rows, steps, nheads, dim), (1,)),
+            when(spec.philox_rounds, "int64", (slots if spec.seed_per_slot else 1,), (1,)),
             Int64(0),
+            Int32(0),
             Int32(0),
             make_fake_stream(use_tvm_ffi_env_stream=True),
         )
@@ -116,22 +129,34 @@ class SelectiveStep:
         D: Optional[cute.Tensor],
         z: Optional[cute.Tensor],
         dt_bias: Optional[cute.Tensor],
+        out: cute.Tensor,
+        state_scale: Optional[cute.Tensor],
         state_batch_indices: Optional[cute.Tensor],
         dst_state_batch_indices: Optional[cute.Tensor],
-        out: cute.Tensor,
+        num_accepted_tokens: Optional[cute.Tensor],
+        cu_seqlens: Optional[cute.Tensor],
+        intermediate_states_buffer: Optional[cute.Tensor],
+        intermediate_state_indices: Optional[cute.Tensor],
+        intermediate_state_scales: Optional[cute.Tensor],
+        rand_seed: Optional[cute.Tensor],
         pad_slot_id: Int64,
+        max_tokens: Int32,
         max_ctas: Int32,
         stream,
     ):
-        """Shapes and types as in `cute_ssm.selective_state_update`; `max_ctas` bounds the grid."""
-        batch, nheads, dim = x.shape
-        units = batch * nheads * (dim // self.config.rows)
-        warps = self.config.warps
-        heads = cute.FastDivmodDivisorV2(nheads)
-        per_group = cute.FastDivmodDivisorV2(nheads // B.shape[1])
+        """Shapes and types as in `cute_ssm.selective_state_update`.
+
+        `max_tokens` bounds the tokens of a sequence of ``cu_seqlens``, `max_ctas` the grid.
+        """
+        spec, warps = self.spec, self.config.warps
+        batch = cu_seqlens.shape[0] - 1 if const_expr(spec.tokens == "packed") else x.shape[0]
+        nheads, groups = state.shape[1], B.shape[len(B.shape) - 2]
+        units = batch * nheads * (spec.dim // self.config.rows)
+        heads, per_group = cute.FastDivmodDivisorV2(nheads), cute.FastDivmodDivisorV2(nheads // groups)
         self.kernel(
-            state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dst_state_batch_indices, out, pad_slot_id,
-            units, heads, per_group,
+            state, x, dt, A, B, C, D, z, dt_bias, out, state_scale, state_batch_indices, dst_state_batch_indices,
+            num_accepted_tokens, cu_seqlens, intermediate_states_buffer, intermediate_state_indices,
+            intermediate_state_scales, rand_seed, pad_slot_id, max_tokens, units, heads, per_group,
         ).launch(
             grid=[cutlass.min((units + warps - 1) // warps, max_ctas), 1, 1],
             block=[WARP * warps, 1, 1],
@@ -152,10 +177,18 @@ class SelectiveStep:
         D: Optional[cute.Tensor],
         z: Optional[cute.Tensor],
         dt_bias: Optional[cute.Tensor],
+        out: cute.Tensor,
+        state_scale: Optional[cute.Tensor],
         src: Optional[cute.Tensor],
         dst: Optional[cute.Tensor],
-        out: cute.Tensor,
+        accepted: Optional[cute.Tensor],
+        cu_seqlens: Optional[cute.Tensor],
+        saved: Optional[cute.Tensor],
+        saved_rows: Optional[cute.Tensor],
+        saved_scale: Optional[cute.Tensor],
+        rand_seed: Optional[cute.Tensor],
         pad_slot: Int64,
+        max_tokens: Int32,
         units: Int32,
         heads: cute.FastDivmodDivisorV2,
         per_group: cute.FastDivmodDivisorV2,
@@ -175,78 +208,60 @@ class SelectiveStep:
         cute.arch.griddepcontrol_launch_dependents()
 
         unit, stride = cute.arch.block_idx()[0] * warps + warp, cute.arch.grid_dim()[0] * warps
-        tensors = (state, x, dt, A, B, C, D, z, dt_bias, src, dst, out)
+        where = (state, src, accepted, cu_seqlens, heads, pad_slot, max_tokens)
+        inputs = (x, dt, A, B, C, D, z, dt_bias, out, per_group)
+        pool = (state, state_scale, dst, saved, saved_rows, saved_scale, rand_seed, pad_slot)
         if unit < units:
-            place = self.place(unit, heads, state, src, pad_slot)
+            place = self.place(unit, where)
             self.request(place, ring, full, lane)
             if const_expr(stages == 1):  # the grid has a warp for every unit
-                self.work(tensors, place, per_group, pad_slot, ring, full, Int32(0), lane)
+                self.work(inputs, pool, place, x, ring, full, Int32(0), lane)
             else:
                 stage, phase = Int32(0), Int32(0)
                 while unit < units:
                     unit += stride
                     after, ahead = stage + 1 if stage + 1 < stages else Int32(0), place
                     if unit < units:
-                        ahead = self.place(unit, heads, state, src, pad_slot)
+                        ahead = self.place(unit, where)
                         self.request(ahead, ring + after * self.unit_bytes, full + after, lane)
-                    self.work(tensors, place, per_group, pad_slot, ring + stage * self.unit_bytes, full + stage, phase, lane)
+                    self.work(inputs, pool, place, x, ring + stage * self.unit_bytes, full + stage, phase, lane)
                     place, phase, stage = ahead, phase ^ 1 if after == 0 else phase, after
-            if const_expr(self.spec.update_state):
+            if const_expr(self.writes):
                 if lane == 0:
                     cute.arch.cp_async_bulk_wait_group(0, read=True)
 
-    @cute.jit
-    def work(self, tensors, place, per_group, pad_slot, at, full, phase, lane):
-        """Update one unit in the stage at `at` and hand it back."""
-        state, x, dt, A, B, C, D, z, dt_bias, _, dst, out = tensors
-        b, h, row, _, real = place
-        if real:
-            group, _ = divmod(h, per_group)
-            columns = [self.load_columns(memory.address(t, b, group, 0), lane) for t in (B, C)]
-            head = self.load_head(dt, A, dt_bias, b, h)
-            cute.arch.mbarrier_wait(full, phase)
-            for i in cutlass.range(self.blocks, unroll=min(self.blocks, 2)):
-                first = row + i * self.block
-                mine = first + self.row_of(lane)
-                scalars = self.load_scalars(head, x, dt, D, dt_bias, b, h, mine)
-                y = self.update(at + i * self.block_bytes, A, h, first, columns, scalars, lane)
-                if self.owns_row(lane):
-                    self.emit(out, z, b, h, mine, y, scalars)
-            if const_expr(self.spec.update_state):
-                cute.arch.fence_proxy("async.shared", space="cta")
-        else:
-            cute.arch.mbarrier_wait(full, phase)
-            if const_expr(self.spec.zero_padding):
-                if self.owns_row(lane):
-                    for i in cutlass.range(self.blocks, unroll=min(self.blocks, 2)):
-                        mine = row + i * self.block + self.row_of(lane)
-                        memory.store_scalar(memory.address(out, b, h, mine), Float32(0.0), self.input_dtype)
-        cute.arch.sync_warp()
-        if const_expr(self.spec.update_state):
-            if lane == 0:
-                self.give_back(state, dst, pad_slot, place, at)
-
     # ----------------------------------------------------------------------------------------------------------- units
     @cute.jit
-    def place(self, unit, heads, state, src, pad_slot):
-        """(sequence, head, first row, its address, whether there is anything to do); a head's rows are neighbours."""
+    def place(self, unit, where):
+        """(sequence, its first token, its tokens, head, first row, slot, address, whether there is anything to do)."""
+        state, src, accepted, cu_seqlens, heads, pad_slot, max_tokens = where
         chunks = self.spec.dim // self.config.rows
         head = unit // chunks
         row = (unit - head * chunks) * self.config.rows
         b, h = divmod(head, heads)
+        start, count = Int32(0), Int32(1)
         slot, real = Int64(b), Boolean(True)
+        if const_expr(self.spec.tokens == "packed"):
+            start = Int32(cu_seqlens[b])
+            count = cutlass.min(Int32(cu_seqlens[b + 1]) - start, max_tokens)
+            real = count > 0
         if const_expr(src is not None):
-            slot = Int64(src[b])  # 64 bits: its product with the slot's stride passes 2^31 elements
-            real = slot != pad_slot
-        return b, h, row, memory.address(state, slot, h, row, 0).toint(), real
+            # 64 bits: the product with the slot's stride passes 2^31 elements
+            if const_expr(self.spec.src_columns):
+                last = src.shape[1] - 1
+                slot = Int64(src[b, cutlass.max(cutlass.min(Int32(accepted[b]) - 1, last), 0)])
+            else:
+                slot = Int64(src[b])
+            real = real and slot != pad_slot
+        return b, start, count, h, row, slot, memory.address(state, slot, h, row, 0).toint(), real
 
     @cute.jit
     def request(self, place, stage, full, lane):
         """Ask for a unit; padding is signalled without bytes."""
-        _, _, _, source, real = place
+        _, _, _, _, _, _, source, real = place
         if lane == 0:
             if real:
-                if const_expr(self.spec.update_state and self.config.stages > 1):
+                if const_expr(self.writes and self.config.stages > 1):
                     cute.arch.cp_async_bulk_wait_group(1, read=True)  # all but the last unit have left their stages
                 cute.arch.mbarrier_arrive_and_expect_tx(full, self.unit_bytes)
                 memory.bulk_load(stage, memory.global_bytes(source), self.unit_bytes, full)
@@ -254,127 +269,273 @@ class SelectiveStep:
                 cute.arch.mbarrier_arrive(full)
 
     @cute.jit
-    def give_back(self, state, dst, pad_slot, place, at):
-        """Write a unit; padding commits an empty group, so that `request` can wait by counting units."""
-        b, h, row, source, real = place
+    def work(self, inputs, pool, place, x, at, full, phase, lane):
+        """Update one unit in the stage at `at` and hand it back."""
+        state, _, dst, _, _, _, _, pad_slot = pool
+        b, start, count, h, row, slot, source, real = place
+        target, kept = slot, real
+        if const_expr(self.spec.tokens == "batched"):
+            count = x.shape[1]
+        if const_expr(self.final and dst is not None):
+            if real:
+                target = Int64(dst[b])
+                kept = target != pad_slot
+        cute.arch.mbarrier_wait(full, phase) if const_expr(not self.one) else None
         if real:
-            target, kept = source, Boolean(True)
-            if const_expr(dst is not None):
-                slot = Int64(dst[b])
-                kept = slot != pad_slot
-                target = memory.address(state, slot, h, row, 0).toint()
-            if kept:
-                memory.bulk_store(memory.global_bytes(target), at, self.unit_bytes)
-        cute.arch.cp_async_bulk_commit_group()
+            if const_expr(self.one):
+                self.one_token(inputs, pool, place, target, kept, at, full, phase, lane)
+            else:
+                for i in cutlass.range(self.blocks, unroll=1):
+                    self.many_tokens(inputs, pool, place, count, target, kept, at, i, lane)
+            if const_expr(self.final):
+                cute.arch.fence_proxy("async.shared", space="cta")
+        else:
+            if const_expr(self.one):
+                cute.arch.mbarrier_wait(full, phase)
+            if const_expr(self.spec.zero_padding):
+                self.zero(inputs, place, count, lane)
+        cute.arch.sync_warp()
+        if const_expr(self.writes):
+            if lane == 0:
+                if const_expr(self.final):
+                    if kept:
+                        to = source
+                        if const_expr(dst is not None):
+                            to = memory.address(state, target, h, row, 0).toint()
+                        memory.bulk_store(memory.global_bytes(to), at, self.unit_bytes)
+                cute.arch.cp_async_bulk_commit_group()  # empty or not: `request` waits by counting units
 
-    # ------------------------------------------------------------------------------------------------- rows and columns
-    def row_of(self, lane, step=0):
-        """Row of the block that a lane works on at a step; at step 0 the one whose scalars and sum it holds."""
-        return (lane % self.lanes % self.steps ^ step) * self.stride + lane // self.lanes
-
-    def cell(self, lane, step):
-        """Bytes from the start of a block to a lane's first access at a step."""
-        pitch = self.block_bytes // self.block
-        first = self.row_of(lane) * pitch + lane % self.lanes * (self.vector * self.state_dtype.width // 8)
-        distance = self.stride * pitch
-        if distance & (distance - 1) == 0:  # the bits of the step stand alone: no multiplication, no carry
-            return first ^ step * distance
-        return first + (self.row_of(lane, step) - self.row_of(lane)) * pitch
-
-    def owns_row(self, lane):
-        """Exactly one lane per row: where sums are replicated, the first."""
-        return Boolean(True) if self.steps == self.lanes else lane % self.lanes < self.steps
-
-    def column(self, lane, access):
-        """First column of a lane's access to a row."""
-        return (lane % self.lanes + access * self.lanes) * self.vector
+    def zero(self, inputs, place, count, lane):
+        """Outputs of a sequence that is padding."""
+        out = inputs[8]
+        b, start, _, h, row, *_ = place
+        self.zero_rows(out, b, start, count, h, row, lane)
 
     @cute.jit
-    def load_columns(self, pointer, lane):
-        """This lane's columns of a row in global memory, zeros past its end."""
-        dtype = pointer.dtype
-        access_bytes = self.input_vector(dtype) * dtype.width // 8
-        values = []
-        for i in cutlass.range_constexpr(self.accesses):
-            column = self.column(lane, i)
-            got = [Float32(0.0)] * self.vector
-            if const_expr(not self.ragged):
-                got = memory.load(pointer + column, dtype, self.vector, access_bytes)
-            elif column < self.spec.dstate:
-                got = memory.load(pointer + column, dtype, self.vector, access_bytes)
-            values += got
-        return values
+    def zero_rows(self, out, b, start, count, h, row, lane):
+        if self.view.owns_row(lane):
+            for t in cutlass.range(count, unroll=1):
+                for i in cutlass.range(self.blocks, unroll=min(self.blocks, 2)):
+                    mine = row + i * self.view.block + self.view.row_of(lane)
+                    memory.store_scalar(self.token(out, b, start, t, h, mine), Float32(0.0), self.input_dtype)
 
-    # ------------------------------------------------------------------------------------------------------ arithmetic
-    def load_step(self, dt, dt_bias, b, h, row):
+    # ------------------------------------------------------------------------------------------------------- one token
+    @cute.jit
+    def one_token(self, inputs, pool, place, target, kept, at, full, phase, lane):
+        """Update a unit by its sequence's only token."""
+        x, dt, A, B, C, D, z, dt_bias, out, per_group = inputs
+        b, start, _, h, row, slot, _, _ = place
+        group, _ = divmod(h, per_group)
+        B, C = (self.load_columns(self.token(t, b, start, 0, group, 0), lane) for t in (B, C))
+        head = self.load_head(dt, A, dt_bias, b, start, h)
+        random = self.random(pool, slot, target, h, Int32(0))
+        cute.arch.mbarrier_wait(full, phase)
+        for i in cutlass.range(self.blocks, unroll=min(self.blocks, 2)):
+            first = row + i * self.view.block
+            mine = first + self.view.row_of(lane)
+            cell = at + i * self.view.bytes
+            decay, scale, skip = self.load_scalars(head, x, dt, D, dt_bias, b, start, 0, h, mine)
+            factor = self.load_scale(pool, slot, h, mine)
+            rows, sums = [], []
+            for s in cutlass.range_constexpr(self.view.steps):
+                gain = math.exchanged(scale, s)
+                decays = self.decays(A, decay, h, first, s, lane)
+                values, total = self.view.load(cell, lane, s, factor), Float32(0.0)
+                for k in cutlass.range_constexpr(self.view.columns):
+                    values[k] = cute.math.fma(gain, B[k], values[k] * decays[k])
+                    total = cute.math.fma(values[k], C[k], total)
+                sums.append(total)
+                rows.append(values)
+                if const_expr(self.final and not self.view.scaled):
+                    self.view.store(cell, lane, s, values, None, (*random, first))
+            y = math.sum_exchanged(sums, self.view.lanes)
+            if self.view.owns_row(lane):
+                self.emit(out, z, b, start, 0, h, mine, y, skip)
+            if const_expr(self.final and self.view.scaled):
+                self.store_rows(pool[1], rows, cell, (target, h, mine), kept, (*random, first), lane)
+
+    # ----------------------------------------------------------------------------------------------------- many tokens
+    @cute.jit
+    def many_tokens(self, inputs, pool, place, count, target, kept, at, i, lane):
+        """Update one block of a unit by all tokens of its sequence."""
+        x, dt, A, B, C, D, z, dt_bias, out, per_group = inputs
+        b, start, _, h, row, slot, _, _ = place
+        view = self.view
+        group, _ = divmod(h, per_group)
+        first = row + i * view.block
+        mine = first + view.row_of(lane)
+        cell = at + i * view.bytes
+        factor = self.load_scale(pool, slot, h, mine)
+        held = cute.make_rmem_tensor((view.steps * view.columns,), Float32)
+        for s in cutlass.range_constexpr(view.steps):
+            values = view.load(cell, lane, s, factor)
+            for k in cutlass.range_constexpr(view.columns):
+                held[s * view.columns + k] = values[k]
+        carry, steps, powers = Float32(1.0), Float32(0.0), Float32(0.0)
+        for t in cutlass.range(count, unroll=1):
+            head = (None, None, None)
+            if const_expr(self.uniform):
+                if t % WARP == 0:  # a lane computes the scalars of one of 32 tokens
+                    mine_t = cutlass.min(t + lane, count - 1)
+                    steps, _, powers = self.load_head(dt, A, dt_bias, b, start, h, mine_t)
+                step, power = math.from_lane(steps, t % WARP), math.from_lane(powers, t % WARP)
+                carry *= power
+                if carry < SMALLEST or carry > LARGEST:
+                    for k in cutlass.range_constexpr(view.steps * view.columns):
+                        held[k] = held[k] * carry
+                    carry = Float32(1.0)
+                head = (step, None, power)
+            elif const_expr(self.spec.A_tied or self.spec.dt_tied):
+                head = self.load_head(dt, A, dt_bias, b, start, h, t)
+            decay, scale, skip = self.load_scalars(head, x, dt, D, dt_bias, b, start, t, h, mine)
+            Bt, Ct = (self.load_columns(self.token(tensor, b, start, t, group, 0), lane) for tensor in (B, C))
+            if const_expr(self.uniform):
+                scale = scale * math.reciprocal(carry)
+            sums = []
+            for s in cutlass.range_constexpr(view.steps):
+                gain, total = math.exchanged(scale, s), Float32(0.0)
+                decays = None if const_expr(self.uniform) else self.decays(A, decay, h, first, s, lane)
+                for k in cutlass.range_constexpr(view.columns):
+                    value = held[s * view.columns + k]
+                    if const_expr(not self.uniform):
+                        value = value * decays[k]
+                    value = cute.math.fma(gain, Bt[k], value)
+                    held[s * view.columns + k] = value
+                    total = cute.math.fma(value, Ct[k], total)
+                sums.append(total)
+            y = math.sum_exchanged(sums, view.lanes)
+            if const_expr(self.uniform):
+                y *= carry
+            if view.owns_row(lane):
+                self.emit(out, z, b, start, t, h, mine, y, skip)
+            if const_expr(self.each):
+                self.keep(pool, held, carry, cell, b, t, h, slot, first, mine, lane)
+        if const_expr(self.final):
+            if const_expr(self.each):
+                self.vacate(lane)
+            rows = self.scaled_rows(held, carry)
+            random = self.random(pool, slot, target, h, count - 1)
+            if const_expr(view.scaled):
+                self.store_rows(pool[1], rows, cell, (target, h, mine), kept, (*random, first), lane)
+            else:
+                for s in cutlass.range_constexpr(view.steps):
+                    view.store(cell, lane, s, rows[s], None, (*random, first))
+
+    def scaled_rows(self, held, carry):
+        """The registers of a block as lists of a step's columns, with the running decay multiplied in."""
+        n = self.view.columns
+        rows = [[held[s * n + k] for k in range(n)] for s in range(self.view.steps)]
+        return [[value * carry for value in row] for row in rows] if self.uniform else rows
+
+    @cute.jit
+    def keep(self, pool, held, carry, cell, b, t, h, slot, first, mine, lane):
+        """Write the block's state after token t to that token's destination, through the block's own shared memory."""
+        state, state_scale, dst, saved, saved_rows, saved_scale, _, pad_slot = pool
+        rows = self.scaled_rows(held, carry)
+        if const_expr(self.spec.intermediates):
+            line = slot
+            if const_expr(saved_rows is not None):
+                line = Int64(saved_rows[b])
+            to = memory.address(saved, line, t, h, first, 0).toint()
+            self.leave(pool, rows, cell, to, saved_scale, (line, t, h, mine), line, slot, t, h, first, lane)
+        if const_expr(self.spec.update_state and self.spec.dst_columns):
+            line = Int64(dst[b, t])
+            if line != pad_slot:
+                to = memory.address(state, line, h, first, 0).toint()
+                self.leave(pool, rows, cell, to, state_scale, (line, h, mine), line, slot, t, h, first, lane)
+
+    @cute.jit
+    def leave(self, pool, rows, cell, to, scales, scale_at, line, slot, t, h, first, lane):
+        self.vacate(lane)
+        random = (*self.random(pool, slot, line, h, t), first)
+        if const_expr(self.view.scaled):
+            self.store_rows(scales, rows, cell, scale_at, Boolean(True), random, lane)
+        else:
+            for s in cutlass.range_constexpr(self.view.steps):
+                self.view.store(cell, lane, s, rows[s], None, random)
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.sync_warp()
+        if lane == 0:
+            memory.bulk_store(memory.global_bytes(to), cell, self.view.bytes)
+            cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def vacate(self, lane):
+        """Wait until no bulk copy reads this warp's shared memory."""
+        if lane == 0:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+        cute.arch.sync_warp()
+
+    # ------------------------------------------------------------------------------------------------------- arguments
+    def token(self, tensor, b, start, t, *coord):
+        """Pointer to an element of token t of sequence b."""
+        row = {"one": (b,), "batched": (b, t), "packed": (start + t,)}[self.spec.tokens]
+        return memory.address(tensor, *row, *coord)
+
+    def load_columns(self, pointer, lane):
+        """This lane's columns of a row of B, C or A."""
+        dtype = pointer.dtype
+        return self.view.load_columns(pointer, lane, self.input_vector(dtype) * dtype.width // 8)
+
+    def load_step(self, dt, dt_bias, b, start, t, h, row):
         """dt' of a row."""
-        step = memory.load_scalar(memory.address(dt, b, h, row), self.dt_dtype)
+        step = memory.load_scalar(self.token(dt, b, start, t, h, row), self.dt_dtype)
         if dt_bias is not None:
             step += memory.load_scalar(memory.address(dt_bias, h, row), self.dt_bias_dtype)
         return math.softplus(step) if self.spec.dt_softplus else step
 
-    def load_head(self, dt, A, dt_bias, b, h):
+    def load_head(self, dt, A, dt_bias, b, start, h, t=0):
         """What the rows of a head share: (dt' if tied, A if tied, e^(A dt') if both are), None where they do not."""
         spec = self.spec
-        step = self.load_step(dt, dt_bias, b, h, 0) if spec.dt_tied else None
+        step = self.load_step(dt, dt_bias, b, start, t, h, 0) if spec.dt_tied else None
         a = memory.load_scalar(memory.address(A, h, 0, 0), self.A_dtype) if spec.A_tied else None
-        return step, a, math.decay(a * step) if spec.A_tied and spec.dt_tied else None
+        return step, a, math.decay(a * step) if self.uniform else None
 
-    def load_scalars(self, head, x, dt, D, dt_bias, b, h, row):
+    def load_scalars(self, head, x, dt, D, dt_bias, b, start, t, h, row):
         """What this lane's row needs: (e^(A dt'), or dt' if A is not tied; dt' x; D x)."""
         step, a, decay = head
         if step is None:
-            step = self.load_step(dt, dt_bias, b, h, row)
+            step = self.load_step(dt, dt_bias, b, start, t, h, row)
         if decay is None:
             decay = step if a is None else math.decay(a * step)
-        value = memory.load_scalar(memory.address(x, b, h, row), self.input_dtype)
+        value = memory.load_scalar(self.token(x, b, start, t, h, row), self.input_dtype)
         skip = Float32(0.0)
         if D is not None:
             skip = memory.load_scalar(memory.address(D, h, row), self.D_dtype) * value
         return decay, step * value, skip
 
+    def decays(self, A, decay, h, first, step, lane):
+        """Factors of a lane's columns of its row at a step."""
+        rate = decay if self.uniform else math.exchanged(decay, step)
+        if self.spec.A_tied:
+            return [rate] * self.view.columns
+        row = first + self.view.row_of(lane, step)
+        return [math.decay(a * rate) for a in self.load_columns(memory.address(A, h, row, 0), lane)]
+
+    def load_scale(self, pool, slot, h, row):
+        """Scale of this lane's row, if states are quantised."""
+        return memory.load_scalar(memory.address(pool[1], slot, h, row), Float32) if self.view.scaled else None
+
+    def random(self, pool, slot, line, h, t):
+        """(round keys, counter words) of a state that is written to `line`, if it is rounded stochastically."""
+        if not self.spec.philox_rounds:
+            return None, None
+        seed = pool[6][slot if self.spec.seed_per_slot else 0]
+        return philox.round_keys(seed, self.spec.philox_rounds), philox.place(line, h, t)
+
+    # --------------------------------------------------------------------------------------------------------- results
     @cute.jit
-    def update(self, at, A, h, row, columns, scalars, lane):
-        """Update the block at `at` in place; returns the dot product with C of this lane's row."""
-        spec, vector = self.spec, self.vector
-        B, C = columns
-        decay, scale, _ = scalars
-        sums = []
-        for s in cutlass.range_constexpr(self.steps):
-            gain = math.exchanged(scale, s)
-            rate = decay if const_expr(spec.A_tied and spec.dt_tied) else math.exchanged(decay, s)
-            if const_expr(spec.A_tied):
-                decays = [rate] * (self.accesses * vector)
-            else:
-                rates = self.load_columns(memory.address(A, h, row + self.row_of(lane, s), 0), lane)
-                decays = [math.decay(a * rate) for a in rates]
-            start = cute.recast_ptr(at + self.cell(lane, s), dtype=self.state_dtype)
-            total = Float32(0.0)
-            for i in cutlass.range_constexpr(self.accesses):
-                pointer = start + i * self.lanes * vector
-                part = slice(i * vector, (i + 1) * vector)
-                if const_expr(not self.ragged):
-                    total = self.advance(pointer, decays[part], gain, B[part], C[part], total)
-                elif self.column(lane, i) < spec.dstate:
-                    total = self.advance(pointer, decays[part], gain, B[part], C[part], total)
-            sums.append(total)
-        return math.sum_exchanged(sums, self.lanes)
+    def store_rows(self, scales, rows, cell, scale_at, kept, random, lane):
+        """Quantise a block into shared memory, and write its scales to their place in global memory."""
+        scale, factor = self.view.encode(rows)
+        for s in cutlass.range_constexpr(self.view.steps):
+            self.view.store(cell, lane, s, rows[s], factor, random)
+        if kept and self.view.owns_row(lane):
+            memory.store_scalar(memory.address(scales, *scale_at), scale, Float32)
 
-    def advance(self, pointer, decays, gain, B, C, total):
-        """h <- decay h + gain B for one access of a lane; returns total + h C."""
-        access = self.vector * self.state_dtype.width // 8
-        values = memory.load(pointer, self.state_dtype, self.vector, access)
-        for j in range(self.vector):
-            values[j] = cute.math.fma(gain, B[j], values[j] * decays[j])
-            total = cute.math.fma(values[j], C[j], total)
-        if self.spec.update_state:
-            memory.store(pointer, values, self.state_dtype, access)
-        return total
-
-    def emit(self, out, z, b, h, row, y, scalars):
+    def emit(self, out, z, b, start, t, h, row, y, skip):
         """Add the skip term, gate, round and store one output."""
-        _, _, skip = scalars
         y += skip
         if z is not None:
-            y *= math.silu(memory.load_scalar(memory.address(z, b, h, row), self.input_dtype))
-        memory.store_scalar(memory.address(out, b, h, row), y, self.input_dtype)
+            y *= math.silu(memory.load_scalar(self.token(z, b, start, t, h, row), self.input_dtype))
+        memory.store_scalar(self.token(out, b, start, t, h, row), y, self.input_dtype)

@@ -227,7 +227,7 @@ def _run(
     plan = _plans.get(key)
     if plan is not None and not overridden():
         try:
-            plan[0](*tensors, pad_slot_id, plan[1])
+            plan[0](*_canonical(*tensors), pad_slot_id, 1, plan[1])
             return
         except (TypeError, ValueError):
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
@@ -241,7 +241,7 @@ def _run(
         plan = (runtime.get(spec, config, arch), sm_count * config.ctas_per_sm)
         if not overridden():
             _plans[key] = plan
-        plan[0](*tensors, pad_slot_id, plan[1])
+        plan[0](*_canonical(*tensors), pad_slot_id, 1, plan[1])
 
 
 def _run_on_cpu(
@@ -259,7 +259,7 @@ def _run_on_cpu(
         arch = archs.by_name(emulator.arch)
         sm_count = emulator.sm_count or arch.sm_count
         config = tuning.choose(spec, arch, x.shape[0] * x.shape[1], sm_count)
-        runtime.emulated(spec, config, arch)(*tensors, pad_slot_id, sm_count * config.ctas_per_sm)
+        runtime.emulated(spec, config, arch)(*_canonical(*tensors), pad_slot_id, 1, sm_count * config.ctas_per_sm)
 
 
 def _check(
@@ -425,3 +425,7 @@ _overload = _library.register(
     _run,
     lambda *_: None,
 )
+
+
+def _canonical(state, x, dt, A, B, C, D, z, dt_bias, src, dst, out):
+    return (state, x, dt, A, B, C, D, z, dt_bias, out, None, src, dst, None, None, None, None, None, None)
