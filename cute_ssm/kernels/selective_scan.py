@@ -10,9 +10,9 @@ nothing is scanned across lanes or tokens: five instructions a (token, channel, 
 
 A CTA owns a tile of channels of one group, persistently one (sequence, tile) after another.  B and C of the next
 `tokens` tokens are loaded while those of the last are worked on, and staged as float32 [token][state] in the other half
-of a double buffer, where all its channels read them.  Rows of u, delta and z are read in *blocks* of 8 tokens, aligned in
-the row, each lane its share, one block ahead.  Tokens of a block outside the sequence have delta' = 0 and B = 0, which
-leaves h as it is, bit for bit.
+of a double buffer, where all its channels read them.  Rows of u, delta and z are read in *blocks* of 8 tokens, aligned
+in the row, each lane its share, u and delta one block ahead.  Tokens of a block outside the sequence have delta' = 0 and
+B = 0, which leaves h as it is, bit for bit.
 
 The y of a token is summed in `chains` partial sums, whose states and order do not depend on `lanes`: lane j holds the
 quads (4 neighbouring states) j, j + lanes, ..., and quad q is part of chain q modulo `chains`.
@@ -34,6 +34,8 @@ from cute_ssm.arch import Arch
 from cute_ssm.device import convert, math, memory, scan
 from cute_ssm.spec import SelectiveScanSpec
 from cute_ssm.tuning.selective_scan import BLOCK, QUAD, WARP, SelectiveScanConfig, chains, choose, padded_states
+
+NO_STEP = -30000.0  # a delta whose softplus is zero whatever its bias, of any type
 
 
 class SelectiveScan:
@@ -148,7 +150,7 @@ class SelectiveScan:
         max_ctas: Int32,
         stream,
     ):
-        """Shapes as in `cute_ssm.selective_scan`, packed ones with an axis of 1 in front; `max_ctas` bounds the grid."""
+        """Shapes as in `cute_ssm.selective_scan`, packed ones with a 1 in front; `max_ctas` bounds the grid."""
         groups = B.shape[1]
         channels = self.threads // self.lanes
         per_group = u.shape[1] // groups
@@ -207,7 +209,7 @@ class SelectiveScan:
             begin, end, slot, real, initial = self.extent(metadata, u, b, null_slot)
             if real:
                 row = b if const_expr(query_start is None) else Int32(0)
-                # lanes beyond the last channel read its scalars and none of its tokens
+                # lanes beyond the last channel read the weights of another, and nothing that is written
                 known = channel if valid else group * per_group
                 rates = [a * scan.LOG2E for a in self.load_quads(memory.address(A, known, 0), thread % self.lanes)]
                 weights = [None if const_expr(t is None) else Float32(t[known]) for t in (D, bias)]
@@ -218,7 +220,7 @@ class SelectiveScan:
                 columns = self.column_rows(B, C, row, group, thread)
                 h = [Float32(0.0)] * (QUAD * self.quads)
                 if const_expr(states is not None):
-                    if initial:
+                    if initial and valid:
                         h = self.load_quads(memory.address(states, slot, known, 0), thread % self.lanes)
                 args = (rows, columns, weights, rates, smem, thread, valid)
                 if const_expr(self.spec.blocks):
@@ -295,27 +297,26 @@ class SelectiveScan:
             tile = smem + (i % 2) * (self.tokens * self.pitch)
             blocks = cutlass.min(Int32(self.blocks), (stop - token + (BLOCK - 1)) // BLOCK)
             for k in cutlass.range(blocks):
-                now, at = ahead, token + k * BLOCK
+                now, at, staged = ahead, token + k * BLOCK, tile + k * (BLOCK * self.pitch)
                 ahead = self.load_rows(rows, at + BLOCK, begin, stop, lane, valid)
-                h = self.block(rows, now, weights, rates, h, tile + k * (BLOCK * self.pitch), at, begin, stop, lane, valid)
+                h = self.block(rows, now, weights, rates, h, staged, at, begin, stop, lane, valid)
             self.stage(smem + ((i + 1) % 2) * (self.tokens * self.pitch), brought, thread)
             cute.arch.sync_threads()
         return h
 
     # ------------------------------------------------------------------------------------------------ loads and stores
-    def inside(self, token, begin, stop):
-        """Whether the block from `token` on lies in [begin, stop)."""
-        return token >= begin and token + BLOCK <= stop
-
     @cute.jit
     def load_rows(self, rows, token, begin, stop, lane, valid):
-        """This lane's tokens of u, delta and z of the block from `token` on, as words."""
+        """This lane's tokens of u and delta of the block from `token` on, as words."""
         whole = token >= begin and token + BLOCK <= stop
-        read = [rows[n] for n in range(3 if self.spec.has_z else 2)]
-        return [
-            scan.load_piece(row, token + lane * self.share, begin, stop, whole, valid, self.share, self.spec.aligned)
-            for row in read
-        ]
+        mine = token + lane * self.share
+        words = []
+        for n in cutlass.range_constexpr(2):
+            outside = NO_STEP if const_expr(n == 1 and self.spec.delta_softplus) else 0.0
+            words.append(
+                scan.load_piece(rows[n], mine, begin, stop, whole, valid, self.share, self.spec.aligned, outside)
+            )
+        return words
 
     @cute.jit
     def column_rows(self, B, C, row, group, thread):
@@ -401,9 +402,12 @@ class SelectiveScan:
         D, bias = weights
         whole = token >= begin and token + BLOCK <= stop
         mine = token + lane * self.share
+        gates = None
+        if const_expr(self.spec.has_z):  # it arrives while the block is scanned
+            gates = scan.load_piece(rows[2], mine, begin, stop, whole, valid, self.share, self.spec.aligned)
         inputs = scan.unpack_piece(words[0], self.dtype, self.share)
         steps = self.steps(scan.unpack_piece(words[1], self.dtype, self.share), bias)
-        if not whole:
+        if const_expr(not self.spec.delta_softplus) and not whole:
             inside = [mine + t >= begin and mine + t < stop for t in range(self.share)]
             steps = [step if held else Float32(0.0) for step, held in zip(steps, inside)]
         gains = [step * value for step, value in zip(steps, inputs)]
@@ -416,7 +420,7 @@ class SelectiveScan:
                 scan.store_piece(rows[4], mine, sums, begin, stop, whole, self.spec.aligned)
         if const_expr(self.spec.has_z):
             silu = math.silu if const_expr(self.spec.input_dtype == "float32") else scan.silu_narrow
-            gates = scan.unpack_piece(words[2], self.dtype, self.share)
+            gates = scan.unpack_piece(gates, self.dtype, self.share)
             sums = [y * silu(gate) for y, gate in zip(sums, gates)]
         if valid:
             scan.store_piece(rows[3], mine, sums, begin, stop, whole, self.spec.aligned)
@@ -426,7 +430,7 @@ class SelectiveScan:
         """delta' of delta."""
         if bias is not None:
             values = [value + bias for value in values]
-        return [math.softplus(value) for value in values] if self.spec.delta_softplus else values
+        return [scan.softplus(value) for value in values] if self.spec.delta_softplus else values
 
     def advance(self, rates, h, steps, gains, columns, lane):
         """Advance a lane's states by a block; returns them and this lane's part of the dot products with C."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
@@ -48,7 +49,7 @@ def plan_on_cpu(
     lists = Metadata(*(None if t is None else t.tolist() for t in metadata))  # type: ignore[arg-type]
     starts: list[int] = lists.query_start_loc  # type: ignore[assignment]
     if starts is not None:
-        ordered = all(a <= b for a, b in zip(starts, starts[1:]))
+        ordered = all(a <= b for a, b in pairwise(starts))
         if starts[0] != 0 or starts[-1] > length or not ordered:
             expected = f"ascending offsets from 0 to at most total = {length}"
             raise ValueError(describe("query_start_loc", expected, starts))
@@ -75,7 +76,8 @@ def _slot(lists: Metadata, b: int, column: int, name: str, slots: int | None, nu
     entry = lists.cache_indices[b]  # type: ignore[index]
     if isinstance(entry, list):
         if not 0 <= column < len(entry):
-            raise ValueError(describe(name, f"columns in [0, {len(entry)}) of cache_indices", f"{column} at position {b}"))
+            expected = f"columns in [0, {len(entry)}) of cache_indices"
+            raise ValueError(describe(name, expected, f"{column} at position {b}"))
         entry = entry[column]
     slot: int = entry  # type: ignore[assignment]
     if slots is not None and not 0 <= slot < slots and slot != null_block_id:

@@ -53,8 +53,8 @@ def selective_scan(
 
         delta' = softplus(delta + delta_bias);  h <- exp(A delta') h + (delta' u) B;  out = (h . C + D u) silu(z)
 
-    Sequences are equally long (*dense*), or packed one after another (*varlen*, with ``query_start_loc``).  Tensors on a
-    GPU run the compiled kernel; tensors on the CPU run the PyTorch reference, or the same compiled kernel inside
+    Sequences are equally long (*dense*), or packed one after another (*varlen*, with ``query_start_loc``).  Tensors on
+    a GPU run the compiled kernel; tensors on the CPU run the PyTorch reference, or the same compiled kernel inside
     ``ptxsim.emulate()``.  There is no gradient.
 
     Parameters
@@ -117,8 +117,8 @@ def selective_scan(
     Notes
     -----
     Prefix caching saves the state after every block or chunk in the slot named by the block's column of
-    ``cache_indices``: the last one in column ``block_idx_last_scheduled_token``, another in the column of the block that
-    its last token is in.  Positions count from ``block_idx_first_scheduled_token`` blocks; if the first of several
+    ``cache_indices``: the last one in column ``block_idx_last_scheduled_token``, another in the column of the block
+    that its last token is in.  Positions count from ``block_idx_first_scheduled_token`` blocks; if the first of several
     chunks is shorter than a block, it is taken to complete one.
 
     The recurrence is that of Gu and Dao, "Mamba" (2023); the conventions of slots and blocks are those of vLLM.
@@ -267,11 +267,11 @@ def _scan(
     _check(tensors, null_block_id, block_size, {out_name: out, ungated_name: ungated})
     copies = _unit_strides({**tensors._asdict(), "out": out, "ungated": ungated})
     if copies:
-        given = _Tensors(*(copies.get(id(t), t) for t in tensors))
-        written = [None if t is None else copies.get(id(t), t) for t in (out, ungated)]
-        _scan(given, softplus, null_block_id, block_size, written[0], written[1], out_name, ungated_name)
-        for target, source in zip((out, ungated), written):
-            if target is not None and target is not source:
+        given = _Tensors._make(copies.get(id(t), t) for t in tensors)
+        new_out, new_ungated = copies.get(id(out), out), None if ungated is None else copies.get(id(ungated), ungated)
+        _scan(given, softplus, null_block_id, block_size, new_out, new_ungated, out_name, ungated_name)
+        for target, source in ((out, new_out), (ungated, new_ungated)):
+            if target is not None and source is not None and target is not source:
                 target.copy_(source)
         return
     args = _canonical(tensors, out, ungated)
@@ -331,7 +331,7 @@ def _canonical(tensors: _Tensors, out: Tensor, ungated: Tensor | None) -> tuple[
 
 def _unit_strides(named: dict[str, Tensor | None]) -> dict[int, Tensor]:
     """Contiguous copies, by identity, of the tensors with tokens whose last stride is not 1."""
-    copies = {}
+    copies: dict[int, Tensor] = {}
     for name in ("u", "delta", "B", "C", "z", "out", "ungated"):
         tensor = named[name]
         if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
@@ -386,9 +386,8 @@ def _run_on_cpu(
 ) -> None:
     """Run the compiled kernel if an emulator is open, else the reference."""
     u, states = args[:2]
-    segments = plan_on_cpu(
-        Metadata(*args[9:17]), sequences, u.shape[2], None if states is None else states.shape[0], null_block_id, block_size
-    )
+    slots = None if states is None else states.shape[0]
+    segments = plan_on_cpu(Metadata(*args[9:17]), sequences, u.shape[2], slots, null_block_id, block_size)
     emulator = runtime.emulator()
     if emulator is None:
         _reference(args, spec.delta_softplus, segments)
@@ -420,7 +419,7 @@ def _reference(args: tuple[Any, ...], softplus: bool, segments: list[Any]) -> No
             begin = stop
 
 
-# ---------------------------------------------------------------------------------------------------------------- checks
+# --------------------------------------------------------------------------------------------------------------- checks
 def _check(tensors: _Tensors, null_block_id: int, block_size: int, outputs: dict[str, Tensor | None]) -> None:
     """Raise unless the arguments are as documented; the contents of tensors are not looked at."""
     named: dict[str, Any] = tensors._asdict()
@@ -480,7 +479,7 @@ def _check_shapes(given: dict[str, Tensor]) -> None:
     varlen = "query_start_loc" in given
     rank, letters = (2, "(dim, total)") if varlen else (3, "(batch, dim, length)")
     if u.dim() != rank:
-        fix = "leave query_start_loc out for sequences of equal length" if varlen else "pass query_start_loc for packed ones"
+        fix = "without query_start_loc sequences have one length" if varlen else "packed ones need query_start_loc"
         raise ValueError(describe("u", f"shape {letters}", tuple(u.shape), fix))
     if A.dim() != 2:
         raise ValueError(describe("A", "shape (dim, dstate)", tuple(A.shape)))
@@ -497,10 +496,10 @@ def _check_shapes(given: dict[str, Tensor]) -> None:
     grouped = B.dim() == len(lead) + 3
     if not grouped and B.dim() != len(lead) + 2:
         raise ValueError(describe("B", f"shape ({front}ngroups, dstate, {tail})", tuple(B.shape)))
-    groups = (B.shape[-3],) if grouped else ()
-    if grouped and (groups[0] < 1 or dim % groups[0]):
-        raise ValueError(describe("B", f"ngroups that divides dim = {dim}", f"ngroups = {groups[0]}"))
-    columns = (*lead, *groups, dstate, length)
+    ngroups = B.shape[-3] if grouped else 1
+    if ngroups < 1 or dim % ngroups:
+        raise ValueError(describe("B", f"ngroups that divides dim = {dim}", f"ngroups = {ngroups}"))
+    columns = (*lead, *((ngroups,) if grouped else ()), dstate, length)
     columns_text = f"({front}{'ngroups, ' if grouped else ''}dstate, {tail})"
     shapes: dict[str, tuple[tuple[int, ...], str]] = {
         "A": ((dim, dstate), "(dim, dstate)"),
@@ -517,7 +516,8 @@ def _check_shapes(given: dict[str, Tensor]) -> None:
     if "cache_indices" in given:
         cache = given["cache_indices"]
         if cache.dim() not in (1, 2) or cache.shape[0] != batch or (cache.dim() == 2 and not cache.shape[1]):
-            raise ValueError(describe("cache_indices", f"shape (batch,) = {(batch,)} or (batch, n)", tuple(cache.shape)))
+            expected = f"shape (batch,) = {(batch,)} or (batch, n)"
+            raise ValueError(describe("cache_indices", expected, tuple(cache.shape)))
     if "cu_chunk_seqlen" in given and given["cu_chunk_seqlen"].dim() != 1:
         raise ValueError(describe("cu_chunk_seqlen", "shape (chunks + 1,)", tuple(given["cu_chunk_seqlen"].shape)))
     if "ssm_states" in given:

@@ -61,7 +61,8 @@ class SelectiveScanConfig(Config):
         problems = {
             "lanes": self.lanes in lane_choices(spec),
             "warps": 1 <= self.warps <= 8,
-            "tokens": self.tokens >= BLOCK and self.tokens % BLOCK == 0 and self.column_pieces(spec) <= 2 * COLUMN_PIECES,
+            "tokens": self.tokens >= BLOCK and self.tokens % BLOCK == 0,
+            "pieces": self.column_pieces(spec) <= 2 * COLUMN_PIECES,
             "ctas_per_sm": self.ctas_per_sm >= 1,
             "shared memory": self.shared_bytes(spec) <= arch.shared_bytes,
         }
