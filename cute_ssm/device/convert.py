@@ -188,10 +188,12 @@ def _rebiased(value, random, half, dtype):
 def pack_stochastic(values, words, dtype, arch):
     """Words of `values` in bfloat16 or float16, rounded stochastically with one random word for each two values.
 
+    Of an odd number of values, the last word's upper half is anything.
     By ``cvt.rs`` where the architecture has it: PTX states which random bits go where, and that as many of the
     discarded bits take part; that subnormal results discard more is taken from published models of the instruction.
     """
     packed = []
+    values = _padded(values, 2)
     for random, low, high in zip(words, values[::2], values[1::2]):
         if arch.cvt_rs:
             packed.append(_pack_pair_rs(low, high, random, dtype))
@@ -290,18 +292,24 @@ def _pack_integers(integers, dtype):
     return pairs if dtype is Int16 else [_permute(a, b, 0x5410) for a, b in zip(pairs[::2], pairs[1::2])]
 
 
+def _padded(values, multiple):
+    return values + values[-1:] * (-len(values) % multiple)
+
+
 def pack_quantised(values, encode, dtype, words=None):
-    """Words of ``values * encode`` in int16, int8 or float8_e4m3fn.
+    """Words of ``values * encode`` in int16, int8 or float8_e4m3fn; what the values do not fill is anything.
 
     Parameters
     ----------
     values : list of Float32
-        A multiple of 4 for the 8-bit types, of 2 for int16; no integer exceeds its type if `encode` is a `row_scale`.
     encode : Float32
+        By `row_scale`; then no product exceeds the type.
     dtype : type
     words : list of Int32, optional
         One random word for each two values: round stochastically.
     """
+    values = _padded(values, 32 // dtype.width)
+    words = words and _padded(words, 16 // dtype.width)
     if dtype is Float8E4M3FN:
         scaled = [value * encode for value in values]
         if words is not None:

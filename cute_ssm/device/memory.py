@@ -96,15 +96,21 @@ def store(ptr, values, dtype, access_bytes):
     store_packed(ptr, convert.pack(values, dtype), dtype, access_bytes)
 
 
-def store_packed(ptr, words, dtype, access_bytes):
-    """Store the elements of type `dtype` in 32-bit `words` contiguously, by accesses of `access_bytes` (1 to 16)."""
+def store_packed(ptr, words, dtype, access_bytes, count=None):
+    """Store the elements of type `dtype` in 32-bit `words` contiguously, by accesses of `access_bytes` (1 to 16).
+
+    All elements, or the first `count`, a whole number of accesses.
+    """
     if access_bytes < 4:
         per_access, bits = access_bytes * 8 // dtype.width, access_bytes * 8
         _, piece = _INTEGERS[bits]
         pieces = [piece(word >> shift) for word in words for shift in range(0, 32, bits)]
     else:
-        per_access, count = 32 // dtype.width * (access_bytes // 4), access_bytes // 4
-        pieces = [words[i : i + count] for i in range(0, len(words), count)]
+        width = access_bytes // 4
+        per_access = 32 // dtype.width * width
+        pieces = [words[i : i + width] for i in range(0, len(words), width)]
+    if count is not None:
+        pieces = pieces[: count // per_access]
     for i, part in enumerate(pieces):
         store_words(ptr + i * per_access, part if access_bytes >= 4 else [part])
 

@@ -50,7 +50,8 @@ def place(slot, head, token):
 def words(keys, place, row, column, count, dstate):
     """Random words of `count` columns of a row from `column` on, as `convert` takes them: two columns a word.
 
-    `count` is even; `column` is a multiple of `count`, or of 8 where `count` is.
+    `count` is a power of two or a multiple of 8, and `column` a multiple of it.  Of a single column, the bits are in
+    the low half of the word.
     """
     groups = -(-dstate // COLUMNS)
     first = Int32(row) * groups + Int32(column) // COLUMNS
@@ -60,8 +61,8 @@ def words(keys, place, row, column, count, dstate):
     if count >= COLUMNS:
         return drawn
     skip = Int32(column) % COLUMNS // 2  # which of the four words come first
-    step = count // 2
+    step = max(count // 2, 1)
     chosen = drawn[:step]
     for start in range(step, COLUMNS // 2, step):
         chosen = [Int32(select_(skip == start, other, word)) for other, word in zip(drawn[start:], chosen)]
-    return chosen
+    return chosen if count > 1 else [Int32(Uint32(chosen[0]) >> Uint32(Int32(column) % 2 * 16))]

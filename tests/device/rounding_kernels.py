@@ -98,6 +98,39 @@ class Drawing:
             memory.store_words(memory.address(out, i, k), [words[k]])
 
 
+class Storing:
+    """Rows of a state, stored stochastically by threads of `count` columns each."""
+
+    def __init__(self, dtype, arch, count, dstate):
+        self.dtype, self.arch, self.count, self.dstate = convert.DTYPES[dtype], by_name(arch), count, dstate
+        self.quantised = self.dtype in convert.SCALE_FACTORS
+        self.pieces = dstate // count
+
+    @cute.jit
+    def __call__(
+        self, seed: cute.Tensor, values: cute.Tensor, encode: cute.Tensor, out: cute.Tensor, slot: cutlass.Int64
+    ):
+        self.kernel(seed, values, encode, out, slot).launch(
+            grid=[values.shape[0] * self.pieces // THREADS, 1, 1], block=[THREADS, 1, 1]
+        )
+
+    @cute.kernel
+    def kernel(
+        self, seed: cute.Tensor, values: cute.Tensor, encode: cute.Tensor, out: cute.Tensor, slot: cutlass.Int64
+    ):
+        i = cute.arch.block_idx()[0] * THREADS + cute.arch.thread_idx()[0]
+        row, column = i // self.pieces, i % self.pieces * self.count
+        h = memory.load(memory.address(values, row, column), Float32, self.count, 4)
+        keys = philox.round_keys(seed[0], 10)
+        words = philox.words(keys, philox.place(slot, 5, 2), row, column, self.count, self.dstate)
+        if const_expr(self.quantised):
+            packed = convert.pack_quantised(h, encode[row], self.dtype, words)
+        else:
+            packed = convert.pack_stochastic(h, words, self.dtype, self.arch)
+        size = min(self.count * self.dtype.width // 8, 16)
+        memory.store_packed(memory.address(out, row, column), packed, self.dtype, size, self.count)
+
+
 def _tensor(dtype, *inner):
     rows = cute.sym_int32(divisibility=THREADS)
     strides = tuple(reversed([int(_product(inner[len(inner) - k :])) for k in range(len(inner))]))
@@ -133,3 +166,11 @@ def drawing(rounds, count, dstate, arch):
     integers = (_tensor(cutlass.Int64), *(_tensor(Int32) for _ in range(4)))
     seed = make_fake_tensor(cutlass.Int64, (1,), (1,))
     return ptxsim.compile(Drawing(rounds, count, dstate), seed, *integers, _tensor(Int32, count // 2), arch=arch)
+
+
+@functools.cache
+def storing(dtype, count, dstate, arch):
+    kernel = Storing(dtype, arch, count, dstate)
+    seed = make_fake_tensor(cutlass.Int64, (1,), (1,))
+    state = (_tensor(Float32, dstate), _tensor(Float32), _tensor(kernel.dtype, dstate))
+    return ptxsim.compile(kernel, seed, *state, cutlass.Int64(0), arch=arch)
