@@ -29,7 +29,8 @@ MODES = [
 class Reverse:
     """out[r] = 2 * x[r] reversed, one CTA per row at a time: bulk load, double into a tile, reverse, bulk store.
 
-    Thread 0 requests the next row while all threads work on this one.  Doubling and reversing cross warps.
+    Thread 0 requests the next row while all threads work on this one.  Doubling and reversing cross warps.  Correct
+    variants: "full wait" waits for the stores' writes, "spare load" asks for one row more and awaits it in one warp.
     """
 
     def __init__(self, bug=""):
@@ -71,6 +72,8 @@ class Reverse:
             if t == 0:
                 if last:
                     self.request(x, following, ring + after * WIDTH, full + after)
+                elif const_expr(bug in ("spare load", "load not waited")):
+                    self.request(x, row, ring + after * WIDTH, full + after)
             cute.arch.mbarrier_wait(full + stage, phase)
             values = cute.make_tensor(ring + stage * WIDTH, cute.make_layout(WIDTH))
             scratch = cute.make_tensor(doubled, cute.make_layout(WIDTH))
@@ -91,14 +94,24 @@ class Reverse:
             if t == 0:
                 goal = out.iterator + cute.crd2idx((row, 0), out.layout)
                 prims.cp_async_bulk_global_shared_cta(goal.raw_ptr(), tile.raw_ptr(), BYTES)
-                cute.arch.cp_async_bulk_commit_group()
-                if const_expr(bug != "early reuse"):
-                    cute.arch.cp_async_bulk_wait_group(0, read=True)
+                if const_expr(bug == "store not committed"):
+                    if last:
+                        cute.arch.cp_async_bulk_commit_group()
+                else:
+                    cute.arch.cp_async_bulk_commit_group()
+                if const_expr(bug == "store not waited"):
+                    if last:
+                        cute.arch.cp_async_bulk_wait_group(0, read=True)
+                elif const_expr(bug != "early reuse"):
+                    cute.arch.cp_async_bulk_wait_group(0, read=bug != "full wait")
             cute.arch.sync_threads()
             row = following
             if const_expr(bug != "wrong phase"):
                 phase = phase ^ 1 if after == 0 else phase
             stage = after
+        if const_expr(bug == "spare load"):
+            if t >= 32:
+                cute.arch.mbarrier_wait(full + stage, phase)
 
 
 def compiled(bug=""):
@@ -110,9 +123,9 @@ def compiled(bug=""):
     return ptxsim.compile(Reverse(bug), *fakes, Int32(1))
 
 
-@pytest.fixture(scope="module")
-def correct():
-    return compiled()
+@pytest.fixture(scope="module", params=["", "full wait", "spare load"])
+def correct(request):
+    return compiled(request.param)
 
 
 def run(kernel, rows=5, ctas=2, **options):
@@ -154,6 +167,31 @@ RACE = dict(racecheck=True)
             r"threads .*wait .*mbarrier at shared 0x\w+: phase 0, 0 arrivals and 16 bytes outstanding\) at PTX line",
             "mbarrier.try_wait",
         ),
+        (
+            "store not waited",
+            RACE,
+            ptxsim.RaceError,
+            r"kernel kernel_\w+\n.* at exit: it reads .*\n.*\n.*thread \(0,0,0\) of CTA \(.,0,0\)\n"
+            r".*: wait for the group with cp.async.bulk.wait_group.read 0 before exit",
+            "cp.async.bulk.global.shared",
+        ),
+        (
+            "store not committed",
+            RACE,
+            ptxsim.RaceError,
+            "way out: commit it with cp.async.bulk.commit_group and wait",
+            "cp.async.bulk.global.shared",
+        ),
+        *(
+            (
+                "load not waited",
+                dict(racecheck=True, async_mode=mode),
+                ptxsim.RaceError,
+                r"at exit: it writes .*\n.*\n.*thread \(0,0,0\) of CTA \(.,0,0\)\n.*wait for the phase of the mbarrier",
+                "cp.async.bulk.shared",
+            )
+            for mode in ("early", "late")
+        ),
     ],
 )
 def test_each_bug_is_caught_at_its_line(bug, options, error, message, line):
@@ -164,6 +202,19 @@ def test_each_bug_is_caught_at_its_line(bug, options, error, message, line):
     assert re.search(message, text), text
     named = [kernel.ptx.splitlines()[int(n) - 1] for n in re.findall(r"PTX line (\d+)", text)]
     assert any(line in source for source in named), text
+
+
+@pytest.mark.parametrize("bug", ["store not waited", "load not waited"])
+def test_copies_in_flight_at_exit_leave_the_results_right(bug):
+    """Nothing but the check sees these bugs, and it reports each copy once."""
+    kernel = compiled(bug)
+    for mode in ("early", "late"):
+        out, want = run(kernel, async_mode=mode)
+        assert torch.equal(out, want)
+    x = torch.randn(5, WIDTH)
+    with ptxsim.emulate(racecheck=True, race_raise=False) as session:
+        kernel(x, torch.empty_like(x), 2)
+    assert len(session.launches[-1].races) == 1
 
 
 @pytest.mark.parametrize("bug", ["wrong phase", "early reuse"])

@@ -7,8 +7,8 @@ import ptxsim
 from ptxsim import tensormap
 
 
-def run(body, x, out, threads=32, params="", args=(), decls="", **options):
-    """One CTA: %a = x[tid] -> %d = out[tid] (b32)."""
+def run(body, x, out, threads=32, params="", args=(), decls="", grid=1, **options):
+    """%a = x[tid] -> %d = out[tid] (b32)."""
     text = f""".version 8.3
 .target sm_90a
 .address_size 64
@@ -21,7 +21,7 @@ ld.param.u64 %p, [px]; mad.wide.u32 %q, %i, 4, %p; ld.global.b32 %a, [%q];
 ld.param.u64 %p, [pd]; mad.wide.u32 %q, %i, 4, %p; st.global.b32 [%q], %d;
 ret;
 }}"""
-    return ptxsim.run(text, "k", 1, threads, [x, out, *args], **options)
+    return ptxsim.run(text, "k", grid, threads, [x, out, *args], **options)
 
 
 @pytest.mark.parametrize(
@@ -176,3 +176,48 @@ DONE: mov.u32 %d, 0;""",
         "max": np.maximum(before[window], source[window]),
     }[reduce]
     assert np.array_equal(target, want)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("waiting", [1, 2])
+def test_every_cta_waits_for_a_multicast(waiting, late, rng):
+    """CTA 0 of two loads a tile into both; one thread's wait is enough for a CTA, and no CTA waits for another one."""
+    source, x, out = aligned((32,), rng), np.zeros(32, np.uint32), np.zeros(64, np.float32)
+
+    def launch():
+        run(
+            f"""mov.u32 %r0, tile; mov.u32 %r1, bar; mov.u32 %r2, %ctaid.x; setp.ne.u32 %t, %i, 0; @%t bra READY;
+mbarrier.init.shared.b64 [%r1], 1; fence.mbarrier_init.release.cluster;
+mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 128;
+READY: barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;
+or.b32 %r3, %r2, %i; setp.ne.u32 %t, %r3, 0; @%t bra ASKED;
+mov.b64 %x0, pa; cvta.param.u64 %x0, %x0; mov.u16 %h0, 3;
+cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster
+[%r0], [%x0, {{0}}], [%r1], %h0;
+ASKED: mov.u32 %d, 0; setp.ge.u32 %t, %r2, {waiting}; @%t bra DONE;
+setp.ne.u32 %t, %i, 5; @%t bra WAITED;
+W: mbarrier.try_wait.parity.shared.b64 %u, [%r1], 0; @!%u bra W;
+WAITED: bar.sync 0; mad.lo.u32 %r4, %i, 4, %r0; ld.shared.b32 %d, [%r4];
+DONE: mad.lo.u32 %i, %r2, 32, %i;""",
+            x,
+            out,
+            params=", .param .align 64 .b8 pa[128]",
+            args=[tensor_map(source, (32,))],
+            buffers=[("source", source)],
+            decls=".shared .align 128 .b8 tile[128]; .shared .align 8 .b64 bar;",
+            grid=2,
+            cluster=2,
+            async_mode="late" if late else "early",
+            racecheck=True,
+            initcheck=True,
+        )
+
+    if waiting == 2:
+        launch()
+        assert np.array_equal(out, np.r_[source, source])
+        return
+    with pytest.raises(ptxsim.RaceError, match="1 finding") as caught:
+        launch()
+    text = str(caught.value)
+    assert "it writes shared memory of CTA (1,0,0)" in text and "by thread (0,0,0) of CTA (0,0,0)" in text, text
+    assert np.array_equal(out[:32], source)

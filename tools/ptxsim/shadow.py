@@ -11,6 +11,9 @@ Actors are the threads of the CTA, then one per mbarrier (TMA loads that signal 
 one per warp for bulk stores.  A second clock ``AVC`` holds what has been made visible to the async proxy: it takes
 over VC at ``fence.proxy.async`` and travels along synchronisation, so a fence anywhere on the path counts.
 
+Shared memory lives until its CTA ends, and then belongs to another one: a copy that nobody has waited for by then is
+reported, too.  Only a CTA's own threads can wait for its copies, so ``finish`` looks at the end of the wave.
+
 PTX ISA: "Memory Consistency Model", "Async proxy".
 """
 
@@ -98,9 +101,9 @@ class Shadow:
                 clocks.fill(self.now)
         self.pending = False  # was there a cp.async?
         self.used = np.zeros(3 * self.nwarps, bool)  # reader columns in use
-        self.mbar = {}  # mbarrier word -> arriving, completed clocks, slot
+        self.mbar = {}  # mbarrier word -> arriving, completed clocks, slot, loads requested, loads completed
         self.slots = [0] * self.wave.count
-        self.issued = {}  # (kind, cta, thread or warp) -> [(group, time)]
+        self.issued = {}  # (kind, cta, thread or warp) -> [(group, time, instruction)]
 
     # ------------------------------------------------------------ helpers
     def tick(self):
@@ -333,7 +336,11 @@ class Shadow:
 
     # ------------------------------------------------------------ mbarriers
     def entry(self, cell):
-        """[arriving clocks, completed clocks, slot] of an mbarrier word (index in the wave)."""
+        """State of an mbarrier word (index in the wave).
+
+        [arriving clocks, completed clocks, slot, requested, completed]; the last two are [(instruction, lane)] of the
+        loads that nobody has waited for, in the current phase and in earlier ones.
+        """
         state = self.mbar.get(cell)
         if state is None:
             cta = cell * 8 // self.wave.smem_stride
@@ -341,6 +348,8 @@ class Shadow:
                 np.zeros((2, self.actors), I32),
                 np.zeros((2, self.actors), I32),
                 self.first_mbar + self.slots[cta] % MBAR_SLOTS,
+                [],
+                [],
             ]
             self.slots[cta] += 1
         return state
@@ -370,7 +379,9 @@ class Shadow:
             return
         now = self.tick()
         for cell in cells:
-            arriving, completed, slot = self.entry(int(cell))
+            arriving, completed, slot, requested, loaded = self.entry(int(cell))
+            loaded += requested
+            requested.clear()
             np.maximum(arriving, completed, out=completed)
             completed[:, slot] = now
         self.tick()
@@ -383,7 +394,8 @@ class Shadow:
         starts = np.flatnonzero(np.r_[True, cells[order][1:] != cells[order][:-1]])
         for start, end in zip(starts, np.r_[starts[1:], len(cells)], strict=True):
             pick = order[start:end]
-            completed = self.entry(int(cells[pick[0]]))[1]
+            _, completed, _, _, loaded = self.entry(int(cells[pick[0]]))
+            loaded.clear()
             c, tt = S.cta[pick], t[pick]
             self.vc[c, tt] = np.maximum(self.vc[c, tt], completed[0])
             self.avc[c, tt] = np.maximum(self.avc[c, tt], completed[1])
@@ -421,8 +433,10 @@ class Shadow:
         threads, cta = np.repeat(self.thread(S), each), np.repeat(S.cta, each)
         self.check_writer(cta, threads, units, ins, "write-write race", proxy=True)
         self.check_readers(cta, threads, units, ins)
-        slots = np.array([self.entry(int(cell))[2] for cell in cells])
-        self.record_write(np.repeat(slots, each), units, ins.line)
+        states = [self.entry(int(cell)) for cell in cells]
+        self.record_write(np.repeat(np.array([state[2] for state in states]), each), units, ins.line)
+        for state, lane in zip(states, getattr(S, "issuers", S.lanes).tolist(), strict=True):
+            state[3].append((ins, lane))
 
     def store_async(self, S, index, nbytes, ins, cells):
         """st.async: a write that completes on an mbarrier; races are looked for in the CTA's own memory only."""
@@ -437,10 +451,15 @@ class Shadow:
                 thread = int(S.lanes[i] % self.T)
                 self.check_writer(cta, thread, units, ins, "write-write race")
                 self.check_readers(cta, thread, units, ins)
-            self.record_write(self.entry(int(cells[i]))[2], units, ins.line)
+            state = self.entry(int(cells[i]))
+            self.record_write(state[2], units, ins.line)
+            state[3].append((ins, int(S.lanes[i])))
 
     def bulk_read(self, S, index, granule, ins, cells, group):
-        """A TMA store reads shared memory; it is pending until the issuing thread's wait_group."""
+        """A TMA store reads shared memory; it is pending until the issuing thread's wait_group.
+
+        A copy between CTAs completes on the mbarriers ``cells`` instead; its destination's load stands for it at exit.
+        """
         units, _ = self.units(index, granule)
         each = len(units) // len(index)
         if self.init:
@@ -452,7 +471,7 @@ class Shadow:
         warps = np.repeat(threads >> 5, each)
         self.record_read(2 * self.nwarps + warps, self.first_bulk + warps, units, ins)
         for cta, thread, number in zip(S.cta.tolist(), threads.tolist(), group.tolist(), strict=True):
-            self.issued.setdefault(("bulk", cta, thread), []).append((number, self.now))
+            self.issued.setdefault(("bulk", cta, thread), []).append((number, self.now, ins if cells is None else None))
 
     def bulk_wait(self, S, limit):
         """cp.async.bulk.wait_group{.read}: the thread's groups below ``limit`` have read their sources."""
@@ -461,7 +480,7 @@ class Shadow:
         for lane, bound in zip(S.lanes, limit, strict=True):
             cta, thread = divmod(int(lane), self.T)
             issued = self.issued.get(("bulk", cta, thread))
-            done = [when for group, when in issued or () if group < bound]
+            done = [when for group, when, _ in issued or () if group < bound]
             if done:
                 self.vc[cta, thread, self.first_bulk + thread // 32] = max(done)
                 self.issued["bulk", cta, thread] = [x for x in issued if x[0] >= bound]
@@ -480,7 +499,7 @@ class Shadow:
             self.check_writer(cta, thread, units, ins, "write-read race", proxy=True)
             self.record_read(self.nwarps + warp, self.first_wgmma + warp, units, ins)
             commits = int(self.wave.async_state["wgmma"][1][lanes[i] // 128])
-            self.issued.setdefault(("wgmma", cta, warp), []).append((commits, self.now))
+            self.issued.setdefault(("wgmma", cta, warp), []).append((commits, self.now, ins))
 
     def wgmma_wait(self, S, keep):
         """wgmma.wait_group: completed reads precede whatever these threads do next."""
@@ -491,11 +510,53 @@ class Shadow:
             first = int(group) * 128
             cta, warp = first // self.T, first % self.T // 32
             issued = self.issued.get(("wgmma", cta, warp))
-            done = [when for number, when in issued or () if number < commits[group] - keep]
+            done = [when for number, when, _ in issued or () if number < commits[group] - keep]
             if done:
                 t = np.arange(128) + first % self.T
                 self.vc[cta, t, self.first_wgmma + warp] = max(done)
                 self.issued["wgmma", cta, warp] = [x for x in issued if x[0] >= commits[group] - keep]
+
+    # ------------------------------------------------------------ end of the CTAs
+    def finish(self):
+        """All threads have exited: report the copies that may still use their CTA's shared memory."""
+        if not self.race:
+            return
+        state = self.wave.async_state
+        for (kind, cta, thread), issued in self.issued.items():
+            for number, _, ins in issued:
+                if kind == "bulk" and ins is not None:
+                    lane, commit = cta * self.T + thread, ""
+                    if number >= state["bulk"].group[lane]:
+                        commit = "commit it with cp.async.bulk.commit_group and "
+                    self.report_exit(
+                        ins, lane, cta, "reads", f"{commit}wait for the group with cp.async.bulk.wait_group.read 0"
+                    )
+        for cell, (*_, requested, loaded) in self.mbar.items():
+            cta, offset = divmod(cell * 8, self.wave.smem_stride)
+            for ins, lane in loaded + requested:
+                self.report_exit(
+                    ins,
+                    lane,
+                    cta,
+                    "writes",
+                    f"wait for the phase of the mbarrier at shared 0x{offset:x} with mbarrier.try_wait in any thread",
+                )
+        for lanes, _, _, _, _, ins in state["cp.async"].pending if "cp.async" in state else ():
+            lane = int(lanes[0])
+            self.report_exit(
+                ins, lane, lane // self.T, "writes", "wait with cp.async.wait_group 0 or wait_all in the same thread"
+            )
+
+    def report_exit(self, ins, lane, cta, uses, remedy):
+        """Remember one finding per copy instruction: ``lane`` issued it, it ``uses`` shared memory of ``cta``."""
+        key = ("in flight at exit", ins.line, 0)
+        if key in self.found:
+            return
+        self.found[key] = (
+            f"copy in flight at exit: it {uses} shared memory of CTA {self.wave.cta_name(cta * self.T)}, "
+            f"which another CTA may get after the exit\n    issued:  PTX line {ins.line}: {ins.text[:120]}\n"
+            f"             by {self.wave.thread_name(lane)}\n    way out: {remedy} before exit"
+        )
 
 
 def race_error(kernel, findings):
