@@ -33,7 +33,7 @@ def _reciprocal(x, *, loc=None, ip=None):
 
 
 def softplus(x):
-    """log(1 + e^x) to a relative error of about (1 + |x| / 8) 2^-22; a sixth fewer instructions than `math.softplus`."""
+    """log(1 + e^x) to a relative error of about (1 + |x| / 8) 2^-22; fewer instructions than `math.softplus`."""
     size = cute.math.absf(x)
     product = size * -LOG2E
     excess = cute.math.fma(size, Float32(LOG2E), product)  # how far the rounded product is too large

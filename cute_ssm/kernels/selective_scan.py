@@ -11,8 +11,8 @@ nothing is scanned across lanes or tokens: five instructions a (token, channel, 
 A CTA owns a tile of channels of one group, persistently one (sequence, tile) after another.  B and C of the next
 `tokens` tokens are loaded while those of the last are worked on, and staged as float32 [token][state] in the other half
 of a double buffer, where all its channels read them.  Rows of u, delta and z are read in *blocks* of 8 tokens, aligned
-in the row, each lane its share, u and delta one block ahead.  Tokens of a block outside the sequence have delta' = 0 and
-B = 0, which leaves h as it is, bit for bit.
+in the row, each lane its share, u and delta one block ahead.  Tokens of a block outside the sequence have delta' = 0
+and B = 0, which leaves h as it is, bit for bit.
 
 The y of a token is summed in `chains` partial sums, whose states and order do not depend on `lanes`: lane j holds the
 quads (4 neighbouring states) j, j + lanes, ..., and quad q is part of chain q modulo `chains`.

@@ -58,7 +58,7 @@ def plan_on_cpu(
         row, begin, end = (b, 0, length) if starts is None else (0, starts[b], starts[b + 1])
         slot = b
         if lists.cache_indices is not None:
-            column = 0 if lists.initial_state_idx is None else lists.initial_state_idx[b]  # type: ignore[index]
+            column: int = 0 if lists.initial_state_idx is None else lists.initial_state_idx[b]  # type: ignore
             slot = _slot(lists, b, column, "initial_state_idx", slots, null_block_id)
             if slot == null_block_id:
                 continue
