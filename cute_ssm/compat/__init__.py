@@ -1,0 +1,1 @@
+"""Signatures and conventions of other packages, thin over this one's operators."""
