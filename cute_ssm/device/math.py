@@ -20,7 +20,8 @@ def _approx(name, x, *, loc=None, ip=None):
 
 
 def decay(x):
-    """e^x of a finite x <= 0 (or of any x whose result is finite), to a relative error of about 2^-22."""
+    """e^x, to a relative error of about 2^-22, where it is finite: above 88 the result is NaN."""
+    x = larger(x, Float32(-128.0))  # e^-128 is zero here, and the excess of an infinite product would be NaN
     product = x * _LOG2E
     excess = cute.math.fma(x, Float32(-_LOG2E), product)  # how far the rounded product is too large
     excess = cute.math.fma(x, Float32(-_LOG2E_LOW), excess)

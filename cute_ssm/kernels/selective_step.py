@@ -146,19 +146,22 @@ class SelectiveStep:
     ):
         """Shapes and types as in `cute_ssm.selective_state_update`.
 
-        `max_tokens` bounds the tokens of a sequence of ``cu_seqlens``, `max_ctas` the grid.
+        `max_tokens` bounds the tokens of a sequence of ``cu_seqlens``, `max_ctas` a persistent grid.
         """
         spec, warps = self.spec, self.config.warps
         batch = cu_seqlens.shape[0] - 1 if const_expr(spec.tokens == "packed") else x.shape[0]
         nheads, groups = state.shape[1], B.shape[len(B.shape) - 2]
         units = batch * nheads * (spec.dim // self.config.rows)
         heads, per_group = cute.FastDivmodDivisorV2(nheads), cute.FastDivmodDivisorV2(nheads // groups)
+        ctas = (units + warps - 1) // warps
+        if const_expr(self.config.stages > 1):
+            ctas = cutlass.min(ctas, max_ctas)
         self.kernel(
             state, x, dt, A, B, C, D, z, dt_bias, out, state_scale, state_batch_indices, dst_state_batch_indices,
             num_accepted_tokens, cu_seqlens, intermediate_states_buffer, intermediate_state_indices,
             intermediate_state_scales, rand_seed, pad_slot_id, max_tokens, units, heads, per_group,
         ).launch(
-            grid=[cutlass.min((units + warps - 1) // warps, max_ctas), 1, 1],
+            grid=[ctas, 1, 1],
             block=[WARP * warps, 1, 1],
             use_pdl=True,
             stream=stream,
@@ -360,17 +363,16 @@ class SelectiveStep:
         """Update one block of a unit by all tokens of its sequence."""
         x, dt, A, B, C, D, z, dt_bias, out, per_group = inputs
         b, start, _, h, row, slot, _, _ = place
-        view = self.view
         group, _ = divmod(h, per_group)
-        first = row + i * view.block
-        mine = first + view.row_of(lane)
-        cell = at + i * view.bytes
+        first = row + i * self.view.block
+        mine = first + self.view.row_of(lane)
+        cell = at + i * self.view.bytes
         factor = self.load_scale(pool, slot, h, mine)
-        held = cute.make_rmem_tensor((view.steps * view.columns,), Float32)
-        for s in cutlass.range_constexpr(view.steps):
-            values = view.load(cell, lane, s, factor)
-            for k in cutlass.range_constexpr(view.columns):
-                held[s * view.columns + k] = values[k]
+        held = cute.make_rmem_tensor((self.view.steps * self.view.columns,), Float32)
+        for s in cutlass.range_constexpr(self.view.steps):
+            values = self.view.load(cell, lane, s, factor)
+            for k in cutlass.range_constexpr(self.view.columns):
+                held[s * self.view.columns + k] = values[k]
         carry, steps, powers = Float32(1.0), Float32(0.0), Float32(0.0)
         for t in cutlass.range(count, unroll=1):
             head = (None, None, None)
@@ -381,7 +383,7 @@ class SelectiveStep:
                 step, power = math.from_lane(steps, t % WARP), math.from_lane(powers, t % WARP)
                 carry *= power
                 if carry < SMALLEST or carry > LARGEST:
-                    for k in cutlass.range_constexpr(view.steps * view.columns):
+                    for k in cutlass.range_constexpr(self.view.steps * self.view.columns):
                         held[k] = held[k] * carry
                     carry = Float32(1.0)
                 head = (step, None, power)
@@ -392,21 +394,21 @@ class SelectiveStep:
             if const_expr(self.uniform):
                 scale = scale * math.reciprocal(carry)
             sums = []
-            for s in cutlass.range_constexpr(view.steps):
+            for s in cutlass.range_constexpr(self.view.steps):
                 gain, total = math.exchanged(scale, s), Float32(0.0)
                 decays = None if const_expr(self.uniform) else self.decays(A, decay, h, first, s, lane)
-                for k in cutlass.range_constexpr(view.columns):
-                    value = held[s * view.columns + k]
+                for k in cutlass.range_constexpr(self.view.columns):
+                    value = held[s * self.view.columns + k]
                     if const_expr(not self.uniform):
                         value = value * decays[k]
                     value = cute.math.fma(gain, Bt[k], value)
-                    held[s * view.columns + k] = value
+                    held[s * self.view.columns + k] = value
                     total = cute.math.fma(value, Ct[k], total)
                 sums.append(total)
-            y = math.sum_exchanged(sums, view.lanes)
+            y = math.sum_exchanged(sums, self.view.lanes)
             if const_expr(self.uniform):
                 y *= carry
-            if view.owns_row(lane):
+            if self.view.owns_row(lane):
                 self.emit(out, z, b, start, t, h, mine, y, skip)
             if const_expr(self.each):
                 self.keep(pool, held, carry, cell, b, t, h, slot, first, mine, lane)
@@ -415,11 +417,11 @@ class SelectiveStep:
                 self.vacate(lane)
             rows = self.scaled_rows(held, carry)
             random = self.random(pool, slot, target, h, count - 1)
-            if const_expr(view.scaled):
+            if const_expr(self.view.scaled):
                 self.store_rows(pool[1], rows, cell, (target, h, mine), kept, (*random, first), lane)
             else:
-                for s in cutlass.range_constexpr(view.steps):
-                    view.store(cell, lane, s, rows[s], None, (*random, first))
+                for s in cutlass.range_constexpr(self.view.steps):
+                    self.view.store(cell, lane, s, rows[s], None, (*random, first))
 
     def scaled_rows(self, held, carry):
         """The registers of a block as lists of a step's columns, with the running decay multiplied in."""
@@ -436,12 +438,12 @@ class SelectiveStep:
             line = slot
             if const_expr(saved_rows is not None):
                 line = Int64(saved_rows[b])
-            to = memory.address(saved, line, t, h, first, 0).toint()
+            to = memory.address(saved, line, t, h, first, 0)
             self.leave(pool, rows, cell, to, saved_scale, (line, t, h, mine), line, slot, t, h, first, lane)
         if const_expr(self.spec.update_state and self.spec.dst_columns):
             line = Int64(dst[b, t])
+            to = memory.address(state, line, h, first, 0)
             if line != pad_slot:
-                to = memory.address(state, line, h, first, 0).toint()
                 self.leave(pool, rows, cell, to, state_scale, (line, h, mine), line, slot, t, h, first, lane)
 
     @cute.jit
@@ -456,7 +458,7 @@ class SelectiveStep:
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.sync_warp()
         if lane == 0:
-            memory.bulk_store(memory.global_bytes(to), cell, self.view.bytes)
+            memory.bulk_store(memory.global_bytes(to.toint()), cell, self.view.bytes)
             cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit

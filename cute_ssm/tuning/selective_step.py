@@ -21,7 +21,7 @@ ACCESS_BYTES = 16
 UNIT_BYTES = 20480  # largest unit: three or four rings fill an SM's shared memory, and 48 to 64 KiB are always arriving
 RESIDENT_CTAS = 16  # of one warp, per SM: more would not make the memory busier
 CTA_BYTES = 1024 + 128  # shared memory of a CTA besides its ring
-FULL = 0.9  # units per SM below which units are made smaller
+FULL = 0.85  # units per SM below which units are made smaller
 
 
 @dataclass(frozen=True)

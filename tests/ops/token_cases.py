@@ -1,0 +1,277 @@
+"""Calls of `selective_state_update` with several tokens, every state type and every kind of destination.
+
+The oracle here is a loop over sequences, heads and tokens in NumPy float64 that shares nothing with the package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from step_cases import DTYPES, PAD, copy, storage
+
+import cute_ssm
+
+STATES = {**DTYPES, "i16": torch.int16, "i8": torch.int8, "f8": torch.float8_e4m3fn}
+LARGEST = {"i16": 32767.0, "i8": 127.0, "f8": 448.0}
+# relative step between neighbours, and the step below the normal range, of what a state is stored in
+ULP = {"f32": 2.0**-23, "bf16": 2.0**-7, "f16": 2.0**-10, "f8": 2.0**-3}
+SUBNORMAL = {"f32": 0.0, "bf16": 0.0, "f16": 2.0**-24, "f8": 2.0**-9}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One call; the defaults are the base that tests vary one factor of at a time."""
+
+    lengths: tuple[int, ...] = (4, 4, 4)
+    packed: bool = False
+    nheads: int = 2
+    dim: int = 64
+    dstate: int = 64
+    ngroups: int = 1
+    state: str = "f16"
+    io: str = "bf16"
+    layout: str = "tied"  # tied | dense | dense_A | dense_dt
+    has_z: bool = True
+    decay: float = 1.0  # factor of A
+    indices: torch.dtype | None = torch.int32
+    destination: str = "source"  # source | vector | matrix | intermediates | none
+    accepted: bool = False
+    disabled: bool = False
+    rows: bool = True  # intermediate_state_indices
+    rounds: int = 0
+    seed_per_slot: bool = False
+    pads: tuple[int, ...] = (1,)
+    give_out: bool = True
+    cache_steps: int = 0
+
+    def __str__(self) -> str:
+        changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        return "-".join(f"{f.name}={getattr(self, f.name)}".replace("torch.", "") for f in changed) or "base"
+
+
+def arguments(case: Tokens, seed: int = 0) -> dict:
+    """Random arguments; what no sequence owns is NaN, or the largest integers."""
+    g = torch.Generator().manual_seed(seed)
+    batch, heads, dim, dstate, groups = len(case.lengths), case.nheads, case.dim, case.dstate, case.ngroups
+    io, steps = DTYPES[case.io], max(case.lengths)
+    lead = (sum(case.lengths) + 2,) if case.packed else (batch, steps)
+
+    def randn(*shape, dtype=io):
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    columns = steps + 1
+    slots = batch * (columns + 1) + 2
+    order = torch.randperm(slots, generator=g)
+    if case.indices is None:
+        order = torch.cat([torch.arange(batch), order[order >= batch]])
+    src = order[:batch].clone()
+    pads = case.pads if case.indices is not None else ()
+
+    def pool(*lines):
+        tensor = torch.empty(*lines, heads, dim, dstate, dtype=STATES[case.state])
+        scale = torch.full((*lines, heads, dim), float("nan")) if case.state in LARGEST else None
+        if case.state in ("i16", "i8"):
+            tensor.fill_(int(LARGEST[case.state]))
+        else:
+            tensor.copy_(torch.full_like(tensor, float("nan"), dtype=torch.float32))
+        return tensor, scale
+
+    state, scale = pool(slots)
+    call = {"state": state}
+    every = order[: batch * columns].view(columns, batch).T.contiguous()  # a slot for each token of each sequence
+    if case.accepted:
+        accepted = torch.randint(0, columns, (batch,), generator=g)
+        src = every[torch.arange(batch), (accepted - 1).clamp(min=0)]
+        call["num_accepted_tokens"] = accepted.int()
+    values = torch.randn(batch, heads, dim, dstate, generator=g)
+    if scale is None:
+        state[src] = values.to(state.dtype)
+    else:
+        scale[src] = values.abs().amax(-1) / LARGEST[case.state]
+        encoded = values / scale[src][..., None]
+        state[src] = (encoded.round() if case.state != "f8" else encoded.clamp(-448, 448)).to(state.dtype)
+        call["state_scale"] = scale
+    indices = every.clone() if case.accepted else src.clone()
+    for row in pads:
+        if case.accepted:
+            indices[row % batch] = PAD
+        else:
+            indices[row % batch] = PAD
+    if case.indices is not None:
+        call["state_batch_indices"] = indices.to(case.indices)
+    kind = case.indices or torch.int64
+    if case.destination == "vector":
+        call["dst_state_batch_indices"] = order[-batch:].to(kind)
+    elif case.destination == "matrix":
+        dst = (every if case.accepted else order[batch : batch * (columns + 1)].view(batch, columns)).clone()
+        if batch > 2:
+            dst[2, 1 % columns] = PAD
+        call["dst_state_batch_indices"] = dst.to(kind)
+    elif case.destination == "intermediates":
+        lines = batch + 2 if case.rows else slots
+        saved, saved_scale = pool(lines, steps + 1)
+        call["intermediate_states_buffer"] = saved
+        if case.rows:
+            call["intermediate_state_indices"] = torch.randperm(lines, generator=g)[:batch].to(kind)
+        if saved_scale is not None:
+            call["intermediate_state_scales"] = saved_scale
+    if case.packed:
+        cu = torch.tensor([0, *np.cumsum(case.lengths)]) + 1
+        call["cu_seqlens"] = cu.to(case.indices or torch.int32)
+
+    tied_dt, tied_A = case.layout in ("tied", "dense_A"), case.layout in ("tied", "dense_dt")
+
+    def per_head(value):
+        return value[..., None].expand(*value.shape, dim) if tied_dt else value
+
+    A = -case.decay * (0.1 + torch.rand(heads, *((1, 1) if tied_A else (dim, dstate)), generator=g))
+    call |= {
+        "x": randn(*lead, heads, dim),
+        "dt": per_head(randn(*lead, heads, *(() if tied_dt else (dim,)), dtype=torch.float32)),
+        "A": A.expand(heads, dim, dstate),
+        "B": randn(*lead, groups, dstate),
+        "C": randn(*lead, groups, dstate),
+        "D": per_head(randn(heads, *(() if tied_dt else (dim,)), dtype=torch.float32)),
+        "z": randn(*lead, heads, dim) if case.has_z else None,
+        "dt_bias": per_head(randn(heads, *(() if tied_dt else (dim,)), dtype=torch.float32) - 1),
+        "dt_softplus": True,
+        "disable_state_update": case.disabled,
+        "pad_slot_id": PAD,
+        "cache_steps": case.cache_steps,
+    }
+    if case.rounds:
+        seeds = torch.randint(-(2**62), 2**62, (slots if case.seed_per_slot else 1,), generator=g)
+        call |= {"rand_seed": seeds, "philox_rounds": case.rounds}
+    if case.give_out:
+        call["out"] = torch.full((*lead, heads, dim), float("nan"), dtype=io)
+    return call
+
+
+def numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.double().numpy()
+
+
+class Oracle:
+    """What a call must do: ``outputs`` {index of x: (value, size)}, ``stores`` [(pool, index, value, size)]."""
+
+    def __init__(self, call: dict):
+        self.call, self.outputs, self.stores, self.padding = call, {}, [], []
+        x = numpy(call["x"])
+        cu = call.get("cu_seqlens")
+        batch = len(cu) - 1 if cu is not None else x.shape[0]
+        for b in range(batch):
+            if cu is not None:
+                at = [(row,) for row in range(int(cu[b]), int(cu[b + 1]))]
+            else:
+                at = [(b, t) for t in range(x.shape[1])] if x.ndim == 4 else [(b,)]
+            self.sequence(b, at)
+
+    def sequence(self, b, at):
+        call = self.call
+        src, accepted = call.get("state_batch_indices"), call.get("num_accepted_tokens")
+        column = max(int(accepted[b]) - 1, 0) if accepted is not None else 0
+        slot = b if src is None else int(src[b, column] if src.dim() == 2 else src[b])
+        if src is not None and slot == PAD:
+            self.padding += at
+            return
+        state = numpy(call["state"][slot].float())
+        if "state_scale" in call:
+            state = state * numpy(call["state_scale"][slot])[..., None]
+        size = np.abs(state)
+        for t, index in enumerate(at):
+            state, size = self.token(index, state, size)
+            self.keep(b, t, len(at), slot, state.copy(), size.copy())
+
+    def token(self, index, state, size):
+        call = self.call
+        heads, groups = call["x"].shape[-2], call["B"].shape[-2]
+        x, dt, B, C = (numpy(call[name][index]) for name in ("x", "dt", "B", "C"))
+        new, new_size = np.empty_like(state), np.empty_like(size)
+        y, y_size = np.empty_like(x), np.empty_like(x)
+        for h in range(heads):
+            g = h // (heads // groups)
+            raw = dt[h] + numpy(call["dt_bias"])[h]
+            step = np.where(raw > 20, raw, np.log1p(np.exp(np.minimum(raw, 20))))
+            exponent = numpy(call["A"])[h] * step[:, None]
+            decay = np.exp(exponent)
+            new[h] = decay * state[h] + np.outer(step * x[h], B[g])
+            rounded = 1 + np.abs(exponent)  # float32 rounds the exponent itself
+            new_size[h] = rounded * decay * size[h] + np.abs(np.outer(step * x[h], B[g]))
+            skip = numpy(call["D"])[h] * x[h]
+            y[h] = new[h] @ C[g] + skip
+            y_size[h] = new_size[h] @ np.abs(C[g]) + np.abs(skip)
+        if call["z"] is not None:
+            z = numpy(call["z"][index])
+            gate = z / (1 + np.exp(-z))
+            y, y_size = y * gate, y_size * np.abs(gate)
+        self.outputs[index] = (y, y_size)
+        return new, new_size
+
+    def keep(self, b, t, length, slot, state, size):
+        call = self.call
+        if "intermediate_states_buffer" in call:
+            rows = call.get("intermediate_state_indices")
+            line = slot if rows is None else int(rows[b])
+            self.stores.append(("intermediate_states_buffer", (line, t), state, size))
+        if call["disable_state_update"]:
+            return
+        dst = call.get("dst_state_batch_indices")
+        if dst is not None and dst.dim() == 2 and call["x"].dim() + ("cu_seqlens" in call) == 4:
+            line = int(dst[b, t])
+        elif t + 1 < length:
+            return
+        else:
+            line = slot if dst is None else int(dst[b] if dst.dim() == 1 else dst[b, 0])
+        if dst is None or line != PAD:
+            self.stores.append(("state", (line,), state, size))
+
+
+def check(case: Tokens, before: dict, after: dict, out: torch.Tensor) -> None:
+    """Every output and state within the error of its rounding and of float32, and no other byte changed."""
+    oracle = Oracle(before)
+    n = max(case.lengths) + 4
+    half = {"f32": 2.0**-24, "bf16": 2.0**-8, "f16": 2.0**-11}[case.io]
+    smallest = SUBNORMAL[case.io] / 2
+    for index, (want, size) in oracle.outputs.items():
+        error = np.abs(numpy(out[index]) - want)
+        limit = 1.01 * np.maximum(half * np.abs(want), smallest) + n * 2.0**-22 * size + 1e-30
+        assert (error <= limit).all(), f"out{list(index)}: error is {(error / limit).max():.2f} of its limit"
+    share = 1.0 if case.rounds else 0.5  # of the distance between neighbours
+    for pool, index, want, size in oracle.stores:
+        got, noise = numpy(after[pool][index].float()), n * 2.0**-22 * size
+        if case.state in LARGEST:
+            scales = "state_scale" if pool == "state" else "intermediate_state_scales"
+            scale = numpy(after[scales][index])[..., None]
+            largest = np.abs(want).max(-1, keepdims=True)
+            assert np.allclose(scale * LARGEST[case.state], largest, rtol=1e-4, atol=1e-30), f"{scales}{list(index)}"
+            got = got * scale
+            step = scale if case.state != "f8" else np.maximum(np.abs(want) * ULP["f8"], scale * SUBNORMAL["f8"])
+        else:
+            step = np.maximum(np.abs(want) * ULP[case.state], SUBNORMAL[case.state])
+        limit = 1.01 * share * step + noise + 1e-30
+        error = np.abs(got - want)
+        assert (error <= limit).all(), f"{pool}{list(index)}: error is {(error / limit).max():.2f} of its limit"
+        for name in (pool, {"state": "state_scale"}.get(pool, "intermediate_state_scales")):
+            if before.get(name) is not None:
+                before[name][index] = after[name][index]
+    if before.get("out") is not None:
+        for index in oracle.outputs:
+            before["out"][index] = after["out"][index]
+    else:
+        for index in oracle.padding:
+            assert not out[index].any(), "rows of padding in an allocated out are zero"
+    for name, value in before.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(storage(value), storage(after[name])), f"{name} changed where it must not"
+
+
+def run(case: Tokens, seed: int = 0) -> tuple[dict, torch.Tensor]:
+    """Call the operator on a case, check it against the oracle, and return its arguments and result."""
+    call = arguments(case, seed)
+    before = copy(call)
+    out = cute_ssm.selective_state_update(**call)
+    check(case, before, call, out)
+    return call, out
