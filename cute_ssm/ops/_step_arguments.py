@@ -1,0 +1,314 @@
+"""Validation of `selective_state_update`: the arguments of a call, in canonical form, to its spec."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cute_ssm.errors import describe
+from cute_ssm.ops import _arguments as arguments
+from cute_ssm.spec import QUANTISED, SelectiveStateUpdateSpec
+from cute_ssm.tuning import selective_step as tuning
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+STATES = (*FLOATS, torch.int16, torch.int8, torch.float8_e4m3fn)
+INTEGERS = (torch.int32, torch.int64)
+BULK_BYTES = 16  # bulk copies: addresses and sizes are multiples of it
+UNLIMITED = 2**31 - 1
+
+
+class Operands(NamedTuple):
+    """The tensors of a call in the order of the kernel's arguments; no axis is left out any more."""
+
+    state: Tensor
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    out: Tensor
+    state_scale: Tensor | None
+    state_batch_indices: Tensor | None
+    dst_state_batch_indices: Tensor | None
+    num_accepted_tokens: Tensor | None
+    cu_seqlens: Tensor | None
+    intermediate_states_buffer: Tensor | None
+    intermediate_state_indices: Tensor | None
+    intermediate_state_scales: Tensor | None
+    rand_seed: Tensor | None
+
+
+class Settings(NamedTuple):
+    """The arguments of a call that are no tensors."""
+
+    dt_softplus: bool
+    disable_state_update: bool
+    zero_padding: bool
+    philox_rounds: int
+    cache_steps: int
+    pad_slot_id: int
+
+
+REQUIRED = ("state", "x", "dt", "A", "B", "C", "out")
+OPTIONAL = tuple(name for name in Operands._fields if name not in REQUIRED)
+
+
+def check(operands: Operands, settings: Settings) -> SelectiveStateUpdateSpec:
+    """Raise unless the call is as the operator documents it; return its spec."""
+    arguments.check_tensors(operands._asdict(), OPTIONAL)
+    given = {name: tensor for name, tensor in operands._asdict().items() if tensor is not None}
+    _check_combinations(given, settings)
+    sizes = _check_shapes(given, settings)
+    _check_dtypes(given)
+    for name in ("x", "B", "C", "z", "out"):
+        if name in given:
+            arguments.check_last_contiguous(name, given[name])
+    for name in ("state_scale", "intermediate_state_scales"):
+        if name in given:
+            arguments.check_last_contiguous(name, given[name])
+    for name in ("state", "intermediate_states_buffer"):
+        if name in given:
+            _check_pool_layout(name, given[name])
+    A = operands.A
+    if not _tied(A) and A.stride(-1) != 1:
+        expected = "strides 0 in the last two dimensions (one value per head) or stride 1 in the last"
+        raise ValueError(describe("A", expected, f"strides {A.stride()}", "pass A.contiguous()"))
+    spec = _spec(operands, settings, sizes)
+    spec.check()
+    vectors = (operands.B, operands.C) if spec.A_tied else (A, operands.B, operands.C)
+    if all(arguments.aligned(t, tuning.input_vector(spec, t.element_size()) * t.element_size()) for t in vectors):
+        spec = dataclasses.replace(spec, vector_inputs=True)
+    return spec
+
+
+def limit(operands: Operands, settings: Settings) -> int:
+    """Tokens that no sequence of ``cu_seqlens`` may exceed."""
+    if operands.cu_seqlens is None:
+        return UNLIMITED
+    bounds = [settings.cache_steps or UNLIMITED]
+    dst, saved = operands.dst_state_batch_indices, operands.intermediate_states_buffer
+    if dst is not None and dst.dim() == 2:
+        bounds.append(dst.shape[1])
+    if saved is not None:
+        bounds.append(saved.shape[1])
+    return min(bounds)
+
+
+def check_contents(operands: Operands, settings: Settings) -> None:
+    """Raise on indices and lengths that do not fit; called for tensors on the CPU, whose contents can be read."""
+    slots, pad = operands.state.shape[0], settings.pad_slot_id
+    for name in ("state_batch_indices", "dst_state_batch_indices"):
+        indices = getattr(operands, name)
+        if indices is not None:
+            arguments.check_slots(name, indices, slots, pad)
+    saved, rows = operands.intermediate_states_buffer, operands.intermediate_state_indices
+    if saved is not None and rows is not None:
+        src = operands.state_batch_indices
+        real = torch.ones_like(rows, dtype=torch.bool) if src is None else src.reshape(len(src), -1)[:, 0] != pad
+        arguments.check_slots("intermediate_state_indices", rows[real], saved.shape[0], -1 - abs(saved.shape[0]))
+    cu = operands.cu_seqlens
+    if cu is not None:
+        lengths = cu.diff()
+        if int(cu[0]) < 0 or int(cu[-1]) > operands.x.shape[0] or bool((lengths < 0).any()):
+            expected = f"rising offsets of at most {operands.x.shape[0]} tokens"
+            raise ValueError(describe("cu_seqlens", expected, cu.tolist()))
+        bound, longest = limit(operands, settings), int(lengths.max())
+        if longest > bound:
+            fix = "raise cache_steps, and give dst_state_batch_indices and intermediate_states_buffer as many steps"
+            raise ValueError(describe("cu_seqlens", f"sequences of at most {bound} tokens", f"one of {longest}", fix))
+    accepted = operands.num_accepted_tokens
+    if accepted is not None and operands.state_batch_indices is not None:
+        columns = operands.state_batch_indices.shape[1]
+        if bool((accepted > columns).any()):
+            expected = f"at most {columns}, the columns of state_batch_indices"
+            raise ValueError(describe("num_accepted_tokens", expected, int(accepted.max())))
+
+
+def _tied(tensor: Tensor) -> bool:
+    return tensor.stride(-1) == 0 and tensor.stride(-2) == 0
+
+
+def _spec(operands: Operands, settings: Settings, tokens: str) -> SelectiveStateUpdateSpec:
+    def name_of(tensor: Tensor | None) -> str | None:
+        return None if tensor is None else arguments.name_of(tensor.dtype)
+
+    def columns(tensor: Tensor | None) -> bool:
+        return tensor is not None and tensor.dim() == 2
+
+    o = operands
+    return SelectiveStateUpdateSpec(
+        state_dtype=arguments.name_of(o.state.dtype),
+        input_dtype=arguments.name_of(o.x.dtype),
+        A_dtype=arguments.name_of(o.A.dtype),
+        dt_dtype=arguments.name_of(o.dt.dtype),
+        D_dtype=name_of(o.D),
+        dt_bias_dtype=name_of(o.dt_bias),
+        dim=o.state.shape[2],
+        dstate=o.state.shape[3],
+        A_tied=_tied(o.A),
+        dt_tied=o.dt.stride(-1) == 0 and (o.dt_bias is None or o.dt_bias.stride(-1) == 0),
+        D_tied=o.D is not None and o.D.stride(-1) == 0,
+        has_z=o.z is not None,
+        dt_softplus=settings.dt_softplus,
+        src_dtype=name_of(o.state_batch_indices),
+        dst_dtype=name_of(o.dst_state_batch_indices),
+        update_state=not settings.disable_state_update,
+        zero_padding=settings.zero_padding and o.state_batch_indices is not None,
+        vector_inputs=False,
+        tokens=tokens,
+        accepted_dtype=name_of(o.num_accepted_tokens),
+        cu_dtype=name_of(o.cu_seqlens),
+        src_columns=columns(o.state_batch_indices),
+        dst_columns=columns(o.dst_state_batch_indices),
+        intermediates=o.intermediate_states_buffer is not None,
+        intermediate_dtype=name_of(o.intermediate_state_indices),
+        philox_rounds=settings.philox_rounds if o.rand_seed is not None else 0,
+        seed_per_slot=o.rand_seed is not None and o.rand_seed.shape[0] != 1,
+    )
+
+
+def _check_combinations(given: dict[str, Tensor], settings: Settings) -> None:
+    """Raise on arguments that exclude or need each other."""
+
+    def refuse(name: str, expected: str, got: object, fix: str = "") -> None:
+        raise ValueError(describe(name, expected, got, fix))
+
+    quantised = arguments.name_of(given["state"].dtype) in QUANTISED
+    if quantised and "state_scale" not in given:
+        refuse("state_scale", f"scales of a state of {arguments.name_of(given['state'].dtype)}", None)
+    if "state_scale" in given and not quantised:
+        refuse("state_scale", f"None with a state of {arguments.name_of(given['state'].dtype)}", "a tensor")
+    if "intermediate_states_buffer" in given:
+        if "dst_state_batch_indices" in given:
+            fix = "states after every token go to one or the other"
+            refuse("dst_state_batch_indices", "None with intermediate_states_buffer", "both", fix)
+        if quantised and "intermediate_state_scales" not in given:
+            refuse("intermediate_state_scales", "scales for intermediate_states_buffer", None)
+    for name in ("intermediate_state_indices", "intermediate_state_scales"):
+        if name in given and "intermediate_states_buffer" not in given:
+            refuse(name, "None without intermediate_states_buffer", "a tensor")
+    if "intermediate_state_scales" in given and not quantised:
+        refuse("intermediate_state_scales", "None with a state that has no scales", "a tensor")
+    if "num_accepted_tokens" in given and (
+        "state_batch_indices" not in given or given["state_batch_indices"].dim() != 2
+    ):
+        fix = "the state to start from is column num_accepted_tokens - 1"
+        refuse("num_accepted_tokens", "None without a matrix of state_batch_indices", "a tensor", fix)
+    if settings.cache_steps < 0:
+        refuse("cache_steps", "0 or more", settings.cache_steps)
+    if "rand_seed" in given and settings.philox_rounds < 1:
+        refuse("philox_rounds", "1 or more with rand_seed", settings.philox_rounds)
+
+
+def _check_shapes(given: dict[str, Tensor], settings: Settings) -> str:
+    """Raise unless all shapes agree; return how tokens are laid out."""
+    packed = "cu_seqlens" in given
+    tokens = "packed" if packed else "batched" if given["x"].dim() == 4 else "one"
+    lead = {"one": "batch, ", "batched": "batch, T, ", "packed": "total, "}[tokens]
+    ranks = {
+        "state": (4, "(slots, nheads, dim, dstate)"),
+        "x": (4 if tokens == "batched" else 3, f"({lead}nheads, dim)"),
+        "B": (4 if tokens == "batched" else 3, f"({lead}ngroups, dstate)"),
+        "cu_seqlens": (1, "(batch + 1,)"),
+        "intermediate_states_buffer": (5, "(rows, steps, nheads, dim, dstate)"),
+    }
+    for name, (rank, letters) in ranks.items():
+        if name in given and given[name].dim() != rank:
+            raise ValueError(describe(name, f"shape {letters}", tuple(given[name].shape)))
+    slots, nheads, dim, dstate = given["state"].shape
+    first = tuple(given["x"].shape[:-2])
+    batch = given["cu_seqlens"].shape[0] - 1 if packed else first[0]
+    if batch < 0:
+        raise ValueError(describe("cu_seqlens", "at least one offset", "none"))
+    ngroups = given["B"].shape[-2]
+    row, column, head = (*first, nheads, dim), (*first, ngroups, dstate), (nheads, dim)
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {
+        "x": (row, f"({lead}nheads, dim)"),
+        "dt": (row, f"({lead}nheads, dim)"),
+        "A": ((nheads, dim, dstate), "(nheads, dim, dstate)"),
+        "B": (column, f"({lead}ngroups, dstate)"),
+        "C": (column, f"({lead}ngroups, dstate)"),
+        "D": (head, "(nheads, dim)"),
+        "z": (row, f"({lead}nheads, dim)"),
+        "dt_bias": (head, "(nheads, dim)"),
+        "out": (row, f"({lead}nheads, dim)"),
+        "state_scale": ((slots, *head), "(slots, nheads, dim)"),
+        "num_accepted_tokens": ((batch,), "(batch,)"),
+        "intermediate_state_indices": ((batch,), "(batch,)"),
+    }
+    saved = given.get("intermediate_states_buffer")
+    if saved is not None:
+        rows, steps = saved.shape[:2]
+        shapes["intermediate_states_buffer"] = ((rows, steps, nheads, dim, dstate), "(rows, steps, nheads, dim, dstate)")
+        shapes["intermediate_state_scales"] = ((rows, steps, *head), "(rows, steps, nheads, dim)")
+    for name, (shape, letters) in shapes.items():
+        if name in given:
+            arguments.check_shape(name, given[name], shape, letters)
+    if ngroups < 1 or nheads % ngroups:
+        raise ValueError(describe("B", f"ngroups that divides nheads = {nheads}", f"ngroups = {ngroups}"))
+    _check_index_shapes(given, batch, first[1] if tokens == "batched" else None)
+    if slots < batch and "state_batch_indices" not in given:
+        fix = "pass state_batch_indices to say which slot each sequence uses"
+        raise ValueError(describe("state", f"at least batch = {batch} slots", slots, fix))
+    if saved is not None and "intermediate_state_indices" not in given and saved.shape[0] < slots:
+        fix = "pass intermediate_state_indices to say which row each sequence uses"
+        raise ValueError(describe("intermediate_states_buffer", f"a row for each of {slots} slots", saved.shape[0], fix))
+    seed = given.get("rand_seed")
+    if seed is not None and (seed.dim() != 1 or seed.shape[0] not in (1, slots)):
+        raise ValueError(describe("rand_seed", f"shape (1,) or (slots,) = ({slots},)", tuple(seed.shape)))
+    return tokens
+
+
+def _check_index_shapes(given: dict[str, Tensor], batch: int, T: int | None) -> None:
+    """Raise unless indices have a row for each sequence, and a column for each of T tokens."""
+    for name in ("state_batch_indices", "dst_state_batch_indices"):
+        if name not in given:
+            continue
+        shape = tuple(given[name].shape)
+        if len(shape) not in (1, 2) or shape[0] != batch:
+            raise ValueError(describe(name, f"shape (batch,) = ({batch},) or (batch, n)", shape))
+        if len(shape) == 2 and (shape[1] < 1 or (T is not None and name[0] == "d" and shape[1] < T)):
+            raise ValueError(describe(name, f"a column for each of T = {T or 1} tokens", shape))
+    saved = given.get("intermediate_states_buffer")
+    if saved is not None and T is not None and saved.shape[1] < T:
+        raise ValueError(describe("intermediate_states_buffer", f"at least T = {T} steps", saved.shape[1]))
+
+
+def _check_dtypes(given: dict[str, Tensor]) -> None:
+    x = given["x"]
+    allowed = {
+        "state": STATES,
+        **dict.fromkeys(("x", "dt", "A", "D", "dt_bias"), FLOATS),
+        **dict.fromkeys(("state_scale", "intermediate_state_scales"), (torch.float32,)),
+        **dict.fromkeys(("state_batch_indices", "dst_state_batch_indices", "num_accepted_tokens"), INTEGERS),
+        **dict.fromkeys(("cu_seqlens", "intermediate_state_indices"), INTEGERS),
+        "rand_seed": (torch.int64,),
+    }
+    for name, dtypes in allowed.items():
+        if name in given:
+            arguments.check_dtype(name, given[name], dtypes)
+    for name in ("B", "C", "z", "out"):
+        if name in given:
+            arguments.check_dtype(name, given[name], (x.dtype,), f"the type of x; cast it with {name}.to(x.dtype)")
+    if "intermediate_states_buffer" in given:
+        why = "the type of state"
+        arguments.check_dtype(
+            "intermediate_states_buffer", given["intermediate_states_buffer"], (given["state"].dtype,), why
+        )
+
+
+def _check_pool_layout(name: str, pool: Tensor) -> None:
+    """Raise unless tiles of a pool of states are contiguous and can be copied in bulk."""
+    if pool.stride(-1) != 1 or pool.stride(-2) != pool.shape[-1]:
+        expected = "contiguous rows of dstate and heads of dim x dstate"
+        raise ValueError(describe(name, expected, f"strides {pool.stride()}", "the pool is updated in place"))
+    if not arguments.aligned(pool[..., 0], BULK_BYTES):
+        got = f"address {pool.data_ptr():#x} and strides {pool.stride()} of {pool.element_size()} bytes"
+        expected = f"an address, and strides of slots and heads, of multiples of {BULK_BYTES} bytes"
+        raise ValueError(describe(name, expected, got, "pad the slots of the pool"))
