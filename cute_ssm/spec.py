@@ -220,3 +220,75 @@ class SelectiveScanSpec(Spec):
             raise UnsupportedSpecError(describe("state_dtype", f"float32 or {self.input_dtype}", self.state_dtype))
         if not 1 <= self.dstate <= 256:
             raise UnsupportedSpecError(describe("dstate", "1 to 256", self.dstate))
+
+
+TOKEN_BUCKETS = (4, 8, 16)
+
+
+def token_bucket(tokens: int) -> int:
+    """Return the number of tokens that the kernel for `tokens` (1 to 16) of them is made for."""
+    return next(bucket for bucket in TOKEN_BUCKETS if tokens <= bucket)
+
+
+@dataclass(frozen=True)
+class GatedDeltaRuleSpec(Spec):
+    """Up to 16 tokens per request of `cute_ssm.gated_delta_rule_mtp`.
+
+    Attributes
+    ----------
+    state_dtype, input_dtype, output_dtype, gate_dtype, dt_bias_dtype : str
+        Types of the states; of ``q, k, v``; of ``output``; of ``a, b``; of ``dt_bias``.  ``A_log`` is float32.
+    K, V : int
+        Sizes of a key and of a value.
+    tokens : int
+        Largest number of tokens per request, one of `TOKEN_BUCKETS`; the number itself is dynamic.
+    l2norm : bool
+        Normalise q and k.
+    src_dtype : str
+        Type of ``initial_state_indices``.
+    dst_dtype, scatter_dtype, accepted_dtype : str or None
+        Types of ``output_state_indices``, ``ssm_state_indices`` and ``accepted_steps``.  None: the argument is absent.
+    write_final, write_buffer : bool
+        Write the final state to the pool; write the states after all tokens to the buffer.
+    zero_padding : bool
+        Rows of ``output`` whose request is padding become zero instead of staying as they are.
+    vector_output : bool
+        Rows of a 16-bit ``output`` are aligned for stores of 16 bytes.
+    """
+
+    state_dtype: str
+    input_dtype: str
+    output_dtype: str
+    gate_dtype: str
+    dt_bias_dtype: str
+    K: int
+    V: int
+    tokens: int
+    l2norm: bool
+    src_dtype: str
+    dst_dtype: str | None
+    scatter_dtype: str | None
+    accepted_dtype: str | None
+    write_final: bool
+    write_buffer: bool
+    zero_padding: bool
+    vector_output: bool
+
+    @property
+    def op(self) -> str:
+        return "gated_delta_rule_mtp"
+
+    def text(self) -> str:
+        return f"gated_delta_rule_mtp-{self.state_dtype}-{self.input_dtype}-{self.V}x{self.K}-{self.tokens}"
+
+    def check(self) -> None:
+        for name in ("K", "V"):
+            if getattr(self, name) not in (64, 128, 256):
+                raise UnsupportedSpecError(describe(name, "64 or 128 or 256", getattr(self, name)))
+        for name in ("state_dtype", "output_dtype", "gate_dtype", "dt_bias_dtype"):
+            if getattr(self, name) not in FLOATS:
+                raise UnsupportedSpecError(describe(name, " or ".join(FLOATS), getattr(self, name)))
+        if self.input_dtype not in FLOATS[1:]:
+            raise UnsupportedSpecError(describe("input_dtype", " or ".join(FLOATS[1:]), self.input_dtype))
+        if self.tokens not in TOKEN_BUCKETS:
+            raise UnsupportedSpecError(describe("tokens", f"one of {TOKEN_BUCKETS}", self.tokens))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cute_ssm.errors import UnsupportedSpecError
-from cute_ssm.spec import Config, SelectiveScanSpec, SelectiveStateUpdateSpec, Spec
+from cute_ssm.spec import Config, GatedDeltaRuleSpec, SelectiveScanSpec, SelectiveStateUpdateSpec, Spec
 
 if TYPE_CHECKING:
     from cute_ssm.arch import Arch
@@ -35,6 +35,7 @@ class Kernel(Protocol):
 KERNELS: dict[type[Spec], str] = {
     SelectiveStateUpdateSpec: "cute_ssm.kernels.selective_step:SelectiveStep",
     SelectiveScanSpec: "cute_ssm.kernels.selective_scan:SelectiveScan",
+    GatedDeltaRuleSpec: "cute_ssm.kernels.gated_delta_rule:GatedDeltaRule",
 }
 _resolved: dict[str, type[Kernel]] = {}
 

@@ -1,0 +1,65 @@
+"""Products of small matrices by one warp: `mma.sync`, and its operands in shared memory.
+
+In all fragments of m16n8k8, lane ``4 g + t`` holds rows g and g + 8 of A and C, and column g of B:
+A: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4);  B: (t, g), (t + 4, g);  C: (g, 2t), (g, 2t + 1), (g + 8, 2t), ...
+"""
+
+import cutlass.experimental.primitives as prims
+from cutlass import Float32
+from cutlass.cutlass_dsl import T, dsl_user_op
+
+from cute_ssm.device.asm import pure, pure_floats
+
+
+@dsl_user_op
+def mma_tf32(a, b, c, *, loc=None, ip=None):
+    """c + A[16, 8] B[8, 8] in float32; the low 13 bits of all elements of A and B are ignored."""
+    text = (
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
+        "{$10, $11, $12, $13};"
+    )
+    operands = [*["r"] * 6, *["f"] * 4]
+    words = [_bits(value, loc=loc, ip=ip) for value in (*a, *b)]
+    results = pure_floats(4, [*words, *c], text, operands, loc, ip)
+    return [Float32(value) for value in results]
+
+
+def _bits(value, *, loc=None, ip=None):
+    from cute_ssm.device.convert import as_word
+
+    return as_word(value, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def round_tf32(value, *, loc=None, ip=None):
+    """The nearest float32 whose low 13 bits are zero, ties away from zero."""
+    return Float32(pure(T.f32(), [value], "cvt.rna.tf32.f32 $0, $1;", "=f,f", loc, ip))
+
+
+def split(values):
+    """(high, low): tf32 parts of floats whose sums differ from them by less than 2^-23 of them, mostly not at all.
+
+    The low part has 12 bits, of which `mma_tf32` ignores the last one.
+    """
+    high = [round_tf32(value) for value in values]
+    return high, [value - part for value, part in zip(values, high)]
+
+
+def split_fully(values):
+    """(high, low) with low rounded to tf32 as well: their sum is within 2^-24 of the value."""
+    high, low = split(values)
+    return high, [round_tf32(value) for value in low]
+
+
+def load_matrices(pointer, count):
+    """`count` (1, 2 or 4) transposed 8x8 matrices of 16-bit elements, one row at each lane's address.
+
+    Lane ``4 g + t`` gets elements (2t, g) and (2t + 1, g) of each in one register.
+    """
+    words = prims.ldmatrix(pointer.raw_ptr(), count, prims.MMALayout.COL)
+    return [words] if count == 1 else [words[i] for i in range(count)]
+
+
+def store_matrices(pointer, words):
+    """The inverse of `load_matrices`."""
+    prims.stmatrix(pointer.raw_ptr(), list(words), prims.MMALayout.COL)

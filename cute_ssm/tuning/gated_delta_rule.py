@@ -1,0 +1,86 @@
+"""The config of `kernels.gated_delta_rule`, and the choice of one.
+
+The bits of a result depend on the spec alone: both fields only move rows of the state between warps.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from cute_ssm.arch import Arch
+from cute_ssm.errors import UnsupportedSpecError
+from cute_ssm.spec import Config, GatedDeltaRuleSpec
+from cute_ssm.tuning import apply_override
+
+WARP = 32
+TILE = 16  # rows of the state that a warp works on at a time
+KEY_PAD = 8  # floats between rows of keys in shared memory: no access to them meets a bank twice
+VALUE_PAD = 8  # elements between rows of values
+MAX_TILES = 4  # of a warp
+
+
+@dataclass(frozen=True)
+class GatedDeltaRuleConfig(Config):
+    """Knobs of `GatedDeltaRule`.
+
+    Attributes
+    ----------
+    rows : int
+        Rows of one head's state that a CTA works on: a divisor of V.
+    warps : int
+        Warps of a CTA, which share the rows.
+    """
+
+    rows: int
+    warps: int
+
+    def tiles(self) -> int:
+        """Tiles of rows of each warp."""
+        return self.rows // (TILE * self.warps)
+
+    def shared_bytes(self, spec: GatedDeltaRuleSpec) -> int:
+        """Shared memory of one CTA: keys and queries, values, coefficients."""
+        return sum(shared_parts(spec, self.rows).values())
+
+    def check(self, spec: GatedDeltaRuleSpec, arch: Arch) -> None:
+        """Raise `UnsupportedSpecError` if the kernel cannot run so."""
+        problems = {
+            "rows": self.rows >= TILE and spec.V % self.rows == 0,
+            "warps": 1 <= self.warps <= 8
+            and self.rows % (TILE * self.warps) == 0
+            and self.tiles() <= MAX_TILES,
+            "shared memory": self.shared_bytes(spec) <= arch.shared_bytes,
+        }
+        bad = [name for name, good in problems.items() if not good]
+        if bad:
+            raise UnsupportedSpecError(f"config: {', '.join(bad)} of {self} do not fit {spec.text()} on {arch.name}")
+
+
+def shared_parts(spec: GatedDeltaRuleSpec, rows: int) -> dict[str, int]:
+    """Bytes of what a CTA keeps in shared memory."""
+    table = spec.tokens * (spec.tokens + 4) * 4
+    return {
+        "keys": 2 * spec.tokens * (spec.K + KEY_PAD) * 4,
+        "values": max(spec.tokens, 8) * (rows + VALUE_PAD) * 2,
+        "decays": table,
+        "solve": table,
+        "mix": table,
+        "solution": table,
+        "combined": table if spec.tokens == 4 else 0,
+        "vectors": 3 * spec.tokens * 4,
+    }
+
+
+def choose(spec: GatedDeltaRuleSpec, arch: Arch, heads: int, sm_count: int) -> GatedDeltaRuleConfig:
+    """Return the config for ``heads`` (request, value head) pairs on ``sm_count`` SMs, as `tuning.override` has it."""
+    return apply_override(_choose(spec, heads, sm_count))
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(spec: GatedDeltaRuleSpec, heads: int, sm_count: int) -> GatedDeltaRuleConfig:
+    """Whole heads if there are two for every SM; else halves or quarters of them, down to a tile for each of two warps."""
+    rows = spec.V
+    while rows > 2 * TILE and heads * (spec.V // rows) < 2 * sm_count:
+        rows //= 2
+    return GatedDeltaRuleConfig(rows, warps=min(4, rows // TILE))
