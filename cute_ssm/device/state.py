@@ -15,12 +15,13 @@ class StateView:
     `lanes` lanes share a row and hold `accesses` vectors of `vector` columns of it; the warp touches ``32 / lanes`` rows
     at once.  At step s, lane j of a segment works on row ``s ^ (j % steps)`` of those that belong to its segment, so that
     `math.sum_exchanged` leaves the sum of its first row, ``row_of(lane)``, in it without selects.  That is the row whose
-    scale, and other scalars, the lane holds; `math.exchanged` brings them to where they are needed.
+    scale, and other scalars, the lane holds; `math.exchanged` brings them to where they are needed.  An `ordered` view
+    takes rows in order instead, the same for all lanes of a segment, as fragments of matrix products need them.
     """
 
-    def __init__(self, dtype, dstate, block, lanes, vector, philox_rounds, arch):
+    def __init__(self, dtype, dstate, block, lanes, vector, philox_rounds, arch, ordered=False):
         self.dtype, self.dstate, self.block, self.lanes, self.vector = dtype, dstate, block, lanes, vector
-        self.arch, self.rounds = arch, philox_rounds
+        self.arch, self.rounds, self.ordered = arch, philox_rounds, ordered
         self.scaled = dtype in (cutlass.Int16, cutlass.Int8, cutlass.Float8E4M3FN)
         self.stride = WARP // lanes
         self.steps = block // self.stride
@@ -34,6 +35,8 @@ class StateView:
     # -------------------------------------------------------------------------------------------------------- geometry
     def row_of(self, lane, step=0):
         """Row of the block that a lane works on at a step."""
+        if self.ordered:
+            return step * self.stride + lane // self.lanes
         return (lane % self.lanes % self.steps ^ step) * self.stride + lane // self.lanes
 
     def owns_row(self, lane):
@@ -48,6 +51,8 @@ class StateView:
         """Bytes from the start of the block to a lane's first access at a step."""
         first = self.row_of(lane) * self.pitch + lane % self.lanes * self.access_bytes
         distance = self.stride * self.pitch
+        if self.ordered:
+            return first + step * distance
         if distance & (distance - 1) == 0:  # the bits of the step stand alone: no multiplication, no carry
             return first ^ step * distance
         return first + (self.row_of(lane, step) - self.row_of(lane)) * self.pitch

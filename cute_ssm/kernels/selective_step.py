@@ -12,7 +12,8 @@ A unit is worked on in *blocks* of up to 32 rows, as `device.state.StateView` la
 B and C in registers.  One token streams through a block.  Of several, a block's state stays in float32 registers for all
 of them; where one decay per head and token holds (A and dt tied), it stays divided by their running product, so that a
 token costs two operations an element: h_t = p_t g_t with p_t = p_{t-1} e^(A dt'_t) and g_t = g_{t-1} + (dt'_t x_t / p_t)
-B_t^T.  When p leaves [2^-60, 2^60], g is multiplied by it and it restarts at one.
+B_t^T.  When p leaves [2^-60, 2^60], g is multiplied by it and it restarts at one.  `selective_products` has another form
+for few tokens, where the config asks for it.
 
 PDL: everything is read and written after `griddepcontrol.wait`, because the state's last writer may be the upstream
 kernel (the same layer's previous step); dependents are released at once, and must wait likewise before they read.
@@ -29,6 +30,7 @@ from cutlass.memory import SmemAllocator
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, math, memory, philox
 from cute_ssm.device.state import WARP, StateView
+from cute_ssm.kernels.selective_products import TokenProducts
 from cute_ssm.spec import SelectiveStateUpdateSpec
 from cute_ssm.tuning.selective_step import SelectiveStepConfig, block_rows, choose, input_vector, state_vector
 
@@ -49,7 +51,8 @@ class SelectiveStep:
         block = min(block_rows(spec), config.rows)
         state_dtype = convert.DTYPES[spec.state_dtype]
         vector = state_vector(spec)
-        self.view = StateView(state_dtype, spec.dstate, block, config.lanes, vector, spec.philox_rounds, arch)
+        shape = (spec.dstate, block, config.lanes, vector)
+        self.view = StateView(state_dtype, *shape, spec.philox_rounds, arch, ordered=bool(config.matmul))
         self.blocks = config.rows // block
         self.unit_bytes = config.unit_bytes(spec)
         self.one = spec.tokens == "one"
@@ -57,6 +60,7 @@ class SelectiveStep:
         self.final = spec.update_state and not spec.dst_columns  # the last state leaves with its unit
         self.each = spec.intermediates or (spec.update_state and spec.dst_columns)  # the state after every token leaves
         self.writes = self.final or self.each
+        self.products = TokenProducts(self) if config.matmul else None
 
     @staticmethod
     def default_config(spec: SelectiveStateUpdateSpec, arch: Arch, units: int | None = None) -> SelectiveStepConfig:
@@ -202,6 +206,9 @@ class SelectiveStep:
         smem = SmemAllocator()
         ring = smem.allocate(warps * stages * self.unit_bytes, 128) + warp * (stages * self.unit_bytes)
         full = smem.allocate_array(Int64, warps * stages) + warp * stages
+        shared = ring
+        if const_expr(self.products is not None):
+            shared = smem.allocate(warps * self.products.bytes, 128) + warp * self.products.bytes
         if lane == 0:
             for stage in cutlass.range_constexpr(stages):
                 cute.arch.mbarrier_init(full + stage, 1)
@@ -218,7 +225,7 @@ class SelectiveStep:
             place = self.place(unit, where)
             self.request(place, ring, full, lane)
             if const_expr(stages == 1):  # the grid has a warp for every unit
-                self.work(inputs, pool, place, x, ring, full, Int32(0), lane)
+                self.work(inputs, pool, place, shared, ring, full, Int32(0), lane)
             else:
                 stage, phase = Int32(0), Int32(0)
                 while unit < units:
@@ -227,7 +234,7 @@ class SelectiveStep:
                     if unit < units:
                         ahead = self.place(unit, where)
                         self.request(ahead, ring + after * self.unit_bytes, full + after, lane)
-                    self.work(inputs, pool, place, x, ring + stage * self.unit_bytes, full + stage, phase, lane)
+                    self.work(inputs, pool, place, shared, ring + stage * self.unit_bytes, full + stage, phase, lane)
                     place, phase, stage = ahead, phase ^ 1 if after == 0 else phase, after
             if const_expr(self.writes):
                 if lane == 0:
@@ -272,29 +279,33 @@ class SelectiveStep:
                 cute.arch.mbarrier_arrive(full)
 
     @cute.jit
-    def work(self, inputs, pool, place, x, at, full, phase, lane):
-        """Update one unit in the stage at `at` and hand it back."""
+    def work(self, inputs, pool, place, shared, at, full, phase, lane):
+        """Update one unit in the stage at `at` and hand it back; `shared` is the warp's own for products."""
         state, _, dst, _, _, _, _, pad_slot = pool
         b, start, count, h, row, slot, source, real = place
         target, kept = slot, real
         if const_expr(self.spec.tokens == "batched"):
-            count = x.shape[1]
+            count = inputs[0].shape[1]
         if const_expr(self.final and dst is not None):
             if real:
                 target = Int64(dst[b])
                 kept = target != pad_slot
-        cute.arch.mbarrier_wait(full, phase) if const_expr(not self.one) else None
         if real:
             if const_expr(self.one):
                 self.one_token(inputs, pool, place, target, kept, at, full, phase, lane)
+            elif const_expr(self.products is not None):
+                prepared = self.products.prepare(inputs, place, count, shared, lane)
+                cute.arch.mbarrier_wait(full, phase)
+                for i in cutlass.range(self.blocks, unroll=1):
+                    self.products.block(inputs, pool, place, count, prepared, target, at, shared, i, lane)
             else:
+                cute.arch.mbarrier_wait(full, phase)
                 for i in cutlass.range(self.blocks, unroll=1):
                     self.many_tokens(inputs, pool, place, count, target, kept, at, i, lane)
             if const_expr(self.final):
                 cute.arch.fence_proxy("async.shared", space="cta")
         else:
-            if const_expr(self.one):
-                cute.arch.mbarrier_wait(full, phase)
+            cute.arch.mbarrier_wait(full, phase)
             if const_expr(self.spec.zero_padding):
                 self.zero(inputs, place, count, lane)
         cute.arch.sync_warp()

@@ -88,9 +88,9 @@ def check(operands: Operands, settings: Settings) -> SelectiveStateUpdateSpec:
 
 
 def limit(operands: Operands, settings: Settings) -> int:
-    """Tokens that no sequence of ``cu_seqlens`` may exceed."""
+    """Tokens that no sequence may exceed."""
     if operands.cu_seqlens is None:
-        return UNLIMITED
+        return operands.x.shape[1] if operands.x.dim() == 4 else 1
     bounds = [settings.cache_steps or UNLIMITED]
     dst, saved = operands.dst_state_batch_indices, operands.intermediate_states_buffer
     if dst is not None and dst.dim() == 2:

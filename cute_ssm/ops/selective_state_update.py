@@ -268,8 +268,9 @@ def _run(
     elif x.numel():
         arch = runtime.target(x.device)
         sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
-        config = tuning.choose(spec, arch, _heads(operands), sm_count)
-        plan = (runtime.get(spec, config, arch), arguments.limit(operands, settings), sm_count * config.ctas_per_sm)
+        bound = arguments.limit(operands, settings)
+        config = tuning.choose(spec, arch, _heads(operands), sm_count, bound)
+        plan = (runtime.get(spec, config, arch), bound, sm_count * config.ctas_per_sm)
         if not overridden():
             _plans[key] = plan
         plan[0](*operands, pad_slot_id, plan[1], plan[2])
@@ -291,9 +292,10 @@ def _run_on_cpu(spec: SelectiveStateUpdateSpec, operands: Operands, settings: Se
     elif operands.x.numel():
         arch = archs.by_name(emulator.arch)
         sm_count = emulator.sm_count or arch.sm_count
-        config = tuning.choose(spec, arch, _heads(operands), sm_count)
-        bounds = (arguments.limit(operands, settings), sm_count * config.ctas_per_sm)
-        runtime.emulated(spec, config, arch)(*operands, settings.pad_slot_id, *bounds)
+        bound = arguments.limit(operands, settings)
+        config = tuning.choose(spec, arch, _heads(operands), sm_count, bound)
+        kernel = runtime.emulated(spec, config, arch)
+        kernel(*operands, settings.pad_slot_id, bound, sm_count * config.ctas_per_sm)
 
 
 _overload = _library.register(

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from cute_ssm.arch import Arch
-from cute_ssm.errors import UnsupportedSpecError
+from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.spec import ITEMSIZE, Config, SelectiveStateUpdateSpec
 from cute_ssm.tuning import apply_override
 
@@ -21,6 +21,8 @@ ACCESS_BYTES = 16
 UNIT_BYTES = 20480  # largest unit: three or four rings fill an SM's shared memory, and 48 to 64 KiB are always arriving
 RESIDENT_CTAS = 16  # of one warp, per SM: more would not make the memory busier
 CTA_BYTES = 1024 + 128  # shared memory of a CTA besides its ring
+PRODUCT_TOKENS = 8  # columns of a tensor-core product
+PRODUCT_LANES = 4  # that share a row of its operands
 FULL = 0.85  # units per SM below which units are made smaller
 
 
@@ -40,6 +42,8 @@ class SelectiveStepConfig(Config):
         3: a ring, the grid is persistent.  1: the grid has a warp for every unit.
     ctas_per_sm : int
         Upper bound of the persistent grid, per SM.
+    matmul : int
+        1: up to `PRODUCT_TOKENS` tokens at once, outputs by tensor core (`kernels.selective_products`).
     """
 
     lanes: int
@@ -47,6 +51,7 @@ class SelectiveStepConfig(Config):
     warps: int
     stages: int
     ctas_per_sm: int
+    matmul: int = 0
 
     def unit_bytes(self, spec: SelectiveStateUpdateSpec) -> int:
         """Bytes of one unit, a multiple of 16."""
@@ -54,7 +59,8 @@ class SelectiveStepConfig(Config):
 
     def shared_bytes(self, spec: SelectiveStateUpdateSpec) -> int:
         """Shared memory of one CTA: rings and their barriers."""
-        return self.warps * self.stages * (self.unit_bytes(spec) + 8)
+        staged = PRODUCT_TOKENS * spec.dstate * 4 if self.matmul else 0
+        return self.warps * (self.stages * (self.unit_bytes(spec) + 8) + staged)
 
     def check(self, spec: SelectiveStateUpdateSpec, arch: Arch) -> None:
         """Raise `UnsupportedSpecError` if the kernel cannot run so."""
@@ -65,12 +71,27 @@ class SelectiveStepConfig(Config):
             "rows": self.rows >= 8 and self.rows % block == 0 and spec.dim % self.rows == 0,
             "warps": 1 <= self.warps <= 32,
             "stages": self.stages in (1, RING),
+            "matmul": not self.matmul or (can_multiply(spec) and self.lanes == PRODUCT_LANES and block % 16 == 0),
             "ctas_per_sm": self.ctas_per_sm >= 1,
             "shared memory": self.shared_bytes(spec) <= arch.shared_bytes,
         }
         bad = [name for name, good in problems.items() if not good]
         if bad:
             raise UnsupportedSpecError(f"config: {', '.join(bad)} of {self} do not fit {spec.text()} on {arch.name}")
+
+
+def can_multiply(spec: SelectiveStateUpdateSpec) -> bool:
+    """Whether `kernels.selective_products` computes a spec: operands of 16 bits, one decay per head, one last state."""
+    return (
+        spec.tokens != "one"
+        and spec.A_tied
+        and spec.dt_tied
+        and {spec.state_dtype, spec.input_dtype} <= {"bfloat16", "float16"}
+        and spec.dim % 16 == 0
+        and spec.dstate % 32 == 0
+        and not spec.intermediates
+        and not (spec.dst_columns and spec.update_state)
+    )
 
 
 def block_rows(spec: SelectiveStateUpdateSpec) -> int:
@@ -120,30 +141,47 @@ def lanes_of(spec: SelectiveStateUpdateSpec) -> int:
     return min((n for n in (2, 4, 8, 16, 32) if n * block_rows(spec) >= WARP), key=cost)
 
 
-def choose(spec: SelectiveStateUpdateSpec, arch: Arch, heads: int, sm_count: int) -> SelectiveStepConfig:
-    """Return the config for ``heads`` (sequence, head) pairs on ``sm_count`` SMs, as `tuning.override` would have it."""
-    return apply_override(_choose(spec, arch, heads, sm_count))
+def choose(
+    spec: SelectiveStateUpdateSpec, arch: Arch, heads: int, sm_count: int, tokens: int = 1
+) -> SelectiveStepConfig:
+    """Return the config for ``heads`` (sequence, head) pairs on ``sm_count`` SMs, as `tuning.override` would have it.
+
+    ``tokens`` bounds those of a sequence.
+
+    Raises
+    ------
+    UnsupportedSpecError
+        If an override asks for products of more tokens than they take.
+    """
+    config = apply_override(_choose(spec, arch, heads, sm_count, tokens in range(2, PRODUCT_TOKENS + 1)))
+    if config.matmul and tokens > PRODUCT_TOKENS:
+        raise UnsupportedSpecError(describe("config.matmul", f"0 with more than {PRODUCT_TOKENS} tokens", config.matmul))
+    return config
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(spec: SelectiveStateUpdateSpec, arch: Arch, heads: int, sm_count: int) -> SelectiveStepConfig:
-    """Return the config for ``heads`` (sequence, head) pairs on ``sm_count`` SMs.
+def _choose(
+    spec: SelectiveStateUpdateSpec, arch: Arch, heads: int, sm_count: int, few_tokens: bool
+) -> SelectiveStepConfig:
+    """Choose by the amount of work.
 
     Units are as large as 20 KiB allow while (nearly) every SM still gets one.  With no more of them than one wave of
     single warps, every unit gets a warp and a CTA of its own; with more, warps are persistent.
     """
-    lanes = lanes_of(spec)
-    smallest = max(8, WARP // lanes)
+    matmul = int(few_tokens and can_multiply(spec))
+    lanes = PRODUCT_LANES if matmul else lanes_of(spec)
     block = block_rows(spec)
+    smallest = max(16 if matmul else 8, WARP // lanes)
     sizes = [r for r in (8, 16, 32) if smallest <= r <= block]
     sizes += [r for r in range(2 * block, spec.dim + 1, block) if spec.dim % r == 0]
     row_bytes = spec.dstate * ITEMSIZE[spec.state_dtype]
+    cta_bytes = CTA_BYTES + matmul * PRODUCT_TOKENS * spec.dstate * 4
     fitting = [r for r in sizes if r * row_bytes <= UNIT_BYTES] or sizes[:1]
     rows = ([r for r in fitting if heads * (spec.dim // r) >= FULL * sm_count] or fitting[:1])[-1]
     units = heads * (spec.dim // rows)
-    alone = min(RESIDENT_CTAS, arch.shared_bytes // (rows * row_bytes + CTA_BYTES))
+    alone = min(RESIDENT_CTAS, arch.shared_bytes // (rows * row_bytes + cta_bytes))
     if units <= alone * sm_count:
-        return SelectiveStepConfig(lanes, rows, warps=1, stages=1, ctas_per_sm=alone)
-    persistent = max(1, min(RESIDENT_CTAS, arch.shared_bytes // (RING * rows * row_bytes + CTA_BYTES)))
+        return SelectiveStepConfig(lanes, rows, warps=1, stages=1, ctas_per_sm=alone, matmul=matmul)
+    persistent = max(1, min(RESIDENT_CTAS, arch.shared_bytes // (RING * rows * row_bytes + cta_bytes)))
     warps = 2 if persistent >= 4 else 1
-    return SelectiveStepConfig(lanes, rows, warps, RING, ctas_per_sm=persistent // warps)
+    return SelectiveStepConfig(lanes, rows, warps, RING, ctas_per_sm=persistent // warps, matmul=matmul)
