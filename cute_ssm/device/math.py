@@ -94,3 +94,17 @@ def larger(a, b, *, loc=None, ip=None):
 def from_lane(value, lane):
     """The value of a lane that is the same for all lanes of the warp."""
     return cute.arch.shuffle_sync(value, lane)
+
+
+@cute.jit
+def sigmoid(x: Float32):
+    """1 / (1 + e^-x)."""
+    e = decay(-cute.math.absf(x))  # never overflows
+    inverse = _approx("rcp", e + 1.0)
+    return inverse if x >= 0.0 else e * inverse
+
+
+def rsqrt(x):
+    """1 / sqrt(x) of a positive normal x, to a relative error of about 2^-23."""
+    guess = _approx("rsqrt", x)
+    return guess * cute.math.fma(x * -0.5, guess * guess, Float32(1.5))
