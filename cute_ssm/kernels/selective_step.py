@@ -327,11 +327,9 @@ class SelectiveStep:
 
     @cute.jit
     def zero_rows(self, out, b, start, count, h, row, lane):
-        if self.view.owns_row(lane):
-            for t in cutlass.range(count, unroll=1):
-                for i in cutlass.range(self.blocks, unroll=min(self.blocks, 2)):
-                    mine = row + i * self.view.block + self.view.row_of(lane)
-                    memory.store_scalar(self.token(out, b, start, t, h, mine), Float32(0.0), self.input_dtype)
+        for t in cutlass.range(count, unroll=1):
+            for i in cutlass.range(lane, self.config.rows, WARP, unroll=1):
+                memory.store_scalar(self.token(out, b, start, t, h, row + i), Float32(0.0), self.input_dtype)
 
     # ------------------------------------------------------------------------------------------------------- one token
     @cute.jit

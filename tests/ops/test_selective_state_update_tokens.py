@@ -20,6 +20,7 @@ def vary(**factors):
     return [dataclasses.replace(BASE, **{name: value}) for name, values in factors.items() for value in values]
 
 
+LOOP = {"matmul": 0, "lanes": 8}  # token by token where the choice would be products of few tokens
 PACKED = Tokens(packed=True, lengths=(3, 0, 1, 5), pads=(0,))
 CASES = [
     BASE,
@@ -67,6 +68,26 @@ def test_reference(case):
 def test_kernel(case):
     with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True):
         run(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        BASE,
+        dataclasses.replace(PACKED, cache_steps=6),
+        *vary(state=("bf16",), io=("f16",), decay=(1e-3, 400.0), dim=(80,), dstate=(96, 128), ngroups=(2,)),
+        *vary(destination=("vector",), disabled=(True,), lengths=((8, 8), (1, 1), (2, 2)), rounds=(10,), has_z=(False,)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("config", [{}, LOOP], ids=["products", "loop"])
+def test_products_and_loop(case, config):
+    """What a spec of 16-bit operands can be computed by, both ways."""
+    with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True) as session:
+        with tuning.override(**config):
+            run(case)
+    multiplies = any("mma.sync" in function.ptx for function in session.functions)
+    assert multiplies == (not config and max(case.lengths) > 1)
 
 
 @pytest.mark.parametrize(
@@ -146,12 +167,13 @@ def test_bits_do_not_depend_on_tiling_or_batch(state):
         assert torch.equal(state_.float(), results[0][1].float())
 
 
-def test_packed_is_one_by_one():
+@pytest.mark.parametrize("config", [{}, LOOP], ids=["products", "loop"])
+def test_packed_is_one_by_one(config):
     """A packed batch gives the bits of its sequences called alone."""
-    case = Tokens(packed=True, lengths=(3, 1, 4), pads=(), give_out=False)
+    case = Tokens(packed=True, lengths=(3, 2, 4), pads=(), give_out=False, cache_steps=8)
     call = arguments(case)
     alone = copy(call)
-    with ptxsim.emulate(arch="sm_90a"):
+    with ptxsim.emulate(arch="sm_90a"), tuning.override(**config):
         out = cute_ssm.selective_state_update(**call)
         cu = alone["cu_seqlens"].tolist()
         for b in range(3):
