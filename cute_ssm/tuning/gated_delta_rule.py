@@ -66,8 +66,7 @@ def shared_parts(spec: GatedDeltaRuleSpec, rows: int) -> dict[str, int]:
         "decays": table,
         "solve": table,
         "mix": table,
-        "solution": table,
-        "combined": table if spec.tokens == 4 else 0,
+        "solution": 2 * table if spec.tokens == 4 else table,  # there, the outputs' coefficients follow
         "vectors": 3 * spec.tokens * 4,
     }
 
@@ -79,7 +78,7 @@ def choose(spec: GatedDeltaRuleSpec, arch: Arch, heads: int, sm_count: int) -> G
 
 @functools.lru_cache(maxsize=4096)
 def _choose(spec: GatedDeltaRuleSpec, heads: int, sm_count: int) -> GatedDeltaRuleConfig:
-    """Whole heads if there are two for every SM; else halves or quarters of them, down to a tile for each of two warps."""
+    """Whole heads if there are two for every SM; else halves or quarters, down to a tile for each of two warps."""
     rows = spec.V
     while rows > 2 * TILE and heads * (spec.V // rows) < 2 * sm_count:
         rows //= 2
