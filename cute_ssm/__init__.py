@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cute_ssm.ops.gated_delta_rule import gated_delta_rule_mtp as gated_delta_rule_mtp
     from cute_ssm.ops.selective_scan import selective_scan as selective_scan
     from cute_ssm.ops.selective_scan import selective_scan_fn as selective_scan_fn
     from cute_ssm.ops.selective_state_update import selective_state_update as selective_state_update
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "gated_delta_rule_mtp": "cute_ssm.ops.gated_delta_rule",
     "selective_scan": "cute_ssm.ops.selective_scan",
     "selective_scan_fn": "cute_ssm.ops.selective_scan",
     "selective_state_update": "cute_ssm.ops.selective_state_update",

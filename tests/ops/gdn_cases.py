@@ -1,0 +1,231 @@
+"""Calls of `gated_delta_rule_mtp`: random arguments in awkward memory, the oracle, and the bounds of errors."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+import cute_ssm
+from cute_ssm.reference.gated_delta_rule import gated_delta_rule as mathematics
+
+NAN = float("nan")
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+REGIMES = ("typical", "slow", "fast", "cut", "extreme", "collinear", "zero")
+MODES = ("verify", "update", "split", "buffer", "buffer_update", "scatter", "accepted", "accepted_split")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; the defaults are the base that tests vary one factor of at a time."""
+
+    batch: int = 3
+    tokens: int = 4
+    heads: int = 1
+    ratio: int = 2
+    K: int = 128
+    V: int = 64
+    state: str = "f32"
+    io: str = "bf16"
+    out: str | None = "f32"  # None: allocated by the operator, in the type of q
+    gate: str = "bf16"
+    bias: str = "f32"
+    mode: str = "update"
+    indices: torch.dtype = torch.int32
+    pads: tuple[int, ...] = (1,)
+    l2norm: bool = True
+    scale: float | None = None
+    strided: bool = False  # slots, heads and rows of the pool lie apart; inputs and output are slices of wider rows
+    regime: str = "typical"
+
+    def __str__(self) -> str:
+        changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        return "-".join(f"{f.name}={getattr(self, f.name)}".replace("torch.", "") for f in changed) or "base"
+
+
+def arguments(case: Case, seed: int = 0) -> dict:
+    """Random arguments.  Gaps, slots that no request reads, what is written, and a buffer's spare rows are NaN."""
+    g = torch.Generator().manual_seed(seed)
+    batch, tokens, K, V = case.batch, case.tokens, case.K, case.V
+    value_heads = case.heads * case.ratio
+    io = DTYPES[case.io]
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g)
+
+    def rows(values, dtype):
+        """(batch, tokens, heads, size), as a slice of wider rows if asked for."""
+        values = values.to(dtype)
+        if not case.strided:
+            return values
+        wide = torch.full((batch, tokens, 8 + values[0, 0].numel() + 8), NAN, dtype=dtype)
+        return wide[..., 8:-8].unflatten(2, values.shape[2:]).copy_(values)
+
+    def images(*outer):
+        """States of NaN, (*outer, value_heads, V, K)."""
+        dtype = DTYPES[case.state]
+        if not case.strided:
+            return torch.full((*outer, value_heads, V, K), NAN, dtype=dtype)
+        flat = torch.full((*outer, 2 * value_heads, V * (K + 8) + 16), NAN, dtype=dtype)
+        return flat[..., ::2, : V * (K + 8)].unflatten(-1, (V, K + 8))[..., :K]
+
+    slots = batch * (tokens + 2) + 2
+    order = torch.randperm(slots, generator=g)
+    src, dst = order[:batch].clone(), order[batch : 2 * batch].clone()
+    state = images(slots)
+    state[src] = randn(batch, value_heads, V, K).to(state.dtype)
+    scatter = order[2 * batch : 2 * batch + batch * tokens].reshape(batch, tokens).clone()
+    if case.mode == "scatter":  # the slot that was read may be written, and entries may be absent
+        scatter[0, 0], scatter[0, -1] = src[0], -1
+    for row in case.pads:
+        src[row % batch] = -1 - row
+    if batch > 2:
+        dst[2] = -3  # computed, written nowhere
+
+    q, k, v = randn(batch, tokens, case.heads, K), randn(batch, tokens, case.heads, K), randn(batch, tokens, value_heads, V)
+    a, b = randn(batch, tokens, value_heads), randn(batch, tokens, value_heads)
+    A_log, dt_bias = randn(value_heads) * 0.5, randn(value_heads)
+    if case.regime == "slow":
+        A_log -= 10
+    elif case.regime == "fast":
+        A_log, a = A_log + 5, a + 5
+    elif case.regime == "cut":  # one token forgets everything, the others nothing
+        A_log, a = A_log * 0 + 5, a * 0 - 30
+        a[:, tokens // 2] = 30
+    elif case.regime == "extreme":
+        choices = torch.tensor([-100.0, 19.9, 20.1, 100.0])
+        a = choices[torch.randint(4, a.shape, generator=g)]
+        b = 40 * torch.sign(b)
+        A_log -= 4
+    elif case.regime == "collinear":  # all entries of the triangular system are as large as they can be
+        k, b, A_log = k[:, :1].expand_as(k), b * 0 + 40, A_log - 10
+    elif case.regime == "zero":
+        k[:, 0], q[:, -1] = 0, 0
+    call = {
+        "q": rows(q, io),
+        "k": rows(k, io),
+        "v": rows(v, io),
+        "initial_state": state,
+        "initial_state_indices": src.to(case.indices),
+        "A_log": A_log,
+        "a": a.to(DTYPES[case.gate]),
+        "dt_bias": dt_bias.to(DTYPES[case.bias]),
+        "b": b.to(DTYPES[case.gate]),
+        "scale": case.scale,
+        "use_qk_l2norm": case.l2norm,
+        "disable_state_update": case.mode in ("verify", "buffer"),
+    }
+    if case.out is not None:
+        call["output"] = rows(torch.full((batch, tokens, value_heads, V), NAN), DTYPES[case.out])
+    if case.mode in ("split", "accepted_split"):
+        call["output_state_indices"] = dst.to(case.indices)
+    if case.mode.startswith("accepted"):
+        call["accepted_steps"] = torch.tensor([i * 2 % (tokens + 1) for i in range(batch)], dtype=case.indices)
+    if case.mode.startswith("buffer"):
+        call["intermediate_states_buffer"] = images(batch + 1, tokens + 1)
+    if case.mode == "scatter":
+        call["ssm_state_indices"] = scatter.to(case.indices)
+    return call
+
+
+def storage(tensor: torch.Tensor) -> torch.Tensor:
+    """All bytes of a tensor's memory, gaps included."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+
+
+def copy(call: dict) -> dict:
+    """The same call on copies of everything, memory between the elements included."""
+
+    def duplicate(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        twin = torch.empty(0, dtype=value.dtype)
+        return twin.set_(value.untyped_storage().clone(), value.storage_offset(), value.shape, value.stride())
+
+    return {name: duplicate(value) for name, value in call.items()}
+
+
+def expected(call: dict, compute_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs of all requests, and their states after 0, 1, .. tokens; padding counts as slot 0."""
+    first = call["initial_state"][call["initial_state_indices"].long().clamp(min=0)]
+    scale = call["scale"] if call["scale"] is not None else call["q"].shape[-1] ** -0.5
+    names = ("q", "k", "v", "a", "b", "A_log", "dt_bias")
+    out, states = mathematics(first, *(call[n] for n in names), scale, call["use_qk_l2norm"], compute_dtype)
+    return out, torch.cat([first.to(compute_dtype)[:, None], states], 1)
+
+
+def within(got: torch.Tensor, rounded: torch.Tensor, want: torch.Tensor, dims: tuple[int, ...], what: str) -> float:
+    """Raise unless errors, in units of the largest value along `dims`, are at most 1.5 times those of `rounded`.
+
+    What a float32 computation could not promise is always allowed: 2^-22 at worst, 2^-24 on average.  Returns the ratio of
+    the average errors.
+    """
+    unit = want.abs().amax(dims, keepdim=True) + 1e-30
+    error, allowed = ((x.double() - want).abs() / unit for x in (got, rounded))
+    limit = 1.5 * allowed.max().item() + 2.0**-22
+    assert error.max().item() <= limit, f"{what}: error {error.max().item():.3e} exceeds {limit:.3e}"
+    rms, allowed_rms = error.square().mean().sqrt().item(), allowed.square().mean().sqrt().item()
+    limit = 1.5 * allowed_rms + 2.0**-24
+    assert rms <= limit, f"{what}: rms error {rms:.3e} exceeds {limit:.3e}"
+    return rms / max(allowed_rms, 1e-30)
+
+
+def check(before: dict, after: dict, out: torch.Tensor) -> dict[str, float]:
+    """Outputs and states within 1.5 times the errors of sequential float32, all else bit for bit as it was.
+
+    Returns the ratios of the average errors.
+    """
+    batch, tokens = before["q"].shape[:2]
+    src = before["initial_state_indices"].long()
+    real = src >= 0
+    want, states = expected(before, torch.float64)
+    want32, states32 = expected(before, torch.float32)
+    ratios = {}
+    if real.any():
+        ratios["out"] = within(out[real], want32[real].to(out.dtype), want[real], (-1,), "out")
+
+    def check_state(got, request, count, what):
+        if count == 0:
+            assert torch.equal(got, before["initial_state"][src[request]]), "no token: the state moves as it is"
+        else:
+            rounded = states32[request, count].to(got.dtype)
+            ratios[what] = within(got, rounded, states[request, count], (-2, -1), what)
+
+    written = []  # (request, tokens, slot)
+    for i in real.nonzero().flatten().tolist():
+        if before.get("intermediate_states_buffer") is not None:
+            for t in range(tokens):
+                check_state(after["intermediate_states_buffer"][i, t], i, t + 1, "buffer")
+                before["intermediate_states_buffer"][i, t] = after["intermediate_states_buffer"][i, t]
+        if before.get("ssm_state_indices") is not None:
+            written += [(i, t + 1, int(slot)) for t, slot in enumerate(before["ssm_state_indices"][i])]
+        elif not before["disable_state_update"]:
+            slots, counts = before.get("output_state_indices", src), before.get("accepted_steps")
+            written.append((i, tokens if counts is None else int(counts[i]), int(slots[i])))
+    written = [item for item in written if item[2] >= 0]
+    for i, count, slot in written:
+        check_state(after["initial_state"][slot], i, count, "state")
+    for _, _, slot in written:
+        before["initial_state"][slot] = after["initial_state"][slot]
+
+    # what must not change: other slots, gaps, rows of padding, inputs
+    if before.get("output") is not None:
+        before["output"][real] = after["output"][real]
+    else:
+        assert not out[~real].any(), "rows of padding in an allocated output are zero"
+        assert out.dtype == before["q"].dtype
+    for name, value in before.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(storage(value), storage(after[name])), f"{name} changed where it must not"
+    return ratios
+
+
+def run(case: Case, seed: int = 0) -> tuple[dict, torch.Tensor]:
+    """Call the operator on a case, check it against the oracle, and return its arguments and result."""
+    call = arguments(case, seed)
+    before = copy(call)
+    out, pool = cute_ssm.gated_delta_rule_mtp(**call)
+    assert pool is call["initial_state"]
+    check(before, call, out)
+    return call, out
