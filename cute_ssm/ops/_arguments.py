@@ -66,10 +66,30 @@ def aligned(tensor: Tensor, n_bytes: int) -> bool:
     return tensor.data_ptr() % n_bytes == 0 and all(s * size % n_bytes == 0 for s in tensor.stride()[:-1])
 
 
-def check_slots(name: str, indices: Tensor, slots: int, pad_slot_id: int) -> None:
-    """Raise if an index on the CPU is neither a slot nor the pad; indices on a GPU are never read here."""
-    outside = ((indices < 0) | (indices >= slots)) & (indices != pad_slot_id)
+def overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory, or dimensions at least do not nest: then no kernel may write them in parallel."""
+    span = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1):
+        if stride < span:
+            return True
+        span += stride * (size - 1)
+    return False
+
+
+def check_writable(name: str, tensor: Tensor) -> None:
+    """Raise if elements of a tensor that is written share memory."""
+    if overlaps(tensor):
+        expected = "elements that do not share memory"
+        raise ValueError(describe(name, expected, f"strides {tensor.stride()}", f"pass {name}.contiguous()"))
+
+
+def check_slots(name: str, indices: Tensor, used: Tensor, slots: int, pad_slot_id: int | None) -> None:
+    """Raise if an index on the CPU that is `used` is neither a slot nor the pad; None: there is no pad."""
+    outside = used & ((indices < 0) | (indices >= slots))
+    if pad_slot_id is not None:
+        outside &= indices != pad_slot_id
     if bool(outside.any()):
-        row = int(outside.nonzero()[0, 0])
-        expected = f"slots in [0, {slots}) or pad_slot_id = {pad_slot_id}"
-        raise ValueError(describe(name, expected, f"{int(indices[row])} at position {row}"))
+        at = tuple(outside.nonzero()[0].tolist())
+        expected = f"indices in [0, {slots})" + ("" if pad_slot_id is None else f" or pad_slot_id = {pad_slot_id}")
+        place = at[0] if len(at) == 1 else at
+        raise ValueError(describe(name, expected, f"{int(indices[at])} at position {place}"))

@@ -15,9 +15,14 @@ from cute_ssm.tuning import selective_step as tuning
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STATES = (*FLOATS, torch.int16, torch.int8, torch.float8_e4m3fn)
+X_SHAPES = {
+    "packed": "(total, nheads, dim) with cu_seqlens",
+    "dense": "(batch, nheads, dim) or (batch, T, nheads, dim) without cu_seqlens",
+}
 INTEGERS = (torch.int32, torch.int64)
 BULK_BYTES = 16  # bulk copies: addresses and sizes are multiples of it
 UNLIMITED = 2**31 - 1
+DEVICES = ("cuda", "cpu")
 
 
 class Operands(NamedTuple):
@@ -55,6 +60,7 @@ class Settings(NamedTuple):
     pad_slot_id: int
 
 
+WRITTEN = ("state", "state_scale", "out", "intermediate_states_buffer", "intermediate_state_scales")
 REQUIRED = ("state", "x", "dt", "A", "B", "C", "out")
 OPTIONAL = tuple(name for name in Operands._fields if name not in REQUIRED)
 
@@ -62,6 +68,13 @@ OPTIONAL = tuple(name for name in Operands._fields if name not in REQUIRED)
 def check(operands: Operands, settings: Settings) -> SelectiveStateUpdateSpec:
     """Raise unless the call is as the operator documents it; return its spec."""
     arguments.check_tensors(operands._asdict(), OPTIONAL)
+    if operands.state.device.type not in DEVICES:
+        got = f"one on {operands.state.device}"
+        raise ValueError(describe("state", "a tensor on a GPU or on the CPU", got, "move all to one of them"))
+    for setting in ("pad_slot_id", "cache_steps", "philox_rounds"):
+        value = getattr(settings, setting)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(describe(setting, "an int", type(value).__name__))
     given = {name: tensor for name, tensor in operands._asdict().items() if tensor is not None}
     _check_combinations(given, settings)
     sizes = _check_shapes(given, settings)
@@ -72,9 +85,14 @@ def check(operands: Operands, settings: Settings) -> SelectiveStateUpdateSpec:
     for name in ("state_scale", "intermediate_state_scales"):
         if name in given:
             arguments.check_last_contiguous(name, given[name])
+    if operands.rand_seed is not None and operands.rand_seed.shape[0] > 1:
+        arguments.check_last_contiguous("rand_seed", operands.rand_seed)
     for name in ("state", "intermediate_states_buffer"):
         if name in given:
             _check_pool_layout(name, given[name])
+    for name in WRITTEN:
+        if name in given:
+            arguments.check_writable(name, given[name])
     A = operands.A
     if not _tied(A) and A.stride(-1) != 1:
         expected = "strides 0 in the last two dimensions (one value per head) or stride 1 in the last"
@@ -101,33 +119,78 @@ def limit(operands: Operands, settings: Settings) -> int:
 
 
 def check_contents(operands: Operands, settings: Settings) -> None:
-    """Raise on indices and lengths that do not fit; called for tensors on the CPU, whose contents can be read."""
-    slots, pad = operands.state.shape[0], settings.pad_slot_id
-    for name in ("state_batch_indices", "dst_state_batch_indices"):
-        indices = getattr(operands, name)
-        if indices is not None:
-            arguments.check_slots(name, indices, slots, pad)
-    saved, rows = operands.intermediate_states_buffer, operands.intermediate_state_indices
-    if saved is not None and rows is not None:
-        src = operands.state_batch_indices
-        real = torch.ones_like(rows, dtype=torch.bool) if src is None else src.reshape(len(src), -1)[:, 0] != pad
-        arguments.check_slots("intermediate_state_indices", rows[real], saved.shape[0], -1 - abs(saved.shape[0]))
-    cu = operands.cu_seqlens
-    if cu is not None:
-        lengths = cu.diff()
-        if int(cu[0]) < 0 or int(cu[-1]) > operands.x.shape[0] or bool((lengths < 0).any()):
-            expected = f"rising offsets of at most {operands.x.shape[0]} tokens"
-            raise ValueError(describe("cu_seqlens", expected, cu.tolist()))
-        bound, longest = limit(operands, settings), int(lengths.max())
-        if longest > bound:
-            fix = "raise cache_steps, and give dst_state_batch_indices and intermediate_states_buffer as many steps"
-            raise ValueError(describe("cu_seqlens", f"sequences of at most {bound} tokens", f"one of {longest}", fix))
-    accepted = operands.num_accepted_tokens
-    if accepted is not None and operands.state_batch_indices is not None:
-        columns = operands.state_batch_indices.shape[1]
-        if bool((accepted > columns).any()):
-            expected = f"at most {columns}, the columns of state_batch_indices"
-            raise ValueError(describe("num_accepted_tokens", expected, int(accepted.max())))
+    """Raise on indices and lengths that do not fit; called for tensors on the CPU, whose contents can be read.
+
+    Indices of sequences that are padding or have no tokens, and columns that no token uses, are never read.
+    """
+    o, slots, pad = operands, operands.state.shape[0], settings.pad_slot_id
+    lengths = _lengths(o, settings)
+    source, real = torch.arange(len(lengths)), lengths > 0
+    if o.state_batch_indices is not None:
+        used = real
+        source = o.state_batch_indices
+        if o.num_accepted_tokens is not None:
+            used = torch.zeros_like(source, dtype=torch.bool)
+            columns = _columns(o.num_accepted_tokens, source.shape[1])
+            used[real, columns[real]] = True
+            source = source[torch.arange(len(source)), columns]
+        arguments.check_slots("state_batch_indices", o.state_batch_indices, used, slots, pad)
+        source = source.long()
+        real = real & (source != pad)
+    if o.intermediate_states_buffer is not None:
+        rows = source
+        if o.intermediate_state_indices is not None:
+            rows = o.intermediate_state_indices.long()
+            lines = o.intermediate_states_buffer.shape[0]
+            arguments.check_slots("intermediate_state_indices", rows, real, lines, None)
+        name = "state_batch_indices" if o.intermediate_state_indices is None else "intermediate_state_indices"
+        _check_distinct(name, rows[real], "rows of intermediate_states_buffer")
+    if settings.disable_state_update:
+        return
+    name, target, used = "state_batch_indices", source, real
+    if o.dst_state_batch_indices is not None:
+        name, target = "dst_state_batch_indices", o.dst_state_batch_indices.long()
+        if target.dim() == 2:
+            used = real[:, None] & (torch.arange(target.shape[1]) < lengths[:, None])
+        arguments.check_slots(name, target, used, slots, pad)
+        used = used & (target != pad)
+    _check_distinct(name, target[used], "slots")
+    owner = used.nonzero()[:, 0]
+    foreign = (target[used][:, None] == source[real]) & (owner[:, None] != real.nonzero()[:, 0])
+    if bool(foreign.any()):
+        got = int(target[used][foreign.any(1)][0])
+        raise ValueError(describe(name, "slots that no other sequence reads", got, "their order is not defined"))
+
+
+def _lengths(operands: Operands, settings: Settings) -> Tensor:
+    """Tokens of each sequence; raise if ``cu_seqlens`` does not fit."""
+    cu, x = operands.cu_seqlens, operands.x
+    if cu is None:
+        return torch.full((x.shape[0],), x.shape[1] if x.dim() == 4 else 1)
+    lengths = cu.long().diff()
+    if int(cu[0]) < 0 or int(cu[-1]) > x.shape[0] or bool((lengths < 0).any()):
+        raise ValueError(describe("cu_seqlens", f"rising offsets of at most {x.shape[0]} tokens", cu.tolist()))
+    bound, longest = limit(operands, settings), max(lengths.tolist(), default=0)
+    if longest > bound:
+        fix = "raise cache_steps, and give dst_state_batch_indices and intermediate_states_buffer as many steps"
+        raise ValueError(describe("cu_seqlens", f"sequences of at most {bound} tokens", f"one of {longest}", fix))
+    return lengths
+
+
+def _columns(accepted: Tensor, columns: int) -> Tensor:
+    """Column of each sequence's first state."""
+    if bool((accepted > columns).any()):
+        expected = f"at most {columns}, the columns of state_batch_indices"
+        raise ValueError(describe("num_accepted_tokens", expected, int(accepted.max())))
+    return (accepted.long() - 1).clamp(min=0)
+
+
+def _check_distinct(name: str, indices: Tensor, what: str) -> None:
+    """Raise if two tokens' states go to the same place."""
+    found, counts = indices.unique(return_counts=True)
+    if bool((counts > 1).any()):
+        index = int(found[counts > 1][0])
+        raise ValueError(describe(name, f"distinct {what}", f"{index} more than once", "each holds one state"))
 
 
 def _tied(tensor: Tensor) -> bool:
@@ -213,7 +276,7 @@ def _check_shapes(given: dict[str, Tensor], settings: Settings) -> str:
     lead = {"one": "batch, ", "batched": "batch, T, ", "packed": "total, "}[tokens]
     ranks = {
         "state": (4, "(slots, nheads, dim, dstate)"),
-        "x": (4 if tokens == "batched" else 3, f"({lead}nheads, dim)"),
+        "x": (4 if tokens == "batched" else 3, X_SHAPES["packed" if packed else "dense"]),
         "B": (4 if tokens == "batched" else 3, f"({lead}ngroups, dstate)"),
         "cu_seqlens": (1, "(batch + 1,)"),
         "intermediate_states_buffer": (5, "(rows, steps, nheads, dim, dstate)"),
@@ -222,6 +285,8 @@ def _check_shapes(given: dict[str, Tensor], settings: Settings) -> str:
         if name in given and given[name].dim() != rank:
             raise ValueError(describe(name, f"shape {letters}", tuple(given[name].shape)))
     slots, nheads, dim, dstate = given["state"].shape
+    if not (nheads and dim and dstate):
+        raise ValueError(describe("state", "at least one head, row and column", tuple(given["state"].shape)))
     first = tuple(given["x"].shape[:-2])
     batch = given["cu_seqlens"].shape[0] - 1 if packed else first[0]
     if batch < 0:

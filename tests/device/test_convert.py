@@ -199,7 +199,6 @@ def test_a_stored_state_does_not_depend_on_the_tiling(name, count, dstate):
     same_bits(out, want)
 
 
-@pytest.mark.xfail(reason="the emulator rounds directed sums of terms of very different sizes to float64 first")
 def test_floor_of_tiny_negative_values():
     rows = torch.full((kernels.THREADS, 8), -1e-20)
     rows[:, 0] = 1.0
