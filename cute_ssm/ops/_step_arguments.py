@@ -292,6 +292,8 @@ def _check_shapes(given: dict[str, Tensor], settings: Settings) -> str:
     if batch < 0:
         raise ValueError(describe("cu_seqlens", "at least one offset", "none"))
     ngroups = given["B"].shape[-2]
+    if ngroups < 1 or nheads % ngroups:
+        raise ValueError(describe("B", f"ngroups that divides nheads = {nheads}", f"ngroups = {ngroups}"))
     row, column, head = (*first, nheads, dim), (*first, ngroups, dstate), (nheads, dim)
     shapes: dict[str, tuple[tuple[int, ...], str]] = {
         "x": (row, f"({lead}nheads, dim)"),
@@ -310,20 +312,23 @@ def _check_shapes(given: dict[str, Tensor], settings: Settings) -> str:
     saved = given.get("intermediate_states_buffer")
     if saved is not None:
         rows, steps = saved.shape[:2]
-        shapes["intermediate_states_buffer"] = ((rows, steps, nheads, dim, dstate), "(rows, steps, nheads, dim, dstate)")
+        shapes["intermediate_states_buffer"] = (
+            (rows, steps, nheads, dim, dstate),
+            "(rows, steps, nheads, dim, dstate)",
+        )
         shapes["intermediate_state_scales"] = ((rows, steps, *head), "(rows, steps, nheads, dim)")
     for name, (shape, letters) in shapes.items():
         if name in given:
             arguments.check_shape(name, given[name], shape, letters)
-    if ngroups < 1 or nheads % ngroups:
-        raise ValueError(describe("B", f"ngroups that divides nheads = {nheads}", f"ngroups = {ngroups}"))
     _check_index_shapes(given, batch, first[1] if tokens == "batched" else None)
     if slots < batch and "state_batch_indices" not in given:
         fix = "pass state_batch_indices to say which slot each sequence uses"
         raise ValueError(describe("state", f"at least batch = {batch} slots", slots, fix))
     if saved is not None and "intermediate_state_indices" not in given and saved.shape[0] < slots:
         fix = "pass intermediate_state_indices to say which row each sequence uses"
-        raise ValueError(describe("intermediate_states_buffer", f"a row for each of {slots} slots", saved.shape[0], fix))
+        raise ValueError(
+            describe("intermediate_states_buffer", f"a row for each of {slots} slots", saved.shape[0], fix)
+        )
     seed = given.get("rand_seed")
     if seed is not None and (seed.dim() != 1 or seed.shape[0] not in (1, slots)):
         raise ValueError(describe("rand_seed", f"shape (1,) or (slots,) = ({slots},)", tuple(seed.shape)))
