@@ -5,6 +5,7 @@ from cutlass import Float32
 from cutlass.cutlass_dsl import T, dsl_user_op
 
 from cute_ssm.device.asm import pure
+from cute_ssm.device.convert import as_float, as_word
 
 # log2(e) as the sum of two floats; rounding x log2(e) to one float alone would cost |x| units in the last place of e^x
 _LOG2E = 1.44269502162933349609375
@@ -96,12 +97,58 @@ def from_lane(value, lane):
     return cute.arch.shuffle_sync(value, lane)
 
 
+_LN2_HIGH = 0.693145751953125  # 15 bits: its products with exponents are exact
+_LN2_LOW = 1.42860682030941723e-6
+_ROUNDER = 12582912.0  # 1.5 * 2^23: a sum with it is rounded to an integer, which its low bits are
+_SMALLEST_EXPONENT = -88.0  # and less: e^x is zero
+
+
+def exponential(x, low=None):
+    """e^(x + low) of x <= 88.5, correctly rounded but for about 2^-26; zero below -88.
+
+    For where `decay`, whose instruction errs by two units in the last place, would be the largest error.
+    """
+    x = cute.arch.fmax(x, Float32(_SMALLEST_EXPONENT))
+    shifted = cute.math.fma(x, Float32(_LOG2E), Float32(_ROUNDER))
+    n = shifted - _ROUNDER
+    r = cute.math.fma(n, Float32(-_LN2_HIGH), x)
+    r = cute.math.fma(n, Float32(-_LN2_LOW), r)
+    if low is not None:
+        r += low
+    series = Float32(1.0 / 5040)
+    for factorial in (720, 120, 24, 6, 2):
+        series = cute.math.fma(series, r, Float32(1.0 / factorial))
+    value = 1.0 + cute.math.fma(series, r * r, r)
+    return value * as_float(as_word(shifted) * (1 << 23) + (127 << 23))
+
+
+def _reciprocal(x):
+    guess = _approx("rcp", x)
+    return cute.math.fma(guess, cute.math.fma(-x, guess, Float32(1.0)), guess)
+
+
 @cute.jit
 def sigmoid(x: Float32):
-    """1 / (1 + e^-x)."""
-    e = decay(-cute.math.absf(x))  # never overflows
-    inverse = _approx("rcp", e + 1.0)
+    """1 / (1 + e^-x), to about a unit in the last place."""
+    e = exponential(-cute.math.absf(x))  # never overflows
+    inverse = _reciprocal(e + 1.0)
     return inverse if x >= 0.0 else e * inverse
+
+
+@cute.jit
+def gate_decay(A_log: Float32, x: Float32):
+    """e^(-e^A_log softplus(x)) to about the accuracy of its largest rounding; zero where the exponent overflows."""
+    e = exponential(-cute.math.absf(x))
+    s = e * _reciprocal(e + 2.0)
+    square = s * s
+    series = Float32(_ARTANH[-1])
+    for coefficient in _ARTANH[-2::-1]:
+        series = cute.math.fma(series, square, Float32(coefficient))
+    step = cute.math.fma(s + s, series, cute.arch.fmax(x, Float32(0.0)))
+    rate = exponential(cute.arch.fmin(A_log, Float32(88.5)))
+    product = cute.arch.fmin(rate * step, Float32(1e4))
+    low = cute.math.fma(-rate, step, product) if product < 1e4 else Float32(0.0)
+    return exponential(-product, low)
 
 
 def rsqrt(x):
