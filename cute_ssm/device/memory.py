@@ -18,6 +18,20 @@ def address(tensor, *coord):
     return tensor.iterator + cute.crd2idx(coord, tensor.layout)
 
 
+@dsl_user_op
+def pinned(value, *, loc=None, ip=None):
+    """The same integer, computed here once: the compiler otherwise computes it anew wherever a loop uses it."""
+    kind, wrap, letter = (T.i64(), Int64, "l") if value.width == 64 else (T.i32(), Int32, "r")
+    operand = value.ir_value(loc=loc, ip=ip)
+    text = f"mov.b{value.width} $0, $1;"
+    return wrap(
+        llvm.inline_asm(
+            kind, [operand], text, f"={letter},{letter}", has_side_effects=True, is_align_stack=False,
+            asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
+        )
+    )  # fmt: skip
+
+
 def global_bytes(address):
     """Pointer to an address in global memory that bulk copies can take: a multiple of 16."""
     return cute.make_ptr(Int8, address, cute.AddressSpace.gmem, assumed_align=16)

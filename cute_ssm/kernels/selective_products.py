@@ -92,6 +92,7 @@ class TokenProducts:
         x, _, _, _, _, D, z, _, out, _ = inputs
         b, start, _, h, row, slot, *_ = place
         Cv, (high, low), decays, factors, decay = prepared
+        b, h = memory.pinned(Int32(b)), memory.pinned(Int32(h))
         first = row + i * self.view.block
         cell = at + i * self.view.bytes
         held = [self.view.load(cell, lane, s, None) for s in range(self.view.steps)]

@@ -161,7 +161,11 @@ class SelectiveScan:
             block_idx_first_scheduled_token, block_idx_last_scheduled_token, initial_state_idx, cu_chunk_seqlen,
             last_chunk_indices, out, ungated, null_block_id, block_size, units, tiles, per_group,
         ).launch(
-            grid=[cutlass.min(units, max_ctas), 1, 1], block=[self.threads, 1, 1], use_pdl=True, stream=stream,
+            grid=[cutlass.min(units, max_ctas), 1, 1],
+            block=[self.threads, 1, 1],
+            min_blocks_per_mp=1,  # without it ptxas spills a few registers for the sake of more CTAs
+            use_pdl=True,
+            stream=stream,
         )  # fmt: skip
 
     # ---------------------------------------------------------------------------------------------------------- device
@@ -297,9 +301,8 @@ class SelectiveScan:
             tile = smem + (i % 2) * (self.tokens * self.pitch)
             blocks = cutlass.min(Int32(self.blocks), (stop - token + (BLOCK - 1)) // BLOCK)
             for k in cutlass.range(blocks):
-                now, at, staged = ahead, token + k * BLOCK, tile + k * (BLOCK * self.pitch)
-                ahead = self.load_rows(rows, at + BLOCK, begin, stop, lane, valid)
-                h = self.block(rows, now, weights, rates, h, staged, at, begin, stop, lane, valid)
+                at, staged = token + k * BLOCK, tile + k * (BLOCK * self.pitch)
+                h, ahead = self.block(rows, ahead, weights, rates, h, staged, at, begin, stop, lane, valid)
             self.stage(smem + ((i + 1) % 2) * (self.tokens * self.pitch), brought, thread)
             cute.arch.sync_threads()
         return h
@@ -309,14 +312,9 @@ class SelectiveScan:
     def load_rows(self, rows, token, begin, stop, lane, valid):
         """This lane's tokens of u and delta of the block from `token` on, as words."""
         whole = token >= begin and token + BLOCK <= stop
-        mine = token + lane * self.share
-        words = []
-        for n in cutlass.range_constexpr(2):
-            outside = NO_STEP if const_expr(n == 1 and self.spec.delta_softplus) else 0.0
-            words.append(
-                scan.load_piece(rows[n], mine, begin, stop, whole, valid, self.share, self.spec.aligned, outside)
-            )
-        return words
+        outside = NO_STEP if const_expr(self.spec.delta_softplus) else 0.0
+        share, aligned = self.share, self.spec.aligned
+        return scan.load_pieces(rows[:2], token + lane * share, begin, stop, whole, valid, share, aligned, outside)
 
     @cute.jit
     def column_rows(self, B, C, row, group, thread):
@@ -344,7 +342,7 @@ class SelectiveScan:
             at = token + offset
             whole = at >= begin and at + BLOCK <= stop
             near = exists and at < stop
-            brought.append(scan.load_piece(pointer, at, begin, stop, whole, near, BLOCK, self.spec.aligned))
+            brought.append(scan.load_pieces([pointer], at, begin, stop, whole, near, BLOCK, self.spec.aligned))
         return brought
 
     @cute.jit
@@ -398,33 +396,40 @@ class SelectiveScan:
     # ------------------------------------------------------------------------------------------------------ arithmetic
     @cute.jit
     def block(self, rows, words, weights, rates, h, tile, token, begin, stop, lane, valid):
-        """Scan the block from `token` on, whose B and C are at `tile`, and store its outputs; returns the states."""
+        """Scan the block from `token` on, whose B and C are at `tile`, and store its outputs.
+
+        `words` are its u and delta.  Returns the states after it, and u and delta of the next block, which travel while
+        this one is scanned, like z.
+        """
         D, bias = weights
+        aligned, share = self.spec.aligned, self.share
         whole = token >= begin and token + BLOCK <= stop
-        mine = token + lane * self.share
-        gates = None
-        if const_expr(self.spec.has_z):  # it arrives while the block is scanned
-            gates = scan.load_piece(rows[2], mine, begin, stop, whole, valid, self.share, self.spec.aligned)
-        inputs = scan.unpack_piece(words[0], self.dtype, self.share)
-        steps = self.steps(scan.unpack_piece(words[1], self.dtype, self.share), bias)
-        if const_expr(not self.spec.delta_softplus) and not whole:
-            inside = [mine + t >= begin and mine + t < stop for t in range(self.share)]
-            steps = [step if held else Float32(0.0) for step, held in zip(steps, inside)]
+        mine = token + lane * share
+        half = len(words) // 2
+        inputs = scan.unpack_piece(words[:half], self.dtype, share)
+        steps = self.steps(scan.unpack_piece(words[half:], self.dtype, share), bias)
+        if const_expr(not self.spec.delta_softplus):
+            if not whole:
+                inside = [mine + t >= begin and mine + t < stop for t in range(share)]
+                steps = [step if held else Float32(0.0) for step, held in zip(steps, inside)]
         gains = [step * value for step, value in zip(steps, inputs)]
+        ahead = self.load_rows(rows, token + BLOCK, begin, stop, lane, valid)
+        gates = None
+        if const_expr(self.spec.has_z):
+            gates = scan.load_pieces(rows[2:3], mine, begin, stop, whole, valid, share, aligned)
         h, sums = self.advance(rates, h, steps, gains, tile + lane * QUAD, lane)
         sums = scan.scatter_sums(sums, lane, self.lanes)
         if const_expr(D is not None):
             sums = [cute.math.fma(D, value, y) for value, y in zip(inputs, sums)]
-        if const_expr(self.spec.ungated):
-            if valid:
-                scan.store_piece(rows[4], mine, sums, begin, stop, whole, self.spec.aligned)
+        targets, results = rows[3:4], [sums]
         if const_expr(self.spec.has_z):
             silu = math.silu if const_expr(self.spec.input_dtype == "float32") else scan.silu_narrow
-            gates = scan.unpack_piece(gates, self.dtype, self.share)
-            sums = [y * silu(gate) for y, gate in zip(sums, gates)]
-        if valid:
-            scan.store_piece(rows[3], mine, sums, begin, stop, whole, self.spec.aligned)
-        return h
+            gates = scan.unpack_piece(gates, self.dtype, share)
+            results = [[y * silu(gate) for y, gate in zip(sums, gates)]]
+        if const_expr(self.spec.ungated):
+            targets, results = rows[3:5], [*results, sums]
+        scan.store_pieces(targets, mine, results, begin, stop, whole, valid, aligned)
+        return h, ahead
 
     def steps(self, values, bias):
         """delta' of delta."""

@@ -30,6 +30,7 @@ from cutlass.memory import SmemAllocator
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, math, memory, philox
 from cute_ssm.device.state import WARP, StateView
+from cute_ssm.kernels.selective_columns import TOKENS as STAGED, StagedColumns
 from cute_ssm.kernels.selective_products import TokenProducts
 from cute_ssm.spec import SelectiveStateUpdateSpec
 from cute_ssm.tuning.selective_step import SelectiveStepConfig, block_rows, choose, input_vector, state_vector
@@ -61,6 +62,9 @@ class SelectiveStep:
         self.each = spec.intermediates or (spec.update_state and spec.dst_columns)  # the state after every token leaves
         self.writes = self.final or self.each
         self.products = TokenProducts(self) if config.matmul else None
+        looped = not self.one and not config.matmul and StagedColumns.possible(self.view)
+        self.staged = StagedColumns(self) if looped else None
+        self.shared_bytes = self.products.bytes if self.products else self.staged.bytes if self.staged else 0
 
     @staticmethod
     def default_config(spec: SelectiveStateUpdateSpec, arch: Arch, units: int | None = None) -> SelectiveStepConfig:
@@ -207,8 +211,8 @@ class SelectiveStep:
         ring = smem.allocate(warps * stages * self.unit_bytes, 128) + warp * (stages * self.unit_bytes)
         full = smem.allocate_array(Int64, warps * stages) + warp * stages
         shared = ring
-        if const_expr(self.products is not None):
-            shared = smem.allocate(warps * self.products.bytes, 128) + warp * self.products.bytes
+        if const_expr(self.shared_bytes > 0):
+            shared = smem.allocate(warps * self.shared_bytes, 128) + warp * self.shared_bytes
         if lane == 0:
             for stage in cutlass.range_constexpr(stages):
                 cute.arch.mbarrier_init(full + stage, 1)
@@ -280,7 +284,7 @@ class SelectiveStep:
 
     @cute.jit
     def work(self, inputs, pool, place, shared, at, full, phase, lane):
-        """Update one unit in the stage at `at` and hand it back; `shared` is the warp's own for products."""
+        """Update one unit in the stage at `at` and hand it back; `shared` is the warp's own, for B and C."""
         state, _, dst, _, _, _, _, pad_slot = pool
         b, start, count, h, row, slot, source, real = place
         target, kept = slot, real
@@ -301,7 +305,7 @@ class SelectiveStep:
             else:
                 cute.arch.mbarrier_wait(full, phase)
                 for i in cutlass.range(self.blocks, unroll=1):
-                    self.many_tokens(inputs, pool, place, count, target, kept, at, i, lane)
+                    self.many_tokens(inputs, pool, place, count, target, kept, at, shared, i, lane)
             if const_expr(self.final):
                 cute.arch.fence_proxy("async.shared", space="cta")
         else:
@@ -368,10 +372,11 @@ class SelectiveStep:
 
     # ----------------------------------------------------------------------------------------------------- many tokens
     @cute.jit
-    def many_tokens(self, inputs, pool, place, count, target, kept, at, i, lane):
+    def many_tokens(self, inputs, pool, place, count, target, kept, at, shared, i, lane):
         """Update one block of a unit by all tokens of its sequence."""
         x, dt, A, B, C, D, z, dt_bias, out, per_group = inputs
         b, start, _, h, row, slot, _, _ = place
+        b, h = memory.pinned(Int32(b)), memory.pinned(Int32(h))
         group, _ = divmod(h, per_group)
         first = row + i * self.view.block
         mine = first + self.view.row_of(lane)
@@ -386,10 +391,10 @@ class SelectiveStep:
         for t in cutlass.range(count, unroll=1):
             head = (None, None, None)
             if const_expr(self.uniform):
-                if t % WARP == 0:  # a lane computes the scalars of one of 32 tokens
+                if t & (WARP - 1) == 0:  # a lane computes the scalars of one of 32 tokens
                     mine_t = cutlass.min(t + lane, count - 1)
                     steps, _, powers = self.load_head(dt, A, dt_bias, b, start, h, mine_t)
-                step, power = math.from_lane(steps, t % WARP), math.from_lane(powers, t % WARP)
+                step, power = math.from_lane(steps, t & (WARP - 1)), math.from_lane(powers, t & (WARP - 1))
                 carry *= power
                 if carry < SMALLEST or carry > LARGEST:
                     for k in cutlass.range_constexpr(self.view.steps * self.view.columns):
@@ -399,7 +404,12 @@ class SelectiveStep:
             elif const_expr(self.spec.A_tied or self.spec.dt_tied):
                 head = self.load_head(dt, A, dt_bias, b, start, h, t)
             decay, scale, skip = self.load_scalars(head, x, dt, D, dt_bias, b, start, t, h, mine)
-            Bt, Ct = (self.load_columns(self.token(tensor, b, start, t, group, 0), lane) for tensor in (B, C))
+            if const_expr(self.staged is not None):
+                if t & (STAGED - 1) == 0 and (i == 0 or count > STAGED):  # few tokens stay staged for all blocks
+                    self.staged.stage((B, C), b, start, count, t, group, shared, lane)
+                Bt, Ct = (self.staged.load(shared, which, t & (STAGED - 1), lane) for which in range(2))
+            else:
+                Bt, Ct = (self.load_columns(self.token(tensor, b, start, t, group, 0), lane) for tensor in (B, C))
             if const_expr(self.uniform):
                 scale = scale * math.reciprocal(carry)
             sums = []

@@ -22,6 +22,7 @@ UNIT_BYTES = 20480  # largest unit: three or four rings fill an SM's shared memo
 RESIDENT_CTAS = 16  # of one warp, per SM: more would not make the memory busier
 CTA_BYTES = 1024 + 128  # shared memory of a CTA besides its ring
 PRODUCT_TOKENS = 8  # columns of a tensor-core product
+STAGED_TOKENS = 8  # whose B and C are in shared memory at once
 PRODUCT_LANES = 4  # that share a row of its operands
 FULL = 0.85  # units per SM below which units are made smaller
 
@@ -59,8 +60,7 @@ class SelectiveStepConfig(Config):
 
     def shared_bytes(self, spec: SelectiveStateUpdateSpec) -> int:
         """Shared memory of one CTA: rings and their barriers."""
-        staged = PRODUCT_TOKENS * spec.dstate * 4 if self.matmul else 0
-        return self.warps * (self.stages * (self.unit_bytes(spec) + 8) + staged)
+        return self.warps * (self.stages * (self.unit_bytes(spec) + 8) + staged_bytes(spec, self.lanes, self.matmul))
 
     def check(self, spec: SelectiveStateUpdateSpec, arch: Arch) -> None:
         """Raise `UnsupportedSpecError` if the kernel cannot run so."""
@@ -78,6 +78,14 @@ class SelectiveStepConfig(Config):
         bad = [name for name, good in problems.items() if not good]
         if bad:
             raise UnsupportedSpecError(f"config: {', '.join(bad)} of {self} do not fit {spec.text()} on {arch.name}")
+
+
+def staged_bytes(spec: SelectiveStateUpdateSpec, lanes: int, matmul: int) -> int:
+    """Shared memory of a warp for B, or B and C, of a few tokens in float32; rows as long as all lanes' columns."""
+    if spec.tokens == "one":
+        return 0
+    vector = state_vector(spec)
+    return (1 if matmul else 2) * STAGED_TOKENS * -(-spec.dstate // (vector * lanes)) * vector * lanes * 4
 
 
 def can_multiply(spec: SelectiveStateUpdateSpec) -> bool:
@@ -175,7 +183,7 @@ def _choose(
     sizes = [r for r in (8, 16, 32) if smallest <= r <= block]
     sizes += [r for r in range(2 * block, spec.dim + 1, block) if spec.dim % r == 0]
     row_bytes = spec.dstate * ITEMSIZE[spec.state_dtype]
-    cta_bytes = CTA_BYTES + matmul * PRODUCT_TOKENS * spec.dstate * 4
+    cta_bytes = CTA_BYTES + staged_bytes(spec, lanes, matmul)
     fitting = [r for r in sizes if r * row_bytes <= UNIT_BYTES] or sizes[:1]
     rows = ([r for r in fitting if heads * (spec.dim // r) >= FULL * sm_count] or fitting[:1])[-1]
     units = heads * (spec.dim // rows)
