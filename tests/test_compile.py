@@ -41,6 +41,34 @@ SPECS = {
     "ragged": dataclasses.replace(BASE, dstate=100, vector_inputs=False, **DENSE),
     "mamba1": dataclasses.replace(BASE, state_dtype="float32", dim=4096, dstate=16, **DENSE),
 }
+BATCHED, PACKED = {"tokens": "batched"}, {"tokens": "packed", "cu_dtype": "int32"}
+SAVED = {"intermediates": True, "intermediate_dtype": "int32"}
+TABLES = {"accepted_dtype": "int32", "src_columns": True, "dst_dtype": "int32", "dst_columns": True}
+MODES = {
+    "batched": BATCHED,
+    "batched-f32": {**BATCHED, "state_dtype": "float32"},
+    "batched-dense": {**BATCHED, **DENSE},
+    "batched-256": {**BATCHED, "dstate": 256, "dim": 128},
+    "packed": PACKED,
+    "packed-tables": {**PACKED, **TABLES},
+    "tables": {**BATCHED, **TABLES},
+    "saved": {**BATCHED, **SAVED},
+    "saved-only": {**BATCHED, **SAVED, "update_state": False},
+    "saved-packed": {**PACKED, **SAVED},
+    **{name: {"state_dtype": dtype} for name, dtype in (("i8", "int8"), ("f8", "float8_e4m3fn"), ("i16", "int16"))},
+    "i8-batched": {**BATCHED, "state_dtype": "int8"},
+    "f8-batched": {**BATCHED, "state_dtype": "float8_e4m3fn"},
+    "i8-saved": {**BATCHED, **SAVED, "state_dtype": "int8"},
+    "i8-tables": {**BATCHED, **TABLES, "state_dtype": "int8"},
+    "random-f16": {"philox_rounds": 10},
+    "random-bf16": {"philox_rounds": 10, "state_dtype": "bfloat16"},
+    "random-i8": {"philox_rounds": 10, "state_dtype": "int8"},
+    "random-f8": {"philox_rounds": 10, "state_dtype": "float8_e4m3fn"},
+    "random-batched": {**BATCHED, "philox_rounds": 10, "seed_per_slot": True},
+    "random-saved": {**BATCHED, **SAVED, "philox_rounds": 10},
+    "random-i8-saved": {**BATCHED, **SAVED, "philox_rounds": 10, "state_dtype": "int8"},
+}
+MODES = {name: dataclasses.replace(BASE, **changes) for name, changes in MODES.items()}
 FEW, MANY = 16, 16384  # heads of a call: little work, and more than the GPU holds at once
 
 
@@ -58,6 +86,18 @@ def test_no_spills(name, arch, heads):
     assert f".target {arch}" in compiled.ptx
 
 
+@pytest.mark.parametrize("heads", [FEW, MANY])
+@pytest.mark.parametrize("arch", archs.ARCHS)
+@pytest.mark.parametrize("name", MODES)
+def test_no_spills_in_any_mode(name, arch, heads):
+    target = archs.by_name(arch)
+    compiled = runtime.emulated(MODES[name], choose(MODES[name], target, heads, target.sm_count), target)
+    assert compiled.kernels
+    for kernel in compiled.kernels:
+        assert kernel.spill_bytes == 0, kernel
+        assert kernel.registers <= 255, kernel
+
+
 @pytest.mark.parametrize("arch", archs.ARCHS)
 def test_bundle_entry_for_the_gpu(arch, tmp_path):
     target = archs.by_name(arch)
@@ -67,10 +107,10 @@ def test_bundle_entry_for_the_gpu(arch, tmp_path):
     assert record["spec"]["state_dtype"] == "float16"
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [*SPECS, *MODES])
 def test_shared_memory_holds_the_resident_ctas(name):
     """What the config promises to keep resident fits an SM, with the kilobyte that each CTA costs besides."""
-    spec = SPECS[name]
+    spec = {**SPECS, **MODES}[name]
     for target in archs.ARCHS.values():
         for heads in (1, FEW, 512, MANY):
             config = choose(spec, target, heads, target.sm_count)
@@ -79,7 +119,7 @@ def test_shared_memory_holds_the_resident_ctas(name):
 
 
 def test_lanes_do_not_depend_on_the_amount_of_work():
-    for spec in SPECS.values():
+    for spec in (*SPECS.values(), *MODES.values()):
         lanes = {
             choose(spec, arch, heads, arch.sm_count).lanes for arch in archs.ARCHS.values() for heads in (1, 64, 9999)
         }

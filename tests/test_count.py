@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
+from cute_ssm.tuning.selective_step import SelectiveStepConfig
+
 count = pytest.importorskip("count", reason="tools/ is not on the path")
 
+HAS_MATMUL = "matmul" in {field.name for field in dataclasses.fields(SelectiveStepConfig)}
 BASE = {"batch": "8", "nheads": "16", "dim": "64", "dstate": "128", "ngroups": "1", "state_dtype": "float16"}
 
 
@@ -29,7 +33,56 @@ def test_budget_of_a_single_token(keys, slots, arch):
     assert got["l2_over_floor"] <= 1.15
     assert got["smem_excess_fraction"] == 0
     assert got["launches"] == 1
+    assert got["kernels"]
     assert all(kernel["spill_bytes"] == 0 for kernel in got["kernels"])
+
+
+STOCHASTIC, VARLEN, SAVED = {"rounding": "stochastic"}, {"varlen": "1"}, {"intermediates": "1"}
+SIX = {"T": "6"}
+I8, F8, I16 = ({"state_dtype": name} for name in ("int8", "float8_e4m3fn", "int16"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "slots"),
+    [
+        (I8, 3000),
+        (F8, 3000),
+        (I16, 3000),
+        (STOCHASTIC, None),
+        ({**STOCHASTIC, "state_dtype": "bfloat16"}, None),
+        ({**STOCHASTIC, **I8}, None),
+        (VARLEN, None),
+        ({**SIX, "config.matmul": "0"}, 5600),
+        ({**SIX, **VARLEN}, None),
+        ({**SIX, **SAVED}, None),
+        ({**SIX, **SAVED, "update": "0"}, None),
+        ({**SIX, **SAVED, **I8}, None),
+        ({**SIX, **I8}, None),
+        ({**SIX, **F8}, None),
+        ({**SIX, **STOCHASTIC}, None),
+        ({**SIX, **SAVED, **STOCHASTIC}, None),
+    ],
+    ids=str,
+)
+def test_budgets_of_modes(keys, slots):
+    keys = {k: v for k, v in keys.items() if k != "config.matmul" or HAS_MATMUL}
+    got = count.count("selective_state_update", {**BASE, **keys})
+    assert got["dram_over_floor"] <= 1.02
+    assert got["l2_over_floor"] <= (1.3 if "T" in keys else 1.15)
+    assert got["issue_slots_per_unit"] <= (slots or 10**9)
+    assert got["launches"] == 1
+    assert got["kernels"]
+    assert all(kernel["spill_bytes"] == 0 for kernel in got["kernels"])
+
+
+def test_floor_of_scales_and_intermediate_states():
+    got = count.count("selective_state_update", {**BASE, **SIX, **VARLEN, **SAVED, **I8, "z": "1"})
+    heads, states = 8 * 16, 8 * 16 * 64 * (128 + 4)
+    tokens = 3 * 6 * heads * 64 * 2 + 2 * 6 * 8 * 128 * 2 + 6 * heads * 4  # x, z, out; B, C; dt
+    assert got["floor_bytes"] == (2 + 6) * states + tokens + 3 * 16 * 4 + 2 * 8 * 4 + 9 * 4
+    assert got["tensors"]["state_scale"]["dram_write_bytes"] == heads * 64 * 4
+    assert got["tensors"]["intermediate_states_buffer"]["dram_write_bytes"] == 6 * heads * 64 * 128
+    assert got["tensors"]["intermediate_state_scales"]["l2_write_bytes"] == 6 * heads * 64 * 4
 
 
 def test_bytes_of_the_state_are_exact():
@@ -61,4 +114,14 @@ def test_command_line(capsys):
     assert json.loads(capsys.readouterr().out)["units"] == 2
     with pytest.raises(SystemExit):
         count.main(["selective_state_update", "headdim=64"])
-    assert "headdim: expected one of batch, nheads" in capsys.readouterr().err
+    assert "headdim: expected one of batch, T, nheads" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not HAS_MATMUL, reason="this config has no matmul form")
+def test_budget_of_the_matmul_form():
+    got = count.count("selective_state_update", {**BASE, **SIX, "config.matmul": "1"})
+    assert got["issue_slots_per_unit"] <= 3600
+    assert got["dram_over_floor"] <= 1.02
+    assert got["l2_over_floor"] <= 1.3
+    assert got["kernels"]
+    assert all(kernel["spill_bytes"] == 0 for kernel in got["kernels"])

@@ -2,11 +2,11 @@
 
     python tools/count.py selective_state_update batch=8 nheads=16 dim=64 dstate=128 state_dtype=float16 --json
 
-Keys are the shape names of the operator, ``state_dtype``, ``input_dtype``, ``arch`` and ``config.FIELD``; each operator's
-function below lists its own with their defaults.  Arguments are random.  A *unit* is one (sequence, head).  Instructions
-are warp instructions of the PTX; on one large kernel the machine code had 8 % fewer.  ``floor_bytes`` are the bytes that
-the call must read once and write once; ``dram_bytes`` the distinct 32-byte sectors read plus those written, summed over
-launches: what a cold cache would move; ``l2_bytes`` all sectors moved, repeats included.
+Keys are the shape names of the operator, ``state_dtype``, ``input_dtype``, ``arch`` and ``config.FIELD``; each
+operator's function below lists its own with their defaults.  Arguments are random.  A *unit* is one (sequence, head).
+Instructions are warp instructions of the PTX; on one large kernel the machine code had 8 % fewer.  ``floor_bytes`` are
+the bytes that the call must read once and write once; ``dram_bytes`` the distinct 32-byte sectors read plus those
+written, summed over launches: what a cold cache would move; ``l2_bytes`` all sectors moved, repeats included.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import cute_ssm
 import ptxsim
 from cute_ssm import tuning
 
+LARGEST = {"int16": 32767, "int8": 127, "float8_e4m3fn": 448}
+
 
 @dataclass
 class Call:
@@ -35,16 +37,18 @@ class Call:
 
 
 def selective_state_update(
-    batch=8, nheads=16, dim=64, dstate=128, ngroups=1, state_dtype="float16", input_dtype="bfloat16",
-    dt_dtype="float32", layout="tied", z=0, update=1,
+    batch=8, T=1, nheads=16, dim=64, dstate=128, ngroups=1, state_dtype="float16", input_dtype="bfloat16",
+    dt_dtype="float32", layout="tied", z=0, update=1, varlen=0, rounding="nearest", intermediates=0,
 ):  # fmt: skip
-    """One token per sequence; slots are a random permutation of a pool.
+    """T tokens for each sequence; slots are a random permutation of a pool.
 
-    layout: tied (Mamba-2: A, D, dt and dt_bias per head) or dense (Mamba-1).  z: gate by silu(z).  update: write states.
+    layout: tied (Mamba-2: A, D, dt and dt_bias per head) or dense (Mamba-1).  z: gate by silu(z).  update: write
+    states.  varlen: tokens are packed, with cu_seqlens.  rounding: nearest or stochastic (10 rounds of Philox).
+    intermediates: the state after every token goes to a buffer.
     """
-    inputs, weights = getattr(torch, input_dtype), torch.float32
-    slots = 2 * batch
-    tied = layout == "tied"
+    inputs, weights, states = getattr(torch, input_dtype), torch.float32, getattr(torch, state_dtype)
+    slots, tied, scaled = 2 * batch, layout == "tied", state_dtype in LARGEST
+    tokens = (batch * T,) if varlen else (batch, T) if T > 1 else (batch,)
 
     def per_head(*shape, dtype):
         values = torch.randn(*shape, *(() if tied else (dim,))).to(dtype)
@@ -52,24 +56,35 @@ def selective_state_update(
 
     A = -torch.rand(nheads, *((1, 1) if tied else (dim, dstate)))
     arguments = {
-        "state": torch.randn(slots, nheads, dim, dstate).to(getattr(torch, state_dtype)),
-        "x": torch.randn(batch, nheads, dim).to(inputs),
-        "dt": per_head(batch, nheads, dtype=getattr(torch, dt_dtype)),
+        "x": torch.randn(*tokens, nheads, dim).to(inputs),
+        "dt": per_head(*tokens, nheads, dtype=getattr(torch, dt_dtype)),
         "A": A.expand(nheads, dim, dstate),
-        "B": torch.randn(batch, ngroups, dstate).to(inputs),
-        "C": torch.randn(batch, ngroups, dstate).to(inputs),
+        "B": torch.randn(*tokens, ngroups, dstate).to(inputs),
+        "C": torch.randn(*tokens, ngroups, dstate).to(inputs),
         "D": per_head(nheads, dtype=weights),
-        "z": torch.randn(batch, nheads, dim).to(inputs) if z else None,
+        "z": torch.randn(*tokens, nheads, dim).to(inputs) if z else None,
         "dt_bias": per_head(nheads, dtype=weights),
-        "out": torch.empty(batch, nheads, dim, dtype=inputs),
+        "out": torch.empty(*tokens, nheads, dim, dtype=inputs),
         "state_batch_indices": torch.randperm(slots)[:batch].int(),
+        "cu_seqlens": torch.arange(batch + 1, dtype=torch.int32) * T if varlen else None,
+        "intermediate_state_indices": torch.randperm(batch).int() if intermediates else None,
+        "rand_seed": torch.tensor([2**40 + 1]) if rounding == "stochastic" else None,
     }
-    state_bytes = batch * nheads * dim * dstate * arguments["state"].element_size()
-    others = sum(stored_bytes(t) for name, t in arguments.items() if name != "state" and t is not None)
+    floor = sum(stored_bytes(t) for t in arguments.values() if t is not None)
+    pool = torch.randn(slots, nheads, dim, dstate)
+    scale = pool.abs().amax(-1) / LARGEST[state_dtype] if scaled else None
+    arguments |= {"state": (pool if scale is None else pool / scale[..., None]).to(states), "state_scale": scale}
+    state_bytes = nheads * dim * (dstate * arguments["state"].element_size() + 4 * scaled)  # of one sequence
+    floor += batch * state_bytes * (2 if update else 1)
+    if intermediates:
+        saved = torch.zeros(batch, T, nheads, dim, dstate, dtype=states)
+        arguments |= {"intermediate_states_buffer": saved}
+        arguments |= {"intermediate_state_scales": torch.zeros(batch, T, nheads, dim) if scaled else None}
+        floor += batch * T * state_bytes
     return Call(
         lambda: cute_ssm.selective_state_update(**arguments, dt_softplus=True, disable_state_update=not update),
         units=batch * nheads,
-        floor_bytes=state_bytes * (2 if update else 1) + others,
+        floor_bytes=floor,
     )
 
 

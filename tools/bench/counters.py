@@ -1,4 +1,4 @@
-"""Record what the operators cost on the emulator: ``python tools/bench/counters.py`` rewrites the results and the README.
+"""Record what operators cost on the emulator: ``python tools/bench/counters.py`` rewrites the results and the README.
 
 Results go to ``results/counters.json``; the README's table between the marks ``counters`` is made from that file alone,
 so ``--table`` rewrites it without counting anything.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results") / "counters.json"
 BEGIN, END = "<!-- counters:begin -->", "<!-- counters:end -->"
 
+MAMBA1 = {"nheads": 1, "dim": 4096, "dstate": 16, "state_dtype": "float32", "layout": "dense"}
 STEP = {"nheads": 16, "dim": 64, "dstate": 128, "ngroups": 1, "state_dtype": "float16"}
 CASES = [  # (operator, keys)
     ("selective_state_update", {"batch": 8, **STEP}),
@@ -26,7 +28,25 @@ CASES = [  # (operator, keys)
     ("selective_state_update", {"batch": 64, **STEP, "dim": 80}),
     ("selective_state_update", {"batch": 1, **STEP}),
     ("selective_state_update", {"batch": 64, **STEP, "z": 1}),
-    ("selective_state_update", {"batch": 16, "nheads": 1, "dim": 4096, "dstate": 16, "state_dtype": "float32", "layout": "dense"}),
+    ("selective_state_update", {"batch": 16, **MAMBA1}),
+    *(("selective_state_update", {"batch": 64, **STEP, **mode}) for mode in (
+        {"state_dtype": "int8"},
+        {"state_dtype": "float8_e4m3fn"},
+        {"state_dtype": "int16"},
+        {"rounding": "stochastic"},
+        {"state_dtype": "bfloat16", "rounding": "stochastic"},
+        {"state_dtype": "int8", "rounding": "stochastic"},
+        {"varlen": 1},
+        {"T": 6},
+        {"T": 6, "state_dtype": "float32"},
+        {"T": 6, "state_dtype": "int8"},
+        {"T": 6, "state_dtype": "float8_e4m3fn"},
+        {"T": 6, "rounding": "stochastic"},
+        {"T": 6, "intermediates": 1},
+        {"T": 6, "intermediates": 1, "state_dtype": "int8"},
+        {"T": 6, "varlen": 1},
+    )),
+    ("selective_state_update", {"batch": 16, "T": 6, **MAMBA1}),
 ]  # fmt: skip
 ARCHS = ("sm_90a", "sm_100a")
 
@@ -44,9 +64,21 @@ def record() -> dict:
     versions = {name: metadata.version(name) for name in ("nvidia-cutlass-dsl", "torch", "numpy")}
     return {
         "method": "tools/count.py: PTX warp instructions and 32-byte sectors in the emulator; nothing here is a time",
+        "commit": commit(),
         "versions": {"python": platform.python_version(), **versions},
         "rows": rows,
     }
+
+
+def commit() -> str:
+    """Id of the commit that is counted; with a mark if tracked files differ from it."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(("git", *arguments), cwd=ROOT, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "cute_ssm", "tools/count.py", "tools/ptxsim")
+    return git("rev-parse", "HEAD") + (" with changes" if changed else "")
 
 
 def table(results: dict) -> str:
@@ -56,8 +88,10 @@ def table(results: dict) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
-        defaults = ("ngroups", "input_dtype", "dt_dtype", "update")
-        call = ", ".join(f"{k}={v}" for k, v in row["keys"].items() if k not in defaults and str(v) not in ("0", "tied"))
+        hidden = {"ngroups", "input_dtype", "dt_dtype", "update"}
+        usual = {("T", "1"), ("layout", "tied"), ("rounding", "nearest")}
+        keys = {k: str(v) for k, v in row["keys"].items() if k not in hidden}
+        call = ", ".join(f"{k}={v}" for k, v in keys.items() if v != "0" and (k, v) not in usual)
         registers = max(kernel["registers"] for kernel in row["kernels"])
         spills = sum(kernel["spill_bytes"] for kernel in row["kernels"])
         lines.append(
