@@ -90,8 +90,8 @@ def pack_piece(values, dtype):
 
 
 @cute.jit
-def load_piece(
-    row,
+def load_pieces(
+    rows,
     token,
     begin,
     stop,
@@ -101,57 +101,67 @@ def load_piece(
     aligned: cutlass.Constexpr,
     outside: cutlass.Constexpr = 0.0,
 ):
-    """`count` tokens of a row from `token` on; `outside` instead of those not in [begin, stop); zeros unless `valid`.
+    """`count` tokens of each row from `token` on, one piece after another; all zero unless `valid`.
 
-    `whole` says that all of them are inside; then, if `aligned`, accesses are as wide as can be.
+    `whole` says that all of them are in [begin, stop); then, if `aligned`, accesses are as wide as can be.  Instead of
+    tokens outside stands 0, and in the last row `outside`.
     """
-    dtype = row.dtype
-    words = [Int32(0)] * piece_words(dtype, count)
-    if valid:
-        if const_expr(aligned and count * dtype.width >= 32):
-            if whole:
-                words = load_words(row + token, len(words))
-            else:
-                words = _load_inside(row, token, begin, stop, count, outside)
+    dtype = rows[0].dtype
+    if const_expr(aligned and count * dtype.width >= 32):
+        words = [Int32(0)] * (len(rows) * piece_words(dtype, count))
+        if whole and valid:
+            words = _load_whole(rows, token, piece_words(dtype, count))
         else:
-            words = _load_inside(row, token, begin, stop, count, outside)
-    return words
-
-
-def load_words(pointer, count):
-    """Words from an address that is a multiple of 16 bytes, or of all of them if they are fewer."""
-    words = []
-    for first in range(0, count, 4):
-        words += memory.load_words(pointer + first * 32 // pointer.dtype.width, min(4, count))
-    return words
-
-
-@cute.jit
-def _load_inside(row, token, begin, stop, count: cutlass.Constexpr, outside: cutlass.Constexpr):
-    values = [Float32(0.0)] * count
-    for i in cutlass.range_constexpr(count):
-        value = Float32(outside)
-        if token + i >= begin and token + i < stop:
-            value = memory.load_scalar(row + (token + i), row.dtype)
-        values[i] = value
-    return pack_piece(values, row.dtype)
-
-
-@cute.jit
-def store_piece(row, token, values, begin, stop, whole: Boolean, aligned: cutlass.Constexpr):
-    """Round and store tokens of a row from `token` on, those inside [begin, stop); see `load_piece`."""
-    dtype = row.dtype
-    if const_expr(aligned and len(values) * dtype.width >= 32):
-        if whole:
-            memory.store(row + token, values, dtype, min(16, len(values) * dtype.width // 8))
-        else:
-            _store_inside(row, token, values, begin, stop)
+            words = _load_inside(rows, token, begin, stop, valid, count, outside)
     else:
-        _store_inside(row, token, values, begin, stop)
+        words = _load_inside(rows, token, begin, stop, valid, count, outside)
+    return words
+
+
+def _load_whole(rows, token, count):
+    """`count` words of each row from `token` on, by accesses of up to 16 bytes."""
+    words = []
+    for row in rows:
+        pointer = row + token
+        for first in range(0, count, 4):
+            words += memory.load_words(pointer + first * 32 // row.dtype.width, min(4, count))
+    return words
 
 
 @cute.jit
-def _store_inside(row, token, values, begin, stop):
-    for i in cutlass.range_constexpr(len(values)):
-        if token + i >= begin and token + i < stop:
-            memory.store_scalar(row + (token + i), values[i], row.dtype)
+def _load_inside(rows, token, begin, stop, valid, count: cutlass.Constexpr, outside: cutlass.Constexpr):
+    words = [Int32(0)] * (len(rows) * piece_words(rows[0].dtype, count))
+    if valid:
+        for n in cutlass.range_constexpr(len(rows)):
+            values = [Float32(0.0)] * count
+            for i in cutlass.range_constexpr(count):
+                value = Float32(outside if const_expr(n + 1 == len(rows)) else 0.0)
+                if token + i >= begin and token + i < stop:
+                    value = memory.load_scalar(rows[n] + (token + i), rows[n].dtype)
+                values[i] = value
+            size = piece_words(rows[n].dtype, count)
+            words[n * size : (n + 1) * size] = pack_piece(values, rows[n].dtype)
+    return words
+
+
+@cute.jit
+def store_pieces(rows, token, lists, begin, stop, whole: Boolean, valid: Boolean, aligned: cutlass.Constexpr):
+    """Round and store a list of values in each row from `token` on, those inside [begin, stop); see `load_pieces`."""
+    dtype = rows[0].dtype
+    if const_expr(aligned and len(lists[0]) * dtype.width >= 32):
+        if whole and valid:
+            for n in cutlass.range_constexpr(len(rows)):
+                memory.store(rows[n] + token, lists[n], dtype, min(16, len(lists[n]) * dtype.width // 8))
+        else:
+            _store_inside(rows, token, lists, begin, stop, valid)
+    else:
+        _store_inside(rows, token, lists, begin, stop, valid)
+
+
+@cute.jit
+def _store_inside(rows, token, lists, begin, stop, valid):
+    if valid:
+        for n in cutlass.range_constexpr(len(rows)):
+            for i in cutlass.range_constexpr(len(lists[n])):
+                if token + i >= begin and token + i < stop:
+                    memory.store_scalar(rows[n] + (token + i), lists[n][i], rows[n].dtype)

@@ -17,10 +17,11 @@ from cute_ssm.tuning import apply_override
 WARP = 32
 BLOCK = 8  # tokens that a lane works on at a time: 16 bytes of a 16-bit row
 QUAD = 4  # neighbouring states that stay together
-LANE_STATES = 32  # of one lane, at most: they and their rates take two registers each
+MAX_WARPS = 8  # of a CTA
+LANES = 8  # of a channel, at most
+LANE_STATES = 16  # of a lane, unless all lanes are in use: they and their rates take two registers each
 COLUMN_PIECES = 4  # blocks of B and C that a thread holds while they travel, at most
-RESIDENT_WARPS = 16  # per SM, as the registers allow
-BUSY_WARPS = 8  # per SM: with fewer, channels are shared by more lanes
+BUSY_WARPS = 8  # per SM: with fewer, channels are shared by more lanes, and CTAs are smaller
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class SelectiveScanConfig(Config):
         """Raise `UnsupportedSpecError` if the kernel cannot run so."""
         problems = {
             "lanes": self.lanes in lane_choices(spec),
-            "warps": 1 <= self.warps <= 8,
+            "warps": 1 <= self.warps <= MAX_WARPS,
             "tokens": self.tokens >= BLOCK and self.tokens % BLOCK == 0,
             "pieces": self.column_pieces(spec) <= 2 * COLUMN_PIECES,
             "ctas_per_sm": self.ctas_per_sm >= 1,
@@ -74,7 +75,7 @@ class SelectiveScanConfig(Config):
 def chains(spec: SelectiveScanSpec) -> int:
     """Partial sums of a dot product with C: a power of two, and the most lanes that can share a channel."""
     quads = -(-spec.dstate // QUAD)
-    return min(1 << (quads - 1).bit_length(), 8 if spec.dstate > 4 * LANE_STATES else 4)
+    return min(1 << (quads - 1).bit_length(), LANES if spec.dstate > 4 * LANE_STATES else 4)
 
 
 def padded_states(spec: SelectiveScanSpec) -> int:
@@ -85,8 +86,8 @@ def padded_states(spec: SelectiveScanSpec) -> int:
 
 def lane_choices(spec: SelectiveScanSpec) -> list[int]:
     """How many lanes may share a channel, fewest first."""
-    powers = (1, 2, 4, 8)
-    return [n for n in powers if n <= chains(spec) and padded_states(spec) <= n * LANE_STATES]
+    powers = (1, 2, 4, LANES)
+    return [n for n in powers if n <= chains(spec) and (padded_states(spec) <= n * LANE_STATES or n == LANES)]
 
 
 def choose(spec: SelectiveScanSpec, arch: Arch, channels: int, per_group: int, sm_count: int) -> SelectiveScanConfig:
@@ -100,13 +101,15 @@ def _choose(spec: SelectiveScanSpec, arch: Arch, channels: int, per_group: int, 
     choices = lane_choices(spec)
     lanes = next((n for n in choices if channels * n >= BUSY_WARPS * WARP * sm_count), choices[-1])
     resident = channels * lanes / (WARP * sm_count)
-    warps = 4 if resident >= RESIDENT_WARPS else 2 if resident >= BUSY_WARPS else 1
+    warps = 4 if resident >= BUSY_WARPS else 2 if resident >= BUSY_WARPS / 2 else 1
     while warps > 1 and WARP * (warps // 2) >= per_group * lanes:
         warps //= 2
+    pieces = COLUMN_PIECES
+    if padded_states(spec) > LANE_STATES * lanes:
+        warps, pieces = MAX_WARPS, COLUMN_PIECES // 2  # a thread's part of B and C leaves registers to the states
     rows = 2 * padded_states(spec)
-    tokens = next((n for n in (32, 16) if rows * n <= COLUMN_PIECES * BLOCK * WARP * warps), BLOCK)
-    if rows * tokens > 2 * COLUMN_PIECES * BLOCK * WARP * warps:
-        warps = 4
+    tokens = next((n for n in (32, 16) if rows * n <= pieces * BLOCK * WARP * warps), BLOCK)
     config = SelectiveScanConfig(lanes, warps, tokens, ctas_per_sm=1)
     fitting = arch.shared_bytes // (config.shared_bytes(spec) + 1024)
-    return SelectiveScanConfig(lanes, warps, tokens, ctas_per_sm=max(1, min(fitting, RESIDENT_WARPS // warps)))
+    room = 8 if padded_states(spec) >= LANE_STATES * lanes else 12  # warps that an SM's registers hold
+    return SelectiveScanConfig(lanes, warps, tokens, ctas_per_sm=max(1, min(fitting, room // warps)))

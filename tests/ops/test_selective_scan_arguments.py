@@ -270,4 +270,4 @@ def test_every_choice_fits():
             config = tuning.choose(spec, SM_90A, channels, per_group, SM_90A.sm_count)
             config.check(spec, SM_90A)
             assert config.ctas_per_sm * (config.shared_bytes(spec) + 1024) <= SM_90A.shared_bytes + 1024
-            assert config.channels() * (1 if config.warps == 1 else 0.5) <= max(per_group, 32)
+            assert config.channels() * (1 if config.warps == 1 else 0.5) <= max(per_group, 32), dstate

@@ -1,0 +1,67 @@
+"""The kernel of the scan compiles for every target without spilling registers, whatever the config."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from cute_ssm import arch as archs
+from cute_ssm import runtime
+from cute_ssm.spec import SelectiveScanSpec
+from cute_ssm.tuning import selective_scan as tuning
+
+BASE = SelectiveScanSpec(
+    input_dtype="bfloat16",
+    state_dtype="float32",
+    dstate=16,
+    has_D=True,
+    has_z=True,
+    has_bias=True,
+    delta_softplus=True,
+    query_dtype=None,
+    cache_dtype="int32",
+    has_initial=True,
+    blocks=False,
+    chunks=False,
+    ungated=False,
+    aligned=True,
+    aligned_states=True,
+)
+PREFIX = {"query_dtype": "int32", "blocks": True, "chunks": True, "ungated": True}
+SPECS = {
+    "base": BASE,
+    "f32": dataclasses.replace(BASE, input_dtype="float32"),
+    "f16": dataclasses.replace(BASE, input_dtype="float16", state_dtype="float16", ungated=True),
+    "prefix": dataclasses.replace(BASE, **PREFIX),
+    "odd": dataclasses.replace(BASE, aligned=False, aligned_states=False, ungated=True),
+    "states-1": dataclasses.replace(BASE, dstate=1, aligned_states=False),
+    "states-32": dataclasses.replace(BASE, dstate=32),
+    "states-64": dataclasses.replace(BASE, dstate=64),
+    "states-128": dataclasses.replace(BASE, dstate=128),
+    "states-256": dataclasses.replace(BASE, dstate=256, input_dtype="float32"),
+    "states-256-odd": dataclasses.replace(BASE, dstate=256, aligned=False, aligned_states=False, **PREFIX),
+}
+
+
+def resources(spec, channels, arch):
+    target = archs.by_name(arch)
+    config = tuning.choose(spec, target, channels, 4096, target.sm_count)
+    compiled = runtime.emulated(spec, config, target)
+    assert compiled.kernels
+    return config, compiled.kernels[0]
+
+
+@pytest.mark.parametrize("channels", [4096, 1 << 20])
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("name", SPECS)
+def test_no_spills_and_the_resident_ctas_fit(name, arch, channels):
+    config, kernel = resources(SPECS[name], channels, arch)
+    assert kernel.spill_bytes == 0
+    registers = -(-kernel.registers // 8) * 8
+    assert config.ctas_per_sm * config.warps * tuning.WARP * registers <= 65536
+
+
+@pytest.mark.parametrize("name", ["base", "prefix"])
+def test_sm_103a(name):
+    assert resources(SPECS[name], 1 << 20, "sm_103a")[1].spill_bytes == 0
