@@ -72,8 +72,8 @@ class SelectiveStateUpdateSpec(Spec):
     dim, dstate : int
         Rows and columns of one head's state.
     A_tied, dt_tied, D_tied : bool
-        ``A`` holds one value per head; ``dt`` and ``dt_bias`` do; ``D`` does (Mamba-2).  Otherwise ``A`` varies over dim
-        and dstate, the others over dim (Mamba-1).
+        ``A`` holds one value per head; ``dt`` and ``dt_bias`` do; ``D`` does (Mamba-2).  Otherwise ``A`` varies over
+        dim and dstate, the others over dim (Mamba-1).
     has_z, dt_softplus : bool
         Gate by silu(z); apply softplus to dt.
     src_dtype, dst_dtype : str or None
@@ -158,7 +158,9 @@ class SelectiveStateUpdateSpec(Spec):
             what = "a multiple of 8 for quantised states and stochastic rounding"
             raise UnsupportedSpecError(describe("dstate", what, self.dstate))
         if self.philox_rounds and self.state_dtype == "float32":
-            raise UnsupportedSpecError(describe("rand_seed", "None with a float32 state, which is not rounded", "a seed"))
+            raise UnsupportedSpecError(
+                describe("rand_seed", "None with a float32 state, which is not rounded", "a seed")
+            )
 
 
 @dataclass(frozen=True)

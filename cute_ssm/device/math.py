@@ -74,8 +74,8 @@ def _reduce_exchanged(values, lanes, combine):
 def sum_exchanged(values, lanes):
     """Sums over segments of `lanes` lanes, one sum per lane, at about one exchange a sum.
 
-    `values` lists n <= `lanes` floats (both powers of two); in lane j of a segment, values[s] belongs to sum
-    ``s ^ (j % n)``.  Lane j returns sum ``j % n``.  Because of that order a lane always keeps even entries and gives odd
+    `values` lists n <= `lanes` floats (both powers of two); in lane j of a segment, values[s] belongs to sum ``s ^ (j
+    % n)``.  Lane j returns sum ``j % n``.  Because of that order a lane always keeps even entries and gives odd
     ones.  The order of additions depends on `lanes` alone.
     """
     return _reduce_exchanged(values, lanes, lambda a, b: a + b)
@@ -152,6 +152,9 @@ def gate_decay(A_log: Float32, x: Float32):
 
 
 def rsqrt(x):
-    """1 / sqrt(x) of a positive normal x, to a relative error of about 2^-23."""
+    """1 / sqrt(x) of a positive normal x, correctly rounded but for about 2^-26."""
     guess = _approx("rsqrt", x)
-    return guess * cute.math.fma(x * -0.5, guess * guess, Float32(1.5))
+    product = x * guess
+    error = cute.math.fma(-product, guess, Float32(1.0))
+    error = cute.math.fma(-cute.math.fma(x, guess, -product), guess, error)
+    return cute.math.fma(guess * 0.5, error, guess)

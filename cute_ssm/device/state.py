@@ -12,11 +12,12 @@ WARP = 32
 class StateView:
     """A *block* of rows in shared memory, worked on by one warp in *steps*.
 
-    `lanes` lanes share a row and hold `accesses` vectors of `vector` columns of it; the warp touches ``32 / lanes`` rows
-    at once.  At step s, lane j of a segment works on row ``s ^ (j % steps)`` of those that belong to its segment, so that
-    `math.sum_exchanged` leaves the sum of its first row, ``row_of(lane)``, in it without selects.  That is the row whose
-    scale, and other scalars, the lane holds; `math.exchanged` brings them to where they are needed.  An `ordered` view
-    takes rows in order instead, the same for all lanes of a segment, as fragments of matrix products need them.
+    `lanes` lanes share a row and hold `accesses` vectors of `vector` columns of it; the warp touches ``32 / lanes``
+    rows at once.  At step s, lane j of a segment works on row ``s ^ (j % steps)`` of those that belong to its
+    segment, so that `math.sum_exchanged` leaves the sum of its first row, ``row_of(lane)``, in it without
+    selects.  That is the row whose scale, and other scalars, the lane holds; `math.exchanged` brings them to where
+    they are needed.  An `ordered` view takes rows in order instead, the same for all lanes of a segment, as fragments
+    of matrix products need them.
     """
 
     def __init__(self, dtype, dstate, block, lanes, vector, philox_rounds, arch, ordered=False):
@@ -40,7 +41,7 @@ class StateView:
         return (lane % self.lanes % self.steps ^ step) * self.stride + lane // self.lanes
 
     def owns_row(self, lane):
-        """Whether the lane speaks for ``row_of(lane)``: exactly one lane per row, the first where several hold its sum."""
+        """Whether the lane speaks for ``row_of(lane)``: one lane per row, the first where several hold its sum."""
         return Boolean(True) if self.steps == self.lanes else lane % self.lanes < self.steps
 
     def column(self, lane, access):
@@ -79,7 +80,7 @@ class StateView:
     # ----------------------------------------------------------------------------------------------------------- state
     @cute.jit
     def load(self, at, lane, step, scale):
-        """A lane's columns of its row at a step, as float32; `scale` is that of the lane's own row, if there are scales."""
+        """A lane's columns of its row at a step, as float32; `scale`, if there are any, is that of its own row."""
         values = []
         for i in cutlass.range_constexpr(self.accesses):
             got = [Float32(0.0)] * self.vector
@@ -102,8 +103,8 @@ class StateView:
     def store(self, at, lane, step, values, factor, random):
         """Round a lane's columns of its row at a step into the block.
 
-        `factor` is the encoding factor of the lane's own row, if there are scales; `random` is (keys, place, first row of
-        the block in the head) for stochastic rounding.
+        `factor` is the encoding factor of the lane's own row, if there are scales; `random` is (keys, place, first
+        row of the block in the head) for stochastic rounding.
         """
         encode = math.exchanged(factor, step) if const_expr(self.scaled) else None
         for i in cutlass.range_constexpr(self.accesses):
@@ -127,4 +128,3 @@ class StateView:
             memory.store(pointer, values, self.dtype, self.access_bytes)
             return
         memory.store_packed(pointer, packed, self.dtype, self.access_bytes)
-

@@ -1,1 +1,1 @@
-"""The kernels, one class each.  Importing a module of this package loads the compiler; importing the package does not."""
+"""The kernels, one class each.  Importing one of these modules loads the compiler; importing the package does not."""

@@ -44,7 +44,7 @@ class StagedColumns:
             steps = [t.stride[1 if self.owner.spec.tokens == "batched" else 0] * size for t in tensors]
             address, step = sources[1] if of_C else sources[0], steps[1] if of_C else steps[0]
             row = cute.recast_ptr(shared, dtype=Float32) + (TOKENS * self.pitch if of_C else 0)
-            for token in cutlass.range(tokens, unroll=1):
+            for _ in cutlass.range(tokens, unroll=1):
                 source = cute.make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=vector * size)
                 values = memory.load(source, dtype, vector, vector * size)
                 if const_expr(vector == 1):

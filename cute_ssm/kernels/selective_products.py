@@ -5,13 +5,14 @@ With one decay per head and token, c_t the running sum of A dt' and S0 the state
     out_t = e^{c_t} S0 C_t + sum_{j <= t} dt'_j e^{c_t - c_j} (C_t . B_j) x_j + D x_t
     S_T   = e^{c_T} S0 + sum_j dt'_j e^{c_T - c_j} x_j B_j^T
 
-The products of S0, C, B and x are of numbers that tf32 holds exactly (states and inputs of 16 bits); the coefficients of
-x are split into two of them, and the state advances in float32.
+The products of S0, C, B and x are of numbers that tf32 holds exactly (states and inputs of 16 bits); the coefficients
+of x are split into two of them, and the state advances in float32.
 
-Fragments of m16n8k8, for lane 4 g + t: the lane keeps columns of *its own* (those of lane t of each four) of the rows g
-and g + 8 of a tile of S0, and of the tokens g of B and C; a k-step takes the next two of them, in any order that all
-agree on.  Accumulators hold rows g, g + 8 and tokens 2t, 2t + 1, which are also the tokens whose x the lane keeps: x is
-the other product's A with its tokens ordered 0, 2, 4, 6, 1, 3, 5, 7, and C.B, whose rows are tokens g, is its B as it is.
+Fragments of m16n8k8, for lane 4 g + t: the lane keeps columns of *its own* (those of lane t of each four) of the rows
+g and g + 8 of a tile of S0, and of the tokens g of B and C; a k-step takes the next two of them, in any order that
+all agree on.  Accumulators hold rows g, g + 8 and tokens 2t, 2t + 1, which are also the tokens whose x the lane
+keeps: x is the other product's A with its tokens ordered 0, 2, 4, 6, 1, 3, 5, 7, and C.B, whose rows are tokens g, is
+its B as it is.
 """
 
 import cutlass
@@ -35,7 +36,9 @@ class TokenProducts:
     def columns(self, tensor, b, start, count, group, lane):
         """This lane's columns of the row of B or C of token ``lane / 4``, zeros past the last token."""
         token = lane // 4
-        values = self.owner.load_columns(self.owner.token(tensor, b, start, cutlass.min(token, count - 1), group, 0), lane)
+        values = self.owner.load_columns(
+            self.owner.token(tensor, b, start, cutlass.min(token, count - 1), group, 0), lane
+        )
         present = token < count
         return [value if present else Float32(0.0) for value in values]
 
@@ -62,8 +65,10 @@ class TokenProducts:
 
     @cute.jit
     def prepare(self, inputs, place, count, shared, lane):
-        """What all rows of a head share: (C; coefficients of x as two parts; decays of the lane's two tokens; factors of
-        their x in the last state; decay of the state)."""
+        """What all rows of a head share.
+
+        (C; coefficients of x as two parts; decays of the lane's two tokens; factors of their x in the last state; decay
+        of the state)."""
         _, dt, A, B, C, _, _, dt_bias, _, per_group = inputs
         b, start, _, h, *_ = place
         group, _ = divmod(h, per_group)

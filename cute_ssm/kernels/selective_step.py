@@ -5,15 +5,16 @@ Per (sequence, head), with the state h [dim, dstate] and the equations of `cute_
     dt' = softplus(dt + dt_bias);   h <- e^(A dt') h + (dt' x) B^T;   out = (h C + D x) silu(z)
 
 A *unit* is `rows` rows of one head's state, contiguous in memory.  Every warp walks its own units, persistently, and
-owns a ring of three of them in shared memory: while it updates one in place, the next arrives and the last leaves, both
-by one bulk copy that lane 0 issues.  No two warps ever synchronise.  Where every unit has a warp, the ring is one stage.
+owns a ring of three of them in shared memory: while it updates one in place, the next arrives and the last leaves,
+both by one bulk copy that lane 0 issues.  No two warps ever synchronise.  Where every unit has a warp, the ring is
+one stage.
 
-A unit is worked on in *blocks* of up to 32 rows, as `device.state.StateView` lays them out; a lane keeps its columns of
-B and C in registers.  One token streams through a block.  Of several, a block's state stays in float32 registers for all
-of them; where one decay per head and token holds (A and dt tied), it stays divided by their running product, so that a
-token costs two operations an element: h_t = p_t g_t with p_t = p_{t-1} e^(A dt'_t) and g_t = g_{t-1} + (dt'_t x_t / p_t)
-B_t^T.  When p leaves [2^-60, 2^60], g is multiplied by it and it restarts at one.  `selective_products` has another form
-for few tokens, where the config asks for it.
+A unit is worked on in *blocks* of up to 32 rows, as `device.state.StateView` lays them out; a lane keeps its columns
+of B and C in registers.  One token streams through a block.  Of several, a block's state stays in float32 registers
+for all of them; where one decay per head and token holds (A and dt tied), it stays divided by their running product,
+so that a token costs two operations an element: h_t = p_t g_t with p_t = p_{t-1} e^(A dt'_t) and g_t = g_{t-1} +
+(dt'_t x_t / p_t) B_t^T.  When p leaves [2^-60, 2^60], g is multiplied by it and it restarts at one.
+`selective_products` has another form for few tokens, where the config asks for it.
 
 PDL: everything is read and written after `griddepcontrol.wait`, because the state's last writer may be the upstream
 kernel (the same layer's previous step); dependents are released at once, and must wait likewise before they read.
@@ -30,7 +31,8 @@ from cutlass.memory import SmemAllocator
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, math, memory, philox
 from cute_ssm.device.state import WARP, StateView
-from cute_ssm.kernels.selective_columns import TOKENS as STAGED, StagedColumns
+from cute_ssm.kernels.selective_columns import TOKENS as STAGED
+from cute_ssm.kernels.selective_columns import StagedColumns
 from cute_ssm.kernels.selective_products import TokenProducts
 from cute_ssm.spec import SelectiveStateUpdateSpec
 from cute_ssm.tuning.selective_step import SelectiveStepConfig, block_rows, choose, input_vector, state_vector
@@ -286,7 +288,7 @@ class SelectiveStep:
     def work(self, inputs, pool, place, shared, at, full, phase, lane):
         """Update one unit in the stage at `at` and hand it back; `shared` is the warp's own, for B and C."""
         state, _, dst, _, _, _, _, pad_slot = pool
-        b, start, count, h, row, slot, source, real = place
+        b, _, count, h, row, slot, source, real = place
         target, kept = slot, real
         if const_expr(self.spec.tokens == "batched"):
             count = inputs[0].shape[1]

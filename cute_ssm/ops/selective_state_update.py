@@ -97,8 +97,8 @@ def selective_state_update(
     disable_state_update : bool
         Leave ``state`` as it is.
     intermediate_states_buffer : Tensor, (rows, steps, nheads, dim, dstate), type of state, optional
-        **Written** with the state after token t of a sequence at [row, t]; steps is at least T.  The state after the last
-        token also goes to ``state`` unless that is disabled.  Laid out like ``state``.
+        **Written** with the state after token t of a sequence at [row, t]; steps is at least T.  The state after the
+        last token also goes to ``state`` unless that is disabled.  Laid out like ``state``.
     intermediate_state_indices : Tensor, (batch,), int32/int64, optional
         Row of each sequence in that buffer; None: the slot it reads.
     intermediate_state_scales : Tensor, (rows, steps, nheads, dim), float32

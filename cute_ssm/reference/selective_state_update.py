@@ -111,9 +111,11 @@ def update(operands: Operands, settings: Settings, philox_rounds: int) -> None:
 def _keep(
     o: Operands, settings: Settings, rounds: int, states: Tensor, source: Tensor, rows: Tensor, ends: Tensor, t: int
 ) -> None:
-    """Store the states after token t: of `rows` where every token's goes somewhere, of `ends` where the last one's does."""
+    """Store states after token t: of `rows` where every token's goes somewhere, of `ends` where the last one's does."""
 
-    def store(pool: Tensor, scales: Tensor | None, at: tuple[Tensor | int, ...], sequences: Tensor, lines: Tensor) -> None:
+    def store(
+        pool: Tensor, scales: Tensor | None, at: tuple[Tensor | int, ...], sequences: Tensor, lines: Tensor
+    ) -> None:
         bits = None
         if rounds and o.rand_seed is not None:
             seeds = o.rand_seed[source[sequences] if len(o.rand_seed) > 1 else torch.zeros_like(sequences)]

@@ -47,9 +47,7 @@ class GatedDeltaRuleConfig(Config):
         """Raise `UnsupportedSpecError` if the kernel cannot run so."""
         problems = {
             "rows": self.rows >= TILE and spec.V % self.rows == 0,
-            "warps": 1 <= self.warps <= 8
-            and self.rows % (TILE * self.warps) == 0
-            and self.tiles() <= MAX_TILES,
+            "warps": 1 <= self.warps <= 8 and self.rows % (TILE * self.warps) == 0 and self.tiles() <= MAX_TILES,
             "shared memory": self.shared_bytes(spec) <= arch.shared_bytes,
         }
         bad = [name for name, good in problems.items() if not good]

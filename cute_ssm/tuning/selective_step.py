@@ -163,7 +163,9 @@ def choose(
     """
     config = apply_override(_choose(spec, arch, heads, sm_count, tokens in range(2, PRODUCT_TOKENS + 1)))
     if config.matmul and tokens > PRODUCT_TOKENS:
-        raise UnsupportedSpecError(describe("config.matmul", f"0 with more than {PRODUCT_TOKENS} tokens", config.matmul))
+        raise UnsupportedSpecError(
+            describe("config.matmul", f"0 with more than {PRODUCT_TOKENS} tokens", config.matmul)
+        )
     return config
 
 

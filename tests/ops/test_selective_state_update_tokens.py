@@ -76,7 +76,9 @@ def test_kernel(case):
         BASE,
         dataclasses.replace(PACKED, cache_steps=6),
         *vary(state=("bf16",), io=("f16",), decay=(1e-3, 400.0), dim=(80,), dstate=(96, 128), ngroups=(2,)),
-        *vary(destination=("vector",), disabled=(True,), lengths=((8, 8), (1, 1), (2, 2)), rounds=(10,), has_z=(False,)),
+        *vary(
+            destination=("vector",), disabled=(True,), lengths=((8, 8), (1, 1), (2, 2)), rounds=(10,), has_z=(False,)
+        ),
     ],
     ids=str,
 )
@@ -92,7 +94,12 @@ def test_products_and_loop(case, config):
 
 @pytest.mark.parametrize(
     "case",
-    [BASE, Tokens(state="f16", rounds=10), Tokens(state="i8", destination="matrix"), Tokens(state="f8", layout="dense")],
+    [
+        BASE,
+        Tokens(state="f16", rounds=10),
+        Tokens(state="i8", destination="matrix"),
+        Tokens(state="f8", layout="dense"),
+    ],
     ids=str,
 )
 def test_sm_100a(case):
@@ -100,7 +107,9 @@ def test_sm_100a(case):
         run(case)
 
 
-@pytest.mark.parametrize("mode", [{"async_mode": "late"}, {"schedule": 1}, {"schedule": 2, "async_mode": "late"}], ids=str)
+@pytest.mark.parametrize(
+    "mode", [{"async_mode": "late"}, {"schedule": 1}, {"schedule": 2, "async_mode": "late"}], ids=str
+)
 @pytest.mark.parametrize(
     "case",
     [
@@ -156,7 +165,12 @@ def test_bits_do_not_depend_on_tiling_or_batch(state):
     names = ("x", "dt", "B", "C", "state_batch_indices")
     results = []
     with ptxsim.emulate(arch="sm_90a"):
-        for order, config in (([0, 1, 2], {}), ([2, 0, 1], {}), ([2], {"rows": 32}), ([0, 1, 2], {"rows": 16, "stages": 3})):
+        for order, config in (
+            ([0, 1, 2], {}),
+            ([2, 0, 1], {}),
+            ([2], {"rows": 32}),
+            ([0, 1, 2], {"rows": 16, "stages": 3}),
+        ):
             turn = copy(call)
             turn.update({name: turn[name][order] for name in names})
             with tuning.override(**config):
@@ -227,9 +241,7 @@ def test_random_configuration_of_the_reference(seed):
     run(sample(random.Random(seed)), seed)
 
 
-@pytest.mark.parametrize(
-    "seed", [pytest.param(s, marks=() if s < 40 else pytest.mark.slow) for s in range(300)]
-)
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=() if s < 40 else pytest.mark.slow) for s in range(300)])
 def test_random_configuration_of_the_kernel(seed):
     case = sample(random.Random(seed))
     with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True):
