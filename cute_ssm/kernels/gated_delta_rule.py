@@ -433,7 +433,10 @@ class GatedDeltaRule:
                 mma.split_fully([self.read(row + t)]),
             )
         scales = [
-            [[self.read(vectors + (n * self.tokens + 8 * group + c)) for c in columns] for group in range(self.key_groups)]
+            [
+                [self.read(vectors + (n * self.tokens + 8 * group + c)) for c in columns]
+                for group in range(self.key_groups)
+            ]
             for n in range(2)
         ]
         operands = {}
@@ -469,9 +472,9 @@ class GatedDeltaRule:
         return high, following
 
     def multiply(self, parts, operand, total):
-        """total + (high + low) (high + low)^T without the product of the low parts; in the order of products."""
+        """total + (high + low) (high + low)^T, small products first; in the order of products."""
         (high, low), (right, right_low) = parts, operand
-        for left, other in ((low, right), (high, right_low), (high, right)):
+        for left, other in ((low, right_low), (low, right), (high, right_low), (high, right)):
             total = mma.mma_tf32([left[0], left[2], left[1], left[3]], other, total)
         return total
 
@@ -491,11 +494,7 @@ class GatedDeltaRule:
         groups = range(self.key_groups)
         X, U, O = [], [], []
         for n in groups:
-            X.append(
-                mma.split_fully(
-                    [cute.math.fma(-key_scales[n][e & 1], products[n][e], v[n][e]) for e in range(4)]
-                )
-            )
+            X.append(mma.split_fully([cute.math.fma(-key_scales[n][e & 1], products[n][e], v[n][e]) for e in range(4)]))
         for n in groups:
             total = zero
             for inner in range(n + 1):
@@ -560,7 +559,9 @@ class GatedDeltaRule:
             for t in cutlass.range(tokens, unroll=1):
                 target = Int64(scatter[i, t])
                 if target >= 0:
-                    self.write_state(self.corner(state, (target, h), row, lane), tile, U, shared, t, Boolean(True), lane)
+                    self.write_state(
+                        self.corner(state, (target, h), row, lane), tile, U, shared, t, Boolean(True), lane
+                    )
         if const_expr(self.spec.write_final):
             target = slot
             if const_expr(dst is not None):

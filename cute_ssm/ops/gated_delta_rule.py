@@ -81,23 +81,23 @@ def gated_delta_rule_mtp(
     output : Tensor, (batch, tokens, value_heads, V), float32/bfloat16/float16, optional
         **Written.**  Stride 1 in the last dimension, others free.  Allocated in the type of q if None.
     intermediate_states_buffer : Tensor, (>= batch, >= tokens, value_heads, V, K), type of initial_state, optional
-        **Written**: the state of request i after token t to ``buffer[i, t]``, by position in the batch.  Layout as that of
-        initial_state.
+        **Written**: the state of request i after token t to ``buffer[i, t]``, by position in the batch.  Layout as that
+        of initial_state.
     ssm_state_indices : Tensor, (batch, tokens), int32/int64, optional
-        The state after token t of request i goes to slot ``ssm_state_indices[i, t]``; negative entries are skipped.  Then
-        the final state goes nowhere else, and ``output_state_indices`` is ignored.  Needs ``disable_state_update=False``
-        and no buffer.
+        The state after token t of request i goes to slot ``ssm_state_indices[i, t]``; negative entries are skipped.
+        Then the final state goes nowhere else, and ``output_state_indices`` is ignored.  Needs
+        ``disable_state_update=False`` and no buffer.
     disable_state_update : bool, optional
         False: write the final state to its slot.  True: leave the pool as it is.  None: like True, with a FutureWarning
         once per process, because FlashInfer has announced that its own default will become False.
     use_qk_l2norm : bool
         Divide q and k by ``sqrt(sum of squares + 1e-6)``.
     output_state_indices : Tensor, (batch,), int32/int64, optional
-        Slots that receive the final states instead of those read; negative entries are not written.  Slots written by one
-        call must be distinct, and none may be read by another request.
+        Slots that receive the final states instead of those read; negative entries are not written.  Slots written by
+        one call must be distinct, and none may be read by another request.
     accepted_steps : Tensor, (batch,), int32/int64, optional
-        Number of leading tokens, 0 to tokens, whose state is the one written to the pool; outputs are those of all tokens.
-        None: all.  Not together with ``ssm_state_indices``.
+        Number of leading tokens, 0 to tokens, whose state is the one written to the pool; outputs are those of all
+        tokens.  None: all.  Not together with ``ssm_state_indices``.
 
     Returns
     -------
@@ -148,8 +148,8 @@ def _warn_of_default() -> None:
     if not _warned and not torch.compiler.is_compiling():
         _warned = True
         warnings.warn(
-            "disable_state_update: None leaves the states as they are, like True, and FlashInfer's default is announced "
-            "to become False; pass True or False",
+            "disable_state_update: None leaves the states as they are, like True, but FlashInfer has announced that its "
+            "default becomes False; pass True or False",
             FutureWarning,
             stacklevel=3,
         )
@@ -282,9 +282,9 @@ def _check(
     limits |= dict.fromkeys(("initial_state", "intermediate_states_buffer"), QUAD * state.element_size())
     for name, n_bytes in limits.items():
         if name in given and not arguments.aligned(given[name], n_bytes):
-            arguments_size = given[name].element_size()
-            got = f"address {given[name].data_ptr():#x} and strides {given[name].stride()} of {arguments_size} bytes"
-            expected = f"an address and outer strides of multiples of {n_bytes} bytes"
+            size = given[name].element_size()
+            got = f"address {given[name].data_ptr():#x} and strides {given[name].stride()} of {size} bytes"
+            expected = f"an address and outer strides that are multiples of {n_bytes} bytes"
             raise ValueError(describe(name, expected, got, "pad its rows, or pass a copy of inputs"))
 
     def name_of(tensor: Tensor | None) -> str | None:
@@ -373,21 +373,21 @@ def _check_indices(tensors: tuple[Any, ...], flags: tuple[bool, bool, bool]) -> 
         return
     real = src >= 0
     written = (dst if dst is not None else src) if scatter is None else scatter
-    name = "initial_state_indices" if written is src else "output_state_indices" if scatter is None else "ssm_state_indices"
-    owner = torch.arange(src.numel(), device=src.device)
-    owner = owner if written.dim() == 1 else owner[:, None].expand(written.shape)
-    kept = (written >= 0) & (real if written.dim() == 1 else real[:, None])
+    name = next(name for name, indices in named.items() if indices is written)
+    per_token = written.dim() == 2
+    requests = _positions(src)
+    owner = requests[:, None].expand(written.shape) if per_token else requests
+    kept = (written >= 0) & (real[:, None] if per_token else real)
     targets, owners = written[kept].long(), owner[kept]
     if targets.unique().numel() != targets.numel():
         raise ValueError(describe(name, "distinct slots to write", targets.tolist(), "two requests would race"))
-    foreign = (targets[:, None] == src[real].long()[None]) & (owners[:, None] != owner_of(src)[real][None])
+    foreign = (targets[:, None] == src[real].long()[None]) & (owners[:, None] != requests[real][None])
     if bool(foreign.any()):
         raise ValueError(describe(name, "no slot that another request reads", targets.tolist(), "they would race"))
 
 
-def owner_of(src: Tensor) -> Tensor:
-    """Position in the batch of every request."""
-    return torch.arange(src.numel(), device=src.device)
+def _positions(per_request: Tensor) -> Tensor:
+    return torch.arange(per_request.numel(), device=per_request.device)
 
 
 def _reference(
@@ -413,7 +413,7 @@ def _reference(
     real = src >= 0
     if zero_padding:
         output[~real] = 0
-    rows, source = owner_of(src)[real], src[real].long()
+    rows, source = _positions(src)[real], src[real].long()
     if not rows.numel():
         return
     first = state[source]
@@ -433,7 +433,7 @@ def _reference(
     kept = targets >= 0
     count = torch.full_like(source, q.shape[1]) if accepted is None else accepted[rows].long()
     everything = torch.cat([first[:, None], states], 1)
-    state[targets[kept]] = everything[owner_of(count), count][kept]
+    state[targets[kept]] = everything[_positions(count), count][kept]
 
 
 _overload = _library.register(

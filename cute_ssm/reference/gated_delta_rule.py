@@ -115,8 +115,8 @@ def gated_delta_rule_products(
         out       = diag(gamma) Q^ S^T + A U,               A[t, j] = D[t, j] q^_t . k^_j          (j <= t)
         S_t       = gamma_t S + sum_{j <= t} D[t, j] u_j k^_j^T
 
-    Decays are products of the tokens' decays, never quotients: no strength of decay overflows.  Raw keys and queries are
-    what is multiplied; their norms are applied to the products.
+    Decays are products of the tokens' decays, never quotients: no strength of decay overflows.  Raw keys and queries
+    are multiplied; their norms are applied to the products.
 
     Parameters and results are those of `gated_delta_rule`.
     """

@@ -83,7 +83,11 @@ def arguments(case: Case, seed: int = 0) -> dict:
     if batch > 2:
         dst[2] = -3  # computed, written nowhere
 
-    q, k, v = randn(batch, tokens, case.heads, K), randn(batch, tokens, case.heads, K), randn(batch, tokens, value_heads, V)
+    q, k, v = (
+        randn(batch, tokens, case.heads, K),
+        randn(batch, tokens, case.heads, K),
+        randn(batch, tokens, value_heads, V),
+    )
     a, b = randn(batch, tokens, value_heads), randn(batch, tokens, value_heads)
     A_log, dt_bias = randn(value_heads) * 0.5, randn(value_heads)
     if case.regime == "slow":

@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from gdn_cases import DTYPES, MODES, REGIMES, Case, arguments, check, copy, expected, run, storage, within
+from gdn_cases import DTYPES, MODES, REGIMES, Case, arguments, copy, expected, run, storage, within
 
 import cute_ssm
 import ptxsim
@@ -46,8 +46,8 @@ CASES = [
     Case(tokens=8),
     Case(tokens=7, regime="cut", mode="buffer_update", state="bf16"),
     Case(tokens=5, regime="collinear", mode="accepted", out=None, strided=True),
-    Case(tokens=16, out=None),
-    Case(tokens=11, regime="fast", mode="scatter"),
+    Case(tokens=16, K=64, out=None),
+    Case(tokens=11, K=64, regime="fast", mode="scatter"),
 ]
 SIZES = [
     Case(K=64, V=64, batch=1, pads=(), tokens=6, mode="buffer_update"),
@@ -72,13 +72,15 @@ def test_kernel(case):
         run(case)
 
 
-@pytest.mark.parametrize("tokens", [4, 8, 16])
+@pytest.mark.parametrize("tokens", [4, 8])
 def test_sm_100a(tokens):
     with ptxsim.emulate(arch="sm_100a", racecheck=True, initcheck=True):
         run(Case(tokens=tokens, mode="buffer_update", batch=2))
 
 
-@pytest.mark.parametrize("mode", [{"async_mode": "late"}, {"schedule": 1}, {"schedule": 2, "async_mode": "late"}], ids=str)
+@pytest.mark.parametrize(
+    "mode", [{"async_mode": "late"}, {"schedule": 1}, {"schedule": 2, "async_mode": "late"}], ids=str
+)
 def test_schedules(mode):
     with emulated(**mode):
         run(Case(mode="split", out=None))
@@ -97,21 +99,27 @@ def test_products_are_the_recurrence(tokens, regime):
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_error_is_that_of_sequential_float32(regime):
-    """Average errors of float32 outputs and states, where the operator's bound would hide half a digit."""
+@pytest.mark.parametrize("tokens", [4, 8])
+def test_error_is_that_of_sequential_float32(tokens, regime):
+    """Average errors over many heads, without the allowance that `within` makes."""
+    call = arguments(Case(tokens=tokens, regime=regime, pads=(), batch=4, heads=16, ratio=1))
+    (want, states), (want32, states32) = (expected(call, dtype) for dtype in (torch.float64, torch.float32))
     with ptxsim.emulate(arch="sm_90a"):
-        for tokens in (4, 8):
-            call = arguments(Case(tokens=tokens, regime=regime, pads=(), batch=4, V=64))
-            before = copy(call)
-            cute_ssm.gated_delta_rule_mtp(**call)
-            ratios = check(before, call, call["output"])
-            assert max(ratios.values()) <= 1.5, ratios
+        out, pool = cute_ssm.gated_delta_rule_mtp(**call)
+    state = pool[call["initial_state_indices"].long()]
+    for got, single, exact, dims in (
+        (out, want32, want, (-1,)),
+        (state, states32[:, -1], states[:, -1], (-2, -1)),
+    ):
+        unit = exact.abs().amax(dims, keepdim=True) + 1e-30
+        error, allowed = (((x.double() - exact) / unit).square().mean().sqrt().item() for x in (got, single))
+        assert error <= 1.5 * allowed, error / allowed
 
 
 @pytest.mark.parametrize("tokens", [3, 8])
 def test_bits_do_not_depend_on_batch_tiling_or_repetition(tokens):
     """A request gives the same bits alone, in any order of a batch, in any slot, and whatever the config."""
-    call = arguments(Case(tokens=tokens, batch=4, pads=(), out=None))
+    call = arguments(Case(tokens=tokens, batch=4, K=64, pads=(), out=None))
     rows = ("q", "k", "v", "a", "b", "initial_state_indices")
     results = []
     with ptxsim.emulate(arch="sm_90a"):
@@ -120,7 +128,7 @@ def test_bits_do_not_depend_on_batch_tiling_or_repetition(tokens):
             turn.update({name: turn[name][order] for name in rows})
             out, pool = cute_ssm.gated_delta_rule_mtp(**turn)
             results.append((out[order.index(3)], pool[call["initial_state_indices"][3]]))
-        for config in ({"rows": 16, "warps": 1}, {"rows": 64, "warps": 1}, {"rows": 64, "warps": 4}):
+        for config in ({"rows": 16, "warps": 1}, {"rows": 64, "warps": 2}):
             turn = copy(call)
             with tuning.override(**config):
                 out, pool = cute_ssm.gated_delta_rule_mtp(**turn)
@@ -138,7 +146,7 @@ def test_bits_do_not_depend_on_batch_tiling_or_repetition(tokens):
 @pytest.mark.parametrize("tokens", [4, 6])
 def test_stored_states_are_the_final_states_of_prefixes(tokens):
     """Bit for bit: the buffer, the scattered states, the accepted prefixes and the final state."""
-    base = Case(tokens=tokens, pads=(), batch=1, mode="buffer_update")
+    base = Case(tokens=tokens, pads=(), batch=1, K=64, mode="buffer_update")
     call = arguments(base)
     other = arguments(dataclasses.replace(base, mode="scatter"))
     other["ssm_state_indices"][0] = torch.arange(tokens)
