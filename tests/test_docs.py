@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import json
 import re
 import subprocess
@@ -57,7 +56,8 @@ def test_support_table_names_operators_types_and_targets_of_the_code():
     assert sorted(operators) == sorted(set(cute_ssm.__all__) - {"__version__"})
     for row in rows:
         assert re.findall(r"\bsm_\w+", row) == list(arch.ARCHS)
-    assert sorted(re.findall(r"\bb?float\d+\b", rows[0])) == sorted(3 * spec.FLOATS)
+    types = re.findall(r"\b(?:b?float\d+(?:_e4m3fn)?|int\d+)\b", rows[0])
+    assert sorted(types) == sorted((*3 * spec.FLOATS, *spec.QUANTISED))
 
 
 def test_table_of_counters_is_that_of_the_results():
@@ -70,20 +70,17 @@ def test_table_of_counters_is_that_of_the_results():
     assert region("counters").strip() == module.table(json.loads(module.RESULTS.read_text())).strip()
 
 
-def test_what_is_refused_is_what_not_yet_lists():
-    refused = re.search(r"refuses, by `UnsupportedSpecError`, any of (.*?):", section("Not yet"), re.S).group(1)
-    listed = set(re.findall(r"`(\w+)`", refused))
-    anything = torch.zeros(1)
-    found = set()
-    for name in inspect.signature(cute_ssm.selective_state_update).parameters:
-        given = {key: anything for key in ("state", "x", "dt", "A", "B", "C")}
-        try:
-            cute_ssm.selective_state_update(**{**given, name: 1 if name == "cache_steps" else anything})
-        except UnsupportedSpecError:
-            found.add(name)
-        except (TypeError, ValueError):
-            pass
-    assert listed == found
+@pytest.mark.parametrize(
+    ("dim", "dstate", "state"), [(12, 64, "float16"), (64, 8, "float16"), (64, 300, "float16"), (64, 100, "int8")]
+)
+def test_what_is_refused_is_what_not_yet_says(dim, dstate, state):
+    assert "dims that are no multiple of 8, dstate outside 16 to 256" in " ".join(section("Not yet").split())
+    one = torch.zeros(1, 1, dim)
+    column = torch.zeros(1, 1, dstate)
+    pool = torch.zeros(1, 1, dim, dstate, dtype=getattr(torch, state))
+    scale = torch.ones(1, 1, dim) if state == "int8" else None
+    with pytest.raises(UnsupportedSpecError):
+        cute_ssm.selective_state_update(pool, one, one, -torch.ones(1, dim, dstate), column, column, state_scale=scale)
 
 
 def test_versions_that_the_package_checks_are_those_it_declares():
