@@ -2,34 +2,76 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+import step_cases
+import token_cases
 import torch
-from step_cases import Case, arguments, copy, storage
+from step_cases import Case, copy, storage
+from token_cases import Tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cute_ssm
 from cute_ssm.ops import selective_state_update as module
+from cute_ssm.ops._step_arguments import Operands, Settings
 
-NAMES = (
-    "state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_softplus", "state_batch_indices", "pad_slot_id", "out",
-    "disable_state_update", "dst_state_batch_indices",
-)  # fmt: skip
+PACKED = Tokens(packed=True, lengths=(3, 0, 2), pads=(0,))
+FORMS = {
+    "one": Case(),
+    "bare": Case(has_z=False, has_D=False, has_bias=False, indices=None),
+    "batched": Tokens(destination="matrix"),
+    "packed": PACKED,
+    "accepted": dataclasses.replace(PACKED, accepted=True, destination="matrix", cache_steps=3),
+    "quantised": Tokens(state="i8", destination="intermediates"),
+    "random": Tokens(rounds=10, seed_per_slot=True),
+}
+DEFAULTS = {
+    "zero_padding": False,
+    "philox_rounds": 10,
+    "cache_steps": 0,
+    "pad_slot_id": -1,
+    "disable_state_update": False,
+}
 
 
-@pytest.mark.parametrize("case", [Case(), Case(has_z=False, has_D=False, has_bias=False, indices=None)], ids=str)
-def test_opcheck(case):
-    call = arguments(case)
-    if call["state"].isnan().any():  # opcheck compares with ==
-        call["state"].nan_to_num_(0.0)
-    call["out"].zero_()
-    call = {name: value.contiguous() if name in ("state", "out") else value for name, value in call.items()}
-    torch.library.opcheck(module._overload, (*(call.get(name) for name in NAMES), False))
+def arguments(case) -> dict:
+    return step_cases.arguments(case) if isinstance(case, Case) else token_cases.arguments(case)
+
+
+def same(got: torch.Tensor, want: torch.Tensor) -> bool:
+    return torch.equal(storage(got), storage(want))
+
+
+def canonical(call: dict) -> tuple:
+    """Arguments of the operator that PyTorch knows, without NaN, which `opcheck` would find unequal to itself."""
+    call = {**DEFAULTS, **call}
+    for name in ("state", "out", "intermediate_states_buffer", "state_scale", "intermediate_state_scales"):
+        if call.get(name) is not None:
+            call[name] = call[name].contiguous()
+            if call[name].is_floating_point():
+                call[name] = call[name].nan_to_num(0.0)
+    return tuple(call.get(name) for name in (*Operands._fields, *Settings._fields))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck(form):
+    torch.library.opcheck(module._overload, canonical(arguments(FORMS[form])))
+
+
+def test_schema_names_what_is_written():
+    schema = {argument.name: argument for argument in module._overload._schema.arguments}
+    assert list(schema) == [*Operands._fields, *Settings._fields]
+    written = {name for name, argument in schema.items() if argument.alias_info and argument.alias_info.is_write}
+    assert written == {"state", "out", "state_scale", "intermediate_states_buffer", "intermediate_state_scales"}
 
 
 @pytest.mark.parametrize("give_out", [True, False])
-def test_compiles_to_one_graph(give_out):
-    call = arguments(Case(give_out=give_out))
+@pytest.mark.parametrize("form", FORMS)
+def test_compiles_to_one_graph(form, give_out):
+    call = arguments(dataclasses.replace(FORMS[form], give_out=give_out))
     eager = copy(call)
+    torch._dynamo.reset()  # every form recompiles this function, and few times are allowed
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(tensors):
@@ -37,16 +79,22 @@ def test_compiles_to_one_graph(give_out):
 
     got = step(call)
     wanted = cute_ssm.selective_state_update(**eager) + 1
-    assert torch.equal(torch.nan_to_num(got), torch.nan_to_num(wanted))
-    assert torch.equal(storage(call["state"]), storage(eager["state"]))
+    if give_out or form != "packed":  # rows of an allocated out that no sequence owns are not written
+        assert torch.equal(torch.nan_to_num(got), torch.nan_to_num(wanted))
+    for name, value in call.items():
+        if isinstance(value, torch.Tensor):
+            assert same(value, eager[name]), name
 
 
-def test_fake_tensors_have_the_result_of_shapes_alone():
-    call = arguments(Case(give_out=False))
+@pytest.mark.parametrize("form", FORMS)
+def test_fake_tensors_have_the_result_of_shapes_alone(form):
+    call = arguments(dataclasses.replace(FORMS[form], give_out=False))
+    before = copy(call)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = {n: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for n, v in call.items()}
         out = cute_ssm.selective_state_update(**fake)
     assert (out.shape, out.dtype) == (call["x"].shape, call["x"].dtype)
+    assert same(call["state"], before["state"])
 
 
 class Recorder:
@@ -80,41 +128,127 @@ def memorised(call, plans):
     return keys.last
 
 
-def test_steady_state_is_one_look_up_and_one_call(plans):
-    call = arguments(Case())
-    key = memorised(call, plans)
+@pytest.mark.parametrize("form", FORMS)
+def test_steady_state_is_one_look_up_and_one_call(form, plans):
+    call = arguments(FORMS[form])
+    key = memorised(copy(call), plans)
     kernel = Recorder()
-    module._plans = {key: (kernel, 528)}
+    module._plans = {key: (kernel, 7, 528)}
+    before = copy(call)
     out = cute_ssm.selective_state_update(**call)
     assert out is call["out"]
     (got,) = kernel.calls
-    for name, value in zip((*NAMES[:9], "state_batch_indices"), got):
-        assert value is call[name], name
-    assert got[10] is None
-    assert got[11] is call["out"]
-    assert got[12:] == (-1, 528)
+    assert len(got) == len(Operands._fields) + 3
+    for name, value in zip(Operands._fields, got):
+        assert value is call.get(name), name
+    assert got[-3:] == (-1, 7, 528)
+    assert same(call["state"], before["state"])
 
 
-def test_a_refusing_kernel_leads_to_the_full_check(plans):
+@pytest.mark.parametrize("form", FORMS)
+def test_a_refusing_kernel_leads_to_the_full_check(form, plans):
     """The kernel's entry refuses strides it was not compiled for; the call is then examined and run anew."""
-    call = arguments(Case())
+    call = arguments(FORMS[form])
     twin = copy(call)
     key = memorised(copy(call), plans)
-    module._plans = {key: (Recorder(refuse=True), 528)}
+    module._plans = {key: (Recorder(refuse=True), 7, 528)}
     cute_ssm.selective_state_update(**call)
     module._plans = {}
     cute_ssm.selective_state_update(**twin)
-    assert torch.equal(storage(call["state"]), storage(twin["state"]))
+    assert same(call["state"], twin["state"])
+    assert same(call["out"], twin["out"])
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"state": "f32"}, {"io": "f16"}, {"dt": "bf16"}, {"A": "bf16"}, {"weights": "bf16"}, {"batch": 4}, {"ngroups": 1},
+        {"state": "f32"}, {"io": "f16"}, {"dt": "bf16"}, {"A": "bf16"}, {"weights": "bf16"}, {"batch": 4},
+        {"ngroups": 1},
         {"has_z": False}, {"has_D": False}, {"has_bias": False}, {"softplus": False}, {"update": False},
-        {"indices": None}, {"indices": torch.int64}, {"separate": True}, {"give_out": False}, {"dstate": 64}, {"dim": 32},
+        {"indices": None}, {"indices": torch.int64}, {"separate": True}, {"give_out": False}, {"dstate": 64},
+        {"dim": 32},
     ],
     ids=str,
 )  # fmt: skip
 def test_every_factor_is_in_the_key_of_plans(change, plans):
     assert memorised(arguments(Case(**change)), plans) != memorised(arguments(Case()), plans)
+
+
+def grown(name, axis, by=1):
+    """A longer axis, as a view of nothing: no kernel looks at the contents."""
+
+    def change(call):
+        shape = list(call[name].shape)
+        shape[axis] += by
+        call[name] = torch.zeros(shape, dtype=call[name].dtype)
+
+    return change
+
+
+def cast(name, dtype):
+    def change(call):
+        call[name] = call[name].to(dtype)
+
+    return change
+
+
+def replaced(name, value):
+    def change(call):
+        call[name] = value
+
+    return change
+
+
+# (base, what the kernel's own entry cannot see, or what another kernel is needed for)
+FACTORS = [
+    ("batched", grown("dst_state_batch_indices", 1)),
+    ("batched", cast("dst_state_batch_indices", torch.int64)),
+    ("batched", lambda call: call.update({n: call[n][:, :3] for n in ("x", "dt", "B", "C", "z", "out")})),
+    ("batched", replaced("disable_state_update", True)),
+    ("packed", replaced("cache_steps", 3)),
+    ("packed", cast("cu_seqlens", torch.int64)),
+    ("packed", lambda c: c.update(cu_seqlens=c["cu_seqlens"][:3], state_batch_indices=c["state_batch_indices"][:2])),
+    ("accepted", cast("num_accepted_tokens", torch.int64)),
+    ("accepted", replaced("num_accepted_tokens", None)),
+    ("accepted", grown("state_batch_indices", 1)),
+    ("accepted", replaced("cache_steps", 4)),
+    ("quantised", replaced("disable_state_update", True)),
+    ("quantised", grown("intermediate_states_buffer", 0)),
+    ("quantised", grown("intermediate_states_buffer", 1)),
+    ("quantised", cast("intermediate_state_indices", torch.int64)),
+    ("quantised", replaced("intermediate_state_indices", None)),
+    ("random", replaced("philox_rounds", 9)),
+    ("random", replaced("rand_seed", torch.zeros(1, dtype=torch.int64))),
+    ("random", replaced("rand_seed", None)),
+    ("bare", lambda call: call.update(state=call["state"][:2])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "change"), FACTORS)
+def test_what_the_entry_of_a_kernel_does_not_check_is_in_the_key(form, change, monkeypatch):
+    call = arguments(FORMS[form])
+    other = copy(call)
+    change(other)
+    keys = []
+
+    class Plans(dict):
+        def get(self, key, default=None):
+            keys.append(key)
+            return Recorder(), 7, 528
+
+    monkeypatch.setattr(module, "_plans", Plans())
+    for one in (call, copy(call), other):
+        cute_ssm.selective_state_update(**one)
+    assert keys[0] == keys[1] != keys[2]
+    assert None not in keys
+    assert len({hash(key) for key in keys}) == 2
+
+
+def test_plans_are_not_used_while_a_config_is_overridden(plans):
+    call = arguments(Case())
+    key = memorised(copy(call), plans)
+    kernel = Recorder()
+    module._plans = {key: (kernel, 7, 528)}
+    with cute_ssm.tuning.override(rows=16):
+        cute_ssm.selective_state_update(**call)
+    assert not kernel.calls
