@@ -22,21 +22,34 @@ from cutlass.cute.runtime import make_fake_compact_tensor
 
 import cute_ssm
 from cute_ssm.ops import selective_state_update as module
+from cute_ssm.ops._step_arguments import Operands
 
+DTYPES = {
+    torch.float32: cute.Float32,
+    torch.float16: cute.Float16,
+    torch.bfloat16: cute.BFloat16,
+    torch.int8: cute.Int8,
+    torch.int32: cute.Int32,
+    torch.int64: cute.Int64,
+}
 RESULTS = Path(__file__).with_name("results") / "host.json"
+
+
+Optional = cute.Tensor | None
 
 
 @cute.jit
 def entry(
     state: cute.Tensor, x: cute.Tensor, dt: cute.Tensor, A: cute.Tensor, B: cute.Tensor, C: cute.Tensor,
-    D: cute.Tensor, z: cute.Tensor, dt_bias: cute.Tensor, src: cute.Tensor, dst: cute.Tensor, out: cute.Tensor,
-    pad_slot_id: cute.Int64, max_ctas: cute.Int32,
+    D: Optional, z: Optional, dt_bias: Optional, out: cute.Tensor, state_scale: Optional, src: Optional, dst: Optional,
+    accepted: Optional, cu_seqlens: Optional, saved: Optional, saved_rows: Optional, saved_scale: Optional,
+    rand_seed: Optional, pad_slot_id: cute.Int64, max_tokens: cute.Int32, max_ctas: cute.Int32,
 ):  # fmt: skip
     """The kernel's arguments and nothing else."""
 
 
-def call_arguments() -> dict:
-    """A call with every tensor the operator takes."""
+def one_token() -> dict:
+    """A call of one token per sequence, with slots to read and slots to write."""
     batch, heads, dim, dstate = 4, 8, 64, 128
     return {
         "state": torch.zeros(8, heads, dim, dstate, dtype=torch.float16),
@@ -52,6 +65,59 @@ def call_arguments() -> dict:
         "dst_state_batch_indices": torch.arange(batch, dtype=torch.int32),
         "out": torch.zeros(batch, heads, dim, dtype=torch.bfloat16),
     }
+
+
+def speculative() -> dict:
+    """A call with packed tokens, a table of slots, quantised states and stochastic rounding."""
+    call, tokens, batch = one_token(), 12, 4
+    for name in ("x", "dt", "B", "C", "z", "out"):
+        call[name] = torch.zeros(tokens, *call[name].shape[1:], dtype=call[name].dtype)
+    table = torch.zeros(batch, 4, dtype=torch.int32)
+    return {
+        **call,
+        "state": call["state"].to(torch.int8),
+        "state_scale": torch.zeros(call["state"].shape[:3]),
+        "state_batch_indices": table,
+        "dst_state_batch_indices": table,
+        "num_accepted_tokens": torch.ones(batch, dtype=torch.int32),
+        "cu_seqlens": torch.arange(batch + 1, dtype=torch.int32) * 3,
+        "rand_seed": torch.zeros(1, dtype=torch.int64),
+        "cache_steps": 4,
+    }
+
+
+def fake(tensor: torch.Tensor | None):
+    """A tensor as the compiler sees it; None stays None."""
+    if tensor is None:
+        return None
+    sizes = [cute.sym_int() for _ in tensor.shape]
+    order = tuple(reversed(range(tensor.dim())))
+    space = cute.AddressSpace.generic  # the host's memory
+    return make_fake_compact_tensor(DTYPES[tensor.dtype], sizes, stride_order=order, memspace=space)
+
+
+def measure(call: dict) -> tuple[int, float, float]:
+    """(tensors, microseconds of the operator, microseconds of its compiled entry) of a call in steady state."""
+    tensors = [call.get(name) for name in Operands._fields]
+    scalars = (cute.Int64(0), cute.Int32(0), cute.Int32(0))
+    function = cute.compile(entry, *map(fake, tensors), *scalars, options="--enable-tvm-ffi")
+    raw = function.__tvm_ffi_object__()
+    raw(*tensors, -1, 4, 528)  # raises if it would refuse, and calls then took the long way
+
+    class Keys(dict):
+        def get(self, key, default=None):
+            self[key] = (raw, 4, 528)
+            return self[key]
+
+    memory, module._plans = module._plans, Keys()
+    try:
+        cute_ssm.selective_state_update(**call, dt_softplus=True)  # learn the key
+        module._plans = dict(module._plans)
+        cached = microseconds(lambda: cute_ssm.selective_state_update(**call, dt_softplus=True))
+    finally:
+        module._plans = memory
+    given = sum(tensor is not None for tensor in tensors)
+    return given, cached, microseconds(lambda: raw(*tensors, -1, 4, 528))
 
 
 def microseconds(function, repeats=30, inner=2000) -> float:
@@ -70,45 +136,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help=f"write {RESULTS.name}")
     options = parser.parse_args(argv)
-    call = call_arguments()
-    order = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "state_batch_indices", "dst_state_batch_indices", "out")
-    dtypes = {torch.float32: cute.Float32, torch.float16: cute.Float16, torch.bfloat16: cute.BFloat16, torch.int32: cute.Int32}
-    fakes = [
-        make_fake_compact_tensor(
-            dtypes[t.dtype],
-            [cute.sym_int() for _ in t.shape],
-            stride_order=tuple(reversed(range(t.dim()))),
-            memspace=cute.AddressSpace.generic,  # the host's memory
-        )
-        for t in (call[name] for name in order)
-    ]
-    function = cute.compile(entry, *fakes, cute.Int64(0), cute.Int32(0), options="--enable-tvm-ffi")
-    raw = function.__tvm_ffi_object__()
-    tensors = [call[name] for name in order]
-    raw(*tensors, -1, 528)  # raises if it would refuse, and calls then took the long way
-
-    class Keys(dict):
-        def get(self, key, default=None):
-            self[key] = (raw, 528)
-            return None
-
-    memory, module._plans = module._plans, Keys()
-    try:
-        cute_ssm.selective_state_update(**call, dt_softplus=True)  # learn the key
-        module._plans = dict(module._plans)
-        rows = {
-            "selective_state_update, 12 tensors, cached": microseconds(
-                lambda: cute_ssm.selective_state_update(**call, dt_softplus=True)
-            ),
-            "of which the compiled entry, without a launch": microseconds(lambda: raw(*tensors, -1, 528)),
-        }
-    finally:
-        module._plans = memory
+    rows = {}
+    for what, call in (("one token", one_token()), ("packed, tables, int8, stochastic", speculative())):
+        given, cached, alone = measure(call)
+        rows[f"selective_state_update, {what}: {given} tensors, cached"] = cached
+        rows["  of which the compiled entry, without a launch" + f" ({what})"] = alone
     for name, value in rows.items():
         print(f"{value:6.2f} us  {name}")
     if options.json:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        RESULTS.write_text(json.dumps({"microseconds": rows, "cpu": platform.processor(), "versions": versions}, indent=1) + "\n")
+        RESULTS.write_text(
+            json.dumps({"microseconds": rows, "cpu": platform.processor(), "versions": versions}, indent=1) + "\n"
+        )
     return 0
 
 
