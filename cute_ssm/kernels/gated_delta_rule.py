@@ -7,18 +7,18 @@ Per (request, value head), with the state S [V, K] and the equations of `referen
 
 A CTA owns `rows` rows of one head, its warps 16 of them at a time.  A warp asks for its first tile of the state before
 anything else, straight into registers; then all warps bring keys, queries and values to shared memory, the first one
-computes the coefficients, which no row depends on, and every warp goes its own way: while a tile is multiplied, the next
-one takes its registers, if nothing is to be written.
+computes the coefficients, which depend on no row, and every warp goes its own way: while a tile is multiplied, the
+next one takes its registers, if nothing is to be written.
 
-A *block* is 16 columns of a tile; lane ``4 g + t`` holds columns 4 t .. 4 t + 3 of rows g and g + 8 of it.  Products sum
-over columns, so any order of them will do: elements (2 s, 2 s + 1) are the operand of step s of S K^T, and elements
-(s, 2 + s) are the accumulator of step s of U K.  So the state never moves between lanes.  A float32 state, and X, U and
-the coefficients, are multiplied as two parts each; keys and queries are exact.
+A *block* is 16 columns of a tile; lane ``4 g + t`` holds columns 4 t .. 4 t + 3 of rows g and g + 8 of it.  Products
+sum over columns, so any order of them will do: elements (2 s, 2 s + 1) are the operand of step s of S K^T, and elements
+(s, 2 + s) belong to the result of step s of U K.  So the state never moves between lanes.  A float32 state, and X, U
+and the coefficients, are multiplied as two parts each; keys and queries are exact.
 
 In shared memory, row r of keys and queries is token r; queries follow keys.  Column n of a product belongs to row
-``row_of(n)`` of a group of 8 rows: lane t's two columns to rows t and 4 + (t ^ 2).  With that order, and rows that are 8
-banks apart, neither kind of access to keys meets a bank twice.  Up to 4 tokens, keys and queries share one group: even
-columns belong to keys, odd ones to queries, and the odd half of every operand is free for low parts.
+``row_of(n)`` of a group of 8 rows: lane t's two columns to rows t and 4 + (t ^ 2).  With that order, and rows that are
+8 banks apart, neither kind of access to keys meets a bank twice.  Up to 4 tokens, keys and queries share one group:
+even columns belong to keys, odd ones to queries, and the odd half of every operand is free for low parts.
 
 PDL: everything is read and written after `griddepcontrol.wait`, because the state's last writer may be the upstream
 kernel; dependents are released at once, and must wait likewise before they read.
@@ -305,7 +305,7 @@ class GatedDeltaRule:
     # ----------------------------------------------------------------------------------------------------- coefficients
     @cute.jit
     def prepare(self, A_log, a, dt_bias, b, scale, shared, place, tokens, lane):
-        """Everything about tokens that does not depend on rows of the state, by one warp; lane c is token, or column, c."""
+        """All that does not depend on rows of the state, by one warp; lane c is token, or column, c."""
         count, pitch = self.tokens, self.pitch
         i, h = place
         alpha, beta = Float32(1.0), Float32(0.0)

@@ -18,6 +18,7 @@ TILE = 16  # rows of the state that a warp works on at a time
 KEY_PAD = 8  # floats between rows of keys in shared memory: no access to them meets a bank twice
 VALUE_PAD = 8  # elements between rows of values
 MAX_TILES = 4  # of a warp
+MOST_ROWS = 128  # of a CTA
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,11 @@ def choose(spec: GatedDeltaRuleSpec, arch: Arch, heads: int, sm_count: int) -> G
 
 @functools.lru_cache(maxsize=4096)
 def _choose(spec: GatedDeltaRuleSpec, heads: int, sm_count: int) -> GatedDeltaRuleConfig:
-    """Whole heads if there are two for every SM; else halves or quarters, down to a tile for each of two warps."""
-    rows = spec.V
+    """128 rows if there are two such parts for every SM; else fewer, down to a tile for each of two warps.
+
+    A warp has two tiles, of which one arrives while the other is multiplied, or one of 256 columns.
+    """
+    rows = min(spec.V, MOST_ROWS)
     while rows > 2 * TILE and heads * (spec.V // rows) < 2 * sm_count:
         rows //= 2
-    return GatedDeltaRuleConfig(rows, warps=min(4, rows // TILE))
+    return GatedDeltaRuleConfig(rows, warps=min(8 if spec.K == 256 else 4, rows // TILE))
