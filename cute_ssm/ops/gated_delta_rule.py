@@ -148,8 +148,8 @@ def _warn_of_default() -> None:
     if not _warned and not torch.compiler.is_compiling():
         _warned = True
         warnings.warn(
-            "disable_state_update: None leaves the states as they are, like True, but FlashInfer has announced that its "
-            "default becomes False; pass True or False",
+            "disable_state_update: None leaves the states as they are, like True, but FlashInfer has announced that "
+            "its default becomes False; pass True or False",
             FutureWarning,
             stacklevel=3,
         )

@@ -159,11 +159,10 @@ def expected(call: dict, compute_dtype: torch.dtype) -> tuple[torch.Tensor, torc
     return out, torch.cat([first.to(compute_dtype)[:, None], states], 1)
 
 
-def within(got: torch.Tensor, rounded: torch.Tensor, want: torch.Tensor, dims: tuple[int, ...], what: str) -> float:
+def within(got: torch.Tensor, rounded: torch.Tensor, want: torch.Tensor, dims: tuple[int, ...], what: str):
     """Raise unless errors, in units of the largest value along `dims`, are at most 1.5 times those of `rounded`.
 
-    What a float32 computation could not promise is always allowed: 2^-22 at worst, 2^-24 on average.  Returns the ratio of
-    the average errors.
+    What a float32 computation could not promise is always allowed: 2^-22 at worst, 2^-24 on average.
     """
     unit = want.abs().amax(dims, keepdim=True) + 1e-30
     error, allowed = ((x.double() - want).abs() / unit for x in (got, rounded))
@@ -172,29 +171,24 @@ def within(got: torch.Tensor, rounded: torch.Tensor, want: torch.Tensor, dims: t
     rms, allowed_rms = error.square().mean().sqrt().item(), allowed.square().mean().sqrt().item()
     limit = 1.5 * allowed_rms + 2.0**-24
     assert rms <= limit, f"{what}: rms error {rms:.3e} exceeds {limit:.3e}"
-    return rms / max(allowed_rms, 1e-30)
 
 
-def check(before: dict, after: dict, out: torch.Tensor) -> dict[str, float]:
-    """Outputs and states within 1.5 times the errors of sequential float32, all else bit for bit as it was.
-
-    Returns the ratios of the average errors.
-    """
-    batch, tokens = before["q"].shape[:2]
+def check(before: dict, after: dict, out: torch.Tensor) -> None:
+    """Outputs and states within 1.5 times the errors of sequential float32, all else bit for bit as it was."""
+    tokens = before["q"].shape[1]
     src = before["initial_state_indices"].long()
     real = src >= 0
     want, states = expected(before, torch.float64)
     want32, states32 = expected(before, torch.float32)
-    ratios = {}
     if real.any():
-        ratios["out"] = within(out[real], want32[real].to(out.dtype), want[real], (-1,), "out")
+        within(out[real], want32[real].to(out.dtype), want[real], (-1,), "out")
 
     def check_state(got, request, count, what):
         if count == 0:
             assert torch.equal(got, before["initial_state"][src[request]]), "no token: the state moves as it is"
         else:
             rounded = states32[request, count].to(got.dtype)
-            ratios[what] = within(got, rounded, states[request, count], (-2, -1), what)
+            within(got, rounded, states[request, count], (-2, -1), what)
 
     written = []  # (request, tokens, slot)
     for i in real.nonzero().flatten().tolist():
@@ -222,7 +216,6 @@ def check(before: dict, after: dict, out: torch.Tensor) -> dict[str, float]:
     for name, value in before.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(storage(value), storage(after[name])), f"{name} changed where it must not"
-    return ratios
 
 
 def run(case: Case, seed: int = 0) -> tuple[dict, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 
 import pytest
 import torch
@@ -287,6 +288,27 @@ def test_nothing_to_do(change):
     with ptxsim.emulate(arch="sm_90a"):
         assert scan(case, call).shape == call["u"].shape
     assert torch.equal(storage(before["ssm_states"]), storage(call["ssm_states"]))
+
+
+def test_slots_beyond_2_to_the_31_elements():
+    """A pool of 2^33 elements, mapped but never touched except in its last slot: offsets are 64 bits wide."""
+    dim, dstate, stride = 32, 16, 2**31
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
+    memory = mmap.mmap(-1, 4 * stride * 2 + 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    states = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((5, dim, dstate), (stride, dstate, 1))
+    case = Case(lengths=(9,), dim=dim, dstate=dstate, state="io", nulls=())
+    call = arguments(case)
+    near = copy(call)
+    slot = int(call["cache_indices"][0])
+    far = {**call, "ssm_states": states, "cache_indices": torch.tensor([4], dtype=torch.int32)}
+    try:
+        states[4] = call["ssm_states"][slot]
+    except RuntimeError as error:  # a machine that cannot map it
+        pytest.skip(str(error))
+    with ptxsim.emulate(arch="sm_90a"):
+        assert torch.equal(scan(case, far), scan(case, near))
+    assert torch.equal(states[4], near["ssm_states"][slot])
+    assert not states[:4, :, 0].any()
 
 
 def test_budget():
