@@ -31,6 +31,7 @@ VARIABLES = (
     Variable("CUTE_SSM_ARCH", "that of the GPU", f"compile for this target: {', '.join(archs.ARCHS)}"),
     Variable("CUTE_SSM_AOT_DIR", "none", "folders of kernels compiled ahead of time, separated by colons"),
     Variable("CUTE_SSM_LOG", "off", "off, compile (compilations and cache), calls (every call's arguments too)"),
+    Variable("VLLM_TUNED_CONFIG_FOLDER", "none", "vLLM's folder of tuned configs, which `cute_ssm.compat.vllm` reads"),
 )
 
 
@@ -90,9 +91,16 @@ def logger() -> logging.Logger:
     return log
 
 
+def vllm_tuned_config_folder() -> Path | None:
+    """Return the folder that vLLM's variable names, or None; read at every call, which the caller memorises."""
+    text = _value("VLLM_TUNED_CONFIG_FOLDER")
+    return _folder(text) if text else None
+
+
 def present() -> dict[str, str]:
-    """Return the variables of this package that are set, misspelt ones included."""
-    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(PREFIX)}
+    """Return the variables of the table and of this package that are set, misspelt ones included."""
+    known = {variable.name for variable in VARIABLES}
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(PREFIX) or name in known}
 
 
 def _value(name: str) -> str:

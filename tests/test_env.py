@@ -24,7 +24,7 @@ def test_only_env_reads_the_environment():
 
 def test_the_table_lists_exactly_the_variables_that_are_read():
     source = (PACKAGE / "env.py").read_text().split("@functools.cache", 1)[1]
-    assert set(re.findall(r"_(?:value|choice)\(\"(CUTE_SSM_\w+)\"", source)) == {row.name for row in env.VARIABLES}
+    assert set(re.findall(r"_(?:value|choice)\(\"((?:CUTE_SSM|VLLM)_\w+)\"", source)) == {row.name for row in env.VARIABLES}
 
 
 def test_defaults(settings, monkeypatch, tmp_path):

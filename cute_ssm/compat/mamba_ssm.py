@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops.selective_scan import selective_scan
+from cute_ssm.ops.selective_state_update import selective_state_update as _update
+
+PAD_SLOT_ID = -1
 
 
 @overload
@@ -100,3 +103,78 @@ def selective_scan_fn(
     D, delta_bias = (t.float() if isinstance(t, Tensor) else t for t in (D, delta_bias))
     out = selective_scan(u, states, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return out if states is None else (out, states)
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+) -> Tensor:
+    """Advance states by one token, like ``mamba_ssm.ops.triton.selective_state_update``.
+
+    Parameters
+    ----------
+    state : Tensor, (batch or slots[, nheads], dim, dstate), float32/bfloat16/float16
+        **Updated in place**; laid out as for `cute_ssm.selective_state_update`.
+    x, dt : Tensor, (batch[, nheads], dim), float32/bfloat16/float16
+        Any strides, like B, C and z; stride 1 in the last dimension saves a copy.  dt may have stride 0 there.
+    A : Tensor, ([nheads, ]dim, dstate), float32/bfloat16/float16
+        Strides 0 in the last two dimensions mean one value per head.
+    B, C : Tensor, (batch[, ngroups], dstate)
+    D, dt_bias : Tensor, ([nheads, ]dim), optional
+    z : Tensor, like x, optional
+        Gate.
+    dt_softplus : bool
+        Apply softplus to dt + dt_bias.
+    state_batch_indices : Tensor, (batch,), int32/int64, optional
+        Slot of each sequence; -1 is padding, whose rows of the result are zero.
+
+    Returns
+    -------
+    Tensor
+        Of the shape and type of x.
+
+    Raises
+    ------
+    ValueError, TypeError, UnsupportedSpecError, UnsupportedArchError
+        As for `cute_ssm.selective_state_update`.
+
+    Notes
+    -----
+    B, C and z of another type than x are converted to it.
+    """
+    if isinstance(x, Tensor):
+        B, C, z = (_like(tensor, x.dtype) for tensor in (B, C, z))
+        x = _like(x, x.dtype)
+    if isinstance(A, Tensor) and A.dim() >= 2 and A.stride(-1) != 1 and (A.stride(-1) or A.stride(-2)):
+        A = A.contiguous()
+    return _update(
+        state,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        dt_softplus,
+        state_batch_indices=state_batch_indices,
+        pad_slot_id=PAD_SLOT_ID,
+    )
+
+
+def _like(tensor: Any, dtype: torch.dtype) -> Any:
+    """Bring a token's tensor to a type, and to stride 1 in its last dimension."""
+    if not isinstance(tensor, Tensor):
+        return tensor
+    tensor = tensor if tensor.dtype == dtype or not tensor.is_floating_point() else tensor.to(dtype)
+    return tensor if tensor.dim() == 0 or tensor.stride(-1) == 1 else tensor.contiguous()

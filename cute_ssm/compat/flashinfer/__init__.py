@@ -1,0 +1,1 @@
+"""Modules named like FlashInfer's."""
