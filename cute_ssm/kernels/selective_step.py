@@ -399,8 +399,7 @@ class SelectiveStep:
                 step, power = math.from_lane(steps, t & (WARP - 1)), math.from_lane(powers, t & (WARP - 1))
                 carry *= power
                 if carry < SMALLEST or carry > LARGEST:
-                    for k in cutlass.range_constexpr(self.view.steps * self.view.columns):
-                        held[k] = held[k] * carry
+                    self.multiply(held, carry)
                     carry = Float32(1.0)
                 head = (step, None, power)
             elif const_expr(self.spec.A_tied or self.spec.dt_tied):
@@ -443,6 +442,11 @@ class SelectiveStep:
             else:
                 for s in cutlass.range_constexpr(self.view.steps):
                     self.view.store(cell, lane, s, rows[s], None, (*random, first))
+
+    def multiply(self, held, factor):
+        """Multiply the registers of a block."""
+        for k in range(self.view.steps * self.view.columns):
+            held[k] = held[k] * factor
 
     def scaled_rows(self, held, carry):
         """The registers of a block as lists of a step's columns, with the running decay multiplied in."""

@@ -66,7 +66,7 @@ def test_reference(case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case):
-    with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True):
+    with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, shuffle_sync=False):
         run(case)
 
 
@@ -85,7 +85,7 @@ def test_kernel(case):
 @pytest.mark.parametrize("config", [{}, LOOP], ids=["products", "loop"])
 def test_products_and_loop(case, config):
     """What a spec of 16-bit operands can be computed by, both ways."""
-    with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True) as session:
+    with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, shuffle_sync=False) as session:
         with tuning.override(**config):
             run(case)
     multiplies = any("mma.sync" in function.ptx for function in session.functions)
@@ -103,7 +103,7 @@ def test_products_and_loop(case, config):
     ids=str,
 )
 def test_sm_100a(case):
-    with ptxsim.emulate(arch="sm_100a", racecheck=True, initcheck=True):
+    with ptxsim.emulate(arch="sm_100a", racecheck=True, initcheck=True, shuffle_sync=False):
         run(case)
 
 
@@ -120,7 +120,7 @@ def test_sm_100a(case):
     ids=str,
 )
 def test_persistent_ring(case, mode):
-    with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, sm_count=1, **mode):
+    with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, shuffle_sync=False, sm_count=1, **mode):
         with tuning.override(rows=32, stages=3, warps=2, ctas_per_sm=1):
             run(case)
 
@@ -244,5 +244,5 @@ def test_random_configuration_of_the_reference(seed):
 @pytest.mark.parametrize("seed", [pytest.param(s, marks=() if s < 40 else pytest.mark.slow) for s in range(300)])
 def test_random_configuration_of_the_kernel(seed):
     case = sample(random.Random(seed))
-    with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True):
+    with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, shuffle_sync=False):
         run(case, seed)
