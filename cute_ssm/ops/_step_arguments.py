@@ -75,6 +75,8 @@ def check(operands: Operands, settings: Settings) -> SelectiveStateUpdateSpec:
         value = getattr(settings, setting)
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(describe(setting, "an int", type(value).__name__))
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(describe(setting, "an int of 64 bits", value))
     given = {name: tensor for name, tensor in operands._asdict().items() if tensor is not None}
     _check_combinations(given, settings)
     sizes = _check_shapes(given, settings)
@@ -109,7 +111,7 @@ def limit(operands: Operands, settings: Settings) -> int:
     """Tokens that no sequence may exceed."""
     if operands.cu_seqlens is None:
         return operands.x.shape[1] if operands.x.dim() == 4 else 1
-    bounds = [settings.cache_steps or UNLIMITED]
+    bounds = [min(settings.cache_steps or UNLIMITED, UNLIMITED)]
     dst, saved = operands.dst_state_batch_indices, operands.intermediate_states_buffer
     if dst is not None and dst.dim() == 2:
         bounds.append(dst.shape[1])

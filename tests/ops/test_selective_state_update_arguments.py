@@ -267,6 +267,7 @@ BROKEN = [
     ("one", "pad_slot_id", always(None), TypeError, "expected an int, got NoneType"),
     ("one", "pad_slot_id", always(-1.0), TypeError, "expected an int, got float"),
     ("one", "pad_slot_id", always(torch.tensor(-1)), TypeError, "expected an int, got Tensor"),
+    ("one", "pad_slot_id", always(2**63), ValueError, "expected an int of 64 bits, got 9223372036854775808"),
     ("packed", "cache_steps", always(5.0), TypeError, "expected an int, got float"),
     ("random", "philox_rounds", always("10"), TypeError, "expected an int, got str"),
     ("one", "algorithm", always("diagonal"), ValueError, "expected auto or simple or vertical or horizontal"),
@@ -368,6 +369,7 @@ LEGAL = [
     ("accepted", {"num_accepted_tokens": always(torch.tensor([0, -7, 5], dtype=torch.int32))}),
     ("one", {"pad_slot_id": always(-100)}),
     ("packed", {"cache_steps": always(0)}),
+    ("packed", {"cache_steps": always(2**40)}),
 ]
 
 
