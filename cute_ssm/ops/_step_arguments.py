@@ -189,10 +189,11 @@ def _columns(accepted: Tensor, columns: int) -> Tensor:
 
 def _check_distinct(name: str, indices: Tensor, what: str) -> None:
     """Raise if two tokens' states go to the same place."""
-    found, counts = indices.unique(return_counts=True)
-    if bool((counts > 1).any()):
-        index = int(found[counts > 1][0])
-        raise ValueError(describe(name, f"distinct {what}", f"{index} more than once", "each holds one state"))
+    ordered = indices.sort().values
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(repeated):
+        got = f"{int(repeated[0])} more than once"
+        raise ValueError(describe(name, f"distinct {what}", got, "each holds one state"))
 
 
 def _tied(tensor: Tensor) -> bool:
