@@ -1,0 +1,99 @@
+"""What a kernel's entry for the GPU reads of tensors: TVM-FFI with the kernel's own fakes, on the CPU, launching nothing.
+
+The memory space of the fakes is changed so that the entry takes CPU tensors; its body reports the sizes and strides that
+it was given, and its checks are those that spare the operator its own.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import cutlass
+import cutlass.cute as cute
+import pytest
+import step_cases
+import token_cases
+import torch
+from cutlass import Int32, Int64
+from cutlass.cute.runtime import make_fake_tensor
+
+from cute_ssm import arch as archs
+from cute_ssm.kernels import selective_step
+from cute_ssm.ops import _step_arguments as arguments
+from cute_ssm.ops import selective_state_update as operator
+from cute_ssm.tuning.selective_step import choose
+
+
+@cute.jit
+def entry(report: cute.Tensor, tensors: list, pad: Int64, max_tokens: Int32, max_ctas: Int32):
+    """Report every size and stride."""
+    i = 0
+    for tensor in tensors:
+        if cutlass.const_expr(tensor is not None):
+            for value in (*tensor.shape, *tensor.stride):
+                report[i] = Int64(value)
+                i += 1
+    report[i] = pad
+    report[i + 1] = Int64(max_tokens)
+    report[i + 2] = Int64(max_ctas)
+
+
+def compiled(call: dict, monkeypatch):
+    """(compiled entry, operands) of a call of the operator."""
+    seen = {}
+
+    def capture(spec, operands, settings):
+        seen.update(spec=spec, operands=operands, bound=arguments.limit(operands, settings))
+
+    monkeypatch.setattr(operator, "_run_on_cpu", capture)
+    operator.selective_state_update(**call)
+    on_cpu = functools.partial(make_fake_tensor, memspace=cute.AddressSpace.generic)
+    monkeypatch.setattr(selective_step, "make_fake_tensor", on_cpu)
+    config = choose(seen["spec"], archs.SM_90A, 8, 132, seen["bound"])
+    *fakes, pad, tokens, ctas, _ = selective_step.SelectiveStep(seen["spec"], config, archs.SM_90A).fakes()
+    report = on_cpu(Int64, (cute.sym_int32(),), (1,))
+    function = cute.compile(entry, report, fakes, pad, tokens, ctas, options="--enable-tvm-ffi")
+    return function.__tvm_ffi_object__(), seen["operands"]
+
+
+CASES = [
+    step_cases.Case(),
+    step_cases.Case(layout="dense", strided=True, separate=True),
+    step_cases.Case(indices=None, has_z=False, has_D=False, has_bias=False, state="f32"),
+    token_cases.Tokens(),
+    token_cases.Tokens(packed=True, lengths=(3, 0, 2), accepted=True, destination="matrix", state="i8", rounds=10),
+    token_cases.Tokens(destination="intermediates", state="f8", indices=torch.int64, seed_per_slot=True, rounds=2),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sizes_and_strides_arrive(case, monkeypatch):
+    module = step_cases if isinstance(case, step_cases.Case) else token_cases
+    function, operands = compiled(module.arguments(case), monkeypatch)
+    wanted = [v for t in operands if t is not None for v in (*t.shape, *t.stride())]
+    report = torch.zeros(len(wanted) + 3, dtype=torch.int64)
+    function(report, list(operands), -1, 7, 528)
+    assert report.tolist() == [*wanted, -1, 7, 528]
+
+
+def test_what_the_operator_leaves_to_the_entry(monkeypatch):
+    """Other strides, types, sizes or alignment than the kernel was compiled for are refused."""
+    call = step_cases.arguments(step_cases.Case())
+    function, operands = compiled(call, monkeypatch)
+    report = torch.zeros(80, dtype=torch.int64)
+    misaligned = torch.zeros(3 * 2 * 128 + 1, dtype=torch.bfloat16)[1:].view(3, 2, 128)
+    for name, wrong in {
+        "A": operands.A.contiguous(),  # not tied
+        "dt": operands.dt.contiguous(),
+        "x": operands.x.float(),
+        "z": None,
+        "B": misaligned,
+        "C": operands.C[:2],
+        "out": operands.out[..., :32],
+        "state": operands.state[:, :, :, :64],
+        "state_batch_indices": operands.state_batch_indices.long(),
+        "dst_state_batch_indices": operands.state_batch_indices,
+    }.items():
+        with pytest.raises((TypeError, ValueError)):
+            function(report, list(operands._replace(**{name: wrong})), -1, 1, 528)
+    function(report, list(operands), -1, 1, 528)
