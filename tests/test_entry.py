@@ -1,7 +1,7 @@
-"""What a kernel's entry for the GPU reads of tensors: TVM-FFI with the kernel's own fakes, on the CPU, launching nothing.
+"""What a kernel's entry for the GPU reads of tensors: TVM-FFI with the kernel's fakes, on the CPU, launching nothing.
 
-The memory space of the fakes is changed so that the entry takes CPU tensors; its body reports the sizes and strides that
-it was given, and its checks are those that spare the operator its own.
+The memory space of the fakes is changed so that the entry takes CPU tensors; its body reports the sizes and strides
+that it was given, and its checks are those that spare the operator its own.
 """
 
 from __future__ import annotations
