@@ -46,6 +46,7 @@ from cute_ssm.tuning.gated_delta_rule import (
 )
 
 BLOCK = 16  # columns of a tile that a warp holds four a lane and row
+PART = 8  # blocks of a state that are written at a time
 EPSILON = 1e-6
 
 
@@ -547,21 +548,25 @@ class GatedDeltaRule:
                 memory.store_words(memory.address(out, i, token, h, row + at), words)
 
     # ----------------------------------------------------------------------------------------------------------- states
-    @cute.jit
     def write_states(self, state, targets, tile, U, shared, place, row, tokens, lane):
-        """All states of this tile that the call asks for."""
+        """All states of this tile that the call asks for, a part of the columns at a time: registers are few."""
+        for first in range(0, self.blocks, PART):
+            blocks = range(first, min(first + PART, self.blocks))
+            self.write_part(state, targets, (tile, U, shared, blocks), place, row, tokens, lane)
+
+    @cute.jit
+    def write_part(self, state, targets, sources, place, row, tokens, lane):
+        """Some blocks of all states that the call asks for."""
         buffer, scatter, dst, accepted = targets
         i, h, slot = place
         if const_expr(buffer is not None):
             for t in cutlass.range(tokens, unroll=1):
-                self.write_state(self.corner(buffer, (i, t, h), row, lane), tile, U, shared, t, Boolean(True), lane)
+                self.write_state(self.corner(buffer, (i, t, h), row, lane), sources, t, Boolean(True), lane)
         if const_expr(scatter is not None):
             for t in cutlass.range(tokens, unroll=1):
                 target = Int64(scatter[i, t])
                 if target >= 0:
-                    self.write_state(
-                        self.corner(state, (target, h), row, lane), tile, U, shared, t, Boolean(True), lane
-                    )
+                    self.write_state(self.corner(state, (target, h), row, lane), sources, t, Boolean(True), lane)
         if const_expr(self.spec.write_final):
             target = slot
             if const_expr(dst is not None):
@@ -571,11 +576,12 @@ class GatedDeltaRule:
                 count = cutlass.min(Int32(accepted[i]), tokens)
                 last, some = cutlass.max(count, 1) - 1, count > 0
             if target >= 0:
-                self.write_state(self.corner(state, (target, h), row, lane), tile, U, shared, last, some, lane)
+                self.write_state(self.corner(state, (target, h), row, lane), sources, last, some, lane)
 
     @cute.jit
-    def write_state(self, corner, tile, U, shared, t, some, lane):
-        """The tile of the state after token t, or the tile itself if not `some`, to `corner`."""
+    def write_state(self, corner, sources, t, some, lane):
+        """Blocks of the tile of the state after token t, or of the tile itself if not `some`, to `corner`."""
+        tile, U, shared, blocks = sources
         g, lane_t = lane >> 2, lane & 3
         decays = shared["decays"] + t * self.pitch
         kappas = shared["vectors"] + 2 * self.tokens
@@ -596,7 +602,9 @@ class GatedDeltaRule:
             else:
                 operands.append([[part[0], part[2], part[1], part[3]] for part in (low, high)])
             rows.append([shared["keys"] + ((8 * n + c) * self.key_pitch + 2 * g) for c in columns])
-        for j in cutlass.range_constexpr(self.blocks):
+        for j in blocks:
+            if const_expr(j % 4 == 0):  # or the compiler takes all keys out of the loop over tokens, into registers
+                cute.arch.sync_warp()
             old = [convert.unpack(words, self.state_dtype) for words in tile[j]]
             new = [[None] * 4, [None] * 4]
             right = [[memory.load(p + BLOCK * j, Float32, 2, 8) for p in pointers] for pointers in rows]
