@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 
 import numpy as np
@@ -13,6 +14,7 @@ from step_oracle import at_row, close, states, token, tokens, wide
 import ptxsim
 from cute_ssm import tuning
 from cute_ssm.compat import vllm
+from cute_ssm.tuning import selective_step, vllm_configs
 
 NULL = 0
 ORDER = (
@@ -258,17 +260,22 @@ def test_rounds_are_checked():
 
 
 @pytest.mark.parametrize("config", [(4, 1), (64, 4), (256, 8)])
-def test_tuned_configs_change_tiles_and_no_result(config):
+def test_tuned_configs_change_tiles_and_no_result(config, monkeypatch):
+    seen = []
+
     def run():
         state, out = states(4), torch.empty(3, 4, 64)
         with ptxsim.emulate(arch="sm_90a"):
             vllm.selective_state_update(state, **tokens(3), out=out, state_batch_indices=torch.tensor([1, 2, 3]))
         return state, out
 
-    plain = run()
+    state, out = run()
+    choose = selective_step.choose
+    monkeypatch.setattr(selective_step, "choose", lambda *args: seen.append(choose(*args)) or seen[-1])
     with vllm.override_ssm_config(config):
-        assert vllm._tuned(states(4), torch.empty(3, 4, 64), 3, False) is not None
-        tuned = run()
+        tuned_state, tuned_out = run()
+    wanted = vllm_configs.as_override(64, 32, "float32", False, config)
+    assert wanted.items() <= dataclasses.asdict(seen[0]).items()
     assert not tuning.overridden()
-    for a, b in zip(plain, tuned):
-        assert torch.equal(a, b)
+    assert torch.equal(state, tuned_state)
+    torch.testing.assert_close(out, tuned_out)

@@ -55,7 +55,7 @@ def selective_state_update(
         As there.
     cache_steps : int
         With ``cu_seqlens``, the most tokens of a sequence; with x of rank 4 and an intermediate buffer, at least T.
-        With x of rank 3 and no ``cu_seqlens``, 1 or more inserts an axis T = 1 into x, dt, B, C, z and what is returned.
+        With x of rank 3 and no ``cu_seqlens``, 1 or more inserts an axis T = 1 into x, dt, B, C, z and the result.
     algorithm, cu_seqlens, num_accepted_tokens
         As there.
     backend : {"auto", "flashinfer", "cake"}
