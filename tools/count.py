@@ -88,7 +88,40 @@ def selective_state_update(
     )
 
 
-OPERATORS = {function.__name__: function for function in (selective_state_update,)}
+def gated_delta_rule_mtp(
+    B=16, T=4, H=16, HV=32, K=128, V=128, state_dtype="float32", input_dtype="bfloat16", verify=1, buffer=0,
+):  # fmt: skip
+    """T tokens for each request; slots are a random permutation of a pool.  A unit is one (request, value head).
+
+    verify: leave the states as they are.  buffer: the state after every token goes to a buffer.
+    """
+    inputs, states = getattr(torch, input_dtype), getattr(torch, state_dtype)
+    slots = 2 * B
+    arguments = {
+        "q": torch.randn(B, T, H, K).to(inputs),
+        "k": torch.randn(B, T, H, K).to(inputs),
+        "v": torch.randn(B, T, HV, V).to(inputs),
+        "initial_state": torch.randn(slots, HV, V, K).to(states),
+        "initial_state_indices": torch.randperm(slots)[:B].int(),
+        "A_log": torch.randn(HV),
+        "a": torch.randn(B, T, HV).to(inputs),
+        "dt_bias": torch.randn(HV),
+        "b": torch.randn(B, T, HV).to(inputs),
+        "output": torch.empty(B, T, HV, V, dtype=inputs),
+    }
+    if buffer:
+        arguments["intermediate_states_buffer"] = torch.empty(B, T, HV, V, K, dtype=states)
+    images = 1 + (not verify) + (T if buffer else 0)
+    floor_bytes = images * B * HV * V * K * states.itemsize
+    floor_bytes += sum(stored_bytes(t) for name, t in arguments.items() if not name.startswith(("init", "inter")))
+    return Call(
+        lambda: cute_ssm.gated_delta_rule_mtp(**arguments, disable_state_update=bool(verify)),
+        units=B * HV,
+        floor_bytes=floor_bytes + stored_bytes(arguments["initial_state_indices"]),
+    )
+
+
+OPERATORS = {function.__name__: function for function in (selective_state_update, gated_delta_rule_mtp)}
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:

@@ -118,8 +118,9 @@ def test_a_refusing_kernel_leads_to_the_full_check(plans):
     "change",
     [
         {"batch": 4}, {"tokens": 5}, {"heads": 2}, {"ratio": 1}, {"K": 64}, {"V": 128}, {"state": "bf16"},
-        {"io": "f16"}, {"out": "bf16"}, {"out": None}, {"gate": "f32"}, {"bias": "bf16"}, {"mode": "verify"}, {"mode": "split"},
-        {"mode": "buffer"}, {"mode": "scatter"}, {"mode": "accepted"}, {"indices": torch.int64}, {"l2norm": False},
+        {"io": "f16"}, {"out": "bf16"}, {"out": None}, {"gate": "f32"}, {"bias": "bf16"}, {"mode": "verify"},
+        {"mode": "split"}, {"mode": "buffer"}, {"mode": "scatter"}, {"mode": "accepted"}, {"indices": torch.int64},
+        {"l2norm": False},
     ],
     ids=str,
 )  # fmt: skip
