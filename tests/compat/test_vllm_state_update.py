@@ -279,3 +279,16 @@ def test_tuned_configs_change_tiles_and_no_result(config, monkeypatch):
     assert not tuning.overridden()
     assert torch.equal(state, tuned_state)
     torch.testing.assert_close(out, tuned_out)
+
+
+def test_traced_by_torch_compile():
+    def run(state, out):
+        slots = torch.tensor([3, NULL, 1], dtype=torch.int32)
+        vllm.selective_state_update(state, **call, out=out, state_batch_indices=slots)
+
+    call, pairs = tokens(3), [(states(4), torch.zeros(3, 4, 64)) for _ in range(2)]
+    run(*pairs[0])
+    with vllm.override_ssm_config((32, 1)):
+        torch.compile(run, backend="aot_eager", fullgraph=True)(*pairs[1])
+    for eager, compiled in zip(*pairs):
+        assert torch.equal(eager, compiled)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -59,7 +61,7 @@ def calls(monkeypatch):
     seen = []
 
     def spy(*args, **kwargs):
-        state, x, dt, A = args[:4]
+        state, _, dt, A = args[:4]
         seen.append((tuple(state.shape), A.stride()[-2:], dt.stride()[-1]))
         return operator(*args, **kwargs)
 
@@ -161,7 +163,7 @@ def test_other_models_that_have_the_function(model):
 
 
 def test_a_model_without_the_function():
-    with pytest.raises(CuteSsmError, match="models: expected a model of transformers that defines .*, got 'llama' of"):
+    with pytest.raises(CuteSsmError, match=r"models: expected a model of transformers that defines .*, got 'llama' of"):
         integration.patch("llama")
     with pytest.raises(ImportError):
         integration.patch("mamba", "no_such_model")
@@ -177,19 +179,17 @@ def test_what_the_operator_does_not_support_runs_as_before(caplog):
     assert len([m for m in caplog.messages if "runs as without cute_ssm" in m]) == 1
 
 
-def test_gradients_run_as_before():
+def test_gradients_run_as_before(calls):
     model = build("mamba2")
     with torch.no_grad():
         cache = model(PROMPT[:, :3], use_cache=True).cache_params
     with integration.patch():
-        model(PROMPT[:, 3:], use_cache=True, cache_params=cache).logits.sum().backward()
-    assert model.backbone.layers[1].mixer.A_log.grad is not None
+        logits = model(PROMPT[:, 3:], use_cache=True, cache_params=cache).logits
+    assert logits.requires_grad
+    assert not calls
 
 
 def test_the_package_does_not_load_transformers():
-    import subprocess
-    import sys
-
     code = "import sys, cute_ssm.integrations.transformers; assert 'transformers' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
