@@ -57,6 +57,7 @@ CASES = [
         lengths=((1,) * 3, (7,) * 2, (8,) * 2, (33,), (64,), (128,)),
     ),
     Case(in_place=False, give_out=False),
+    Case(io="f32", decay="slow", lengths=(16,) * 3, dim=64),
     Case(varlen=True, lengths=(5, 0, 12, 1, 30)),
     Case(varlen=True, lengths=(5, 9, 12, 1, 30), layout="odd", io="f16"),
     Case(varlen=True, lengths=(5, 9, 12, 1, 30), layout="packed", in_place=False, indices=torch.int64),
@@ -206,6 +207,31 @@ def test_prefix_caching_saves_the_states_at_boundaries(backend):
                     ssm_states=states, has_initial_state=torch.tensor([slot is not None]), **part, **weights
                 )
                 close(call["ssm_states"][target], states[0], backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@pytest.mark.parametrize(("ends", "columns"), [([0, 4, 8, 12], [0, 1, 2]), ([0, 8, 12, 14], [0, 1, 2])], ids=str)
+def test_a_short_first_chunk_completes_a_block(ends, columns, backend):
+    """Columns count from the end of a block, if the first of several chunks is shorter, whatever the others are."""
+    case = Case(lengths=(ends[-1],), varlen=True, computed=(0,), block_size=8, nulls=(), in_place=False, dim=8)
+    call = arguments(case)
+    index = {"dtype": torch.int32}
+    call.update(
+        ssm_states=torch.zeros(4, case.dim, case.dstate),
+        cache_indices=torch.tensor([[1, 2, 3]], **index),
+        block_idx_last_scheduled_token=torch.tensor([2], **index),
+        cu_chunk_seqlen=torch.tensor(ends, **index),
+        last_chunk_indices=torch.tensor([2], **index),
+    )
+    whole = copy(call)
+    with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else torch.no_grad():
+        scan(case, call)
+        for end, column in zip(ends[1:], columns):
+            part = {n: whole[n][..., :end][None] for n in ("u", "delta", "B", "C", "z")}
+            weights = {n: whole[n] for n in ("A", "D", "delta_bias", "delta_softplus")}
+            states = torch.zeros(1, case.dim, case.dstate)
+            cute_ssm.selective_scan(ssm_states=states, **part, **weights)
+            close(call["ssm_states"][1 + column], states[0], backend)
 
 
 @pytest.mark.parametrize("backend", ["reference", "emulate"])
