@@ -324,7 +324,7 @@ def _canonical(tensors: _Tensors, out: Tensor, ungated: Tensor | None) -> tuple[
     return (
         channels(tensors.u), tensors.ssm_states, channels(tensors.delta), tensors.A, columns(tensors.B),
         columns(tensors.C), tensors.D, channels(tensors.z), tensors.delta_bias, tensors.query_start_loc, cache,
-        None if initial is None or tensors.ssm_states is None else initial.view(torch.uint8), *tensors[12:],
+        None if initial is None else initial.view(torch.uint8), *tensors[12:],
         channels(out), channels(ungated),
     )  # fmt: skip
 

@@ -167,7 +167,7 @@ def test_packed_sequences_are_those_of_single_calls(backend):
 
 
 def test_bits_do_not_depend_on_batch_tiling_or_repetition():
-    call = arguments(Case(lengths=(45,) * 4, dim=40, nulls=(), in_place=False, dstate=24))
+    call = arguments(Case(lengths=(45,) * 4, dim=40, nulls=(), in_place=False, dstate=12))
     names = ("u", "delta", "B", "C", "z", "cache_indices", "has_initial_state")
     slot = int(call["cache_indices"][3])
     results = []
