@@ -1,0 +1,94 @@
+"""`compat.flashinfer.gdn_decode` and `compat.fla` against the operator and against the recurrence."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from gdn_cases import Case, arguments, check, copy, storage
+
+import cute_ssm
+import ptxsim
+from cute_ssm.compat.fla import fused_recurrent_gated_delta_rule
+from cute_ssm.compat.flashinfer.gdn_decode import gated_delta_rule_mtp
+from cute_ssm.errors import UnsupportedSpecError
+
+POSITIONAL = (
+    "q", "k", "v", "initial_state", "initial_state_indices", "A_log", "a", "dt_bias", "b", "scale", "output",
+    "intermediate_states_buffer", "ssm_state_indices", "disable_state_update", "use_qk_l2norm", "output_state_indices",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["verify", "split", "buffer", "scatter"])
+def test_flashinfer_by_position(mode):
+    call = arguments(Case(mode=mode, K=64))
+    before = copy(call)
+    out, pool = gated_delta_rule_mtp(*(call.get(name) for name in POSITIONAL))
+    assert out is call["output"]
+    assert pool is call["initial_state"]
+    check(before, call, out)
+
+
+def test_flashinfer_converts_write_slots():
+    call = arguments(Case(mode="split", K=64))
+    twin = copy(call)
+    twin["output_state_indices"] = twin["output_state_indices"].long()
+    cute_ssm.gated_delta_rule_mtp(**call)
+    gated_delta_rule_mtp(**twin)
+    assert torch.equal(storage(call["initial_state"]), storage(twin["initial_state"]))
+
+
+def recurrence(q, k, v, g, beta, scale, state, l2norm):
+    """fla's conventions, in float64: states are [K, V], g and beta are given."""
+    q, k, v, g, beta, state = (x.double() for x in (q, k, v, g, beta, state))
+    if l2norm:
+        q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    ratio = v.shape[2] // q.shape[2]
+    q, k = (x.repeat_interleave(ratio, 2) for x in (q, k))
+    outs = []
+    for t in range(q.shape[1]):
+        state = state * g[:, t].exp()[..., None, None]
+        u = beta[:, t, :, None] * (v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t]))
+        state = state + k[:, t, :, :, None] * u[:, :, None]
+        outs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t] * scale))
+    return torch.stack(outs, 1), state
+
+
+@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@pytest.mark.parametrize(("tokens", "l2norm"), [(1, True), (3, False)])
+def test_fla(tokens, l2norm, backend):
+    torch.manual_seed(0)
+    batch, heads, value_heads, K, V = 2, 1, 2, 64, 64
+    q, k = (torch.nn.functional.normalize(torch.randn(batch, tokens, heads, K), dim=-1).bfloat16() for _ in "qk")
+    v = torch.randn(batch, tokens, value_heads, V).bfloat16()
+    g = -torch.rand(batch, tokens, value_heads) * torch.tensor([1e-3, 5.0])
+    g[0, 0] = torch.tensor([0.0, -200.0])
+    beta = torch.rand(batch, tokens, value_heads)
+    beta[1, 0] = torch.tensor([0.0, 1.0])
+    state = torch.randn(batch, value_heads, K, V)
+    want, final = recurrence(q, k, v, g, beta, 0.25, state, l2norm)
+    options = {"scale": 0.25, "initial_state": state, "use_qk_l2norm_in_kernel": l2norm}
+    with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else contextlib.nullcontext():
+        out, got = fused_recurrent_gated_delta_rule(q, k, v, g, beta=beta, output_final_state=True, **options)
+        again, none = fused_recurrent_gated_delta_rule(q, k, v, g, beta=beta, **options)
+        bare, _ = fused_recurrent_gated_delta_rule(q, k, v, use_qk_l2norm_in_kernel=l2norm)
+    assert (out - want).abs().max() < 2**-8 * want.abs().max()
+    assert (got - final).abs().max() < 2e-6 * final.abs().max()
+    assert none is None
+    assert torch.equal(again, out)
+    zero, one = torch.zeros(batch, tokens, value_heads), torch.ones(batch, tokens, value_heads)
+    want, _ = recurrence(q, k, v, zero, one, K**-0.5, state * 0, l2norm)
+    assert (bare - want).abs().max() < 2**-8 * want.abs().max()
+
+
+def test_fla_refusals():
+    q, v = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16), torch.zeros(1, 1, 2, 64, dtype=torch.bfloat16)
+    for name in ("gk", "gv", "cu_seqlens"):
+        with pytest.raises(UnsupportedSpecError, match=f"{name}: expected None, got a tensor"):
+            fused_recurrent_gated_delta_rule(q, q, v, **{name: q})
+    for name, value in (("g", q), ("beta", q), ("initial_state", q)):
+        with pytest.raises(ValueError, match=f"{name}: expected shape"):
+            fused_recurrent_gated_delta_rule(q, q, v, **{name: value})
+    with pytest.raises(ValueError, match="v: expected a tensor of 4 dimensions"):
+        fused_recurrent_gated_delta_rule(q, q, v[0])
