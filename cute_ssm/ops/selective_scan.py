@@ -292,12 +292,12 @@ def _scan(
 
 
 def _key(tensors: _Tensors, softplus: bool, out: Tensor, ungated: Tensor | None) -> tuple[object, ...]:
-    u, B, cache = tensors.u, tensors.B, tensors.cache_indices
+    u = tensors.u
     return (
-        u.shape, getattr(B, "shape", None), u.dtype, u.device, softplus, out.dtype, ungated is None,
+        u.shape, u.dtype, u.device, softplus, getattr(out, "dtype", None), ungated is None,
         *(getattr(t, "dtype", None) for t in tensors[1:]),
-        None if cache is None else cache.dim(),
-        None if tensors.query_start_loc is None else tensors.query_start_loc.shape,
+        *(getattr(t, "shape", None) for t in (tensors.B, tensors.query_start_loc)),
+        len(getattr(tensors.cache_indices, "shape", ())),
     )  # fmt: skip
 
 
