@@ -35,7 +35,7 @@ from cute_ssm.kernels.selective_columns import TOKENS as STAGED
 from cute_ssm.kernels.selective_columns import StagedColumns
 from cute_ssm.kernels.selective_products import TokenProducts
 from cute_ssm.spec import SelectiveStateUpdateSpec
-from cute_ssm.tuning.selective_step import SelectiveStepConfig, block_rows, choose, input_vector, state_vector
+from cute_ssm.tuning.selective_step import SelectiveStepConfig, choose, input_vector, state_vector
 
 SMALLEST, LARGEST = 2.0**-60, 2.0**60  # of the running product of decays: its reciprocal times an input stays finite
 
@@ -51,12 +51,11 @@ class SelectiveStep:
         self.dt_dtype = convert.DTYPES[spec.dt_dtype]
         self.D_dtype = convert.DTYPES.get(spec.D_dtype)
         self.dt_bias_dtype = convert.DTYPES.get(spec.dt_bias_dtype)
-        block = min(block_rows(spec), config.rows)
         state_dtype = convert.DTYPES[spec.state_dtype]
         vector = state_vector(spec)
-        shape = (spec.dstate, block, config.lanes, vector)
+        shape = (spec.dstate, config.block_rows, config.lanes, vector)
         self.view = StateView(state_dtype, *shape, spec.philox_rounds, arch, ordered=bool(config.matmul))
-        self.blocks = config.rows // block
+        self.blocks = config.rows // config.block_rows
         self.unit_bytes = config.unit_bytes(spec)
         self.one = spec.tokens == "one"
         self.uniform = spec.A_tied and spec.dt_tied

@@ -190,7 +190,7 @@ def _as_steps(tokens: tuple[Any, ...], dst: Any, accepted: Any, saved: Any, cu_s
         return tokens
     if tokens[0].dim() == 3:
         return tuple(_insert(tensor, 4, 1) for tensor in tokens)
-    if tokens[0].shape[1] == 1 and accepted is None and saved is None:
+    if tokens[0].dim() == 4 and tokens[0].shape[1] == 1 and accepted is None and saved is None:
         return tuple(t[:, 0] if isinstance(t, Tensor) and t.dim() == 4 and t.shape[1] == 1 else t for t in tokens)
     return tokens
 
@@ -198,7 +198,7 @@ def _as_steps(tokens: tuple[Any, ...], dst: Any, accepted: Any, saved: Any, cu_s
 def _is_matrix(name: str, indices: Tensor) -> bool:
     if not isinstance(indices, Tensor):
         raise TypeError(describe(name, "a torch.Tensor", type(indices).__name__))
-    return indices.dim() == 2
+    return indices.dim() == 2 and indices.shape[1] > 0
 
 
 # Steady state: everything a kernel is chosen by, but for strides and alignment.  Those, and the equality of sizes and
@@ -246,8 +246,9 @@ def _run(
                 None if cu_seqlens is None else (cu_seqlens.dtype, cu_seqlens.shape), cache_steps,
                 None if accepted is None else accepted.dtype, None if seed is None else (seed.shape, philox_rounds),
                 None if saved is None else saved.shape, None if saved_rows is None else saved_rows.dtype,
+                saved is None or saved_rows is not None or saved.shape[0] >= state.shape[0],
             )  # fmt: skip
-    except AttributeError:  # something is no tensor, which the checks will name
+    except (AttributeError, IndexError):  # something is no tensor, or has no axes, which the checks will name
         key = None
     operands = Operands(
         state, x, dt, A, B, C, D, z, dt_bias, out, scale, src, dst, accepted, cu_seqlens, saved, saved_rows,
@@ -265,7 +266,7 @@ def _run(
     if not x.is_cuda:
         with torch.no_grad():
             _run_on_cpu(spec, operands, settings)
-    elif x.numel():
+    elif _heads(operands) and x.numel():
         arch = runtime.target(x.device)
         sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
         bound = arguments.limit(operands, settings)
@@ -289,7 +290,7 @@ def _run_on_cpu(spec: SelectiveStateUpdateSpec, operands: Operands, settings: Se
     emulator = runtime.emulator()
     if emulator is None:
         reference(operands, settings, spec.philox_rounds)
-    elif operands.x.numel():
+    elif _heads(operands) and operands.x.numel():
         arch = archs.by_name(emulator.arch)
         sm_count = emulator.sm_count or arch.sm_count
         bound = arguments.limit(operands, settings)

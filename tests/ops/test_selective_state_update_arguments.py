@@ -139,6 +139,11 @@ BROKEN = [
     ("one", "state_batch_indices", lambda t: t[:, None, None], ValueError, r"expected shape \(batch,\)"),
     ("one", "dst_state_batch_indices", lambda t: t[:1], ValueError, r"expected shape \(batch,\)"),
     ("no_indices", "state", lambda t: t[:2], ValueError, "at least batch = 3 slots, got 2; pass state_batch_indices"),
+    ("one", "state_batch_indices", lambda t: t[:, None][:, :0], ValueError, "expected a column for each of T = 1 tok"),
+    ("one", "dst_state_batch_indices", lambda t: t[:, None][:, :0], ValueError, "expected a column for each of T = 1"),
+    ("no_indices", "x", lambda t: t[0, 0, 0], ValueError, r"expected shape \(batch, nheads, dim\) or .*, got \(\)"),
+    ("no_indices", "state", lambda t: t[0, 0, 0, 0], ValueError, r"expected shape \(slots, nheads, dim, dstate\), got"),
+    ("saved", "x", lambda t: t[0, 0, 0], ValueError, r"expected shape \(batch, nheads, dim\) or .*, got \(64,\)"),
     # shapes of several tokens
     ("batched", "x > dt", lambda t: t[:, :3], ValueError, r"\(batch, T, nheads, dim\)"),
     ("batched", "dt", lambda t: t[:, :3], ValueError, r"expected shape \(batch, T, nheads, dim\) = \(3, 4, 2, 64\)"),
@@ -398,7 +403,6 @@ def test_calls_without_tokens(form, emulated):
     if form == "packed":
         call["cu_seqlens"] = torch.zeros(1, dtype=torch.int32)
         call |= {n: call[n][:0] for n in ("state_batch_indices", "dst_state_batch_indices")}
-        call |= {n: call[n][:0] for n in ("x", "dt", "B", "C", "z", "out")}
     elif form == "batch":
         call |= {n: call[n][:0] for n in ("state_batch_indices", "x", "dt", "B", "C", "z", "out")}
     else:

@@ -24,6 +24,7 @@ FORMS = {
     "packed": PACKED,
     "accepted": dataclasses.replace(PACKED, accepted=True, destination="matrix", cache_steps=3),
     "quantised": Tokens(state="i8", destination="intermediates"),
+    "saved": Tokens(destination="intermediates", rows=False),
     "random": Tokens(rounds=10, seed_per_slot=True),
 }
 DEFAULTS = {
@@ -218,6 +219,7 @@ FACTORS = [
     ("quantised", grown("intermediate_states_buffer", 1)),
     ("quantised", cast("intermediate_state_indices", torch.int64)),
     ("quantised", replaced("intermediate_state_indices", None)),
+    ("saved", grown("state", 0)),  # the buffer has too few rows for it
     ("random", replaced("philox_rounds", 9)),
     ("random", replaced("rand_seed", torch.zeros(1, dtype=torch.int64))),
     ("random", replaced("rand_seed", None)),

@@ -21,7 +21,7 @@ class KernelInfo:
 
 def parse(text):
     """KernelInfo of every entry function in the output of ``ptxas -v``."""
-    out = []
+    out, text = [], " ".join(text.split())
     for name, _, body in _KERNEL.findall(text):
 
         def number(pattern, body=body):
