@@ -9,6 +9,7 @@ from cutlass import Float32
 from cutlass.cutlass_dsl import T, dsl_user_op
 
 from cute_ssm.device.asm import pure, pure_floats
+from cute_ssm.device.convert import as_word
 
 
 @dsl_user_op
@@ -19,36 +20,39 @@ def mma_tf32(a, b, c, *, loc=None, ip=None):
         "{$10, $11, $12, $13};"
     )
     operands = [*["r"] * 6, *["f"] * 4]
-    words = [_bits(value, loc=loc, ip=ip) for value in (*a, *b)]
+    words = [as_word(value, loc=loc, ip=ip) for value in (*a, *b)]
     results = pure_floats(4, [*words, *c], text, operands, loc, ip)
     return [Float32(value) for value in results]
 
 
-def _bits(value, *, loc=None, ip=None):
-    from cute_ssm.device.convert import as_word
-
-    return as_word(value, loc=loc, ip=ip)
+@dsl_user_op
+def _cut(value, *, loc=None, ip=None):
+    return Float32(pure(T.f32(), [value], "and.b32 $0, $1, 0xffffe000;", "=f,f", loc, ip))
 
 
 @dsl_user_op
-def round_tf32(value, *, loc=None, ip=None):
-    """The nearest float32 whose low 13 bits are zero, ties away from zero."""
-    return Float32(pure(T.f32(), [value], "cvt.rna.tf32.f32 $0, $1;", "=f,f", loc, ip))
+def _half_up(value, *, loc=None, ip=None):
+    """The value whose high 19 bits are those of `value` rounded to nearest, ties away from zero."""
+    return Float32(pure(T.f32(), [value], "add.s32 $0, $1, 0x1000;", "=f,f", loc, ip))
 
 
 def split(values):
-    """(high, low): tf32 parts of floats whose sums differ from them by less than 2^-23 of them, mostly not at all.
+    """(high, low) of floats: high + low are the values exactly, high is tf32, and low nearly so.
 
-    The low part has 12 bits, of which `mma_tf32` ignores the last one.
+    Low has 13 bits, of which `mma_tf32` ignores up to two: 2^-22 of the value at worst.  On sm_90a, ``cvt.rna.tf32`` is
+    four instructions, so what it would gain has its price (sm_90a, ptxas 13.0).
     """
-    high = [round_tf32(value) for value in values]
+    high = [_cut(value) for value in values]
     return high, [value - part for value, part in zip(values, high)]
 
 
 def split_fully(values):
-    """(high, low) with low rounded to tf32 as well: their sum is within 2^-24 of the value."""
-    high, low = split(values)
-    return high, [round_tf32(value) for value in low]
+    """(high, low) of floats, both as good as rounded to tf32: what `mma_tf32` sees of them adds up to 2^-24.
+
+    Magnitudes within 2^-12 of the largest float32 become infinite; NaN and infinities stay what they are, or NaN.
+    """
+    high = [_cut(_half_up(value)) for value in values]
+    return high, [_half_up(value - part) for value, part in zip(values, high)]
 
 
 def load_matrices(pointer, count):
