@@ -31,7 +31,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
-from cute_ssm.device import convert, math, memory, scan
+from cute_ssm.device import convert, memory, scan
 from cute_ssm.spec import SelectiveScanSpec
 from cute_ssm.tuning.selective_scan import BLOCK, QUAD, WARP, SelectiveScanConfig, chains, choose, padded_states
 
@@ -423,9 +423,8 @@ class SelectiveScan:
             sums = [cute.math.fma(D, value, y) for value, y in zip(inputs, sums)]
         targets, results = rows[3:4], [sums]
         if const_expr(self.spec.has_z):
-            silu = math.silu if const_expr(self.spec.input_dtype == "float32") else scan.silu_narrow
             gates = scan.unpack_piece(gates, self.dtype, share)
-            results = [[y * silu(gate) for y, gate in zip(sums, gates)]]
+            results = [[y * scan.silu(gate) for y, gate in zip(sums, gates)]]
         if const_expr(self.spec.ungated):
             targets, results = rows[3:5], [*results, sums]
         scan.store_pieces(targets, mine, results, begin, stop, whole, valid, aligned)
