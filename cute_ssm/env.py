@@ -31,6 +31,7 @@ VARIABLES = (
     Variable("CUTE_SSM_ARCH", "that of the GPU", f"compile for this target: {', '.join(archs.ARCHS)}"),
     Variable("CUTE_SSM_AOT_DIR", "none", "folders of kernels compiled ahead of time, separated by colons"),
     Variable("CUTE_SSM_LOG", "off", "off, compile (compilations and cache), calls (every call's arguments too)"),
+    Variable("CUTE_SSM_TUNING_DIR", "none", "folder of measured configs, preferred to the package's own"),
     Variable("VLLM_TUNED_CONFIG_FOLDER", "none", "vLLM's folder of tuned configs, which `cute_ssm.compat.vllm` reads"),
 )
 
@@ -49,12 +50,15 @@ class Settings:
         Read-only folders searched before the cache.
     log : str
         ``"off"``, ``"compile"`` or ``"calls"``.
+    tuning_dir : Path or None
+        Folder of measured configs.
     """
 
     cache_dir: Path | None
     arch: archs.Arch | None
     aot_dirs: tuple[Path, ...]
     log: str
+    tuning_dir: Path | None = None
 
 
 @functools.cache
@@ -71,6 +75,7 @@ def settings() -> Settings:
         arch=_arch(),
         aot_dirs=tuple(_folder(part) for part in _value("CUTE_SSM_AOT_DIR").split(":") if part),
         log=_choice("CUTE_SSM_LOG", "off", tuple(LOG_LEVELS)),
+        tuning_dir=_folder(_value("CUTE_SSM_TUNING_DIR")) if _value("CUTE_SSM_TUNING_DIR") else None,
     )
 
 

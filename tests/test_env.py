@@ -24,7 +24,9 @@ def test_only_env_reads_the_environment():
 
 def test_the_table_lists_exactly_the_variables_that_are_read():
     source = (PACKAGE / "env.py").read_text().split("@functools.cache", 1)[1]
-    assert set(re.findall(r"_(?:value|choice)\(\"((?:CUTE_SSM|VLLM)_\w+)\"", source)) == {row.name for row in env.VARIABLES}
+    assert set(re.findall(r"_(?:value|choice)\(\"((?:CUTE_SSM|VLLM)_\w+)\"", source)) == {
+        row.name for row in env.VARIABLES
+    }
 
 
 def test_defaults(settings, monkeypatch, tmp_path):
@@ -42,9 +44,11 @@ def test_defaults(settings, monkeypatch, tmp_path):
 
 def test_values(settings, monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
-    settings(CACHE_DIR="~/kernels", ARCH="sm_100a", AOT_DIR="/a:/b/c:", LOG="compile")
+    settings(CACHE_DIR="~/kernels", ARCH="sm_100a", AOT_DIR="/a:/b/c:", LOG="compile", TUNING_DIR="/configs")
     folders = (Path("/a"), Path("/b/c"))
-    assert env.settings() == env.Settings(Path("/home/somebody/kernels"), arch.SM_100A, folders, "compile")
+    assert env.settings() == env.Settings(
+        Path("/home/somebody/kernels"), arch.SM_100A, folders, "compile", Path("/configs")
+    )
     settings(CACHE="0")
     assert env.settings().cache_dir is None
     settings(CACHE="", LOG="", ARCH="")

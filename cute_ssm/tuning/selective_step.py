@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from cute_ssm.arch import Arch
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.spec import ITEMSIZE, Config, SelectiveStateUpdateSpec
-from cute_ssm.tuning import apply_override
+from cute_ssm.tuning import apply_override, tables
 
+FREE = ("rows", "warps", "stages", "ctas_per_sm")  # fields that change no result
 WARP = 32
 RING = 3  # stages of a persistent warp: one unit arrives, one is worked on, one leaves
 ACCESS_BYTES = 16
@@ -161,12 +162,20 @@ def choose(
     UnsupportedSpecError
         If an override asks for products of more tokens than they take.
     """
-    config = apply_override(_choose(spec, arch, heads, sm_count, tokens in range(2, PRODUCT_TOKENS + 1)))
+    config = apply_override(_tuned(spec, arch, heads, sm_count, tokens in range(2, PRODUCT_TOKENS + 1)))
     if config.matmul and tokens > PRODUCT_TOKENS:
         raise UnsupportedSpecError(
             describe("config.matmul", f"0 with more than {PRODUCT_TOKENS} tokens", config.matmul)
         )
     return config
+
+
+@functools.lru_cache(maxsize=4096)
+def _tuned(
+    spec: SelectiveStateUpdateSpec, arch: Arch, heads: int, sm_count: int, few_tokens: bool
+) -> SelectiveStepConfig:
+    """Choose by the tables of measured configs, and else by the amount of work."""
+    return tables.tuned(_choose(spec, arch, heads, sm_count, few_tokens), spec, arch, heads, FREE)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -8,6 +8,7 @@ without `override_ssm_config`, its own choice of configs holds.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -19,7 +20,7 @@ from typing import Any
 from cute_ssm import arch as archs
 from cute_ssm import env
 from cute_ssm.errors import UnsupportedSpecError, describe
-from cute_ssm.spec import ITEMSIZE, SelectiveStateUpdateSpec
+from cute_ssm.spec import SelectiveStateUpdateSpec
 from cute_ssm.tuning import selective_step
 
 KEYS = ("BLOCK_SIZE_M", "num_warps")
@@ -142,7 +143,7 @@ def tuned_config(
 
 @functools.lru_cache(maxsize=1024)
 def as_override(
-    headdim: int, dstate: int, cache_dtype: str, packed: bool, config: tuple[int, int]
+    headdim: int, dstate: int, cache_dtype: str, packed: bool, vllm_config: tuple[int, int]
 ) -> dict[str, int] | None:
     """Return the fields of `SelectiveStepConfig` that stand for a config of vLLM, for `tuning.override`.
 
@@ -155,28 +156,30 @@ def as_override(
         Of the states.
     packed : bool
         Whether there are several tokens per sequence.
-    config : tuple of int
+    vllm_config : tuple of int
         (BLOCK_SIZE_M, num_warps).
     """
-    block_size, wanted_warps = config
-    dtype = str(cache_dtype).removeprefix("torch.")
-    if dtype not in ITEMSIZE:
+    block_size, wanted_warps = vllm_config
+    spec = _spec(headdim, dstate, str(cache_dtype).removeprefix("torch."), packed)
+    try:
+        spec.check()
+    except UnsupportedSpecError:
         return None
-    spec = _spec(headdim, dstate, dtype, packed)
-    lanes, block = selective_step.lanes_of(spec), selective_step.block_rows(spec)
-    smallest = max(16 if packed and block % 16 == 0 else 8, selective_step.WARP // lanes)
+    arch = min(archs.ARCHS.values(), key=lambda arch: arch.shared_bytes)
+    base = selective_step.choose(spec, arch, heads=1, sm_count=arch.sm_count)
+    block = selective_step.block_rows(spec)
+    smallest = max(16 if packed and block % 16 == 0 else 8, selective_step.WARP // base.lanes)
     sizes = [r for r in (8, 16, 32) if smallest <= r <= block]
     sizes += [r for r in range(2 * block, headdim + 1, block) if headdim % r == 0]
     wanted = [r for r in sizes if r * wanted_warps <= block_size] or sizes[:1]
-    arch = min(archs.ARCHS.values(), key=lambda arch: arch.shared_bytes)
     for rows in reversed(wanted):
         for warps in range(min(wanted_warps, 32), 0, -1):
-            fields = selective_step.SelectiveStepConfig(lanes, rows, warps, selective_step.RING, ctas_per_sm=1)
+            config = dataclasses.replace(base, rows=rows, warps=warps, stages=selective_step.RING, ctas_per_sm=1)
             try:
-                fields.check(spec, arch)
+                config.check(spec, arch)
             except UnsupportedSpecError:
                 continue
-            fitting = arch.shared_bytes // (fields.shared_bytes(spec) + selective_step.CTA_BYTES)
+            fitting = arch.shared_bytes // (config.shared_bytes(spec) + selective_step.CTA_BYTES)
             ctas = max(1, min(fitting, selective_step.RESIDENT_CTAS // warps))
             return {"rows": rows, "warps": warps, "ctas_per_sm": ctas}
     return None

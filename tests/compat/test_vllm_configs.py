@@ -180,5 +180,6 @@ def test_a_cta_gets_the_rows_of_one_program():
         assert (fields["rows"] * fields["warps"], fields["warps"]) == (block, warps)
 
 
-def test_unknown_types_have_no_config():
-    assert vllm_configs.as_override(64, 128, "float64", False, (4, 1)) is None
+@pytest.mark.parametrize("call", [(64, 128, "float64"), (12, 128, "float32"), (64, 512, "float32")])
+def test_what_no_kernel_computes_has_no_config(call):
+    assert vllm_configs.as_override(*call, False, (4, 1)) is None

@@ -271,11 +271,11 @@ def test_tuned_configs_change_tiles_and_no_result(config, monkeypatch):
 
     state, out = run()
     choose = selective_step.choose
-    monkeypatch.setattr(selective_step, "choose", lambda *args: seen.append(choose(*args)) or seen[-1])
+    monkeypatch.setattr(selective_step, "choose", lambda *a, **k: seen.append(choose(*a, **k)) or seen[-1])
     with vllm.override_ssm_config(config):
         tuned_state, tuned_out = run()
     wanted = vllm_configs.as_override(64, 32, "float32", False, config)
-    assert wanted.items() <= dataclasses.asdict(seen[0]).items()
+    assert any(wanted.items() <= dataclasses.asdict(one).items() for one in seen)
     assert not tuning.overridden()
     assert torch.equal(state, tuned_state)
     torch.testing.assert_close(out, tuned_out)

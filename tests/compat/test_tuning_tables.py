@@ -1,0 +1,84 @@
+"""Tables of measured configs: matching, distance, precedence, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+
+import pytest
+
+from cute_ssm import arch
+from cute_ssm.tuning import selective_step, tables, vllm_configs
+
+SPEC = vllm_configs._spec(64, 128, "float16", False)
+
+
+@pytest.fixture
+def write(settings, tmp_path):
+    """Make CUTE_SSM_TUNING_DIR hold one file of these rows, or of this text."""
+
+    def forget():
+        tables.rows.cache_clear()
+        selective_step._tuned.cache_clear()
+
+    def fill(*rows, text=None, name="a.json"):
+        (tmp_path / name).write_text(json.dumps(rows) if text is None else text)
+        settings(TUNING_DIR=tmp_path)
+        forget()
+
+    yield fill
+    settings()
+    forget()
+
+
+def row(heads, target="sm_90a", spec=None, **config):
+    fields = {"dim": 64, "dstate": 128, "state_dtype": "float16"}
+    return {"op": "selective_state_update", "arch": target, "heads": heads, "spec": spec or fields, "config": config}
+
+
+def chosen(heads, target=arch.SM_90A, spec=SPEC):
+    return selective_step.choose(spec, target, heads, 132)
+
+
+def test_the_nearest_row_by_logarithm(write):
+    write(row(64, warps=1), row(4096, warps=4))
+    assert [chosen(heads).warps for heads in (1, 64, 511, 513, 100000)] == [1, 1, 1, 4, 4]
+
+
+def test_rows_of_other_targets_and_specs_do_not_count(write):
+    other = dataclasses.replace(SPEC, state_dtype="float32")
+    before = [chosen(512), chosen(512, arch.SM_100A), chosen(512, spec=other)]
+    write(row(512, warps=3))
+    assert chosen(512) == dataclasses.replace(before[0], warps=3)
+    assert [chosen(512, arch.SM_100A), chosen(512, spec=other)] == before[1:]
+
+
+def test_more_fields_come_first_and_then_the_first_file(write):
+    write(row(512, spec={"dim": 64}, warps=2), row(1, warps=3))
+    assert chosen(512).warps == 3
+    write(row(1, warps=4), name="0.json")
+    assert chosen(512).warps == 4
+
+
+@pytest.mark.parametrize("config", [{"rows": 7}, {"warps": 99}, {"lanes": 4}, {"speed": 1}])
+def test_a_config_that_cannot_run_or_changes_results_is_ignored_and_logged(write, caplog, config):
+    before = chosen(512)
+    write(row(512, **config))
+    caplog.set_level(logging.WARNING, logger="cute_ssm")
+    assert chosen(512) == before
+    assert "a row of tuned configs is ignored" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '[{"op": "selective_state_update"}]', "[3]"])
+def test_a_file_that_is_no_table_is_ignored_and_logged(write, caplog, text):
+    before = chosen(512)
+    write(text=text)
+    caplog.set_level(logging.WARNING, logger="cute_ssm")
+    assert chosen(512) == before
+    assert "ignored" in caplog.text
+
+
+def test_the_bundled_table_is_well_formed():
+    content = json.loads(tables.BUNDLED.read_text())
+    assert all(map(tables._is_row, content))
