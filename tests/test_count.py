@@ -19,9 +19,9 @@ BASE = {"batch": "8", "nheads": "16", "dim": "64", "dstate": "128", "ngroups": "
 @pytest.mark.parametrize(
     ("keys", "slots"),
     [
-        ({}, {"sm_90a": 1600, "sm_100a": 1900}),
-        ({"state_dtype": "bfloat16"}, {"sm_90a": 1600, "sm_100a": 1900}),
-        ({"state_dtype": "float32"}, {"sm_90a": 1600, "sm_100a": 1900}),
+        ({}, {"sm_90a": 1600, "sm_100a": 1600}),
+        ({"state_dtype": "bfloat16"}, {"sm_90a": 1600, "sm_100a": 1600}),
+        ({"state_dtype": "float32"}, {"sm_90a": 1600, "sm_100a": 1600}),
         ({"batch": "64"}, {"sm_90a": 1600, "sm_100a": 1600}),
     ],
     ids=str,

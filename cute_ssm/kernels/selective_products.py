@@ -136,10 +136,12 @@ class TokenProducts:
             t = lane % 4 * 2 + e
             if t < count:
                 for r in cutlass.range_constexpr(2):
-                    skip = Float32(0.0)
-                    if const_expr(D is not None):
-                        skip = memory.load_scalar(memory.address(D, h, row + 8 * r), self.owner.D_dtype) * xv[2 * r + e]
+                    skip = self.skip(D, h, row + 8 * r, xv[2 * r + e])
                     self.owner.emit(out, z, b, start, t, h, row + 8 * r, sums[2 * r + e], skip)
+
+    def skip(self, D, h, row, value):
+        """(D, x) of an output, or None."""
+        return None if D is None else (memory.load_scalar(memory.address(D, h, row), self.owner.D_dtype), value)
 
     @cute.jit
     def advance(self, pool, held, weights, decay, count, target, slot, h, first, cell, shared, lane):

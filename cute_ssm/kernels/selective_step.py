@@ -173,6 +173,8 @@ class SelectiveStep:
             grid=[ctas, 1, 1],
             block=[WARP * warps, 1, 1],
             use_pdl=True,
+            # persistent CTAs are few: by itself the compiler aims at 168 registers, and spills
+            min_blocks_per_mp=1 if self.config.stages > 1 else 0,
             stream=stream,
         )  # fmt: skip
 
@@ -518,16 +520,14 @@ class SelectiveStep:
         return step, a, math.decay(a * step) if self.uniform else None
 
     def load_scalars(self, head, x, dt, D, dt_bias, b, start, t, h, row):
-        """What this lane's row needs: (e^(A dt'), or dt' if A is not tied; dt' x; D x)."""
+        """What this lane's row needs: (e^(A dt'), or dt' if A is not tied; dt' x; (D, x) or None)."""
         step, a, decay = head
         if step is None:
             step = self.load_step(dt, dt_bias, b, start, t, h, row)
         if decay is None:
             decay = step if a is None else math.decay(a * step)
         value = memory.load_scalar(self.token(x, b, start, t, h, row), self.input_dtype)
-        skip = Float32(0.0)
-        if D is not None:
-            skip = memory.load_scalar(memory.address(D, h, row), self.D_dtype) * value
+        skip = None if D is None else (memory.load_scalar(memory.address(D, h, row), self.D_dtype), value)
         return decay, step * value, skip
 
     def decays(self, A, decay, h, first, step, lane):
@@ -560,8 +560,12 @@ class SelectiveStep:
             memory.store_scalar(memory.address(scales, *scale_at), scale, Float32)
 
     def emit(self, out, z, b, start, t, h, row, y, skip):
-        """Add the skip term, gate, round and store one output."""
-        y += skip
+        """Add the skip term, gate, round and store one output.
+
+        The sum is one operation by name: whether the compiler makes it one depends on the code around it.
+        """
+        if skip is not None:
+            y = cute.math.fma(*skip, y)
         if z is not None:
             y *= math.silu(memory.load_scalar(self.token(z, b, start, t, h, row), self.input_dtype))
         memory.store_scalar(self.token(out, b, start, t, h, row), y, self.input_dtype)

@@ -38,6 +38,8 @@ class SelectiveStepConfig(Config):
         Lanes that share a row of the state: a power of two.
     rows : int
         Rows of a unit, which one warp takes at a time: a divisor of dim, and a multiple of a block.
+    block : int
+        Rows that a warp works on at once, up to one per lane; fewer where they would not fit the registers.
     warps : int
         Warps of a CTA, each with units and a ring of its own.
     stages : int
@@ -50,10 +52,16 @@ class SelectiveStepConfig(Config):
 
     lanes: int
     rows: int
+    block: int
     warps: int
     stages: int
     ctas_per_sm: int
     matmul: int = 0
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block: `block`, or what of it divides a smaller unit."""
+        return math.gcd(self.block, self.rows)
 
     def unit_bytes(self, spec: SelectiveStateUpdateSpec) -> int:
         """Bytes of one unit, a multiple of 16."""
@@ -65,11 +73,12 @@ class SelectiveStepConfig(Config):
 
     def check(self, spec: SelectiveStateUpdateSpec, arch: Arch) -> None:
         """Raise `UnsupportedSpecError` if the kernel cannot run so."""
-        block = min(block_rows(spec), self.rows)
+        block = self.block_rows
         steps = block * self.lanes // WARP
         problems = {
             "lanes": self.lanes in (1, 2, 4, 8, 16, 32) and 1 <= steps <= self.lanes,
-            "rows": self.rows >= 8 and self.rows % block == 0 and spec.dim % self.rows == 0,
+            "rows": self.rows >= 8 and spec.dim % self.rows == 0,
+            "block": block in (8, 16, 32),
             "warps": 1 <= self.warps <= 32,
             "stages": self.stages in (1, RING),
             "matmul": not self.matmul or (can_multiply(spec) and self.lanes == PRODUCT_LANES and block % 16 == 0),
@@ -111,6 +120,27 @@ def block_rows(spec: SelectiveStateUpdateSpec) -> int:
 def state_vector(spec: SelectiveStateUpdateSpec) -> int:
     """Elements of the widest access, up to 16 bytes, that divides a row of the state."""
     return math.gcd(spec.dstate, ACCESS_BYTES // ITEMSIZE[spec.state_dtype])
+
+
+def block_of(spec: SelectiveStateUpdateSpec, lanes: int, rows: int) -> int:
+    """Rows of a block: as many as a unit and the registers hold.
+
+    A lane holds its part of a block in float32 while there are tokens or scales to come.  128 registers of them leave
+    enough for one decay per head and no stores on the way, 64 in other cases, 32 beside Philox and scales: measured by
+    what the compiler spills at 255 registers.
+    """
+    block = math.gcd(rows, block_rows(spec))
+    if spec.tokens == "one" and not spec.scaled:
+        return block
+    plain = spec.tokens == "one" or (
+        spec.A_tied and spec.dt_tied and not spec.intermediates and not (spec.dst_columns and spec.update_state)
+    )
+    vector = state_vector(spec)
+    columns = -(-spec.dstate // (vector * lanes)) * vector
+    most = 128 if plain and not spec.philox_rounds else 32 if spec.scaled and spec.philox_rounds else 64
+    while block * lanes // WARP * columns > most and block > max(8, WARP // lanes):
+        block //= 2
+    return block
 
 
 def input_vector(spec: SelectiveStateUpdateSpec, itemsize: int) -> int:
@@ -197,10 +227,11 @@ def _choose(
     cta_bytes = CTA_BYTES + staged_bytes(spec, lanes, matmul)
     fitting = [r for r in sizes if r * row_bytes <= UNIT_BYTES] or sizes[:1]
     rows = ([r for r in fitting if heads * (spec.dim // r) >= FULL * sm_count] or fitting[:1])[-1]
+    block = math.gcd(rows, 16 if spec.philox_rounds else 32) if matmul else block_of(spec, lanes, rows)
     units = heads * (spec.dim // rows)
     alone = min(RESIDENT_CTAS, arch.shared_bytes // (rows * row_bytes + cta_bytes))
     if units <= alone * sm_count:
-        return SelectiveStepConfig(lanes, rows, warps=1, stages=1, ctas_per_sm=alone, matmul=matmul)
+        return SelectiveStepConfig(lanes, rows, block, warps=1, stages=1, ctas_per_sm=alone, matmul=matmul)
     persistent = max(1, min(RESIDENT_CTAS, arch.shared_bytes // (RING * rows * row_bytes + cta_bytes)))
     warps = 2 if persistent >= 4 else 1
-    return SelectiveStepConfig(lanes, rows, warps, RING, ctas_per_sm=persistent // warps, matmul=matmul)
+    return SelectiveStepConfig(lanes, rows, block, warps, RING, ctas_per_sm=persistent // warps, matmul=matmul)

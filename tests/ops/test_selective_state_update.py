@@ -95,9 +95,10 @@ def test_sm_100a(case):
         run(case)
 
 
-def test_bits_do_not_depend_on_batch_tiling_or_repetition():
+@pytest.mark.parametrize("io", ["bf16", "f32"])
+def test_bits_do_not_depend_on_batch_tiling_or_repetition(io):
     """The same sequence gives the same bits alone, in any order of a batch, and whatever the config."""
-    call = arguments(Case(batch=4, nheads=2, pads=(), give_out=False))
+    call = arguments(Case(batch=4, nheads=2, pads=(), give_out=False, io=io))
     results = []
     with ptxsim.emulate(arch="sm_90a"):
         for order in ([0, 1, 2, 3], [0, 1, 2, 3], [2, 0, 3, 1], [3]):

@@ -158,9 +158,10 @@ def test_bits_of_both_targets_agree_where_arithmetic_does():
         assert torch.equal(storage(call["state"]), storage(twin["state"]))
 
 
+@pytest.mark.parametrize("io", ["bf16", "f32"])
 @pytest.mark.parametrize("state", ["f16", "i8"])
-def test_bits_do_not_depend_on_tiling_or_batch(state):
-    case = Tokens(lengths=(3, 3, 3), state=state, rounds=5, pads=(), give_out=False, has_z=False)
+def test_bits_do_not_depend_on_tiling_or_batch(state, io):
+    case = Tokens(lengths=(3, 3, 3), state=state, io=io, rounds=5, pads=(), give_out=False, has_z=False)
     call = arguments(case)
     names = ("x", "dt", "B", "C", "state_batch_indices")
     results = []
