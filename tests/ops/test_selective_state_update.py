@@ -83,7 +83,9 @@ PERSISTENT = {"stages": 3, "warps": 2, "ctas_per_sm": 1}
 def test_persistent_ring(case, mode):
     """Several units per warp, so that stages are used again, under delayed copies and other interleavings."""
     rows = 16 if case.dim % 32 else 32
-    with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, shuffle_sync=False, sm_count=1, **mode) as session:
+    with ptxsim.emulate(
+        arch="sm_90a", racecheck=True, initcheck=True, shuffle_sync=False, sm_count=1, **mode
+    ) as session:
         with tuning.override(rows=rows, **PERSISTENT):
             run(case)
         assert session.launches[-1].grid == (1, 1, 1)
