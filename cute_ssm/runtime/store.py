@@ -176,7 +176,7 @@ class Store:
             return None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "ab") - closed by lock()
+            file = open(path, "ab")  # closed by lock()
         except OSError as error:
             self.trouble("write", error)
             return None
