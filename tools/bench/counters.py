@@ -46,7 +46,12 @@ CASES = [  # (operator, keys)
         {"T": 6, "intermediates": 1, "state_dtype": "int8"},
         {"T": 6, "varlen": 1},
     )),
+    ("selective_state_update", {"batch": 64, **STEP, "T": 6, "config.matmul": 0}),
     ("selective_state_update", {"batch": 16, "T": 6, **MAMBA1}),
+    ("gated_delta_rule_mtp", {"B": 16, "T": 4}),
+    ("gated_delta_rule_mtp", {"B": 16, "T": 8}),
+    ("gated_delta_rule_mtp", {"B": 16, "T": 4, "verify": 0}),
+    ("gated_delta_rule_mtp", {"B": 16, "T": 4, "state_dtype": "bfloat16"}),
 ]  # fmt: skip
 ARCHS = ("sm_90a", "sm_100a")
 
