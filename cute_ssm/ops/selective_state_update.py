@@ -85,8 +85,8 @@ def selective_state_update(
     dt_softplus : bool
         Apply softplus to dt + dt_bias (the identity above 20).
     state_batch_indices : Tensor, (batch,) or (batch, n), int32/int64, optional
-        Slot of each sequence; of a matrix, column 0 unless ``num_accepted_tokens`` chooses another.  None: sequence b
-        uses slot b, and none is padding.
+        Slot of each sequence, different ones where states are updated in place; of a matrix, column 0 unless
+        ``num_accepted_tokens`` chooses another.  None: sequence b uses slot b, and none is padding.
     pad_slot_id : int
         A sequence whose slot is this one is padding: nothing of it is read or written, and its rows of ``out`` stay as
         they are, or are zero if ``out`` was not given.
@@ -100,7 +100,7 @@ def selective_state_update(
         **Written** with the state after token t of a sequence at [row, t]; steps is at least T.  The state after the
         last token also goes to ``state`` unless that is disabled.  Laid out like ``state``.
     intermediate_state_indices : Tensor, (batch,), int32/int64, optional
-        Row of each sequence in that buffer; None: the slot it reads.
+        Row of each sequence in that buffer, all different; None: the slot it reads.
     intermediate_state_scales : Tensor, (rows, steps, nheads, dim), float32
         **Written**, with the buffer of a quantised state.
     rand_seed : Tensor, (1,) or (slots,), int64, optional
