@@ -96,7 +96,8 @@ def table(results: dict) -> str:
         hidden = {"ngroups", "input_dtype", "dt_dtype", "update"}
         usual = {("T", "1"), ("layout", "tied"), ("rounding", "nearest")}
         keys = {k: str(v) for k, v in row["keys"].items() if k not in hidden}
-        call = ", ".join(f"{k}={v}" for k, v in keys.items() if v != "0" and (k, v) not in usual)
+        shown = {k: v for k, v in keys.items() if (v != "0" or k.startswith("config.")) and (k, v) not in usual}
+        call = ", ".join(f"{k}={v}" for k, v in shown.items())
         registers = max(kernel["registers"] for kernel in row["kernels"])
         spills = sum(kernel["spill_bytes"] for kernel in row["kernels"])
         lines.append(
