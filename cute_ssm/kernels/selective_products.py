@@ -148,9 +148,7 @@ class TokenProducts:
         """The last state: decayed, plus x B^T of every token, rounded into shared memory."""
         n = self.view.columns
         state = cute.make_rmem_tensor((self.view.steps * n,), Float32)
-        for s in cutlass.range_constexpr(self.view.steps):
-            for k in cutlass.range_constexpr(n):
-                state[s * n + k] = held[s][k] * decay
+        self.begin(state, held, decay)
         rows = cute.recast_ptr(shared, dtype=Float32)
         for pair in cutlass.range((count + 1) // 2, unroll=1):
             for e in cutlass.range_constexpr(2):
@@ -160,9 +158,20 @@ class TokenProducts:
                 for i in cutlass.range_constexpr(self.view.accesses):
                     pointer = rows + (pair * 2 + e) * self.spec.dstate + self.view.column(lane, i)
                     Bv += memory.load(pointer, Float32, self.view.vector, 16)
-                for s in cutlass.range_constexpr(self.view.steps):
-                    for k in cutlass.range_constexpr(n):
-                        state[s * n + k] = cute.math.fma(gains[s], Bv[k], state[s * n + k])
+                self.accumulate(state, gains, Bv)
         random = (*self.owner.random(pool, slot, target, h, count - 1), first)
         for s in cutlass.range_constexpr(self.view.steps):
             self.view.store(cell, lane, s, [state[s * n + k] for k in range(n)], None, random)
+
+    def begin(self, state, held, decay):
+        """state <- decay held."""
+        for s, row in enumerate(held):
+            for k, value in enumerate(row):
+                state[s * self.view.columns + k] = value * decay
+
+    def accumulate(self, state, gains, columns):
+        """state <- state + gains columns^T."""
+        for s, gain in enumerate(gains):
+            for k, column in enumerate(columns):
+                at = s * self.view.columns + k
+                state[at] = cute.math.fma(gain, column, state[at])

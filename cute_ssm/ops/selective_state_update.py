@@ -148,22 +148,21 @@ def selective_state_update(
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(describe("algorithm", " or ".join(ALGORITHMS), repr(algorithm)))
-    for name, value in (("state", state), ("x", x), ("A", A), ("B", B)):
-        if not isinstance(value, Tensor):
-            raise TypeError(describe(name, "a torch.Tensor", type(value).__name__))
+    if not (isinstance(state, Tensor) and isinstance(x, Tensor) and isinstance(A, Tensor) and isinstance(B, Tensor)):
+        raise _not_tensors(state=state, x=x, A=A, B=B)
     src, dst, zero_padding = state_batch_indices, dst_state_batch_indices, out is None
     result = out if out is not None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    tokens = (x, dt, B, C, z, result)
-    weights = (state, A, D, dt_bias)
-    if state.dim() == 3 or A.dim() == 2 or x.dim() == 2 or B.dim() == 2:
-        tokens, weights = _with_heads(tokens, weights)
-    if x.dim() == 4 or num_accepted_tokens is not None or intermediate_states_buffer is not None:
-        tokens = _as_steps(tokens, dst, num_accepted_tokens, intermediate_states_buffer, cu_seqlens)
+    written, rank = result, x.dim()
+    if rank == 2 or state.dim() == 3 or A.dim() == 2 or B.dim() == 2:
+        tokens, weights = (x, dt, B, C, z, result), (state, A, D, dt_bias)
+        (x, dt, B, C, z, written), (state, A, D, dt_bias) = _with_heads(tokens, weights)
+    if rank == 4 or num_accepted_tokens is not None or intermediate_states_buffer is not None:
+        tokens = (x, dt, B, C, z, written)
+        x, dt, B, C, z, written = _as_steps(tokens, num_accepted_tokens, intermediate_states_buffer, cu_seqlens)
     if src is not None and num_accepted_tokens is None and _is_matrix("state_batch_indices", src):
         src = src[:, 0]
-    if dst is not None and tokens[0].dim() == 3 and cu_seqlens is None and _is_matrix("dst_state_batch_indices", dst):
+    if dst is not None and x.dim() == 3 and cu_seqlens is None and _is_matrix("dst_state_batch_indices", dst):
         dst = dst[:, 0]
-    (x, dt, B, C, z, written), (state, A, D, dt_bias) = tokens, weights
     run = _run if type(x) is Tensor and not torch.compiler.is_compiling() else _overload
     run(
         state, x, dt, A, B, C, D, z, dt_bias, written, state_scale, src, dst, num_accepted_tokens, cu_seqlens,
@@ -171,6 +170,11 @@ def selective_state_update(
         dt_softplus, disable_state_update, zero_padding, philox_rounds, cache_steps, pad_slot_id,
     )  # fmt: skip
     return result
+
+
+def _not_tensors(**given: object) -> TypeError:
+    name, value = next((name, value) for name, value in given.items() if not isinstance(value, Tensor))
+    return TypeError(describe(name, "a torch.Tensor", type(value).__name__))
 
 
 def _insert(tensor: Any, rank: int, axis: int) -> Any:
@@ -184,7 +188,7 @@ def _with_heads(tokens: tuple[Any, ...], weights: tuple[Any, ...]) -> tuple[tupl
     return tuple(_insert(tensor, 3, 1) for tensor in tokens), inserted
 
 
-def _as_steps(tokens: tuple[Any, ...], dst: Any, accepted: Any, saved: Any, cu_seqlens: Any) -> tuple[Any, ...]:
+def _as_steps(tokens: tuple[Any, ...], accepted: Any, saved: Any, cu_seqlens: Any) -> tuple[Any, ...]:
     """Bring tokens of equally many steps per sequence to (batch, T, ...), or to one token if that says the same."""
     if cu_seqlens is not None:
         return tokens
@@ -250,17 +254,18 @@ def _run(
             )  # fmt: skip
     except (AttributeError, IndexError):  # something is no tensor, or has no axes, which the checks will name
         key = None
-    operands = Operands(
+    tensors = (
         state, x, dt, A, B, C, D, z, dt_bias, out, scale, src, dst, accepted, cu_seqlens, saved, saved_rows,
         saved_scale, seed,
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is not None and not overridden():
         try:
-            plan[0](*operands, pad_slot_id, plan[1], plan[2])
+            plan[0](*tensors, pad_slot_id, plan[1], plan[2])
             return
         except (TypeError, ValueError):
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
+    operands = Operands._make(tensors)
     settings = Settings(dt_softplus, disable_state_update, zero_padding, philox_rounds, cache_steps, pad_slot_id)
     spec = arguments.check(operands, settings)
     if not x.is_cuda:
