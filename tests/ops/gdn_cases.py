@@ -218,7 +218,7 @@ def check(before: dict, after: dict, out: torch.Tensor) -> None:
             assert torch.equal(storage(value), storage(after[name])), f"{name} changed where it must not"
 
 
-def run(case: Case, seed: int = 0) -> tuple[dict, torch.Tensor]:
+def verify(case: Case, seed: int = 0) -> tuple[dict, torch.Tensor]:
     """Call the operator on a case, check it against the oracle, and return its arguments and result."""
     call = arguments(case, seed)
     before = copy(call)

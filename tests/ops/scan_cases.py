@@ -247,7 +247,7 @@ def scan(case: Case, call: dict) -> torch.Tensor:
     return (cute_ssm.selective_scan_fn if case.in_place else cute_ssm.selective_scan)(**call)
 
 
-def run(case: Case, seed: int = 0) -> tuple[dict, torch.Tensor]:
+def verify(case: Case, seed: int = 0) -> tuple[dict, torch.Tensor]:
     """Call the operator on a case, check it against the oracle, and return its arguments and result."""
     call = arguments(case, seed)
     before = copy(call)

@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from gdn_cases import DTYPES, MODES, REGIMES, Case, arguments, copy, expected, run, storage, within
+from gdn_cases import DTYPES, MODES, REGIMES, Case, arguments, copy, expected, storage, verify, within
 
 import cute_ssm
 import ptxsim
@@ -63,19 +63,19 @@ def emulated(**options):
 
 @pytest.mark.parametrize("case", CASES + SIZES, ids=str)
 def test_reference(case):
-    run(case)
+    verify(case)
 
 
 @pytest.mark.parametrize("case", CASES + SIZES, ids=str)
 def test_kernel(case):
     with emulated():
-        run(case)
+        verify(case)
 
 
 @pytest.mark.parametrize("tokens", [4, 8])
 def test_sm_100a(tokens):
     with ptxsim.emulate(arch="sm_100a", racecheck=True, initcheck=True):
-        run(Case(tokens=tokens, mode="buffer_update", batch=2))
+        verify(Case(tokens=tokens, mode="buffer_update", batch=2))
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,8 @@ def test_sm_100a(tokens):
 )
 def test_schedules(mode):
     with emulated(**mode):
-        run(Case(mode="split", out=None))
-        run(Case(tokens=8))
+        verify(Case(mode="split", out=None))
+        verify(Case(tokens=8))
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -232,7 +232,7 @@ def test_decode_of_many_steps(backend):
 def test_number_of_tokens_scale_and_strides_need_no_compile():
     with ptxsim.emulate(arch="sm_90a") as session:
         for tokens, scale, strided, batch in ((5, 0.1, False, 3), (8, 2.0, True, 2), (6, None, True, 4)):
-            run(Case(tokens=tokens, scale=scale, strided=strided, batch=batch))
+            verify(Case(tokens=tokens, scale=scale, strided=strided, batch=batch))
     assert len({id(function) for function in session.functions}) == 1
 
 
@@ -326,4 +326,4 @@ def test_random_configurations(seed):
     if not case.l2norm:  # keys of norm 1 by construction would need it; keep the recurrence a contraction otherwise
         case = dataclasses.replace(case, regime="fast")
     with ptxsim.emulate(arch=("sm_90a", "sm_100a")[seed % 2], racecheck=True, initcheck=True):
-        run(case, seed)
+        verify(case, seed)

@@ -15,10 +15,10 @@ from scan_cases import (
     copy,
     expected,
     random_arguments,
-    run,
     scan,
     segments,
     storage,
+    verify,
     within,
 )
 
@@ -77,13 +77,13 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reference(case):
-    run(case)
+    verify(case)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case):
     with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True):
-        run(case)
+        verify(case)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_kernel(case):
 )
 def test_sm_100a(case):
     with ptxsim.emulate(arch="sm_100a", racecheck=True, initcheck=True):
-        run(case)
+        verify(case)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_persistent(case, config, mode):
     """Several tiles and sequences one after another in a CTA, under other interleavings of its warps."""
     with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, sm_count=1, **mode) as session:
         with tuning.override(ctas_per_sm=1, **config):
-            run(case)
+            verify(case)
         assert session.launches[-1].grid == (1, 1, 1)
 
 
@@ -118,10 +118,10 @@ def close(got, wanted, backend):
 def test_lengths(length, backend):
     case = Case(lengths=(length,), dim=8, io="bf16", layout="packed" if length % 8 == 0 else "pitched", nulls=())
     if backend == "reference":
-        run(case)
+        verify(case)
         return
     with ptxsim.emulate(arch="sm_90a"):
-        run(case)
+        verify(case)
 
 
 @pytest.mark.parametrize("backend", ["reference", "emulate"])

@@ -8,7 +8,7 @@ import mmap
 
 import pytest
 import torch
-from step_cases import DECAYS, Case, arguments, copy, expected, run, storage
+from step_cases import DECAYS, Case, arguments, copy, expected, storage, verify
 
 import cute_ssm
 import ptxsim
@@ -55,13 +55,13 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reference(case):
-    run(case)
+    verify(case)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case):
     with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, shuffle_sync=False):
-        run(case)
+        verify(case)
 
 
 PERSISTENT = {"stages": 3, "warps": 2, "ctas_per_sm": 1}
@@ -87,14 +87,14 @@ def test_persistent_ring(case, mode):
         arch="sm_90a", racecheck=True, initcheck=True, shuffle_sync=False, sm_count=1, **mode
     ) as session:
         with tuning.override(rows=rows, **PERSISTENT):
-            run(case)
+            verify(case)
         assert session.launches[-1].grid == (1, 1, 1)
 
 
 @pytest.mark.parametrize("case", [BASE, *vary(state=("f32", "bf16"), layout=("dense",), dstate=(96,))], ids=str)
 def test_sm_100a(case):
     with ptxsim.emulate(arch="sm_100a", racecheck=True, initcheck=True, shuffle_sync=False):
-        run(case)
+        verify(case)
 
 
 @pytest.mark.parametrize("io", ["bf16", "f32"])

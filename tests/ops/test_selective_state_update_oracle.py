@@ -34,7 +34,7 @@ def one_token(case: Tokens, seed: int = 0, matrices: bool = False) -> dict:
     return call
 
 
-def run(case: Tokens, seed: int = 0, matrices: bool = False) -> dict:
+def verify(case: Tokens, seed: int = 0, matrices: bool = False) -> dict:
     call = one_token(case, seed, matrices)
     before = copy(call)
     out = cute_ssm.selective_state_update(**call)
@@ -60,18 +60,18 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reference(case):
-    run(case)
+    verify(case)
 
 
 @pytest.mark.parametrize("case", CASES[:12:5] + CASES[12::7], ids=str)
 def test_kernel(case):
     with ptxsim.emulate(arch="sm_90a"):
-        run(case)
+        verify(case)
 
 
 @pytest.mark.parametrize("destination", ["source", "vector"])
 def test_column_0_of_matrices(destination):
-    run(dataclasses.replace(ONE, destination=destination), matrices=True)
+    verify(dataclasses.replace(ONE, destination=destination), matrices=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

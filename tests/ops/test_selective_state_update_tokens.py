@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from token_cases import LARGEST, Tokens, arguments, copy, run, storage
+from token_cases import LARGEST, Tokens, arguments, copy, storage, verify
 
 import cute_ssm
 import ptxsim
@@ -61,13 +61,13 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reference(case):
-    run(case)
+    verify(case)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case):
     with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, shuffle_sync=False):
-        run(case)
+        verify(case)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_products_and_loop(case, config):
     """What a spec of 16-bit operands can be computed by, both ways."""
     with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, shuffle_sync=False) as session:
         with tuning.override(**config):
-            run(case)
+            verify(case)
     multiplies = any("mma.sync" in function.ptx for function in session.functions)
     assert multiplies == (not config and max(case.lengths) > 1)
 
@@ -104,7 +104,7 @@ def test_products_and_loop(case, config):
 )
 def test_sm_100a(case):
     with ptxsim.emulate(arch="sm_100a", racecheck=True, initcheck=True, shuffle_sync=False):
-        run(case)
+        verify(case)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_sm_100a(case):
 def test_persistent_ring(case, mode):
     with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, shuffle_sync=False, sm_count=1, **mode):
         with tuning.override(rows=32, stages=3, warps=2, ctas_per_sm=1):
-            run(case)
+            verify(case)
 
 
 @pytest.mark.parametrize("state", ["f16", "bf16", "i16", "i8", "f8"])
@@ -239,11 +239,11 @@ def sample(rng: random.Random) -> Tokens:
 
 @pytest.mark.parametrize("seed", range(300))
 def test_random_configuration_of_the_reference(seed):
-    run(sample(random.Random(seed)), seed)
+    verify(sample(random.Random(seed)), seed)
 
 
 @pytest.mark.parametrize("seed", [pytest.param(s, marks=() if s < 40 else pytest.mark.slow) for s in range(300)])
 def test_random_configuration_of_the_kernel(seed):
     case = sample(random.Random(seed))
     with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, shuffle_sync=False):
-        run(case, seed)
+        verify(case, seed)
