@@ -93,7 +93,7 @@ def larger(a, b, *, loc=None, ip=None):
 
 
 def from_lane(value, lane):
-    """The value of a lane that is the same for all lanes of the warp."""
+    """The value of the lane that each lane names."""
     return cute.arch.shuffle_sync(value, lane)
 
 

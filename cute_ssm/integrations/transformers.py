@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cute_ssm import env
 from cute_ssm.compat.mamba_ssm import selective_state_update
-from cute_ssm.errors import CuteSsmError, UnsupportedSpecError, describe
+from cute_ssm.errors import CuteSsmError, UnsupportedArchError, UnsupportedSpecError, describe
 
 DEFAULT_MODELS = ("mamba", "mamba2")
 FUNCTIONS = ("mamba_selective_state_update", "mamba2_selective_state_update")
@@ -120,10 +120,12 @@ def _replacement(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         nonlocal logged
         reason: object = "gradients are not supported; generate under torch.no_grad()"
         operands = (state, hidden_states, dt, A, B, C, D, dt_bias, z)
-        if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in operands):
+        if kwargs:
+            reason = f"the arguments {', '.join(kwargs)}"
+        elif not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in operands):
             try:
                 return selective_state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
-            except UnsupportedSpecError as error:
+            except (UnsupportedArchError, UnsupportedSpecError) as error:
                 reason = error
         if not logged:
             logged = True

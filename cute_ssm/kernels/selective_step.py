@@ -289,7 +289,7 @@ class SelectiveStep:
     def work(self, inputs, pool, place, shared, at, full, phase, lane):
         """Update one unit in the stage at `at` and hand it back; `shared` is the warp's own, for B and C."""
         state, _, dst, _, _, _, _, pad_slot = pool
-        b, _, count, h, row, slot, source, real = place
+        b, start, count, h, row, slot, source, real = place
         target, kept = slot, real
         if const_expr(self.spec.tokens == "batched"):
             count = inputs[0].shape[1]
@@ -314,7 +314,7 @@ class SelectiveStep:
         else:
             cute.arch.mbarrier_wait(full, phase)
             if const_expr(self.spec.zero_padding):
-                self.zero(inputs, place, count, lane)
+                self.zero_rows(inputs[8], b, start, count, h, row, lane)
         cute.arch.sync_warp()
         if const_expr(self.writes):
             if lane == 0:
@@ -326,14 +326,9 @@ class SelectiveStep:
                         memory.bulk_store(memory.global_bytes(to), at, self.unit_bytes)
                 cute.arch.cp_async_bulk_commit_group()  # empty or not: `request` waits by counting units
 
-    def zero(self, inputs, place, count, lane):
-        """Outputs of a sequence that is padding."""
-        out = inputs[8]
-        b, start, _, h, row, *_ = place
-        self.zero_rows(out, b, start, count, h, row, lane)
-
     @cute.jit
     def zero_rows(self, out, b, start, count, h, row, lane):
+        """Outputs of a sequence that is padding."""
         for t in cutlass.range(count, unroll=1):
             for i in cutlass.range(lane, self.config.rows, WARP, unroll=1):
                 memory.store_scalar(self.token(out, b, start, t, h, row + i), Float32(0.0), self.input_dtype)

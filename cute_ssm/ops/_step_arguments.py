@@ -196,6 +196,14 @@ def _check_distinct(name: str, indices: Tensor, what: str) -> None:
         raise ValueError(describe(name, f"distinct {what}", got, "each holds one state"))
 
 
+def _has_columns(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.dim() == 2 and tensor.shape[1] > 0
+
+
+def _matrix(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.dim() == 2
+
+
 def _tied(tensor: Tensor) -> bool:
     return tensor.stride(-1) == 0 and tensor.stride(-2) == 0
 
@@ -203,9 +211,6 @@ def _tied(tensor: Tensor) -> bool:
 def _spec(operands: Operands, settings: Settings, tokens: str) -> SelectiveStateUpdateSpec:
     def name_of(tensor: Tensor | None) -> str | None:
         return None if tensor is None else arguments.name_of(tensor.dtype)
-
-    def columns(tensor: Tensor | None) -> bool:
-        return tensor is not None and tensor.dim() == 2
 
     o = operands
     return SelectiveStateUpdateSpec(
@@ -230,8 +235,8 @@ def _spec(operands: Operands, settings: Settings, tokens: str) -> SelectiveState
         tokens=tokens,
         accepted_dtype=name_of(o.num_accepted_tokens),
         cu_dtype=name_of(o.cu_seqlens),
-        src_columns=columns(o.state_batch_indices),
-        dst_columns=columns(o.dst_state_batch_indices),
+        src_columns=_matrix(o.state_batch_indices),
+        dst_columns=_matrix(o.dst_state_batch_indices),
         intermediates=o.intermediate_states_buffer is not None,
         intermediate_dtype=name_of(o.intermediate_state_indices),
         philox_rounds=settings.philox_rounds if o.rand_seed is not None else 0,
@@ -266,6 +271,11 @@ def _check_combinations(given: dict[str, Tensor], settings: Settings) -> None:
     ):
         fix = "the state to start from is column num_accepted_tokens - 1"
         refuse("num_accepted_tokens", "None without a matrix of state_batch_indices", "a tensor", fix)
+    one = "cu_seqlens" not in given and given["x"].dim() == 3
+    if "num_accepted_tokens" not in given and _has_columns(given.get("state_batch_indices")):
+        refuse("state_batch_indices", "a vector without num_accepted_tokens", "a matrix", "pass its column 0")
+    if one and _has_columns(given.get("dst_state_batch_indices")):
+        refuse("dst_state_batch_indices", "a vector with one token per sequence", "a matrix", "pass its column 0")
     if settings.cache_steps < 0:
         refuse("cache_steps", "0 or more", settings.cache_steps)
     if "rand_seed" in given and settings.philox_rounds < 1:

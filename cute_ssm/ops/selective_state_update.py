@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cute_ssm import arch as archs
 from cute_ssm import runtime
-from cute_ssm.errors import describe
+from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops import _library
 from cute_ssm.ops import _step_arguments as arguments
 from cute_ssm.ops._step_arguments import Operands, Settings
@@ -19,6 +19,8 @@ from cute_ssm.spec import SelectiveStateUpdateSpec
 from cute_ssm.tuning import overridden
 from cute_ssm.tuning import selective_step as tuning
 
+MOST_PLANS = 4096
+MOST_UNITS = 2**30  # the kernel counts in 32 bits, and one grid past the last
 ALGORITHMS = ("auto", "simple", "vertical", "horizontal", "async_horizontal")
 
 
@@ -93,7 +95,7 @@ def selective_state_update(
     state_scale : Tensor, (slots, nheads, dim), float32, for int16/int8/float8_e4m3fn states only
         Scale of each row of the state, **updated with it**; stride 1 in the last dimension.
     out : Tensor, (batch[, T], nheads, dim), type of x, optional
-        **Written.**  Allocated if None.
+        **Written.**  Allocated if None; packed rows that no sequence owns are then undefined.
     disable_state_update : bool
         Leave ``state`` as it is.
     intermediate_states_buffer : Tensor, (rows, steps, nheads, dim, dstate), type of state, optional
@@ -129,7 +131,8 @@ def selective_state_update(
     Raises
     ------
     ValueError, TypeError
-        A shape, type, stride, device or index is not as described above.  Nothing has been written.
+        A shape, type, stride, device or index is not as described above.  Nothing has been written.  Written tensors
+        whose elements share memory are looked for on the first call of a kind.
     UnsupportedSpecError
         A legal call that this version has no kernel for.
     UnsupportedArchError
@@ -205,9 +208,34 @@ def _is_matrix(name: str, indices: Tensor) -> bool:
     return indices.dim() == 2 and indices.shape[1] > 0
 
 
-# Steady state: everything a kernel is chosen by, but for strides and alignment.  Those, and the equality of sizes and
-# types, the kernel's own entry checks before it launches; if it refuses, the arguments are examined one by one.
-_plans: dict[tuple[object, ...] | None, tuple[Callable[..., None], int, int]] = {}
+# Steady state: everything a kernel is chosen by, and what its own entry does not check before it launches.  The entry
+# checks types, strides, alignment, and the equality of sizes; if it refuses, the arguments are examined one by one.
+# A kernel for tied and aligned arguments refuses all others; one for free strides would take tied ones too, slowly and
+# with other bits, and so is remembered with the layout it was chosen for.
+_Plan = tuple[Callable[..., None], int, int]
+_plans: dict[tuple[object, ...] | None, _Plan] = {}
+_loose_plans: dict[tuple[object, ...], _Plan] = {}
+
+
+def _layout(tensors: tuple[Any, ...]) -> tuple[object, ...] | None:
+    """Strides and alignment that a kernel for free strides does not check."""
+    dt, A, B, C, D, dt_bias, out = (tensors[i] for i in (2, 3, 4, 5, 6, 8, 9))
+    if not all(isinstance(tensor, Tensor) for tensor in (dt, A, C, out)):
+        return None
+    optional = tuple(None if t is None else t.stride() for t in (D, dt_bias))
+    aligned = (A.data_ptr() | B.data_ptr() | C.data_ptr()) & 15
+    return (dt.stride(), A.stride(), B.stride(), C.stride(), out.stride(), *optional, aligned)
+
+
+def _memorise(plan: _Plan, key: Any, spec: SelectiveStateUpdateSpec, operands: Operands) -> None:
+    for plans in (_plans, _loose_plans):
+        if len(plans) >= MOST_PLANS:  # of sizes that come and go
+            plans.clear()
+    tied = spec.A_tied and spec.dt_tied and (spec.D_tied or spec.D_dtype is None)
+    if tied and spec.vector_inputs:
+        _plans[key] = plan
+    else:
+        _loose_plans[key, _layout(operands)] = plan
 
 
 def _run(
@@ -239,17 +267,23 @@ def _run(
 ) -> None:
     key: tuple[object, ...] | None
     try:
+        # the total of packed tokens is left out: the entry compares it among the tensors that have it
+        sizes: tuple[object, ...] = (x.shape, B.shape)
+        batch = x.shape[0]
+        if cu_seqlens is not None:
+            sizes, batch = (x.shape[1:], B.shape[1:], x.shape[0] > 0), cu_seqlens.shape[0] - 1
         key = (
-            x.shape, B.shape, state.dtype, x.dtype, dt.dtype, A.dtype, x.device, dt_softplus, disable_state_update,
-            zero_padding, z is None, None if D is None else D.dtype, None if dt_bias is None else dt_bias.dtype,
+            sizes, state.dtype, x.dtype, dt.dtype, A.dtype, x.device, dt_softplus, disable_state_update, zero_padding,
+            z is None, None if D is None else D.dtype, None if dt_bias is None else dt_bias.dtype,
             None if src is None else (src.dtype, src.shape), None if dst is None else (dst.dtype, dst.shape),
-            src is not None or state.shape[0] >= x.shape[0],
+            src is not None or state.shape[0] >= batch,
         )  # fmt: skip
         if cu_seqlens is not None or saved is not None or accepted is not None or seed is not None:
             key += (
-                None if cu_seqlens is None else (cu_seqlens.dtype, cu_seqlens.shape), cache_steps,
+                None if cu_seqlens is None else (cu_seqlens.dtype, batch), cache_steps,
                 None if accepted is None else accepted.dtype, None if seed is None else (seed.shape, philox_rounds),
-                None if saved is None else saved.shape, None if saved_rows is None else saved_rows.dtype,
+                None if saved is None else saved.shape,
+                None if saved_rows is None else (saved_rows.dtype, saved_rows.shape),
                 saved is None or saved_rows is not None or saved.shape[0] >= state.shape[0],
             )  # fmt: skip
     except (AttributeError, IndexError):  # something is no tensor, or has no axes, which the checks will name
@@ -259,6 +293,8 @@ def _run(
         saved_scale, seed,
     )  # fmt: skip
     plan = _plans.get(key)
+    if plan is None and _loose_plans:
+        plan = _loose_plans.get((key, _layout(tensors)))
     if plan is not None and not overridden():
         try:
             plan[0](*tensors, pad_slot_id, plan[1], plan[2])
@@ -275,10 +311,10 @@ def _run(
         arch = runtime.target(x.device)
         sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
         bound = arguments.limit(operands, settings)
-        config = tuning.choose(spec, arch, _heads(operands), sm_count, bound)
+        config = _config(spec, operands, sm_count, bound, arch)
         plan = (runtime.get(spec, config, arch), bound, sm_count * config.ctas_per_sm)
         if not overridden():
-            _plans[key] = plan
+            _memorise(plan, key, spec, operands)
         plan[0](*operands, pad_slot_id, plan[1], plan[2])
 
 
@@ -287,6 +323,19 @@ def _heads(operands: Operands) -> int:
     packed = operands.cu_seqlens
     batch = operands.x.shape[0] if packed is None else packed.shape[0] - 1
     return batch * operands.state.shape[1]
+
+
+def _config(
+    spec: SelectiveStateUpdateSpec, operands: Operands, sm_count: int, bound: int, arch: archs.Arch
+) -> tuning.SelectiveStepConfig:
+    """Choose the config of a call, and see that the kernel can count its work."""
+    heads = _heads(operands)
+    config = tuning.choose(spec, arch, heads, sm_count, bound)
+    units = heads * (spec.dim // config.rows)
+    if units >= MOST_UNITS:
+        fix = "split the batch"
+        raise UnsupportedSpecError(describe("x", f"fewer than {MOST_UNITS} tiles of the state", units, fix))
+    return config
 
 
 def _run_on_cpu(spec: SelectiveStateUpdateSpec, operands: Operands, settings: Settings) -> None:
@@ -299,7 +348,7 @@ def _run_on_cpu(spec: SelectiveStateUpdateSpec, operands: Operands, settings: Se
         arch = archs.by_name(emulator.arch)
         sm_count = emulator.sm_count or arch.sm_count
         bound = arguments.limit(operands, settings)
-        config = tuning.choose(spec, arch, _heads(operands), sm_count, bound)
+        config = _config(spec, operands, sm_count, bound, arch)
         kernel = runtime.emulated(spec, config, arch)
         kernel(*operands, settings.pad_slot_id, bound, sm_count * config.ctas_per_sm)
 

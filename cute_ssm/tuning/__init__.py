@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -10,30 +11,31 @@ from typing import TypeVar
 from cute_ssm.spec import Config
 
 ConfigT = TypeVar("ConfigT", bound=Config)
-_overrides: list[dict[str, int]] = []
+_local = threading.local()  # .overrides: those that this thread has open
 
 
 @contextmanager
 def override(**fields: int) -> Iterator[None]:
     """Replace fields of every config chosen inside the context, e.g. ``override(rows=16, stages=3)``.
 
-    For measurements and tests.  A config that a kernel cannot run raises `UnsupportedSpecError`; one that has no such
-    field raises TypeError.  Not for use from several threads at once.
+    Holds for this thread.  A config that a kernel cannot run raises `UnsupportedSpecError`; one that has no such
+    field raises TypeError.
     """
-    _overrides.append(fields)
+    opened = _local.__dict__.setdefault("overrides", [])
+    opened.append(fields)
     try:
         yield
     finally:
-        _overrides.pop()
+        opened.pop()
 
 
 def overridden() -> bool:
     """Whether an `override` is open, so that memorised choices do not hold."""
-    return bool(_overrides)
+    return bool(_local.__dict__.get("overrides"))
 
 
 def apply_override(config: ConfigT) -> ConfigT:
     """Return the config with the fields of all open overrides replaced."""
-    for fields in _overrides:
+    for fields in _local.__dict__.get("overrides", ()):
         config = dataclasses.replace(config, **fields)
     return config

@@ -1,7 +1,8 @@
 """The config of `kernels.selective_step`, and the choice of one.
 
-What a result's bits depend on (`lanes`) is chosen from the spec alone; what only moves work (`rows`, `warps`) may also
-depend on the amount of work.  So a sequence's result does not depend on the batch it is part of.
+What a result's bits depend on (`lanes`, `matmul`) is chosen from the spec and the bound of a sequence's tokens; what
+only moves work (`rows`, `block`, `warps`) may also depend on the amount of work.  So a sequence's result does not
+depend on the batch it is part of.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ WARP = 32
 RING = 3  # stages of a persistent warp: one unit arrives, one is worked on, one leaves
 ACCESS_BYTES = 16
 UNIT_BYTES = 20480  # largest unit: three or four rings fill an SM's shared memory, and 48 to 64 KiB are always arriving
+HEAVY_WARPS = 8  # of up to 255 registers a thread, per SM
 RESIDENT_CTAS = 16  # of one warp, per SM: more would not make the memory busier
 CTA_BYTES = 1024 + 128  # shared memory of a CTA besides its ring
 PRODUCT_TOKENS = 8  # columns of a tensor-core product
@@ -233,5 +235,7 @@ def _choose(
     if units <= alone * sm_count:
         return SelectiveStepConfig(lanes, rows, block, warps=1, stages=1, ctas_per_sm=alone, matmul=matmul)
     persistent = max(1, min(RESIDENT_CTAS, arch.shared_bytes // (RING * rows * row_bytes + cta_bytes)))
+    if spec.tokens != "one" or spec.scaled or spec.philox_rounds:
+        persistent = min(persistent, HEAVY_WARPS)
     warps = 2 if persistent >= 4 else 1
     return SelectiveStepConfig(lanes, rows, block, warps, RING, ctas_per_sm=persistent // warps, matmul=matmul)
