@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -255,3 +256,59 @@ def test_plans_are_not_used_while_a_config_is_overridden(plans):
     with cute_ssm.tuning.override(rows=16):
         cute_ssm.selective_state_update(**call)
     assert not kernel.calls
+
+
+def key_of(call: dict) -> object:
+    """The key that a call looks up, whether it is legal or not."""
+
+    class Keys(dict):
+        def get(self, key, default=None):
+            self.last = key
+            return default
+
+    module._plans = keys = Keys()
+    with contextlib.suppress(ValueError):
+        cute_ssm.selective_state_update(**call)
+    return keys.last
+
+
+def test_packed_calls_differ_in_slots_and_rows_that_their_entry_cannot_compare(plans):
+    """Sequences are counted by ``cu_seqlens`` alone: too few slots, or too few rows, must not find a plan."""
+    case = Tokens(packed=True, lengths=(4, 4, 4, 4, 4), indices=None, pads=())
+    call = token_cases.arguments(case)
+    few = {**call, "state": call["state"][:3]}
+    assert key_of(call) != key_of(few)
+    case = dataclasses.replace(case, destination="intermediates", rows=True)
+    call = token_cases.arguments(case)
+    few = {**call, "intermediate_state_indices": call["intermediate_state_indices"][:2]}
+    assert key_of(call) != key_of(few)
+    longer = token_cases.arguments(dataclasses.replace(case, lengths=(4, 4, 4, 4, 3), destination="source"))
+    assert key_of(longer) == key_of(token_cases.arguments(dataclasses.replace(case, destination="source")))
+
+
+def test_a_kernel_for_free_strides_does_not_take_tied_calls(monkeypatch):
+    """Which kernel a tied call runs, and so its bits, does not depend on calls before it."""
+    monkeypatch.setattr(module, "_plans", {})
+    monkeypatch.setattr(module, "_loose_plans", {})
+    tied = step_cases.arguments(step_cases.Case())
+    dense = {**tied, "dt": tied["dt"].contiguous()}
+    kernels = {}
+
+    def memorise(call, name):
+        seen = {}
+        monkeypatch.setattr(module, "_run_on_cpu", lambda spec, operands, settings: seen.update(spec=spec, o=operands))
+        key = key_of(call)
+        module._plans = {}
+        kernels[name] = Recorder()
+        module._memorise((kernels[name], 1, 528), key, seen["spec"], seen["o"])
+        return key
+
+    assert memorise(dense, "dense") == memorise(tied, "tied")
+    module._plans.clear()
+    module._loose_plans.clear()
+    key = memorise(dense, "dense")
+    assert key not in module._plans
+    cute_ssm.selective_state_update(**tied)
+    assert not kernels["dense"].calls
+    cute_ssm.selective_state_update(**dense)
+    assert len(kernels["dense"].calls) == 1
