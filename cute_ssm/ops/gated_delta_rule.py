@@ -191,7 +191,8 @@ def _run(
     key: tuple[object, ...] | None
     try:
         key = (
-            q.shape, v.shape, state.dtype, q.dtype, src.dtype, a.dtype, dt_bias.dtype, output.dtype, _dtype(buffer),
+            q.shape, v.shape, state.dtype, q.dtype, src.dtype, a.dtype, dt_bias.dtype, output.dtype,
+            None if buffer is None else (buffer.dtype, buffer.shape),
             _dtype(scatter), _dtype(dst), _dtype(accepted), flags, q.device, output.data_ptr() % ROW_BYTES,
             output.stride(),
         )  # fmt: skip

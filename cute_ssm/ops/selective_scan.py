@@ -228,6 +228,7 @@ class _Tensors(NamedTuple):
 # Steady state: everything a kernel is chosen by, but for strides and alignment.  Those, and the equality of sizes and
 # types, the kernel's own entry checks before it launches; if it refuses, the arguments are examined one by one.
 _plans: dict[tuple[object, ...], tuple[Callable[..., None], int]] = {}
+MOST_PLANS = 4096
 
 
 def _run(*args: Any) -> None:
@@ -256,7 +257,7 @@ def _scan(
     ungated_name: str = "ungated",
 ) -> None:
     """Scan into `out`, and into `ungated` what the gate has not seen; the names are those of errors."""
-    key = _key(tensors, softplus, out, ungated)
+    key = _key(tensors, softplus, block_size, out, ungated)
     plan = _plans.get(key)
     if plan is not None and not overridden():
         try:
@@ -287,17 +288,20 @@ def _scan(
         config = tuning.choose(spec, arch, *work, sm_count)
         plan = (runtime.get(spec, config, arch), sm_count * config.ctas_per_sm)
         if not overridden():
+            if len(_plans) >= MOST_PLANS:  # of sizes that come and go
+                _plans.clear()
             _plans[key] = plan
         plan[0](*args, null_block_id, block_size, sequences, plan[1])
 
 
-def _key(tensors: _Tensors, softplus: bool, out: Tensor, ungated: Tensor | None) -> tuple[object, ...]:
-    u = tensors.u
+def _key(tensors: _Tensors, softplus: bool, block_size: int, out: Tensor, ungated: Tensor | None) -> tuple[object, ...]:
+    u, states, starts = tensors.u, tensors.ssm_states, tensors.query_start_loc
+    sequences = len(u) if starts is None else len(starts) - 1
     return (
+        tensors.cache_indices is not None or states is None or len(states) >= sequences, block_size > 0,
         u.shape, u.dtype, u.device, softplus, getattr(out, "dtype", None), ungated is None,
         *(getattr(t, "dtype", None) for t in tensors[1:]),
-        *(getattr(t, "shape", None) for t in (tensors.B, tensors.query_start_loc)),
-        len(getattr(tensors.cache_indices, "shape", ())),
+        *(getattr(t, "shape", None) for t in (tensors.B, starts, tensors.cache_indices, tensors.has_initial_state)),
     )  # fmt: skip
 
 
