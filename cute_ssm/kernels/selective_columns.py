@@ -6,8 +6,7 @@ from cutlass import Float32, Int32, Uint32, const_expr
 
 from cute_ssm.device import memory
 from cute_ssm.device.state import WARP
-
-TOKENS = 8  # staged at once
+from cute_ssm.tuning.selective_step import STAGED_TOKENS as TOKENS
 
 
 class StagedColumns:
@@ -22,7 +21,6 @@ class StagedColumns:
         self.owner, self.view = owner, owner.view
         self.quads = self.view.vector // 4
         self.pitch = self.view.accesses * self.view.lanes * self.view.vector  # floats of a row, idle lanes included
-        self.bytes = 2 * TOKENS * self.pitch * 4
 
     @staticmethod
     def possible(view):

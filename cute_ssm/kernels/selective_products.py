@@ -22,8 +22,7 @@ from cutlass import Float32, Int32, const_expr
 
 from cute_ssm.device import math, memory
 from cute_ssm.device.mma import mma_tf32, split
-
-TOKENS = 8  # columns of a product
+from cute_ssm.tuning.selective_step import PRODUCT_TOKENS as TOKENS
 
 
 class TokenProducts:
@@ -31,7 +30,6 @@ class TokenProducts:
 
     def __init__(self, owner):
         self.owner, self.view, self.spec = owner, owner.view, owner.spec
-        self.bytes = TOKENS * self.spec.dstate * 4  # shared memory of a warp: B of all tokens in float32
 
     @cute.jit
     def columns(self, tensor, b, start, count, group, lane):

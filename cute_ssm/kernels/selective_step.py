@@ -31,11 +31,17 @@ from cutlass.memory import SmemAllocator
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, math, memory, philox
 from cute_ssm.device.state import WARP, StateView
-from cute_ssm.kernels.selective_columns import TOKENS as STAGED
 from cute_ssm.kernels.selective_columns import StagedColumns
 from cute_ssm.kernels.selective_products import TokenProducts
 from cute_ssm.spec import SelectiveStateUpdateSpec
-from cute_ssm.tuning.selective_step import SelectiveStepConfig, choose, input_vector, state_vector
+from cute_ssm.tuning.selective_step import (
+    STAGED_TOKENS,
+    SelectiveStepConfig,
+    choose,
+    input_vector,
+    staged_bytes,
+    state_vector,
+)
 
 SMALLEST, LARGEST = 2.0**-60, 2.0**60  # of the running product of decays: its reciprocal times an input stays finite
 
@@ -65,7 +71,8 @@ class SelectiveStep:
         self.products = TokenProducts(self) if config.matmul else None
         looped = not self.one and not config.matmul and StagedColumns.possible(self.view)
         self.staged = StagedColumns(self) if looped else None
-        self.shared_bytes = self.products.bytes if self.products else self.staged.bytes if self.staged else 0
+        used = self.products is not None or self.staged is not None
+        self.shared_bytes = staged_bytes(spec, config.lanes, config.matmul) if used else 0
 
     @staticmethod
     def default_config(spec: SelectiveStateUpdateSpec, arch: Arch, units: int | None = None) -> SelectiveStepConfig:
@@ -402,9 +409,11 @@ class SelectiveStep:
                 head = self.load_head(dt, A, dt_bias, b, start, h, t)
             decay, scale, skip = self.load_scalars(head, x, dt, D, dt_bias, b, start, t, h, mine)
             if const_expr(self.staged is not None):
-                if t & (STAGED - 1) == 0 and (i == 0 or count > STAGED):  # few tokens stay staged for all blocks
+                if t & (STAGED_TOKENS - 1) == 0 and (
+                    i == 0 or count > STAGED_TOKENS
+                ):  # few tokens stay staged for all blocks
                     self.staged.stage((B, C), b, start, count, t, group, shared, lane)
-                Bt, Ct = (self.staged.load(shared, which, t & (STAGED - 1), lane) for which in range(2))
+                Bt, Ct = (self.staged.load(shared, which, t & (STAGED_TOKENS - 1), lane) for which in range(2))
             else:
                 Bt, Ct = (self.load_columns(self.token(tensor, b, start, t, group, 0), lane) for tensor in (B, C))
             if const_expr(self.uniform):
