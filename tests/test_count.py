@@ -125,3 +125,40 @@ def test_budget_of_the_matmul_form():
     assert got["l2_over_floor"] <= 1.3
     assert got["kernels"]
     assert all(kernel["spill_bytes"] == 0 for kernel in got["kernels"])
+
+
+# one lane a channel, as where channels fill the GPU
+SCAN = {"batch": "1", "dim": "128", "length": "1024", "dstate": "16", "config.lanes": "1", "config.warps": "4"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "slots"),
+    [
+        ({}, 7.7),
+        ({"arch": "sm_100a"}, 7.7),
+        ({"input_dtype": "float16"}, 7.8),
+        ({"input_dtype": "float32"}, 7.6),
+        ({"z": "0"}, 7.6),
+        ({"varlen": "1", "batch": "2", "dim": "64", "config.warps": "2"}, 7.8),
+    ],
+    ids=str,
+)
+def test_budget_of_the_scan(keys, slots):
+    """Instructions per (token, channel, state), of which five are the recurrence: at most 8 at 1024 tokens."""
+    shapes = {k: v for k, v in keys.items() if k != "arch"}
+    got = count.count("selective_scan", {**SCAN, **shapes}, keys.get("arch", "sm_90a"))
+    assert got["issue_slots_per_unit"] <= slots <= 8
+    assert got["dram_over_floor"] <= 1.05
+    assert got["smem_excess_fraction"] == 0
+    assert got["launches"] == 1
+    assert got["kernels"]
+    assert all(kernel["spill_bytes"] == 0 for kernel in got["kernels"])
+
+
+def test_floor_of_a_scan():
+    """Tokens of u, delta, z, out; B and C; weights; the slot's state, read and written; its index and its flag."""
+    got = count.count("selective_scan", {"batch": "2", "dim": "64", "length": "64", "ngroups": "2"})
+    rows, columns, states = 4 * 2 * 64 * 64 * 2, 2 * 2 * 2 * 16 * 64 * 2, 2 * 64 * 16 * 4
+    assert got["units"] == 2 * 64 * 64 * 16 / 32
+    assert got["floor_bytes"] == rows + columns + 64 * 16 * 4 + 2 * 64 * 4 + 2 * states + 2 * (4 + 1)
+    assert got["tensors"]["ssm_states"]["dram_write_bytes"] == states

@@ -3,7 +3,7 @@
     python tools/count.py selective_state_update batch=8 nheads=16 dim=64 dstate=128 state_dtype=float16 --json
 
 Keys are the shape names of the operator, ``state_dtype``, ``input_dtype``, ``arch`` and ``config.FIELD``; each
-operator's function below lists its own with their defaults.  Arguments are random.  A *unit* is one (sequence, head).
+operator's function below lists its own with their defaults, and says what a *unit* is; arguments are random.
 Instructions are warp instructions of the PTX; on one large kernel the machine code had 8 % fewer.  ``floor_bytes`` are
 the bytes that the call must read once and write once; ``dram_bytes`` the distinct 32-byte sectors read plus those
 written, summed over launches: what a cold cache would move; ``l2_bytes`` all sectors moved, repeats included.
@@ -32,7 +32,7 @@ class Call:
     """A call to count: ``run`` makes it, on arguments that exist already."""
 
     run: Callable[[], object]
-    units: int
+    units: float
     floor_bytes: int
 
 
@@ -40,7 +40,7 @@ def selective_state_update(
     batch=8, T=1, nheads=16, dim=64, dstate=128, ngroups=1, state_dtype="float16", input_dtype="bfloat16",
     dt_dtype="float32", layout="tied", z=0, update=1, varlen=0, rounding="nearest", intermediates=0,
 ):  # fmt: skip
-    """T tokens for each sequence; slots are a random permutation of a pool.
+    """T tokens for each sequence; slots are a random permutation of a pool.  A unit is one (sequence, head).
 
     layout: tied (Mamba-2: A, D, dt and dt_bias per head) or dense (Mamba-1).  z: gate by silu(z).  update: write
     states.  varlen: tokens are packed, with cu_seqlens.  rounding: nearest or stochastic (10 rounds of Philox).
@@ -121,7 +121,45 @@ def gated_delta_rule_mtp(
     )
 
 
-OPERATORS = {function.__name__: function for function in (selective_state_update, gated_delta_rule_mtp)}
+def selective_scan(
+    batch=1, dim=128, length=1024, dstate=16, ngroups=1, state_dtype="float32", input_dtype="bfloat16", z=1, varlen=0,
+):  # fmt: skip
+    """Sequences of `length` tokens from initial states; slots are a random permutation of a pool.
+
+    A unit is 32 (token, channel, state) steps: an issue slot per unit is one instruction per step.  varlen: sequences
+    are packed.
+    """
+    inputs, slots = getattr(torch, input_dtype), 1 + 2 * batch
+
+    def tokens(*shape):
+        sizes = (*shape, batch * length) if varlen else (batch, *shape, length)
+        return torch.randn(*sizes).to(inputs)
+
+    states = torch.randn(slots, dim, dstate).to(getattr(torch, state_dtype))
+    arguments = {
+        "u": tokens(dim),
+        "delta": tokens(dim),
+        "A": -(0.5 + torch.rand(dim, dstate)),
+        "B": tokens(ngroups, dstate),
+        "C": tokens(ngroups, dstate),
+        "D": torch.randn(dim),
+        "z": tokens(dim) if z else None,
+        "delta_bias": torch.randn(dim) - 2.0,
+        "query_start_loc": torch.arange(batch + 1, dtype=torch.int32) * length if varlen else None,
+        "cache_indices": (1 + torch.randperm(slots - 1)[:batch]).int(),
+        "has_initial_state": torch.ones(batch, dtype=torch.bool),
+        "out": tokens(dim),
+    }
+    floor = sum(stored_bytes(t) for t in arguments.values() if t is not None)
+    return Call(
+        lambda: cute_ssm.selective_scan(ssm_states=states, **arguments, delta_softplus=True),
+        units=batch * length * dim * dstate / 32,
+        floor_bytes=floor + 2 * batch * dim * dstate * states.itemsize,
+    )
+
+
+FUNCTIONS = (selective_state_update, gated_delta_rule_mtp, selective_scan)
+OPERATORS = {function.__name__: function for function in FUNCTIONS}
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:
@@ -194,8 +232,8 @@ def count(op: str, keys: dict[str, str], arch: str = "sm_90a") -> dict:
         "grids": [list(launch.grid) for launch in session.launches],
         "units": call.units,
         "issue_slots": slots,
-        "issue_slots_per_unit": round(slots / call.units, 1),
-        "instructions_per_unit": {name: round(n / call.units, 1) for name, n in instructions.items()},
+        "issue_slots_per_unit": round(slots / call.units, 2),
+        "instructions_per_unit": {name: round(n / call.units, 2) for name, n in instructions.items()},
         "floor_bytes": call.floor_bytes,
         "dram_bytes": dram,
         "l2_bytes": l2,

@@ -100,8 +100,9 @@ def table(results: dict) -> str:
         call = ", ".join(f"{k}={v}" for k, v in shown.items())
         registers = max(kernel["registers"] for kernel in row["kernels"])
         spills = sum(kernel["spill_bytes"] for kernel in row["kernels"])
+        slots = row["issue_slots_per_unit"]
         lines.append(
-            f"| `{row['op']}` | {call} | {row['arch']} | {row['issue_slots_per_unit']:.0f} | "
+            f"| `{row['op']}` | {call} | {row['arch']} | {slots:.{0 if slots >= 100 else 2}f} | "
             f"{row['dram_over_floor']:.3f} | {row['l2_over_floor']:.3f} | {registers} | {spills} |"
         )
     return "\n".join(lines)
