@@ -1,0 +1,180 @@
+"""Calls that are made: arguments by operator and sizes, and the calls of models that people serve.
+
+This list drives warm-up, bundles, the tuner, compile tests and the checks on a GPU.  An operator takes part by a module
+of its name here, with
+
+- ``build(make, ...) -> Call``: random arguments, where `make` is a `Maker`; the other parameters are sizes, types and
+  flags, integers and strings with defaults;
+- ``BATCH``: the parameter that grows with the number of requests, and ``BATCHES``: its usual values;
+- ``MODELS``: calls by name of model, each a dict of parameters other than `BATCH`;
+
+and by a module in `cute_ssm.tuning` that `cute_ssm.tuner.spaces` names, with ``space`` and ``FREE``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import cute_ssm
+from cute_ssm.errors import describe
+
+if TYPE_CHECKING:
+    import torch
+
+OPERATORS = ("selective_state_update", "selective_scan", "gated_delta_rule_mtp")
+
+Keys = Mapping[str, "int | str"]
+
+
+@dataclass
+class Call:
+    """A call of an operator on arguments that exist.
+
+    Attributes
+    ----------
+    op : str
+        Name of the operator.
+    arguments : dict
+        What it is called with.
+    written : tuple of str
+        Arguments that it changes.
+    units : float
+        Of work: what ``build`` says.
+    floor_bytes : int
+        Bytes that it must read once or write once.
+    """
+
+    op: str
+    arguments: dict[str, Any]
+    written: tuple[str, ...]
+    units: float
+    floor_bytes: int
+
+    def run(self) -> Any:
+        """Make the call."""
+        return getattr(cute_ssm, self.op)(**self.arguments)
+
+    def results(self) -> dict[str, Any]:
+        """What it has written so far."""
+        return {name: self.arguments[name] for name in self.written if self.arguments.get(name) is not None}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Calls of one operator that differ in their number of requests only."""
+
+    op: str
+    keys: tuple[tuple[str, int | str], ...]
+    batches: tuple[int, ...]
+
+    def calls(self) -> list[dict[str, int | str]]:
+        """The parameters of each call."""
+        return [{**dict(self.keys), batch_key(self.op): batch} for batch in self.batches]
+
+    def text(self) -> str:
+        """The operator and its parameters, as on the command line."""
+        return " ".join([self.op, *(f"{key}={value}" for key, value in self.keys)])
+
+
+def build(op: str, keys: Keys, device: torch.device | str = "cpu", fill: bool = True, seed: int = 0) -> Call:
+    """Return a call of an operator on random arguments.
+
+    Parameters
+    ----------
+    op, keys
+        Name, and parameters of ``build`` of the operator's module; values may be strings.
+    device : torch.device or str
+        Where the arguments lie.
+    fill : bool
+        False: only indices and other small integers have values.  Memory that is never touched costs nothing then.
+    seed : int
+        Of the values.
+
+    Raises
+    ------
+    ValueError
+        No such operator or parameter.
+    """
+    from cute_ssm.workloads.maker import Maker
+
+    known = parameters(op)
+    unknown = [key for key in keys if key not in known]
+    if unknown:
+        raise ValueError(describe(unknown[0], f"one of {', '.join(known)}", "a key of no meaning"))
+    values = {}
+    for key, value in keys.items():
+        try:
+            values[key] = type(known[key])(value)
+        except ValueError:
+            raise ValueError(describe(key, type(known[key]).__name__, repr(value))) from None
+    call: Call = _module(op).build(Maker(device, fill, seed), **values)
+    return call
+
+
+def parameters(op: str) -> dict[str, int | str]:
+    """Return the parameters of an operator's calls, with their defaults."""
+    signature = inspect.signature(_module(op).build)
+    return {name: parameter.default for name, parameter in list(signature.parameters.items())[1:]}
+
+
+def description(op: str) -> str:
+    """Return what the parameters mean."""
+    return inspect.getdoc(_module(op).build) or ""
+
+
+def batch_key(op: str) -> str:
+    """Return the parameter that grows with the number of requests."""
+    key: str = _module(op).BATCH
+    return key
+
+
+def models() -> list[str]:
+    """Return the names of all models with declared calls."""
+    return sorted({name for op in OPERATORS for name in _module(op).MODELS})
+
+
+def of_model(name: str, batches: Sequence[int] | None = None) -> list[Workload]:
+    """Return the declared calls of a model.
+
+    Raises
+    ------
+    ValueError
+        If there are none.
+    """
+    found = [workload(op, keys, batches) for op in OPERATORS for keys in _module(op).MODELS.get(name, ())]
+    if not found:
+        raise ValueError(describe("model", f"one of {', '.join(models())}", repr(name), "or give a file of specs"))
+    return found
+
+
+def of_operator(op: str, batches: Sequence[int] | None = None) -> list[Workload]:
+    """Return the declared calls of an operator, of all models, each once."""
+    found = [workload(op, keys, batches) for calls in _module(op).MODELS.values() for keys in calls]
+    return list(dict.fromkeys(found))
+
+
+def workload(op: str, keys: Keys, batches: Sequence[int] | None = None) -> Workload:
+    """Return the `Workload` of these parameters; one that says the number of requests has that alone."""
+    batch, known = batch_key(op), parameters(op)
+    if batch in keys:
+        batches = (int(keys[batch]),)
+    elif batches is None:
+        batches = _module(op).BATCHES
+    kept = tuple((key, value) for key, value in sorted(keys.items()) if key != batch and known.get(key) != value)
+    return Workload(op, kept, tuple(batches))
+
+
+def registered(op: str) -> Callable[..., Call]:
+    """Return the function that builds an operator's calls."""
+    function: Callable[..., Call] = _module(op).build
+    return function
+
+
+def _module(op: str) -> Any:
+    if op not in OPERATORS:
+        raise ValueError(describe("op", f"one of {', '.join(OPERATORS)}", repr(op)))
+    return import_module(f"cute_ssm.workloads.{op}")

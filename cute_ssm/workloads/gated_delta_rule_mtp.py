@@ -1,0 +1,52 @@
+"""Calls of `cute_ssm.gated_delta_rule_mtp`."""
+
+from __future__ import annotations
+
+from cute_ssm.workloads import Call
+from cute_ssm.workloads.maker import Maker, dtype, stored_bytes
+
+BATCH = "B"
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+def build(
+    make: Maker, B: int = 16, T: int = 4, H: int = 16, HV: int = 32, K: int = 128, V: int = 128,
+    state_dtype: str = "float32", input_dtype: str = "bfloat16", verify: int = 1, buffer: int = 0,
+) -> Call:  # fmt: skip
+    """T tokens for each request; slots are a random permutation of a pool.  A unit is one (request, value head).
+
+    verify: leave the states as they are.  buffer: the state after every token goes to a buffer.
+    """
+    inputs, states = dtype(input_dtype), dtype(state_dtype)
+    slots = 2 * B
+    arguments = {
+        "q": make.normal(B, T, H, K, dtype=inputs),
+        "k": make.normal(B, T, H, K, dtype=inputs),
+        "v": make.normal(B, T, HV, V, dtype=inputs),
+        "initial_state": make.normal(slots, HV, V, K, dtype=states),
+        "initial_state_indices": make.slots(slots, B),
+        "A_log": make.normal(HV),
+        "a": make.normal(B, T, HV, dtype=inputs),
+        "dt_bias": make.normal(HV),
+        "b": make.normal(B, T, HV, dtype=inputs),
+        "output": make.empty(B, T, HV, V, dtype=inputs),
+    }
+    images = 1 + (not verify) + (T if buffer else 0)
+    floor_bytes = images * B * HV * V * K * states.itemsize
+    floor_bytes += sum(stored_bytes(tensor) for name, tensor in arguments.items() if name != "initial_state")
+    if buffer:
+        arguments["intermediate_states_buffer"] = make.empty(B, T, HV, V, K, dtype=states)
+    written = ("output", "initial_state", "intermediate_states_buffer")
+    flags = {"disable_state_update": bool(verify)}
+    return Call("gated_delta_rule_mtp", {**arguments, **flags}, written, B * HV, floor_bytes)
+
+
+def _heads(HV: int) -> list[dict[str, int | str]]:
+    """Decoding, and the verification of four drafted tokens, by 16 heads."""
+    decode: dict[str, int | str] = {"H": 16, "HV": HV, "T": 1, "verify": 0}
+    return [
+        {**keys, "state_dtype": state} for state in ("float32", "bfloat16") for keys in (decode, {**decode, "T": 4})
+    ]
+
+
+MODELS: dict[str, list[dict[str, int | str]]] = {"qwen3-next": _heads(32), "qwen3.5": _heads(64)}
