@@ -1,6 +1,8 @@
-"""`TokenCoefficients`: what `kernels.gated_delta_rule` knows of tokens before it looks at a row of the state.
+"""`TokenChunk`: up to 16 tokens of one head, and what a tile of the state is multiplied by to pass them.
 
-Products of keys and queries by tensor core, decays, the triangular solve, and all of it as the operands of a lane.
+One warp prepares a chunk for its CTA: products of keys and queries by tensor core, decays, the triangular solve.  Every
+warp then reads the results as operands, and takes each of its tiles through products, solution, and update.  The
+notation is that of `kernels.gated_delta_rule`.
 """
 
 import cutlass
@@ -8,6 +10,7 @@ import cutlass.cute as cute
 from cutlass import Float32, const_expr
 
 from cute_ssm.device import convert, math, memory, mma
+from cute_ssm.tuning.gated_delta_rule import KEY_PAD
 
 BLOCK = 16  # columns of a tile that a warp holds four a lane and row
 EPSILON = 1e-6
@@ -19,28 +22,50 @@ def row_of(n):
     return half if isinstance(n, int) and n % 2 == 0 else ((n & 1) * 4) + (half ^ ((n & 1) * 2))
 
 
-class TokenCoefficients:
-    """The part of `GatedDeltaRule` that one warp of a CTA runs for all, and how lanes read its results."""
+def read(pointer):
+    """One float32 of shared memory."""
+    return memory.load_scalar(pointer, Float32)
 
+
+def read_row(pointer, count):
+    """At least `count` floats of a row of a table."""
+    return memory.load(pointer, Float32, -(-count // 4) * 4, 16)
+
+
+class TokenChunk:
+    """Tokens that are multiplied at once.
+
+    `shared`, of all methods, holds pointers to ``keys`` (and queries behind them) as float32, and to the tables of
+    `tuning.gated_delta_rule.table_parts`.
+    """
+
+    def __init__(self, tokens: int, K: int, l2norm: bool, queries: bool = True):
+        """4, 8 or 16 tokens; without queries there are no outputs, and at least 8 tokens."""
+        self.tokens, self.l2norm, self.queries = tokens, l2norm, queries
+        self.shared_group = tokens == 4  # keys and queries are rows of one group
+        self.key_groups = max(1, tokens // 8)
+        self.groups = 2 * tokens // 8 if queries else self.key_groups
+        self.blocks = K // BLOCK
+        self.key_pitch = K + KEY_PAD
+        self.pitch = tokens + 4  # of tables; column `tokens` of the decays is that of the state
+
+    # ---------------------------------------------------------------------------------------------------- coefficients
     @cute.jit
-    def prepare(self, A_log, a, dt_bias, b, scale, shared, place, tokens, lane):
-        """All that does not depend on rows of the state, by one warp; lane c is token, or column, c."""
+    def prepare(self, alpha, beta, scale, shared, lane):
+        """All that does not depend on rows of the state, by one warp.
+
+        Lane c is token, or column, c, with its decay and step: 1 and 0 past the last token.  `scale` of queries.
+        """
         count, pitch = self.tokens, self.pitch
-        i, h = place
-        alpha, beta = Float32(1.0), Float32(0.0)
-        if lane < tokens:
-            x = memory.load_scalar(memory.address(a, i, lane, h), self.gate_dtype)
-            x += memory.load_scalar(memory.address(dt_bias, h), self.dt_bias_dtype)
-            alpha = math.gate_decay(memory.load_scalar(memory.address(A_log, h), Float32), x)
-            beta = math.sigmoid(memory.load_scalar(memory.address(b, i, lane, h), self.gate_dtype))
         self.store_gram(shared, lane)
         cute.arch.sync_warp()
-        solve, mix, decays, vectors = (shared[name] for name in ("solve", "mix", "decays", "vectors"))
+        solve, decays, vectors = (shared[name] for name in ("solve", "decays", "vectors"))
         kappa, rho = Float32(1.0), Float32(scale)
         column = cutlass.min(lane, count - 1)
-        if const_expr(self.spec.l2norm):
-            kappa = math.rsqrt(self.read(solve + column * (pitch + 1)) + EPSILON)
-            rho *= math.rsqrt(self.read(vectors + (count + column)) + EPSILON)
+        if const_expr(self.l2norm):
+            kappa = math.rsqrt(read(solve + column * (pitch + 1)) + EPSILON)
+            if const_expr(self.queries):
+                rho *= math.rsqrt(read(vectors + (count + column)) + EPSILON)
         step = beta * kappa
         decay = Float32(0.0) if lane < count else Float32(1.0)
         for t in cutlass.range_constexpr(count):
@@ -52,8 +77,10 @@ class TokenCoefficients:
             if lane <= count:
                 memory.store_words(decays + at, [convert.as_word(decay)])
             if lane < count:
-                memory.store_words(solve + at, [convert.as_word(row_step * weight * self.read(solve + at))])
-                memory.store_words(mix + at, [convert.as_word(row_rho * weight * self.read(mix + at))])
+                memory.store_words(solve + at, [convert.as_word(row_step * weight * read(solve + at))])
+                if const_expr(self.queries):
+                    mix = shared["mix"]
+                    memory.store_words(mix + at, [convert.as_word(row_rho * weight * read(mix + at))])
         cute.arch.sync_warp()
         solution = self.substitute(solve, beta, lane)
         target = shared["solution"]
@@ -63,28 +90,21 @@ class TokenCoefficients:
             if const_expr(self.shared_group):
                 for t in cutlass.range_constexpr(count):
                     total = Float32(0.0)
-                    row = self.read_row(mix + t * pitch, t + 1)
+                    row = read_row(shared["mix"] + t * pitch, t + 1)
                     for j in cutlass.range_constexpr(t + 1):
                         total = cute.math.fma(row[j], solution[j], total)
                     memory.store_words(target + ((count + t) * pitch + lane), [convert.as_word(total)])
-            gamma = self.read(decays + (lane * pitch + count))
+            gamma = read(decays + (lane * pitch + count))
             for n, value in enumerate((gamma * kappa, gamma * rho, kappa)):
-                memory.store_words(vectors + (n * count + lane), [convert.as_word(value)])
-
-    def read(self, pointer):
-        """One float32 of shared memory."""
-        return memory.load_scalar(pointer, Float32)
-
-    def read_row(self, pointer, count):
-        """At least `count` floats of a row of a table."""
-        return memory.load(pointer, Float32, -(-count // 4) * 4, 16)
+                if const_expr(self.queries or n != 1):
+                    memory.store_words(vectors + (n * count + lane), [convert.as_word(value)])
 
     def substitute(self, solve, beta, lane):
         """Column `lane` of (1 + L)^-1 diag(beta), from the strict lower triangle of L."""
         solution = []
         for t in range(self.tokens):
             total = self.choose(lane, t, beta)
-            row = self.read_row(solve + t * self.pitch, t) if t else []
+            row = read_row(solve + t * self.pitch, t) if t else []
             for j in range(t):
                 total = cute.math.fma(-row[j], solution[j], total)
             solution.append(total)
@@ -101,7 +121,7 @@ class TokenCoefficients:
 
     def store_gram(self, shared, lane):
         """Products of keys and queries with keys into `solve` and `mix`, squares of queries into the second vector."""
-        if self.shared_group:
+        if self.groups == 1:
             wanted = [((0, None), [0])]
         elif self.key_groups == 1:
             wanted = [((0, 1), [0, 1])]
@@ -143,25 +163,137 @@ class TokenCoefficients:
         """What this lane multiplies products by (two floats per group each), and its operands, in two parts."""
         g, t = lane >> 2, lane & 3
         columns = [t, 4 + (t ^ 2)]
-        vectors, solution, mix = shared["vectors"], shared["solution"], shared["mix"]
+        vectors, solution = shared["vectors"], shared["solution"]
         if self.shared_group:
             row = solution + row_of(g) * self.pitch
             return (
-                self.read(vectors + t),
-                self.read(vectors + (self.tokens + (t ^ 2))),
-                mma.split_fully([self.read(row + t)]),
+                read(vectors + t),
+                read(vectors + (self.tokens + (t ^ 2))),
+                mma.split_fully([read(row + t)]),
             )
         scales = [
-            [
-                [self.read(vectors + (n * self.tokens + 8 * group + c)) for c in columns]
-                for group in range(self.key_groups)
-            ]
-            for n in range(2)
+            [[read(vectors + (n * self.tokens + 8 * group + c)) for c in columns] for group in range(self.key_groups)]
+            for n in range(2 if self.queries else 1)
         ]
         operands = {}
-        for name, table in (("solution", solution), ("mix", mix)):
+        for name in ("solution", "mix") if self.queries else ("solution",):
             for out in range(self.key_groups):
                 for inner in range(out + 1):
-                    row = table + ((8 * out + row_of(g)) * self.pitch + 8 * inner)
-                    operands[name, out, inner] = mma.split_fully([self.read(row + c) for c in columns])
-        return scales[0], scales[1], operands
+                    row = shared[name] + ((8 * out + row_of(g)) * self.pitch + 8 * inner)
+                    operands[name, out, inner] = mma.split_fully([read(row + c) for c in columns])
+        return (*scales, operands)
+
+    # ----------------------------------------------------------------------------------------------------------- tiles
+    def products(self, tile, dtype, keys, lane, load_ahead=None):
+        """Products of a tile of `dtype` with all keys and queries, a list of 4 per group; and the next tile, if any.
+
+        `load_ahead` loads one block of it.
+        """
+        exact = dtype is not Float32
+        high = [[Float32(0.0)] * 4 for _ in range(self.groups)]
+        low = [[Float32(0.0)] * 4 for _ in range(self.groups)]
+        following = []
+        for j in range(self.blocks):
+            rows = [self.fragment(keys, lane, group, j) for group in range(self.groups)]
+            x, y = (convert.unpack(words, dtype) for words in tile[j])
+            if load_ahead is not None:
+                following.append(load_ahead(j))
+            for s in (0, 2):
+                operand = [x[s], y[s], x[s + 1], y[s + 1]]
+                rest = None
+                if not exact:
+                    operand, rest = mma.split(operand)
+                for group in range(self.groups):
+                    high[group] = mma.mma_tf32(operand, rows[group][s : s + 2], high[group])
+                    if rest is not None:
+                        low[group] = mma.mma_tf32(rest, rows[group][s : s + 2], low[group])
+        if not exact:
+            high = [[x + y for x, y in zip(*pair)] for pair in zip(high, low)]
+        return high, following
+
+    def multiply(self, parts, operand, total):
+        """total + (high + low) (high + low)^T, small products first; in the order of products."""
+        (high, low), (right, right_low) = parts, operand
+        for left, other in ((low, right_low), (low, right), (high, right_low), (high, right)):
+            total = mma.mma_tf32([left[0], left[2], left[1], left[3]], other, total)
+        return total
+
+    def triangular(self, parts, operands, name):
+        """Products of all groups with a lower triangular matrix, a list of 4 per group."""
+        result = []
+        for n in range(self.key_groups):
+            total = [Float32(0.0)] * 4
+            for inner in range(n + 1):
+                total = self.multiply(parts[inner], operands[name, n, inner], total)
+            result.append(total)
+        return result
+
+    def solve(self, products, coefficients, v):
+        """(U, outputs) of a tile: lists of 4 per group; up to 4 tokens, of 2: rows g and g + 8 of the lane's token.
+
+        Without queries there are no outputs: None.
+        """
+        key_scales, operands = coefficients[0], coefficients[-1]
+        if self.shared_group:
+            query_scale, (high, low) = coefficients[1], operands
+            (c,) = products
+            x = [cute.math.fma(-key_scales, c[2 * n], v[0][2 * n]) for n in range(2)]
+            top, rest = mma.split_fully(x)
+            total = [Float32(0.0)] * 4
+            for part in (low, high):
+                total = mma.mma_tf32([*top, *rest], [part[0], part[0]], total)
+            return [[total[0], total[2]]], [[cute.math.fma(query_scale, c[n], total[n]) for n in (1, 3)]]
+        groups = range(self.key_groups)
+        X = [
+            mma.split_fully([cute.math.fma(-key_scales[n][e & 1], products[n][e], v[n][e]) for e in range(4)])
+            for n in groups
+        ]
+        U = self.triangular(X, operands, "solution")
+        if not self.queries:
+            return U, None
+        O = self.triangular([mma.split_fully(u) for u in U], operands, "mix")
+        query_scales, R = coefficients[1], products[self.key_groups :]
+        return U, [[cute.math.fma(query_scales[n][e & 1], R[n][e], O[n][e]) for e in range(4)] for n in groups]
+
+    @cute.jit
+    def update_operands(self, U, shared, t, some, lane):
+        """(decay, operands, pointers to keys) of `update` to the state after token t.
+
+        `some`: whether the state passes any token; None: it does.
+        """
+        g, lane_t = lane >> 2, lane & 3
+        decays = shared["decays"] + t * self.pitch
+        kappas = shared["vectors"] + 2 * self.tokens
+        gamma = read(decays + self.tokens)
+        nothing = Float32(0.0)
+        if const_expr(some is not None):
+            gamma = gamma if some else Float32(1.0)
+        columns = [lane_t] if const_expr(self.shared_group) else [lane_t, 4 + (lane_t ^ 2)]
+        operands, rows = [], []
+        for n in cutlass.range_constexpr(self.key_groups):
+            weights = [read(decays + (8 * n + c)) * read(kappas + (8 * n + c)) for c in columns]
+            if const_expr(some is not None):
+                weights = [w if some else nothing for w in weights]
+            high, low = mma.split_fully([U[n][e] * weights[e % len(columns)] for e in range(len(U[n]))])
+            if const_expr(self.shared_group):  # the second half of the operand is free for the low part
+                operands.append([[*high, *low]])
+                columns = columns * 2
+            else:
+                operands.append([[part[0], part[2], part[1], part[3]] for part in (low, high)])
+            rows.append([shared["keys"] + ((8 * n + c) * self.key_pitch + 2 * g) for c in columns])
+        return gamma, operands, rows
+
+    def update(self, old, j, gamma, operands, rows):
+        """Block j of the state after a token: four floats of both rows, from those of `old`."""
+        new = [[None] * 4, [None] * 4]
+        right = [[memory.load(p + BLOCK * j, Float32, 2, 8) for p in pointers] for pointers in rows]
+        for s in range(2):
+            total = [Float32(0.0)] * 4
+            for n in range(self.key_groups):
+                for operand in operands[n]:
+                    total = mma.mma_tf32(operand, [pair[s] for pair in right[n]], total)
+            for half in range(2):
+                for e in range(2):
+                    at = s + 2 * e
+                    new[half][at] = cute.math.fma(gamma, old[half][at], total[2 * half + e])
+        return new

@@ -58,15 +58,22 @@ class GatedDeltaRuleConfig(Config):
 
 def shared_parts(spec: GatedDeltaRuleSpec, rows: int) -> dict[str, int]:
     """Bytes of what a CTA keeps in shared memory."""
-    table = spec.tokens * (spec.tokens + 4) * 4
     return {
         "keys": 2 * spec.tokens * (spec.K + KEY_PAD) * 4,
         "values": max(spec.tokens, 8) * (rows + VALUE_PAD) * 2,
+        **table_parts(spec.tokens),
+    }
+
+
+def table_parts(tokens: int, queries: bool = True) -> dict[str, int]:
+    """Bytes of the coefficients of a chunk of tokens."""
+    table = tokens * (tokens + 4) * 4
+    return {
         "decays": table,
         "solve": table,
-        "mix": table,
-        "solution": 2 * table if spec.tokens == 4 else table,  # there, the outputs' coefficients follow
-        "vectors": 3 * spec.tokens * 4,
+        **({"mix": table} if queries else {}),
+        "solution": 2 * table if tokens == 4 else table,  # there, the outputs' coefficients follow
+        "vectors": 3 * tokens * 4,
     }
 
 
