@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cute_ssm.ops.checkpointing_ssu import checkpointing_ssu as checkpointing_ssu
+    from cute_ssm.ops.checkpointing_ssu import checkpointing_ssu_ring as checkpointing_ssu_ring
     from cute_ssm.ops.gated_delta_rule import gated_delta_rule_mtp as gated_delta_rule_mtp
     from cute_ssm.ops.selective_scan import selective_scan as selective_scan
     from cute_ssm.ops.selective_scan import selective_scan_fn as selective_scan_fn
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "checkpointing_ssu": "cute_ssm.ops.checkpointing_ssu",
+    "checkpointing_ssu_ring": "cute_ssm.ops.checkpointing_ssu",
     "gated_delta_rule_mtp": "cute_ssm.ops.gated_delta_rule",
     "selective_scan": "cute_ssm.ops.selective_scan",
     "selective_scan_fn": "cute_ssm.ops.selective_scan",

@@ -20,6 +20,19 @@ Philox-4x32 with the key (low word of the seed, high word of the seed) and the c
 
 They are the half ``column % 2`` (0: low) of the word ``column % 8 // 2`` of its result.  `slot` is the slot, or the row
 of a buffer of intermediate states, that is written.  Nothing else enters: no tiling, algorithm, or order in the batch.
+See `random_bits`.
+
+**By fragments.**  `checkpointing_ssu` computes new states by tensor core, where a thread has four columns of two rows
+that are 8 apart, and draws once for all eight.  Its elements take their bits with the same key and the counter ::
+
+    ((row // 16 * 8 + row % 8) * (dstate / 4) + block,   head,   slot mod 2^32,   2^16 * (slot // 2^32))
+
+They are the half ``column % 2`` (0: low) of the word ``2 * (row % 16 // 8) + pair`` of its result, where ::
+
+    types of 16 bits:   block = column // 16 * 4 + column % 8 // 2,   pair = column % 16 // 8
+    types of  8 bits:   block = column // 4,                          pair = column % 4 // 2
+
+See `fragment_bits`.
 """
 
 from __future__ import annotations
@@ -115,6 +128,56 @@ def random_bits(
     )
     words = torch.stack(philox(seed, counter, rounds), dim=-1)
     which = (columns % 8 // 2).expand(words.shape[:-1])
+    return words.gather(-1, which[..., None])[..., 0] >> 16 * (columns % 2) & 0xFFFF
+
+
+def fragment_bits(
+    seed: int | Tensor,
+    rounds: int,
+    slots: int | Tensor,
+    heads: int | Tensor,
+    rows: int | Tensor,
+    columns: int | Tensor,
+    dstate: int,
+    itemsize: int,
+) -> Tensor:
+    """Return the 16 random bits of elements, by the mapping by fragments of this module's docstring.
+
+    Parameters
+    ----------
+    seed : int or int64 Tensor
+        One, or one per element.
+    rounds : int
+        Rounds of Philox.
+    slots, heads, rows, columns : int or integer Tensor
+        Which elements; everything broadcasts.
+    dstate : int
+        Columns of a row, a multiple of 16.
+    itemsize : {2, 1}
+        Bytes of an element.
+
+    Returns
+    -------
+    int64 Tensor
+        Values in [0, 65536).
+
+    Raises
+    ------
+    ValueError
+        If `itemsize` is neither 2 nor 1, or `dstate` no multiple of 16.
+    """
+    if itemsize not in (1, 2):
+        raise ValueError(describe("itemsize", "2 or 1", itemsize))
+    if dstate % 16:
+        raise ValueError(describe("dstate", "a multiple of 16", dstate))
+    slots, heads, rows, columns = (torch.as_tensor(t).long() for t in (slots, heads, rows, columns))
+    if itemsize == 2:
+        block, pair = (columns >> 4) * 4 + (columns % 8 >> 1), columns % 16 >> 3
+    else:
+        block, pair = columns >> 2, columns % 4 >> 1
+    counter = (((rows >> 4) * 8 + rows % 8) * (dstate // 4) + block, heads, slots, slots >> 32 << 16)
+    words = torch.stack(philox(seed, counter, rounds), dim=-1)
+    which = (2 * (rows % 16 >> 3) + pair).expand(words.shape[:-1])
     return words.gather(-1, which[..., None])[..., 0] >> 16 * (columns % 2) & 0xFFFF
 
 
