@@ -1,8 +1,15 @@
-"""Kernels in the emulator `ptxsim`, if the user has opened it; this package never imports it on its own account."""
+"""Kernels in the emulator `ptxsim`, if the user has opened it; this package never imports it on its own account.
+
+And calls that are only planned: `planned`.
+"""
 
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +22,47 @@ if TYPE_CHECKING:
     from cute_ssm.spec import Config, Spec
 
 _memory: dict[tuple[Spec, Config | None, str], Any] = {}
+_local = threading.local()  # .plan: the one that this thread has open
+
+
+@dataclass
+class Plan:
+    """Stands for an emulator session while calls are planned.
+
+    Attributes
+    ----------
+    arch : str
+        Name of the target.
+    sm_count : int or None
+        Of the GPU; None: that of the target's reference board.
+    kernels : list
+        (spec, config, target) of every kernel that was asked for, in order.
+    """
+
+    arch: str
+    sm_count: int | None = None
+    kernels: list[tuple[Spec, Config, Arch]] = field(default_factory=list)
+
+
+@contextmanager
+def planned(arch: Arch, sm_count: int | None = None) -> Iterator[Plan]:
+    """Make operators on CPU tensors validate, choose their kernels, and then do nothing.
+
+    Compiles nothing and writes nothing.  Holds for this thread.
+    """
+    before = _local.__dict__.get("plan")
+    _local.plan = Plan(arch.name, sm_count)
+    try:
+        yield _local.plan
+    finally:
+        _local.plan = before
 
 
 def emulator() -> Any | None:
-    """Return the emulator session that this thread has open, or None."""
+    """Return the emulator session that this thread has open, or None; a `Plan` stands for one."""
+    plan = _local.__dict__.get("plan")
+    if plan is not None:
+        return plan
     module = sys.modules.get("ptxsim")
     return module.current() if module is not None else None
 
@@ -41,6 +85,10 @@ def emulated(spec: Spec, config: Config | None = None, arch: Arch | None = None)
     if arch is None:
         session = emulator()
         arch = lookup.target() if session is None else archs.by_name(session.arch)
+    plan = _local.__dict__.get("plan")
+    if plan is not None:
+        plan.kernels.append((spec, config if config is not None else registry.default_config(spec, arch), arch))
+        return _nothing
     kernel = _memory.get((spec, config, arch.name))
     if kernel is not None:
         return kernel
@@ -52,6 +100,10 @@ def emulated(spec: Spec, config: Config | None = None, arch: Arch | None = None)
             kernel = _memory[spec, chosen, arch.name] = _compile(spec, chosen, arch)
         _memory[spec, config, arch.name] = kernel
     return kernel
+
+
+def _nothing(*_: Any) -> None:
+    """Stand for a kernel in a plan."""
 
 
 def _compile(spec: Spec, config: Config, arch: Arch) -> Any:

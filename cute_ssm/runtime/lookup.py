@@ -1,4 +1,7 @@
-"""`get`: the callable of a spec, from memory, an ahead-of-time bundle, the disk, or the compiler, in this order."""
+"""`get`: the callable of a spec, from memory, an ahead-of-time bundle, the disk, or the compiler, in this order.
+
+The compiler is imported when no bundle has a library of the kernel.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from cute_ssm import arch as archs
 from cute_ssm.env import logger, settings
 from cute_ssm.errors import CuteSsmError, UnsupportedArchError, describe
 from cute_ssm.kernels import registry
-from cute_ssm.runtime import compiler, toolchain
+from cute_ssm.runtime import bundles, compiler, toolchain
 from cute_ssm.runtime.compiler import Function
 from cute_ssm.runtime.store import BadObjectError, Key, Store
 
@@ -84,6 +87,61 @@ def compile_to(folder: str | Path, spec: Spec, config: Config | None = None, arc
     return store.path(key)
 
 
+def bundle_to(folder: str | Path, spec: Spec, config: Config | None = None, arch: Arch | None = None) -> Path:
+    """Compile a kernel to a shared library in a bundle, which loads without the compiler; return the library's path.
+
+    Raises
+    ------
+    CuteSsmError
+        If the folder cannot be written, or nothing can link.
+    """
+    arch = arch or target()
+    spec.check()
+    store = Store(Path(folder).absolute())
+    with compiler.LOCK:
+        key = Key(spec, config or registry.default_config(spec, arch), arch)
+        with store.lock(key) as held:
+            data, seconds = _compile(key)
+            if not (held and store.write(key, bundles.link(data), seconds, ".so")):
+                raise CuteSsmError(
+                    describe("folder", "one that can be written", repr(str(folder)), "see the warning before")
+                )
+    return store.path(key, ".so")
+
+
+def prepare(spec: Spec, config: Config, arch: Arch) -> bool:
+    """See that a kernel is in the cache on disk; say whether it had to be compiled.
+
+    Raises
+    ------
+    CuteSsmError
+        If the disk cache is off, or cannot be written.
+    """
+    spec.check()
+    toolchain.check()
+    folder = settings().cache_dir
+    if folder is None:
+        raise CuteSsmError(describe("CUTE_SSM_CACHE", "1", "0", "kernels are prepared in the cache on disk"))
+    with compiler.LOCK:
+        store, key = Store(folder), Key(spec, config, arch)
+        if _readable(store, key):
+            return False
+        with store.lock(key) as held:
+            if held and _readable(store, key):
+                return False
+            data, seconds = _compile(key)
+            if not (held and store.write(key, data, seconds)):
+                raise CuteSsmError(describe("CUTE_SSM_CACHE_DIR", "a folder that can be written", repr(str(folder))))
+    return True
+
+
+def _readable(store: Store, key: Key) -> bool:
+    try:
+        return store.read(key) is not None
+    except BadObjectError:
+        return False
+
+
 def forget() -> None:
     """Empty the memory, not the disk; the next `get` of each spec looks there."""
     with compiler.LOCK:
@@ -105,20 +163,20 @@ def _own_target(device: torch.device | None) -> Arch:
 
 def _miss(spec: Spec, config: Config | None, arch: Arch) -> Function:
     spec.check()
-    toolchain.check()
     with compiler.LOCK:
-        toolchain.stack()  # imports the compiler, whose seconds are neither a load's nor a compile's in the log
         chosen = config if config is not None else registry.default_config(spec, arch)
         function = _memory.get((spec, chosen, arch.name))
         if function is None:
             key = Key(spec, chosen, arch)
-            function = _logged(key.name, _find(key))
+            function = _logged(key.name, bundles.find(key) or _find(key))
             _memory[spec, chosen, arch.name] = function
         _memory[spec, config, arch.name] = function
     return function
 
 
 def _find(key: Key) -> Function:
+    toolchain.check()
+    toolchain.stack()  # imports the compiler, whose seconds are neither a load's nor a compile's in the log
     for folder in settings().aot_dirs:
         function = _from_bundle(Store(folder), key)
         if function is not None:

@@ -8,11 +8,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cute_ssm.arch import ARCHS
 from cute_ssm.runtime.store import BAD, META, TEMPORARY
 
-_SUFFIXES = (".o", ".json", ".lock")
+_SUFFIXES = (".o", ".so", ".json", ".lock")
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,14 @@ class Item:
     version: str
     arch: str
     stack: str
+    record: dict[str, Any]
 
 
 def listing(root: Path | None) -> list[Item]:
     """Return all objects under a cache folder or a bundle, in order of their paths."""
     found = []
     for folder in _folders(root):
-        for path in sorted(folder.glob("*.o")):
+        for path in sorted([*folder.glob("*.o"), *folder.glob("*.so")]):
             if path.name.startswith("."):
                 continue
             try:
@@ -39,8 +41,10 @@ def listing(root: Path | None) -> list[Item]:
                 size = path.stat().st_size
             except (OSError, ValueError):
                 continue
-            created = str(record.get("created", "")) if isinstance(record, dict) else ""
-            found.append(Item(path, size, created, *folder.parts[-3:]))
+            record = record if isinstance(record, dict) else {}
+            created = str(record.get("created", ""))
+            version, arch, stack = folder.parts[-3:]
+            found.append(Item(path, size, created, version, arch, stack, record))
     return found
 
 

@@ -72,9 +72,9 @@ class Store:
         """Return the folder of a key's files."""
         return self.root / cute_ssm.__version__ / key.arch.name / toolchain.stack()
 
-    def path(self, key: Key) -> Path:
-        """Return where a key's object lies, or would lie."""
-        return self.folder(key) / f"{key.name}.o"
+    def path(self, key: Key, suffix: str = ".o") -> Path:
+        """Return where a key's object, or shared library, lies or would lie."""
+        return self.folder(key) / f"{key.name}{suffix}"
 
     def read(self, key: Key) -> bytes | None:
         """Return an object, or None if there is none for this tool-chain.
@@ -101,12 +101,12 @@ class Store:
             raise BadObjectError("the object is not the one its record describes")
         return data
 
-    def write(self, key: Key, data: bytes, compile_s: float) -> bool:
-        """Store an object, with the key's lock held; say whether it was possible."""
+    def write(self, key: Key, data: bytes, compile_s: float, suffix: str = ".o") -> bool:
+        """Store an object, or shared library, with the key's lock held; say whether it was possible."""
         if toolchain.sources_changed():
             self.trouble("write", "the sources of cute_ssm have changed since this process read them")
             return False
-        path = self.path(key)
+        path = self.path(key, suffix)
         record = {
             "kernel": registry.kernel_path(key.spec),
             "arch": key.arch.name,

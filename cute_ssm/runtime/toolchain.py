@@ -109,14 +109,21 @@ def cuda_flavor() -> str:
 def description() -> dict[str, object]:
     """Return the contents of ``meta.json``.  Imports the compiler."""
     return {
-        "cute_ssm": cute_ssm.__version__,
-        "sources": sources_digest(),
+        **light_description(),
         "dsl": dsl_distributions(),
         "cuda": cuda_flavor(),
         TVM_FFI: installed(TVM_FFI),
         "python": EXTENSION_SUFFIXES[0],
-        "machine": f"{platform.system()}-{platform.machine()}",
         "options": OPTIONS,
+    }
+
+
+def light_description() -> dict[str, object]:
+    """Return the part of ``meta.json`` that holds without a compiler: what a library made elsewhere must agree with."""
+    return {
+        "cute_ssm": cute_ssm.__version__,
+        "sources": sources_digest(),
+        "machine": f"{platform.system()}-{platform.machine()}",
     }
 
 

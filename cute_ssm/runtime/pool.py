@@ -1,0 +1,65 @@
+"""Many kernels compiled at once, by several processes: each compiles one at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cute_ssm.errors import CuteSsmError
+
+if TYPE_CHECKING:
+    from cute_ssm.arch import Arch
+    from cute_ssm.spec import Config, Spec
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one kernel: compiled, found, or neither, and then why."""
+
+    kernel: tuple[Spec, Config, Arch]
+    compiled: bool
+    error: str = ""
+
+
+def executor(jobs: int) -> Executor:
+    """Return a pool of processes that share nothing with this one but its import path."""
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+
+
+def compile_all(
+    kernels: Sequence[tuple[Spec, Config, Arch]], jobs: int | None = None, bundle: Path | None = None
+) -> Iterator[Outcome]:
+    """Compile kernels into the cache, or into a bundle, and yield each one's outcome as it is done.
+
+    Parameters
+    ----------
+    kernels : sequence of (Spec, Config, Arch)
+    jobs : int, optional
+        Processes; by default one for each core.  1: this process.
+    bundle : Path, optional
+        Folder of shared libraries instead of the cache.
+    """
+    jobs = min(jobs or os.cpu_count() or 1, max(1, len(kernels)))
+    if jobs == 1:
+        yield from (_one(kernel, bundle) for kernel in kernels)
+        return
+    with executor(jobs) as pool:
+        futures = [pool.submit(_one, kernel, bundle) for kernel in kernels]
+        yield from (future.result() for future in as_completed(futures))
+
+
+def _one(kernel: tuple[Spec, Config, Arch], bundle: Path | None) -> Outcome:
+    from cute_ssm import runtime
+
+    try:
+        if bundle is None:
+            return Outcome(kernel, runtime.prepare(*kernel))
+        runtime.bundle_to(bundle, *kernel)
+        return Outcome(kernel, True)
+    except CuteSsmError as error:
+        return Outcome(kernel, False, str(error))

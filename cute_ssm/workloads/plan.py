@@ -1,0 +1,130 @@
+"""From declared calls, or from a file of specs, to the kernels that they run; nothing is compiled or computed here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pkgutil
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from cute_ssm import arch as archs
+from cute_ssm import runtime, tuning, workloads
+from cute_ssm.arch import Arch
+from cute_ssm.errors import UnsupportedArchError, UnsupportedSpecError, describe
+from cute_ssm.kernels import registry
+from cute_ssm.spec import Config, Spec
+from cute_ssm.workloads import Keys, Workload
+
+Kernel = tuple[Spec, Config, Arch]
+FORM = 'a list of {"op", "keys", "batches"} and of {"spec", "config", "arch"} as `cache ls --json` prints them'
+
+
+def of_call(op: str, keys: Keys, arch: Arch, sm_count: int | None = None) -> list[Kernel]:
+    """Return the kernels that one call runs, in order.
+
+    Parameters
+    ----------
+    op, keys
+        As for `workloads.build`.
+    arch, sm_count
+        Target, and number of SMs of the GPU if not that of the target's reference board.
+    """
+    call = workloads.build(op, keys, fill=False)
+    with runtime.planned(arch, sm_count) as plan:
+        call.run()
+    return plan.kernels
+
+
+def of_workloads(declared: Iterable[Workload], targets: Sequence[Arch], sm_count: int | None = None) -> list[Kernel]:
+    """Return the distinct kernels of declared calls for some targets."""
+    found = (
+        kernel
+        for workload in declared
+        for keys in workload.calls()
+        for arch in targets
+        for kernel in of_call(workload.op, keys, arch, sm_count)
+    )
+    return list(dict.fromkeys(found))
+
+
+def read(
+    source: str, targets: Sequence[Arch], batches: Sequence[int] | None = None, sm_count: int | None = None
+) -> list[Kernel]:
+    """Return the distinct kernels of a model, of all models ("all"), or of a file of specs.
+
+    Parameters
+    ----------
+    source : str
+        Name of a model, or path of a file with `FORM`.
+    targets : sequence of Arch
+        Compile targets; an entry that names its target is for that one alone.
+    batches : sequence of int, optional
+        Numbers of requests, for calls that do not list their own.
+    sm_count : int, optional
+        As for `of_call`.
+
+    Raises
+    ------
+    ValueError
+        Neither a model nor a file, or an entry of the file means nothing; the message says which.
+    """
+    if source == "all":
+        return of_workloads(
+            (w for op in workloads.OPERATORS for w in workloads.of_operator(op, batches)), targets, sm_count
+        )
+    path = Path(source)
+    if source in workloads.models():
+        return of_workloads(workloads.of_model(source, batches), targets, sm_count)
+    if not path.is_file():
+        expected = f"a file, all, or one of {', '.join(workloads.models())}"
+        raise ValueError(describe("specs", expected, f"{source!r}, which is none of them"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from None
+    if not isinstance(content, list):
+        raise ValueError(describe(source, FORM, type(content).__name__))
+    found: list[Kernel] = []
+    for position, entry in enumerate(content):
+        try:
+            found += _entry(entry, targets, batches, sm_count)
+        except (KeyError, TypeError, ValueError, AttributeError, UnsupportedArchError, UnsupportedSpecError) as error:
+            raise ValueError(f"{source}, entry {position}: expected {FORM}: {type(error).__name__}: {error}") from None
+    return list(dict.fromkeys(found))
+
+
+def as_entry(spec: Spec, config: Config, arch: Arch) -> dict[str, Any]:
+    """Return a kernel as an entry of a file of specs."""
+    return {
+        "spec": {"type": type(spec).__name__, **dataclasses.asdict(spec)},
+        "config": {"type": type(config).__name__, **dataclasses.asdict(config)},
+        "arch": arch.name,
+    }
+
+
+def _entry(entry: Any, targets: Sequence[Arch], batches: Sequence[int] | None, sm_count: int | None) -> list[Kernel]:
+    if "op" in entry:
+        declared = workloads.workload(entry["op"], entry.get("keys", {}), entry.get("batches", batches))
+        return of_workloads([declared], targets, sm_count)
+    spec = _made(entry["spec"], {kind.__name__: kind for kind in registry.KERNELS})
+    config = _made(entry["config"], _configs())
+    spec.check()
+    chosen = [archs.by_name(entry["arch"])] if "arch" in entry else list(targets)
+    return [(spec, config, arch) for arch in chosen]
+
+
+def _made(fields: dict[str, Any], kinds: dict[str, type[Any]]) -> Any:
+    fields = dict(fields)
+    name = fields.pop("type")
+    if name not in kinds:
+        raise ValueError(describe("type", f"one of {', '.join(kinds)}", repr(name)))
+    return kinds[name](**fields)
+
+
+def _configs() -> dict[str, type[Config]]:
+    for module in pkgutil.iter_modules(tuning.__path__, f"{tuning.__name__}."):
+        import_module(module.name)
+    return {kind.__name__: kind for kind in Config.__subclasses__()}
