@@ -395,3 +395,55 @@ class CheckpointingSSUSpec(Spec):
             raise UnsupportedSpecError(
                 describe("rand_seed", "None with a float32 state, which is not rounded", "a seed")
             )
+
+
+@dataclass(frozen=True)
+class CursorSpec(Spec):
+    """What kernels over the cursors of a batch have in common (`cute_ssm.serving`).
+
+    Attributes
+    ----------
+    ring : bool
+        The cursor beside the number of pending tokens is the start of a ring; else the index of the active buffer.
+    src_dtype : str or None
+        Type of ``state_batch_indices``.  None: sequence b uses slot b.
+    cu_dtype : str or None
+        Type of ``cu_seqlens``.  None: all sequences have the same number of tokens.
+    """
+
+    ring: bool
+    src_dtype: str | None
+    cu_dtype: str | None
+
+    def text(self) -> str:
+        layout = "ring" if self.ring else "double"
+        return f"{self.op}-{layout}-{self.src_dtype}-{self.cu_dtype}"
+
+
+@dataclass(frozen=True)
+class CommitSpec(CursorSpec):
+    """A call of `cute_ssm.serving.commit`.
+
+    Attributes
+    ----------
+    accepted_dtype : str
+        Type of ``num_accepted_tokens``.
+    seeds : bool
+        Seeds of the slots advance too.
+    """
+
+    accepted_dtype: str
+    seeds: bool
+
+    @property
+    def op(self) -> str:
+        return "serving_commit"
+
+
+@dataclass(frozen=True)
+class WorkItemsSpec(CursorSpec):
+    """A call of `cute_ssm.serving.build_work_items`."""
+
+    @property
+    def op(self) -> str:
+        return "serving_build_work_items"

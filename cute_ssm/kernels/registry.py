@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cute_ssm.errors import UnsupportedSpecError
-from cute_ssm.spec import Config, GatedDeltaRuleSpec, SelectiveScanSpec, SelectiveStateUpdateSpec, Spec
+from cute_ssm.spec import (
+    CommitSpec,
+    Config,
+    GatedDeltaRuleSpec,
+    SelectiveScanSpec,
+    SelectiveStateUpdateSpec,
+    Spec,
+    WorkItemsSpec,
+)
 
 if TYPE_CHECKING:
     from cute_ssm.arch import Arch
@@ -36,6 +44,8 @@ KERNELS: dict[type[Spec], str] = {
     SelectiveStateUpdateSpec: "cute_ssm.kernels.selective_step:SelectiveStep",
     SelectiveScanSpec: "cute_ssm.kernels.selective_scan:SelectiveScan",
     GatedDeltaRuleSpec: "cute_ssm.kernels.gated_delta_rule:GatedDeltaRule",
+    CommitSpec: "cute_ssm.kernels.serving_commit:CommitCursors",
+    WorkItemsSpec: "cute_ssm.kernels.serving_work_items:BuildWorkItems",
 }
 _resolved: dict[str, type[Kernel]] = {}
 

@@ -1,0 +1,106 @@
+"""What happens to cursors between steps of a model, as mathematics: `cute_ssm.serving`.
+
+A slot holds a state and a *history*: the inputs of tokens that are accepted but not yet in the state.  Two cursors say
+where: PNAT, the number of *pending* tokens, and either the index of the active one of two buffers or the place in a
+ring where the oldest pending token lies.  A step with n tokens **writes** the state if PNAT + n > window: it first
+folds all pending tokens, so that afterwards only its own are pending.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cursors:
+    """The cursors of all slots, and the rows of a batch.
+
+    Attributes
+    ----------
+    pnat : Tensor, (slots,), int32
+        Pending tokens of each slot, at most `window`.
+    place : Tensor, (slots,), int32
+        Active buffer (0 or 1), or start in the ring.
+    places : int
+        Values that `place` takes: 2, or the rows of the ring.
+    ring : bool
+        Which of both it is.
+    window : int
+        Largest number of pending tokens.
+    slots : Tensor, (batch,), int64
+        Slot of each row; where it is not live, anything.
+    counts : Tensor, (batch,), int64
+        New tokens of each row.
+    live : Tensor, (batch,), bool
+        Rows that are not padding and have tokens.
+    """
+
+    pnat: Tensor
+    place: Tensor
+    places: int
+    ring: bool
+    window: int
+    slots: Tensor
+    counts: Tensor
+    live: Tensor
+
+    def writes(self) -> Tensor:
+        """Whether the step of each row writes the state; False where it is not live."""
+        pending = self.pnat[torch.where(self.live, self.slots, 0)] if len(self.pnat) else self.counts * 0
+        return self.live & (pending + self.counts > self.window)
+
+
+def commit(cursors: Cursors, accepted: Tensor, seeds: Tensor | None) -> None:
+    """Advance the cursors of live rows by their accepted tokens, and their seeds by one.
+
+    A row that writes has its new tokens, and nothing else, in the other buffer, or in the ring behind those that were
+    folded: PNAT becomes `accepted`, the buffer flips, or the start moves on by the old PNAT.  A row that does not
+    write has appended them: PNAT grows by `accepted`.  Rows with a negative `accepted` stay as they are.
+
+    Parameters
+    ----------
+    cursors : Cursors
+        ``pnat`` and ``place`` are **written**.
+    accepted : Tensor, (batch,), integers
+        Of row b, the first ``accepted[b]`` new tokens are kept.
+    seeds : Tensor, (layers, slots), int64, optional
+        **Written.**
+    """
+    c = cursors
+    rows = c.live & (accepted >= 0)
+    writes, slots, accepted = c.writes()[rows], c.slots[rows], accepted[rows].to(c.pnat.dtype)
+    pending, place = c.pnat[slots], c.place[slots]
+    moved = (place + pending) % c.places if c.ring else 1 - place
+    c.place[slots] = torch.where(writes, moved, place)
+    c.pnat[slots] = torch.where(writes, accepted, pending + accepted)
+    if seeds is not None:
+        seeds[:, slots] += 1
+
+
+def work_items(cursors: Cursors, pad_slot_id: int) -> tuple[Tensor, int]:
+    """Return the rows of a batch as work items, and how many of them write.
+
+    An item is (position in the batch, slot, PNAT, buffer or start).  Rows that write come first, and both kinds are in
+    the order of the batch.  Rows that are not live have the slot `pad_slot_id` and zeros, among those that do not.
+
+    Parameters
+    ----------
+    cursors : Cursors
+    pad_slot_id : int
+
+    Returns
+    -------
+    items : Tensor, (batch, 4), int32
+    num_writes : int
+    """
+    c = cursors
+    safe = torch.where(c.live, c.slots, 0)
+    columns = [c.slots, *(t[safe].long() if len(t) else t.new_zeros(len(safe)).long() for t in (c.pnat, c.place))]
+    empty = (pad_slot_id, 0, 0)
+    columns = [torch.where(c.live, column, value) for column, value in zip(columns, empty)]
+    items = torch.stack([torch.arange(len(c.slots)), *columns], 1).to(torch.int32)
+    writes = c.writes()
+    return torch.cat([items[writes], items[~writes]]), int(writes.sum())

@@ -1,0 +1,318 @@
+"""`serving.commit` and `build_work_items`: against plain loops, on reference and emulator; every bad argument."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from cute_ssm import arch as archs
+from cute_ssm import runtime, serving, tuning
+from cute_ssm.spec import CommitSpec, WorkItemsSpec
+
+ptxsim = pytest.importorskip("ptxsim")
+LAYERS = 3
+GARBAGE = -77
+
+
+def emulated(arch="sm_90a", **options):
+    options = {"racecheck": True, "initcheck": True, **options}
+    return ptxsim.emulate(arch=arch, **options)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch; the defaults are the base that tests vary one factor of at a time."""
+
+    batch: int = 40
+    spare: int = 5  # slots that no row uses
+    window: int = 16
+    tokens: int = 6
+    ring: bool = False
+    extra: int = 0  # rows of the ring beyond window and tokens
+    varlen: bool = False
+    indexed: bool = True
+    indices: torch.dtype = torch.int32
+    pad: int = -1
+    strided: bool = False
+
+
+def arguments(case: Case, seed: int = 0) -> tuple[dict, torch.Tensor]:
+    """Keyword arguments of both functions, and the tokens of each row; slots that no row uses hold garbage."""
+    g = random.Random(seed)
+    slots = case.batch + case.spare
+    order = g.sample([s for s in range(slots) if s != case.pad], case.batch) if case.indexed else range(case.batch)
+    order = list(order)
+    counts = [g.choice((0, 1, 2, case.tokens)) if case.varlen else case.tokens for _ in order]
+    pnat, place = (torch.full((slots,), GARBAGE, dtype=torch.int32) for _ in range(2))
+    places = case.window + case.tokens + case.extra if case.ring else 2
+    for row, slot in enumerate(order):
+        if case.indexed and row % 7 == 3:
+            order[row] = case.pad
+        elif counts[row]:
+            pnat[slot], place[slot] = g.choice((0, 1, case.window, g.randrange(case.window + 1))), g.randrange(places)
+    if case.strided:
+        pnat, place = (torch.stack([t, t * 0 + 99], 1)[:, 0] for t in (pnat, place))
+    call = {"prev_num_accepted_tokens": pnat, "window": case.window, "pad_slot_id": case.pad}
+    call |= {"ring_start": place, "ring_length": places} if case.ring else {"cache_buf_idx": place}
+    if case.indexed:
+        call["state_batch_indices"] = torch.tensor(order, dtype=case.indices)
+    if case.varlen:
+        call["cu_seqlens"] = torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=case.indices)
+    else:
+        call["tokens"] = case.tokens
+    return call, torch.tensor(counts)
+
+
+def expected(call: dict, counts: list[int], accepted: list[int] | None):
+    """Cursors and seed increments by slot after a commit, and the list of work before it, by plain loops."""
+    pnat, place = call["prev_num_accepted_tokens"].tolist(), call.get("cache_buf_idx", call.get("ring_start")).tolist()
+    rows = call.get("state_batch_indices", torch.arange(len(counts))).tolist()
+    first, last, advanced = [], [], [0] * len(pnat)
+    for b, (slot, n) in enumerate(zip(rows, counts)):
+        if slot == call["pad_slot_id"] or n == 0:
+            last.append([b, call["pad_slot_id"], 0, 0])
+            continue
+        writes = pnat[slot] + n > call["window"]
+        (first if writes else last).append([b, slot, pnat[slot], place[slot]])
+        if accepted is None or accepted[b] < 0:
+            continue
+        advanced[slot] = 1
+        if writes:
+            place[slot] = (place[slot] + pnat[slot]) % call["ring_length"] if "ring_start" in call else 1 - place[slot]
+            pnat[slot] = accepted[b]
+        else:
+            pnat[slot] += accepted[b]
+    return pnat, place, advanced, first + last, len(first)
+
+
+def verify(case: Case, seed: int = 0):
+    """Both functions against the loops."""
+    g = random.Random(seed)
+    call, counts = arguments(case, seed)
+    accepted = [g.choice((-1, 0, min(n, case.window), g.randrange(min(n, case.window) + 1))) for n in counts.tolist()]
+    pnat, place, advanced, items, writes = expected(call, counts.tolist(), accepted)
+    if not case.indexed and not case.varlen:
+        call["batch"] = case.batch
+    got, count = serving.build_work_items(**call)
+    assert got.dtype == count.dtype == torch.int32 and got.tolist() == items and count.tolist() == [writes]
+    assert 0 < writes < case.batch or case.batch < 8, "a batch of one kind shows little"
+    call.pop("batch", None)
+    seeds = torch.randint(-(2**62), 2**62, (LAYERS, len(pnat)))
+    seeds[1] = 2**63 - 1  # wraps around
+    after = seeds + torch.tensor(advanced)
+    serving.commit(num_accepted_tokens=torch.tensor(accepted, dtype=case.indices), rand_seed=seeds, **call)
+    assert call["prev_num_accepted_tokens"].tolist() == pnat
+    assert call.get("cache_buf_idx", call.get("ring_start")).tolist() == place
+    assert torch.equal(seeds, after)
+
+
+CASES = [
+    Case(),
+    Case(ring=True),
+    Case(ring=True, extra=10),
+    Case(varlen=True),
+    Case(varlen=True, ring=True, indices=torch.int64),
+    Case(indices=torch.int64),
+    Case(indexed=False),
+    Case(indexed=False, varlen=True),
+    Case(pad=11),  # a slot of the pool, kept for padding
+    Case(pad=0, ring=True),
+    Case(tokens=1, window=4),
+    Case(tokens=20, window=4),  # more tokens than the window: nearly every step writes
+    Case(strided=True),
+    Case(batch=1),
+    Case(batch=2, ring=True),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference(case):
+    for seed in range(3):
+        verify(case, seed)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_emulated(case):
+    with emulated() as session:
+        verify(case)
+    assert len(session.launches) == 2
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("batch", [31, 32, 33, 127, 128, 129, 1000, 1024, 1025, 2100])
+def test_emulated_sizes(batch, arch):
+    with emulated(arch):
+        verify(Case(batch=batch, ring=batch % 2 == 0), batch)
+
+
+def test_a_large_batch():
+    with emulated():
+        verify(Case(batch=8192))
+
+
+@pytest.mark.parametrize("warps", [1, 2, 32])
+def test_bits_do_not_depend_on_the_config(warps):
+    with emulated(schedule=warps), tuning.override(warps=warps):
+        verify(Case(batch=200))
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        CommitSpec(True, "int64", "int32", "int32", True),
+        CommitSpec(False, None, None, "int64", False),
+        WorkItemsSpec(True, "int64", "int32"),
+        WorkItemsSpec(False, None, None),
+    ],
+    ids=lambda spec: spec.text(),
+)
+def test_nothing_spills(spec, arch):
+    compiled = runtime.emulated(spec, None, archs.by_name(arch))
+    assert compiled.kernels and all(kernel.spill_bytes == 0 for kernel in compiled.kernels)
+
+
+def test_results_are_written_where_they_are_wanted():
+    call, _ = arguments(Case(batch=10))
+    items, count = torch.full((10, 4), GARBAGE, dtype=torch.int32), torch.full((1,), GARBAGE, dtype=torch.int32)
+    got = serving.build_work_items(**call, work_items=items, num_writes=count)
+    assert got[0] is items and got[1] is count and not (items == GARBAGE).any() and count.item() >= 0
+
+
+@pytest.mark.parametrize("emulate", [False, True])
+def test_an_empty_batch(emulate):
+    call, _ = arguments(Case(batch=0))
+    with emulated() if emulate else contextlib.nullcontext():
+        items, count = serving.build_work_items(**call)
+        serving.commit(num_accepted_tokens=torch.zeros(0, dtype=torch.int32), **call)
+    assert items.shape == (0, 4) and count.tolist() == [0]
+
+
+def test_a_step_of_one_slot_in_words():
+    """Window 16, six tokens a step: appended until 12 are pending, which are folded while six more are added."""
+    pnat, buffer = torch.tensor([0], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
+    seen = []
+    for accepted in (6, 6, 3, 1, 5, 2):
+        call = {"window": 16, "tokens": 6, "cache_buf_idx": buffer}
+        serving.commit(pnat, torch.tensor([accepted]), **call)
+        seen.append((pnat.item(), buffer.item()))
+    assert seen == [(6, 0), (12, 0), (3, 1), (4, 1), (9, 1), (11, 1)]
+
+
+BAD = {
+    "prev_num_accepted_tokens: expected dtype int32": {"prev_num_accepted_tokens": torch.zeros(45)},
+    "prev_num_accepted_tokens: expected shape": {"prev_num_accepted_tokens": torch.zeros(45, 1, dtype=torch.int32)},
+    "prev_num_accepted_tokens: expected values from 0 to 16": {
+        "prev_num_accepted_tokens": torch.full((45,), 17, dtype=torch.int32)
+    },
+    "cache_buf_idx: expected values from 0 to 1": {"cache_buf_idx": torch.full((45,), 2, dtype=torch.int32)},
+    "cache_buf_idx: expected shape": {"cache_buf_idx": torch.zeros(44, dtype=torch.int32)},
+    "cache_buf_idx: expected dtype": {"cache_buf_idx": torch.zeros(45, dtype=torch.int64)},
+    "cache_buf_idx: expected a tensor, or ring_start": {"cache_buf_idx": None},
+    "cache_buf_idx: expected a torch.Tensor": {"cache_buf_idx": 1},
+    "ring_start: expected None beside": {"ring_start": torch.zeros(45, dtype=torch.int32)},
+    "ring_length: expected None without": {"ring_length": 22},
+    "ring_length: expected at least 22, got 21": {
+        "cache_buf_idx": None, "ring_start": torch.zeros(45, dtype=torch.int32), "ring_length": 21,
+    },
+    "ring_length: expected at least 22, got None": {
+        "cache_buf_idx": None, "ring_start": torch.zeros(45, dtype=torch.int32),
+    },
+    "ring_start: expected values from 0 to 21": {
+        "cache_buf_idx": None, "ring_start": torch.full((45,), 22, dtype=torch.int32), "ring_length": 22,
+    },
+    "window: expected at least 1": {"window": 0},
+    "tokens: expected at least 1": {"tokens": 0},
+    "tokens: expected a number, or cu_seqlens instead, got neither": {"tokens": None},
+    "tokens: expected a number, or cu_seqlens instead, got both": {"cu_seqlens": torch.arange(41)},
+    "cu_seqlens: expected rising": {"tokens": None, "cu_seqlens": torch.arange(41).flip(0)},
+    "cu_seqlens: expected shape": {"tokens": None, "cu_seqlens": torch.arange(40)},
+    "cu_seqlens: expected dtype": {"tokens": None, "cu_seqlens": torch.arange(41.0)},
+    "cu_seqlens: expected at most 6 tokens": {
+        "tokens": None, "cu_seqlens": torch.arange(0, 7 * 41, 7), "cache_buf_idx": None, "ring_length": 22,
+        "ring_start": torch.zeros(45, dtype=torch.int32),
+    },
+    "state_batch_indices: expected indices in": {"state_batch_indices": torch.arange(6, 46)},
+    "state_batch_indices: expected dtype": {"state_batch_indices": torch.arange(40.0)},
+    "state_batch_indices: expected shape": {"state_batch_indices": torch.arange(40)[None]},
+}  # fmt: skip
+BAD_COMMITS = {
+    "prev_num_accepted_tokens: expected elements": {
+        "prev_num_accepted_tokens": torch.zeros(1, dtype=torch.int32).expand(45)
+    },
+    "state_batch_indices: expected a slot of its own": {"state_batch_indices": torch.zeros(40, dtype=torch.int32)},
+    "num_accepted_tokens: expected at most 6": {"num_accepted_tokens": torch.full((40,), 7)},
+    "num_accepted_tokens: expected at most 2": {"window": 2, "num_accepted_tokens": torch.full((40,), 3)},
+    "num_accepted_tokens: expected dtype": {"num_accepted_tokens": torch.zeros(40)},
+    "num_accepted_tokens: expected shape": {"num_accepted_tokens": torch.zeros(40, 1, dtype=torch.int32)},
+    "num_accepted_tokens: expected a torch.Tensor": {"num_accepted_tokens": [1] * 40},
+    "rand_seed: expected dtype": {"rand_seed": torch.zeros(2, 45)},
+    "rand_seed: expected shape": {"rand_seed": torch.zeros(2, 44, dtype=torch.int64)},
+    "rand_seed: expected stride 1": {"rand_seed": torch.zeros(45, 2, dtype=torch.int64).T},
+    "rand_seed: expected elements": {"rand_seed": torch.zeros(1, 45, dtype=torch.int64).expand(2, 45)},
+    "at least batch = 40 slots, got 39": {
+        "state_batch_indices": None, "prev_num_accepted_tokens": torch.zeros(39, dtype=torch.int32),
+        "cache_buf_idx": torch.zeros(39, dtype=torch.int32),
+    },
+}  # fmt: skip
+BAD_LISTS = {
+    "pad_slot_id: expected a number of 32 bits": {"pad_slot_id": 2**31},
+    "batch: expected a number of rows": {"state_batch_indices": None},
+    "work_items: expected dtype": {"work_items": torch.zeros(40, 4)},
+    "work_items: expected shape": {"work_items": torch.zeros(40, 3, dtype=torch.int32)},
+    "work_items: expected contiguous": {"work_items": torch.zeros(40, 8, dtype=torch.int32)[:, :4]},
+    "work_items: expected batch = 39 rows": {"batch": 39, "work_items": torch.zeros(40, 4, dtype=torch.int32)},
+    "num_writes: expected shape": {"num_writes": torch.zeros(2, dtype=torch.int32)},
+    "num_writes: expected dtype": {"num_writes": torch.zeros(1, dtype=torch.int64)},
+    "state_batch_indices: expected shape (batch,) = (39,)": {"work_items": torch.zeros(39, 4, dtype=torch.int32)},
+}
+
+
+def base():
+    return {
+        "prev_num_accepted_tokens": torch.zeros(45, dtype=torch.int32),
+        "cache_buf_idx": torch.zeros(45, dtype=torch.int32),
+        "state_batch_indices": torch.arange(40),
+        "window": 16,
+        "tokens": 6,
+    }
+
+
+def check_refused(function, call, message):
+    before = {name: value.clone() for name, value in call.items() if isinstance(value, torch.Tensor)}
+    with pytest.raises((ValueError, TypeError)) as caught:
+        function(**call)
+    assert message in str(caught.value)
+    assert all(torch.equal(call[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("message", [*BAD, *BAD_COMMITS])
+def test_bad_arguments_of_commit(message):
+    change = {**BAD, **BAD_COMMITS}[message]
+    check_refused(
+        serving.commit, {**base(), "num_accepted_tokens": torch.ones(40, dtype=torch.int32), **change}, message
+    )
+
+
+@pytest.mark.parametrize("message", [*BAD, *BAD_LISTS])
+def test_bad_arguments_of_build_work_items(message):
+    check_refused(serving.build_work_items, {**base(), **{**BAD, **BAD_LISTS}[message]}, message)
+
+
+def test_registered_with_pytorch():
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(pnat, buffer, accepted, slots):
+        items, count = serving.build_work_items(
+            pnat, cache_buf_idx=buffer, window=16, tokens=6, state_batch_indices=slots
+        )
+        serving.commit(pnat, accepted, cache_buf_idx=buffer, window=16, tokens=6, state_batch_indices=slots)
+        return items, count
+
+    pnat, buffer = torch.tensor([14, 3], dtype=torch.int32), torch.tensor([1, 1], dtype=torch.int32)
+    items, count = step(pnat, buffer, torch.tensor([2, 4]), torch.tensor([1, 0]))
+    assert items.tolist() == [[1, 0, 14, 1], [0, 1, 3, 1]] and count.tolist() == [1]
+    assert pnat.tolist() == [4, 5] and buffer.tolist() == [0, 1]
