@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cute_ssm.errors import describe
+from cute_ssm.ops.checkpointing_ssu import checkpointing_ssu as _checkpointing
+from cute_ssm.ops.checkpointing_ssu import checkpointing_ssu_ring as _checkpointing_ring
 from cute_ssm.ops.selective_state_update import selective_state_update as _update
 
 BACKENDS = ("auto", "flashinfer", "cake")
+RING_ALGORITHMS = ("auto", "monolith", "two-kernel")
 
 
 def selective_state_update(
@@ -124,6 +128,155 @@ def selective_state_update(
         cu_seqlens,
         num_accepted_tokens,
     )
+
+
+def checkpointing_ssu(
+    state: Tensor,
+    old_x: Tensor,
+    old_B: Tensor,
+    old_dt: Tensor,
+    old_cumAdt: Tensor,
+    cache_buf_idx: Tensor,
+    prev_num_accepted_tokens: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    out: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+    pad_slot_id: int = -1,
+    state_scale: Tensor | None = None,
+    rand_seed: Tensor | None = None,
+    philox_rounds: int = 10,
+    d_split: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    enable_pdl: bool = False,
+) -> Tensor:
+    """Return outputs at new tokens over states that lag, like FlashInfer 0.6's function of this name.
+
+    Parameters and result are those of `cute_ssm.checkpointing_ssu`, which takes what FlashInfer's function takes.  A
+    seed with a float32 state is ignored, as there.
+
+    Raises
+    ------
+    ValueError, TypeError, UnsupportedSpecError, UnsupportedArchError
+        As for `cute_ssm.checkpointing_ssu`; FlashInfer raises AssertionError and RuntimeError.
+
+    Notes
+    -----
+    Differences from FlashInfer:
+
+    * ``old_cumAdt`` is continued where a step appends to a history; FlashInfer stores sums that start anew there, and
+      reads them as if they did not, so that its decays are wrong from the second such step on.
+    * The window may have up to 64 rows instead of 16, and there may be more new tokens than rows.
+    * float16 inputs are not read as if they were bfloat16; bfloat16 states with a seed are rounded stochastically;
+      int16 states, one seed per slot, and two buffers of ``old_x`` are accepted.
+    * Rows of the history that no token was written to may hold NaN.
+    * Without ``state_batch_indices`` no sequence is padding.
+    """
+    rand_seed = _seed(state, rand_seed)
+    return _checkpointing(
+        state, old_x, old_B, old_dt, old_cumAdt, cache_buf_idx, prev_num_accepted_tokens, x, dt, A, B, C, out, D, z,
+        dt_bias, dt_softplus, state_batch_indices, pad_slot_id, state_scale, rand_seed, philox_rounds, d_split,
+        cu_seqlens, max_seqlen, enable_pdl,
+    )  # fmt: skip
+
+
+def checkpointing_ssu_ring(
+    state: Tensor,
+    x_cache: Tensor,
+    B_cache: Tensor,
+    dt_cache: Tensor,
+    ring_start: Tensor,
+    prev_num_accepted_tokens: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    out: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+    pad_slot_id: int = -1,
+    state_scale: Tensor | None = None,
+    rand_seed: Tensor | None = None,
+    philox_rounds: int = 10,
+    d_split: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    enable_pdl: bool = False,
+    cb_scaled: Tensor | None = None,
+    cumAdt_vec: Tensor | None = None,
+    cb_old: Tensor | None = None,
+    precompute_heads_per_cta: int = 0,
+    algorithm: str = "auto",
+) -> Tensor:
+    """Do the same with a ring, like ``checkpointing_ssu`` of FlashInfer's development branch.
+
+    Parameters
+    ----------
+    state, x_cache, B_cache, dt_cache, ring_start, prev_num_accepted_tokens, x, dt, A, B, C, out, D, z, dt_bias
+        As for `cute_ssm.checkpointing_ssu_ring`.
+    dt_softplus, state_batch_indices, pad_slot_id, state_scale, philox_rounds, d_split, cu_seqlens, max_seqlen
+        As there.
+    rand_seed : Tensor, optional
+        As there; ignored with a float32 state.
+    enable_pdl : bool
+        As there.
+    cb_scaled, cumAdt_vec, cb_old : Tensor, optional
+        Scratch memory of FlashInfer's two kernels: all or none.  Not used.
+    precompute_heads_per_cta : int
+        Accepted for compatibility.
+    algorithm : {"auto", "monolith", "two-kernel"}
+        Accepted for compatibility; "two-kernel" needs the scratch memory, as there.
+
+    Returns
+    -------
+    Tensor
+        ``out``.
+
+    Raises
+    ------
+    ValueError, TypeError, UnsupportedSpecError, UnsupportedArchError
+        As for `cute_ssm.checkpointing_ssu_ring`, or if scratch memory is incomplete.
+
+    Notes
+    -----
+    The window is L - T, as there; `cute_ssm.checkpointing_ssu_ring` takes longer rings too.
+    """
+    if algorithm not in RING_ALGORITHMS:
+        raise ValueError(describe("algorithm", " or ".join(RING_ALGORITHMS), repr(algorithm)))
+    if isinstance(precompute_heads_per_cta, bool) or not isinstance(precompute_heads_per_cta, int):
+        raise TypeError(describe("precompute_heads_per_cta", "an int", type(precompute_heads_per_cta).__name__))
+    if precompute_heads_per_cta < 0:
+        raise ValueError(describe("precompute_heads_per_cta", "0 or more", precompute_heads_per_cta))
+    scratch = {"cb_scaled": cb_scaled, "cumAdt_vec": cumAdt_vec, "cb_old": cb_old}
+    for name, tensor in scratch.items():
+        if tensor is None and (algorithm == "two-kernel" or any(other is not None for other in scratch.values())):
+            why = "with algorithm = 'two-kernel'" if algorithm == "two-kernel" else "with the other scratch tensors"
+            raise ValueError(describe(name, f"a tensor {why}", None, f"pass all of {', '.join(scratch)}, or none"))
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(describe(name, "a torch.Tensor", type(tensor).__name__))
+    rand_seed = _seed(state, rand_seed)
+    return _checkpointing_ring(
+        state, x_cache, B_cache, dt_cache, ring_start, prev_num_accepted_tokens, x, dt, A, B, C, out, D, z, dt_bias,
+        dt_softplus, state_batch_indices, pad_slot_id, state_scale, rand_seed, philox_rounds, d_split, cu_seqlens,
+        max_seqlen, enable_pdl,
+    )  # fmt: skip
+
+
+def _seed(state: Any, rand_seed: Any) -> Any:
+    """Return the seed, or None where states are not rounded."""
+    return None if isinstance(state, Tensor) and state.dtype is torch.float32 else rand_seed
 
 
 def _steps(x: Tensor) -> int:
