@@ -1,4 +1,4 @@
-"""The command line: ``python -m cute_ssm env | cache | demo``."""
+"""The command line: ``python -m cute_ssm env | cache | warmup | tune | demo``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import cute_ssm
 from cute_ssm.demo import cli
 from cute_ssm.errors import CuteSsmError
+from cute_ssm.workloads import cli as workloads
 
 if TYPE_CHECKING:
     from cute_ssm.runtime import doctor
@@ -29,7 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     cache = commands.add_parser("cache", help="list or delete the compiled kernels on disk")
     cache.add_argument("action", choices=("ls", "clear"))
     cache.add_argument("--all", action="store_true", help="of every version of the package, not only of this one")
+    cache.add_argument("--json", action="store_true", help="list them as a file of specs, for warmup and bundles")
     cache.set_defaults(run=_cache)
+
+    warmup = commands.add_parser("warmup", help="compile the kernels of declared calls into the cache")
+    workloads.add_arguments(warmup)
+    warmup.set_defaults(run=workloads.main)
 
     demo = commands.add_parser("demo", help="generate text with a small Mamba-2 model")
     cli.add_arguments(demo)
@@ -98,6 +104,11 @@ def _cache(options: argparse.Namespace) -> int:
         print(f"{root}: {count} files deleted, {_size(size)}")
         return 0
     items = [item for item in shelves.listing(root) if version in (None, item.version)]
+    if options.json:
+        parts = ("spec", "config", "arch")
+        whole = [item.record for item in items if all(part in item.record for part in parts)]
+        print(json.dumps([{part: record[part] for part in parts} for record in whole], indent=1))
+        return 0
     for item in items:
         where = f"{item.version} {item.arch} {item.stack}"
         print(f"{where}  {item.created:20}  {_size(item.size):>9}  {item.path.stem}")

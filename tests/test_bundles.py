@@ -1,0 +1,186 @@
+"""Bundles of shared libraries: built here, loaded where the compiler cannot be imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from tiny_spec import TinyConfig, TinySpec
+
+from cute_ssm import arch, runtime
+from cute_ssm.errors import CuteSsmError
+from cute_ssm.runtime import bundles, compiler, shelves, toolchain
+from cute_ssm.runtime.store import Key
+from cute_ssm.workloads import plan
+
+TESTS = Path(__file__).parent
+KEY = (TinySpec(), TinyConfig(), arch.SM_90A)
+
+BLOCKED = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("cutlass", "nvidia_cutlass_dsl", "tiny_kernel"):
+            raise ImportError(f"{name} is not for this process")
+
+sys.meta_path.insert(0, Blocked())
+from tiny_spec import TinyConfig, TinySpec
+from cute_ssm import arch, runtime
+from cute_ssm.kernels import registry
+from cute_ssm.runtime import toolchain
+toolchain.sources_digest = lambda: sys.argv[1]  # the same for all, even if somebody edits the sources meanwhile
+registry.fingerprint = lambda spec: sys.argv[2]
+function = runtime.get(TinySpec(), TinyConfig(), arch.SM_90A)
+try:
+    function()
+except TypeError as error:
+    assert "Expects 2 param" in str(error), error
+    print("callable")
+import torch
+try:
+    function(torch.zeros(4, dtype=torch.float64), torch.zeros(4))
+except (TypeError, ValueError) as error:
+    assert "argument #0" in str(error), error
+    print("checks its arguments")
+assert not {"cutlass", "tiny_kernel"} & set(sys.modules)
+"""
+
+needs_linker = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler to link with")
+
+
+@pytest.fixture
+def folder(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(toolchain, "sources_changed", lambda: False)
+    settings(CACHE_DIR=tmp_path / "cache")
+    return tmp_path / "bundle"
+
+
+@pytest.fixture
+def no_compile(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("compiled although a bundle has the kernel")
+
+    return lambda: monkeypatch.setattr(compiler, "compile_kernel", refuse)
+
+
+def without_compiler(path: Path, variable: str = "CUTE_SSM_AOT_DIR", extra: tuple[str, ...] = ()):
+    """Run `BLOCKED` in a process of its own."""
+    from cute_ssm.kernels import registry
+
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*extra, str(TESTS), *sys.path]), variable: str(path)}
+    arguments = [str(toolchain.description()["sources"]), registry.fingerprint(TinySpec())]
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED, *arguments], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@needs_linker
+def test_a_bundle_loads_where_the_compiler_cannot_be_imported(folder):
+    runtime.bundle_to(folder, *KEY)
+    done = without_compiler(folder)
+    assert done.stdout.split("\n")[:2] == ["callable", "checks its arguments"], done.stderr
+    refused = without_compiler(folder / "empty")
+    assert refused.returncode, "the process can compile: the test shows nothing"
+
+
+@needs_linker
+def test_the_library_holds_the_machine_code_of_the_object(folder, tmp_path):
+    library = runtime.bundle_to(folder, *KEY).read_bytes()
+    whole = runtime.compile_to(tmp_path / "object", *KEY).read_bytes()
+    start = whole.index(b"\x7fELF", 4)  # the object's own header comes first
+    code = whole[start : start + 2048]
+    assert len(code) == 2048
+    assert code in library
+
+
+@needs_linker
+def test_a_library_is_used_before_the_compiler_and_its_record_is_kept(folder, settings, no_compile):
+    path = runtime.bundle_to(folder, *KEY)
+    (item,) = shelves.listing(folder)
+    assert item.path == path
+    assert {part: item.record[part] for part in ("spec", "config", "arch")} == plan.as_entry(*KEY)
+    no_compile()
+    settings(AOT_DIR=folder)
+    with pytest.raises(TypeError, match="Expects 2 param"):
+        runtime.get(*KEY)()
+
+
+@needs_linker
+@pytest.mark.parametrize("damage", ["library", "record", "sources", "version", "runtime"])
+def test_a_library_that_does_not_fit_is_a_miss_that_says_why(folder, settings, damage, caplog, monkeypatch):
+    path = runtime.bundle_to(folder, *KEY)
+    meta = json.loads(path.with_name("meta.json").read_text())
+    if damage == "library":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "record":
+        path.with_suffix(".json").write_text("[]")
+    elif damage == "sources":
+        path.with_name("meta.json").write_text(json.dumps({**meta, "sources": "others"}))
+    elif damage == "version":
+        monkeypatch.setattr(toolchain, "TVM_FFI_RANGE", ((9,), (10,)))
+    else:
+        path.with_name("meta.json").write_text(json.dumps({**meta, "cuda": "cu11"}))
+    settings(AOT_DIR=folder, CACHE="0")
+    assert bundles.find(Key(*KEY)) is None
+    expected = {
+        "library": "not the one its record describes",
+        "record": "is no JSON object",
+        "sources": "sources: expected",
+        "version": "it needs apache-tvm-ffi",
+        "runtime": f"it needs {bundles.RUNTIME} of nvidia-cutlass-dsl-libs-cu11",
+    }[damage]
+    assert expected in caplog.text
+
+
+@needs_linker
+def test_a_runtime_library_in_the_bundle_serves_too(folder):
+    path = runtime.bundle_to(folder, *KEY)
+    meta = {**json.loads(path.with_name("meta.json").read_text()), "cuda": "cu11"}
+    assert bundles.runtime_library(folder, meta) is None
+    (folder / bundles.RUNTIME).write_bytes(b"")
+    assert bundles.runtime_library(folder, meta) == folder / bundles.RUNTIME
+
+
+def test_without_a_linker_nothing_is_built(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(CuteSsmError, match="linker: expected cc, gcc or clang"):
+        bundles.link(b"")
+
+
+@needs_linker
+def test_bad_objects_do_not_link():
+    with pytest.raises(CuteSsmError, match="failed"):
+        bundles.link(b"no object")
+
+
+@needs_linker
+def test_build_aot_makes_a_bundle_and_a_wheel(folder, tmp_path, capsys):
+    """From a file of specs, as the list of a cache is, to a wheel that is found without a variable."""
+    specs = tmp_path / "specs.json"
+    specs.write_text(json.dumps([plan.as_entry(*KEY)]))
+    script = TESTS.parent / "tools" / "build_aot.py"
+    build = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location("build_aot", script))
+    found.loader.exec_module(build)
+    code = build.main(["--specs", str(specs), "--arch", "sm_90a", "--jobs", "1", "--wheel", "--out", str(tmp_path)])
+    assert code == 0, capsys.readouterr()
+    assert "1 kernels, 1 compiled" in capsys.readouterr().out
+    assert not list(folder.rglob("*.lock"))
+    assert len(json.loads((folder / "manifest.json").read_text())) == 1
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.testzip() is None
+        names = archive.namelist()
+        record = archive.read(next(name for name in names if name.endswith("RECORD"))).decode()
+        assert sorted(line.split(",")[0] for line in record.splitlines()) == sorted(names)
+        archive.extractall(site)
+    done = without_compiler("", extra=(str(site),))
+    assert done.stdout.startswith("callable"), done.stderr
