@@ -1,0 +1,86 @@
+"""tools/machine on the operators: what a record holds, scaling to large calls, and that choices change the time."""
+
+from __future__ import annotations
+
+import pytest
+
+from cute_ssm import workloads
+
+machine = pytest.importorskip("machine", reason="tools/ is not on the path")
+ptxsim = pytest.importorskip("ptxsim")
+
+STEP = {"nheads": 16, "state_dtype": "float16"}
+
+
+def step(batch, gpu="H200", config=None, **keys):
+    return machine.time_op("selective_state_update", {**STEP, "batch": batch, **keys}, gpu, config)
+
+
+@pytest.mark.parametrize("keys", [{"batch": 2}, {"batch": 2, "T": 6}], ids=str)
+def test_record_has_the_instructions_and_bytes_that_are_counted(keys):
+    call = workloads.build("selective_state_update", {**STEP, **keys})
+    with ptxsim.emulate(counters=True) as counted:
+        call.run()
+    call = workloads.build("selective_state_update", {**STEP, **keys})
+    with ptxsim.emulate(trace=machine.Trace, wave_lanes=None) as traced:
+        call.run()
+    counters, trace = counted.launches[0].counters.as_dict(), traced.launches[0].trace
+    assert machine.bytes_of(trace) == counters["dram_read_bytes"] + counters["dram_write_bytes"]
+    executed = sum(visit.stop - visit.block.pc for visits in trace.warps.values() for visit in visits)
+    assert executed == counters["instructions"]["total"]
+    events = [e for visits in trace.warps.values() for v in visits for found in v.events.values() for e in found]
+    assert sum(e[1] for e in events if e[0] == "shared") == counters["smem_wavefronts"]
+    assert sum(e[0] == "copy" for e in events) == counters["bulk_copies"]
+
+
+def test_emulator_runs_only_the_ctas_of_one_sm():
+    session = machine.record(workloads.build("selective_state_update", {**STEP, "batch": 32}).run, machine.H200)
+    (launch,) = session.launches
+    ctas = -(-launch.grid[0] // machine.H200.sms)
+    assert len(launch.trace.warps) == ctas * launch.trace.warps_per_cta
+
+
+def test_large_calls_continue_small_ones():
+    exact = machine.time_op("selective_state_update", {**STEP, "batch": 512}, "H200", exact=1 << 30)
+    scaled = machine.time_op("selective_state_update", {**STEP, "batch": 512}, "H200", exact=1 << 19)
+    assert exact.exact
+    assert not scaled.exact
+    assert scaled.us == pytest.approx(exact.us, rel=0.05)
+    assert scaled.bytes == exact.bytes
+
+
+def test_no_call_is_faster_than_its_roof():
+    for batch in (1, 64, 1024):
+        modelled = step(batch)
+        assert 0 < modelled.of_roof <= 1
+        assert not modelled.fitted
+
+
+def test_bytes_and_bandwidth_tell_at_a_large_batch():
+    half, single, other = step(1024), step(1024, state_dtype="float32"), step(1024, gpu="B200")
+    assert single.us == pytest.approx(2 * half.us, rel=0.15)
+    assert 1.1 <= half.us / other.us <= 1.8  # 8 of 4.8 TB/s, if enough is in flight
+
+
+def test_a_ring_beats_units_that_wait_for_themselves():
+    base = {"lanes": 8, "rows": 64, "warps": 1, "ctas_per_sm": 1}
+    ring = step(128, config={**base, "stages": 3})
+    alone = step(128, config={**base, "stages": 1})
+    more = step(128, config={**base, "stages": 3, "ctas_per_sm": 4})
+    assert ring.kernels[0].grid[0] == machine.H200.sms < alone.kernels[0].grid[0]
+    assert more.us < 0.6 * ring.us
+    few = ring.kernels[0].timing.bytes_in_flight(("state",))
+    assert more.kernels[0].timing.bytes_in_flight(("state",)) > 2 * few
+
+
+@pytest.mark.parametrize("op", ["gated_delta_rule_mtp", "selective_scan"])
+def test_other_operators_have_a_time(op):
+    keys = {"gated_delta_rule_mtp": {"B": 4}, "selective_scan": {"length": 64}}[op]
+    modelled = machine.time_op(op, keys, "H200")
+    assert 1.6 < modelled.us < 100
+    assert modelled.kernels[0].timing.slots > 0
+
+
+def test_unknown_machine_is_named():
+    with pytest.raises(ValueError, match="H200, B200"):
+        machine.machine_of("H9000")

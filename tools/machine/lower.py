@@ -1,0 +1,328 @@
+"""PTX to what a scoreboard sees: pipe, latency, issue slots, registers read and written, and a compiler's order.
+
+The PTX of a basic block is in the order in which LLVM left it; ptxas moves loads up and uses down.  `schedule` does
+the same: list scheduling by the longest path, within a window, that keeps dependences through registers and memory.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ptxsim.ptx import Mem, Not, Pair, Reg, Special, Vec
+
+from .constants import SLOTS, Machine
+
+WIDE = ("b64", "s64", "u64")
+NO_RESULT = frozenset("st stmatrix red bar barrier fence membar cp bra brx ret exit trap prefetch prefetchu discard "
+    "griddepcontrol setmaxnreg nanosleep applypriority pmevent brkpt".split())  # fmt: skip
+CONTROLS = frozenset("griddepcontrol setmaxnreg nanosleep prefetch prefetchu discard createpolicy pmevent".split())
+LOGIC = frozenset("and or xor not lop3".split())
+COMPARE = frozenset("setp set selp slct min max".split())
+SPECIALS = frozenset("rcp sqrt rsqrt sin cos lg2 ex2 tanh".split())
+INT_ALU = frozenset("shl shr shf prmt bfe bfi bmsk szext popc clz brev bfind fns addc subc sad neg abs".split())
+
+
+@dataclass
+class Op:
+    """One PTX instruction, lowered.  ``kind`` says which rule of `replay` handles it."""
+
+    pc: int
+    text: str
+    kind: str
+    pipe: str
+    occupancy: float
+    latency: float
+    slots: int
+    sources: tuple
+    results: tuple
+    space: str = ""  # of a memory instruction
+    amount: int = 0  # groups that a wait leaves open
+
+
+def space_of(ins):
+    """State space of a memory instruction."""
+    for mod in ins.mods:
+        name = mod.split("::")[0]
+        if name in ("global", "shared", "local", "param", "const"):
+            return name
+    return "generic"
+
+
+class Lowering:
+    """Lowered instructions of one program for one machine, in compiled order per basic block."""
+
+    def __init__(self, program, machine: Machine):
+        self.program, self.machine = program, machine
+        self.names, self.blocks = {}, {}
+        self.ops = [self.lower(ins) for ins in program.kernel.instrs]
+
+    def block(self, block, stop):
+        """Ops of ``block`` up to the instruction ``stop``."""
+        known = self.blocks.get((block.pc, stop))
+        if known is None:
+            known = self.blocks[block.pc, stop] = schedule(self.ops[block.pc : stop], self.machine.window)
+        return known
+
+    # ------------------------------------------------------------ operands
+    def register(self, name):
+        return self.names.setdefault(name, len(self.names))
+
+    def collect(self, operand, out):
+        """Append the registers that an operand reads, or writes."""
+        if isinstance(operand, Reg):
+            out.append(self.register(operand.name))
+        elif isinstance(operand, Vec):
+            for item in operand.items:
+                self.collect(item, out)
+        elif isinstance(operand, Mem):
+            self.collect(operand.base, out)
+            for item in operand.coords or ():
+                self.collect(item, out)
+        elif isinstance(operand, Pair):
+            self.collect(operand.first, out)
+            self.collect(operand.second, out)
+        elif isinstance(operand, Not):
+            self.collect(operand.item, out)
+
+    def lower(self, ins):
+        machine, operands = self.machine, list(ins.operands)
+        results, sources = [], []
+        writes = ins.op not in NO_RESULT and operands and not isinstance(operands[0], Mem)
+        if ins.op == "bar" and "red" in ins.mods:
+            writes = True
+        if ins.op == "wgmma":
+            writes = isinstance(operands[0], Vec) if operands else False
+        for i, operand in enumerate(operands):
+            self.collect(operand, results if i == 0 and writes else sources)
+        if ins.pred is not None:
+            sources.append(self.register(ins.pred.name))
+            sources.extend(results)  # a predicated result may keep its old value
+        kind, pipe, occupancy, latency, slots, space, amount = "math", "alu", 2.0, 4.5, 1, "", 0
+        name, slots = self.classify(ins)
+        if name in machine.pipes:
+            chosen = machine.pipes[name]
+            pipe, occupancy, latency = chosen.name, chosen.occupancy, chosen.latency
+        elif name == "free":
+            pipe, occupancy, latency = "none", 0, 0
+        elif name == "mma":
+            pipe, (occupancy, latency) = "tensor", self.matrix(ins)
+        else:
+            kind, pipe, occupancy, latency = name, "none", 0, 0
+            space = space_of(ins)
+            if "wait_group" in ins.mods:
+                amount = ins.operands[0].value
+        if kind in ("memory", "matrix"):
+            pipe, occupancy = "lsu", 1
+        return Op(
+            ins.pc, ins.text, kind, pipe, occupancy, latency, slots, tuple(sources), tuple(results), space, amount
+        )
+
+    # ------------------------------------------------------------ classes
+    def classify(self, ins):
+        """(class, issue slots) of an instruction."""
+        op, mods = ins.op, ins.mods
+        wide = any(m in WIDE for m in mods)
+        if op in ("ld", "ldu", "st", "atom", "red"):
+            space = space_of(ins)
+            if space in ("param", "const") and op == "ld":
+                return "free", SLOTS["ld.param"]
+            return "memory", 1
+        if op in ("ldmatrix", "stmatrix"):
+            return "matrix", 1
+        if op == "cp":
+            return self.copy_class(mods), 1
+        if op == "mbarrier":
+            return "mbarrier", 1
+        if op in ("bar", "barrier"):
+            return ("warp barrier" if "warp" in mods else "barrier"), 1
+        if op in ("fence", "membar"):
+            far = (op == "membar" and "cta" not in mods) or bool({"gpu", "sys"} & set(mods))
+            return ("far fence" if far and "proxy" not in mods else "fence"), 1
+        if op in ("bra", "brx", "ret", "exit", "call", "trap"):
+            return "branch", 1
+        if op in (
+            "griddepcontrol",
+            "setmaxnreg",
+            "nanosleep",
+            "prefetch",
+            "prefetchu",
+            "discard",
+            "createpolicy",
+            "pmevent",
+        ):
+            return "control", 1
+        if op == "wgmma":
+            waits = "wait_group" in mods
+            return ("wgmma wait" if waits else "wgmma" if "mma_async" in mods else "control"), 1
+        if op == "mma":
+            return "mma", 1
+        if op == "shfl":
+            return "shuffle", 1
+        if op in ("vote", "match", "elect", "activemask", "redux"):
+            return "vote", 1
+        return self.arithmetic(ins, op, mods, wide)
+
+    def copy_class(self, mods):
+        """Kinds of cp."""
+        bulk = "bulk" in mods
+        if "prefetch" in mods:
+            return "control"
+        if "commit_group" in mods:
+            return "bulk commit" if bulk else "commit"
+        if "wait_group" in mods or "wait_all" in mods:
+            if bulk:
+                return "bulk wait read" if "read" in mods else "bulk wait"
+            return "wait all" if "wait_all" in mods else "wait"
+        if bulk:
+            return "bulk"
+        return "mbarrier" if "mbarrier" in mods else "memory"
+
+    def arithmetic(self, ins, op, mods, wide):
+        """Arithmetic, moves and conversions."""
+        types = [m for m in mods if re.fullmatch(r"(pred|[busf]\d+(x2)?|bf16(x2)?|e[45]m[32](x[24])?|tf32)", m)]
+        if op == "mov":
+            if any(isinstance(o, Special) for o in ins.operands):
+                return "special", 1
+            return "free", SLOTS["mov"]
+        if op in ("cvta", "mapa", "isspacep", "getctarank"):
+            return "free", SLOTS["cvta"]
+        if op == "cvt":
+            return self.conversion(ins, types)
+        floats = {"f32", "f16", "f16x2", "bf16", "bf16x2", "f32x2"} & set(types)
+        if op in SPECIALS:
+            exact = "rn" in mods
+            if exact:
+                return "sfu", SLOTS["sqrt.f32"] if op == "sqrt" else SLOTS["div.f32"]
+            return "sfu", 1 if "ftz" in mods or op not in ("ex2", "lg2") else SLOTS[op]
+        if op == "div":
+            if "f32" in types:
+                return "sfu", SLOTS["div.approx"] if "approx" in mods or "full" in mods else SLOTS["div.f32"]
+            return "int", SLOTS["div.64" if wide else "div.32"]
+        if op == "rem":
+            return "int", SLOTS["div.64" if wide else "div.32"]
+        if "f64" in types:
+            return "fp64", 1
+        if op in COMPARE:
+            many = SLOTS["setp.64" if op in ("setp", "set") else "selp.64" if op in ("selp", "slct") else "minmax.64"]
+            return "compare", many if wide else 1
+        if floats:
+            if "f32x2" in floats:
+                return "fp32x2", 1
+            return ("fp32" if "f32" in floats else "half"), 1
+        if op in ("mul", "mad"):
+            if wide and "wide" not in mods:
+                return "imad", SLOTS["mul.64" if op == "mul" else "mad.64"]
+            return "imad", 1
+        if op in LOGIC:
+            return "int", SLOTS["logic.64"] if wide else 1
+        if op in INT_ALU:
+            return "int", SLOTS["shift.64"] if wide else 1
+        if op in ("add", "sub"):
+            return "int", SLOTS["add.64"] if wide else 1
+        if op in ("dp4a", "dp2a"):
+            return "imad", 1
+        return "int", 1
+
+    def conversion(self, ins, types):
+        """cvt: widening is a move or a shift, packing a cheap instruction, the rest on the slow pipe."""
+        first, last = types[0] if types else "b32", types[-1] if types else "b32"
+        integers = all(t[0] in "usb" and t[1:].isdigit() for t in (first, last))
+        if integers:
+            wide = "64" in first or "64" in last
+            return ("free", SLOTS["cvt.64"]) if wide and last != "s32" else ("int", 1)
+        halves = {"f16", "bf16", "f16x2", "bf16x2"}
+        if first == "f32" and last in halves:
+            return "half", 1
+        if first in halves or "x2" in first or "x4" in first:
+            return "pack", 1
+        if first == "f32" and last == "f32":
+            return "convert", 1
+        if first == "tf32":
+            return "int", 4
+        return "convert", 1
+
+    def wgmma_share(self, pc):
+        """Products m16n8k16 that a quarter of a wgmma is worth."""
+        ins = self.program.kernel.instrs[pc]
+        shape = next(m for m in ins.mods if re.fullmatch(r"m\d+n\d+k\d+", m))
+        m, n, k = map(int, re.findall(r"\d+", shape))
+        bits = 32 if "tf32" in ins.mods else 8 if {"e4m3", "e5m2", "s8", "u8"} & set(ins.mods) else 16
+        return m * n * k * bits / 4 / (16 * 8 * 16 * 16)
+
+    def matrix(self, ins):
+        """(occupancy, latency) of mma, by its shape and the width of its operands."""
+        shape = next(m for m in ins.mods if re.fullmatch(r"m\d+n\d+k\d+", m))
+        m, n, k = map(int, re.fullmatch(r"m(\d+)n(\d+)k(\d+)", shape).groups())
+        bits = 32 if "tf32" in ins.mods else 8 if {"e4m3", "e5m2", "s8", "u8"} & set(ins.mods) else 16
+        share = m * n * k * bits / (16 * 8 * 16 * 16)
+        machine = self.machine
+        return machine.mma_clocks * share, machine.mma_latency * (0.5 + 0.5 * min(1.0, share))
+
+
+def schedule(ops, window):
+    """``ops`` of a basic block in a compiler's order; control and synchronisation stay where they are."""
+    out, start = [], 0
+    for i, op in enumerate(ops):
+        if op.kind not in ("math", "memory", "matrix"):
+            out += _list_schedule(ops[start:i], window)
+            out.append(op)
+            start = i + 1
+    return out + _list_schedule(ops[start:], window)
+
+
+def _list_schedule(ops, window):
+    """Longest path first among the next ``window`` instructions whose inputs are scheduled."""
+    n = len(ops)
+    if n < 3:
+        return list(ops)
+    writer, readers = {}, {}
+    last_store, loads = {}, {}  # by state space
+    after, missing = [[] for _ in range(n)], [0] * n
+
+    def edge(a, b):
+        if a is not None and a != b and b not in after[a]:
+            after[a].append(b)
+            missing[b] += 1
+
+    for i, op in enumerate(ops):
+        for r in op.sources:
+            edge(writer.get(r), i)
+            readers.setdefault(r, []).append(i)
+        for r in op.results:
+            edge(writer.get(r), i)
+            for j in readers.pop(r, ()):
+                edge(j, i)
+            writer[r] = i
+        if op.kind in ("memory", "matrix"):
+            space = op.space if op.kind == "memory" else "shared"
+            if op.results and not op.text.startswith("atom"):
+                edge(last_store.get(space), i)
+                loads.setdefault(space, []).append(i)
+            else:
+                edge(last_store.get(space), i)
+                for j in loads.pop(space, ()):
+                    edge(j, i)
+                last_store[space] = i
+    height = [0.0] * n
+    for i in range(n - 1, -1, -1):
+        op = ops[i]
+        wait = op.latency
+        if op.kind == "memory" and op.results:
+            wait = 30 if op.space == "shared" else 400
+        elif op.kind == "matrix":
+            wait = 33
+        height[i] = op.slots + wait + max((height[j] for j in after[i]), default=0)
+    done, out, first = [False] * n, [], 0
+    while len(out) < n:
+        while done[first]:
+            first += 1
+        best = None
+        for i in range(first, min(n, first + window)):
+            if not done[i] and missing[i] == 0 and (best is None or height[i] > height[best]):
+                best = i
+        done[best] = True
+        out.append(ops[best])
+        for j in after[best]:
+            missing[j] -= 1
+    return out

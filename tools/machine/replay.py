@@ -1,0 +1,514 @@
+"""Replay recorded warps on one modelled SM: in order, scoreboarded, four schedulers, one memory.
+
+What is modelled, per clock of the SM: one issue per scheduler; a warp issues its next instruction when its operands
+are there, its scheduler and pipe are free, and what it waits for (mbarrier, barrier, copies) has happened.  Shared
+memory serves one wavefront a clock.  A request to global memory finds its lines in L1, in L2 or in DRAM, by who has
+touched them before in this launch; DRAM and the port to the L2 are queues of a fixed rate, and bulk copies also pass
+through a copy engine.  A mbarrier has its arrivals and bytes and flips as in hardware.  CTAs start as places get free.
+
+Not modelled: instruction cache, register banks, replays of loads, TLB, partition and channel conflicts, clusters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+
+from .constants import Machine
+
+QUEUED = 300  # clocks that a load waits behind bulk copies, at most: these wait in their engine, not in the memory
+INF = math.inf
+
+
+@dataclass
+class Timing:
+    """What a replay found: clocks of one SM."""
+
+    clocks: float = 0.0
+    slots: int = 0  # issued
+    dram_read: int = 0  # bytes
+    dram_write: int = 0
+    l2_read: int = 0
+    shared: int = 0  # wavefronts
+    tensor: float = 0.0  # clocks of one sub-partition's pipe, summed
+    ctas: int = 0
+    stalls: Counter = field(default_factory=Counter)  # (warp of the CTA, reason) -> clocks
+    lives: dict = field(default_factory=dict)  # warp -> (first clock, last clock)
+    flights: list = field(default_factory=list)  # (asked, arrived, bytes, tensor, CTA) of loads and copies to the SM
+    segments: list | None = None  # (warp, start, end, reason), if asked for
+
+    def bytes_in_flight(self, tensors=None) -> float:
+        """Mean over the run of the bytes that are on their way to the SM."""
+        total = sum((b - a) * n for a, b, n, tensor, _ in self.flights if tensors is None or tensor in tensors)
+        return total / self.clocks if self.clocks else 0.0
+
+
+class Warp:
+    """A warp's place in its record, and its scoreboard."""
+
+    __slots__ = (
+        "at", "blocked", "bulk", "bulk_open", "cause", "copies", "cta", "events", "first", "groups", "home", "index",
+        "ops", "ready", "since", "visit", "visits", "wait", "wgmma", "why",
+    )  # fmt: skip
+
+    def __init__(self, index, cta, visits, registers):
+        self.index, self.cta, self.visits = index, cta, visits
+        self.visit, self.at, self.ops, self.events = 0, 0, (), {}
+        self.ready, self.why = [0.0] * registers, [""] * registers
+        self.since, self.cause, self.blocked, self.wait = 0.0, "", 0.0, None
+        self.copies, self.groups = [], []  # arrivals of cp.async: open group, committed groups
+        self.bulk_open, self.bulk = [], []  # (source read, written) of bulk stores
+        self.wgmma = 0.0
+
+
+class Replay:
+    """One SM.  ``dram_rate`` and ``l2_rate`` are the bytes per clock it gets of what all SMs share."""
+
+    def __init__(self, trace, lowering, machine: Machine, places, dram_rate, l2_rate, timeline=False):
+        self.trace, self.lowering, self.machine = trace, lowering, machine
+        self.dram_rate, self.l2_rate = min(dram_rate, machine.l2_port), min(l2_rate, machine.l2_port)
+        self.places = places
+        self.timing = Timing(segments=[] if timeline else None)
+        count = machine.schedulers
+        self.pending, self.free = [[] for _ in range(count)], [0.0] * count
+        self.load = [0] * count
+        self.pipes = [defaultdict(float) for _ in range(count)]
+        self.lsu = self.dram = self.port = self.tma = 0.0
+        self.events, self.number = [], 0
+        self.seen, self.written, self.l1, self.l1_filled = {}, {}, {}, 0
+        launch = trace.launch
+        self.l1_size = max(machine.l1_bytes - places * launch.smem_total, 8192)
+        self.mbarriers, self.cells = {}, {}
+        self.barriers = {}
+        self.warps_per_cta = trace.warps_per_cta
+        self.threads = launch.block_threads
+        self.alive = {}  # CTA -> warps not done
+        self.last = 0.0
+
+    # ------------------------------------------------------------ the clock
+    def run(self) -> Timing:
+        """Replay everything."""
+        by_cta = defaultdict(list)
+        for warp in sorted(self.trace.warps):
+            by_cta[warp // self.warps_per_cta].append(warp)
+        self.queue = sorted(by_cta.items(), reverse=True)
+        self.timing.ctas = len(by_cta)
+        for place in range(min(self.places, len(self.queue))):
+            self.start_cta(place * self.machine.cta_interval, *self.queue.pop())
+        pending, free, events = self.pending, self.free, self.events
+        schedulers = range(len(free))
+        while True:
+            when, which = INF, -1
+            for s in schedulers:
+                if pending[s]:
+                    t = pending[s][0][0]
+                    if t < free[s]:
+                        t = free[s]
+                    if t < when:
+                        when, which = t, s
+            if events and events[0][0] <= when:
+                t, _, action, arguments = heappop(events)
+                action(t, *arguments)
+                continue
+            if which < 0:
+                break
+            ready, _, warp = heappop(pending[which])
+            self.issue(warp, which, when, ready)
+        stuck = [(w.index, w.cause) for warps in self.alive.values() for w in warps]
+        if stuck:
+            raise RuntimeError(f"warps that wait for ever: {stuck[:8]}; is the record of one SM complete?")
+        self.timing.clocks = max(self.last, self.dram)
+        return self.timing
+
+    def at(self, t, action, *arguments):
+        """Call ``action(t, ...)`` at ``t``."""
+        self.number += 1
+        heappush(self.events, (t, self.number, action, arguments))
+
+    def start_cta(self, t, cta, indices):
+        registers = len(self.lowering.names)
+        warps = self.alive[cta] = []
+        for index in indices:
+            warp = Warp(index, cta, self.trace.warps[index], registers)
+            warp.home = min(range(len(self.load)), key=self.load.__getitem__)
+            self.load[warp.home] += 1
+            warp.first = t
+            warps.append(warp)
+        self.barriers[cta] = {}
+        for warp in tuple(warps):
+            self.advance(warp, t)
+
+    def finish(self, warp, t):
+        self.load[warp.home] -= 1
+        self.timing.lives[warp.index] = (warp.first, t)
+        self.last = max(self.last, t)
+        warps = self.alive[warp.cta]
+        warps.remove(warp)
+        for number in list(self.barriers[warp.cta]):
+            self.release_barrier(warp.cta, number, t)
+        if not warps:
+            del self.alive[warp.cta]
+            if self.queue:
+                self.at(t + self.machine.cta_start, self.start_cta, *self.queue.pop())
+
+    # ------------------------------------------------------------ warps
+    def advance(self, warp, t):
+        """Find the warp's next instruction that issues, and when its operands are there, from ``t`` on."""
+        ready, why = warp.ready, warp.why
+        while True:
+            while warp.at >= len(warp.ops):
+                if warp.visit >= len(warp.visits):
+                    self.finish(warp, t)
+                    return
+                visit = warp.visits[warp.visit]
+                warp.ops, warp.events, warp.at = self.lowering.block(visit.block, visit.stop), visit.events, 0
+                warp.visit += 1
+            op = warp.ops[warp.at]
+            when, cause = t, ""
+            for r in op.sources:
+                if ready[r] > when:
+                    when, cause = ready[r], why[r]
+            if op.slots:
+                break
+            for r in op.results:
+                ready[r], why[r] = when, cause
+            warp.at += 1
+        warp.since, warp.cause = t, cause
+        self.number += 1
+        heappush(self.pending[warp.home], (when, self.number, warp))
+
+    def issue(self, warp, s, t, ready):
+        """Issue the warp's next instruction at ``t`` on scheduler ``s``."""
+        op = warp.ops[warp.at]
+        pipe = self.pipes[s]
+        if op.occupancy and op.pipe != "lsu":
+            if pipe[op.pipe] > t:
+                self.number += 1
+                if not warp.cause or ready <= warp.since:
+                    warp.cause = op.pipe + " pipe"
+                heappush(self.pending[s], (pipe[op.pipe], self.number, warp))
+                return
+            pipe[op.pipe] = t + op.occupancy * op.slots
+            if op.pipe == "tensor":
+                self.timing.tensor += op.occupancy
+        elif op.pipe == "lsu" and self.lsu > t + 32:  # its queue is full
+            self.number += 1
+            warp.cause = "load/store unit busy"
+            heappush(self.pending[s], (self.lsu - 32, self.number, warp))
+            return
+        if t > warp.since:
+            waited = max(warp.since, min(t, ready))
+            self.stall(warp, warp.since, waited, warp.cause or "issue")
+            self.stall(warp, waited, t, "issue" if "pipe" not in warp.cause else warp.cause)
+        self.free[s] = t + op.slots
+        self.timing.slots += op.slots
+        warp.at += 1
+        if op.kind == "math":
+            done = t + op.slots - 1 + op.latency
+            if op.pipe == "lsu":
+                self.lsu = max(self.lsu, t) + 1
+            cause = op.pipe
+            for r in op.results:
+                warp.ready[r], warp.why[r] = done, cause
+            self.advance(warp, t + op.slots)
+        else:
+            getattr(self, "do_" + op.kind.replace(" ", "_"))(warp, op, t)
+
+    def stall(self, warp, start, end, reason):
+        if end > start:
+            self.timing.stalls[warp.index % self.warps_per_cta, reason] += end - start
+            if self.timing.segments is not None:
+                self.timing.segments.append((warp.index, start, end, reason))
+
+    def block(self, warp, t, cause):
+        warp.blocked, warp.cause = t, cause
+
+    def unblock(self, warp, t):
+        self.stall(warp, warp.blocked, t, warp.cause)
+        self.advance(warp, t)
+
+    def result(self, warp, op, done, cause):
+        for r in op.results:
+            warp.ready[r], warp.why[r] = done, cause
+
+    # ------------------------------------------------------------ memory
+    def from_dram(self, t, n_bytes, queued=INF):
+        start = max(t, min(self.dram, t + queued))
+        port = max(t, min(self.port, t + queued))
+        self.dram = max(t, self.dram) + n_bytes / self.dram_rate
+        self.port = max(t, self.port) + n_bytes / self.machine.l2_port
+        self.timing.dram_read += n_bytes
+        n = n_bytes
+        return max(start + n / self.dram_rate, port + n / self.machine.l2_port) + self.machine.dram_latency
+
+    def from_l2(self, t, n_bytes, queued=INF):
+        port = max(t, min(self.port, t + queued))
+        self.port = max(t, self.port) + n_bytes / self.l2_rate
+        self.timing.l2_read += n_bytes
+        return port + n_bytes / self.l2_rate + self.machine.l2_latency
+
+    def read(self, t, lines, cached, queued=INF):
+        """When all ``lines`` have arrived; ``cached``: the L1 may have them, and keeps them."""
+        done, fresh, again, seen = t, 0, 0, self.seen
+        touched = []
+        for line, mask in lines:
+            known, arrival = seen.get(line, (0, 0.0))
+            if cached:
+                stamp, held = self.l1.get(line, (-INF, 0))
+                if self.l1_filled - stamp > self.l1_size:
+                    held = 0
+                if not mask & ~held:
+                    done = max(done, t + self.machine.l1_latency, arrival)
+                    continue
+                self.l1[line] = (self.l1_filled, held | mask)
+                self.l1_filled += 32 * mask.bit_count()
+            new = mask & ~known
+            fresh += 32 * new.bit_count()
+            again += 32 * (mask & known).bit_count()
+            if new:
+                touched.append((line, known | mask))
+            else:
+                done = max(done, arrival)
+        if fresh:
+            arrival = self.from_dram(t, fresh, queued)
+            done = max(done, arrival)
+            for line, mask in touched:
+                seen[line] = (mask, arrival)
+        if again:
+            done = max(done, self.from_l2(t, again, queued))
+        return done
+
+    def write(self, t, lines):
+        """When all lines are written; a sector goes to DRAM once."""
+        fresh = total = 0
+        for line, mask in lines:
+            before = self.written.get(line, 0)
+            fresh += 32 * (mask & ~before).bit_count()
+            total += 32 * mask.bit_count()
+            self.written[line] = before | mask
+            known, arrival = self.seen.get(line, (0, 0.0))
+            self.seen[line] = (known | mask, arrival)
+        self.dram = max(t, self.dram) + fresh / self.dram_rate
+        self.timing.dram_write += fresh
+        return max(self.dram, t + total / self.machine.l2_port) + self.machine.store_latency
+
+    def do_memory(self, warp, op, t):
+        """ld, st, atom, red, cp.async."""
+        machine, payloads = self.machine, warp.events.get(op.pc)
+        done, cause = t + 4, "alu"
+        copied = None
+        if payloads is None:
+            if op.space == "local":
+                self.lsu = max(self.lsu, t) + 1
+                done, cause = t + machine.l1_latency, "local memory"
+        else:
+            for what in payloads:
+                if what[0] == "shared":
+                    start = max(self.lsu, t)
+                    self.lsu = start + what[1]
+                    self.timing.shared += what[1]
+                    done, cause = max(done, self.lsu - 1 + machine.shared_latency), "shared memory"
+                else:
+                    _, mode, tensor, lines = what
+                    self.lsu = max(self.lsu, t) + len(lines)
+                    if mode == "write":
+                        self.write(t, lines)
+                        continue
+                    if mode == "atomic":
+                        self.write(t, lines)
+                        arrival = self.from_l2(t, 32 * len(lines), QUEUED)
+                    else:
+                        arrival = self.read(t, lines, cached=not op.text.startswith("cp.async.cg"), queued=QUEUED)
+                    n_bytes = sum(32 * mask.bit_count() for _, mask in lines)
+                    if arrival - t > machine.l1_latency + 1:
+                        self.timing.flights.append((t, arrival, n_bytes, tensor, warp.cta))
+                    copied, done, cause = arrival, max(done, arrival), f"load of {tensor}"
+        if op.text.startswith("cp."):
+            if copied is not None:
+                warp.copies.append(copied)
+        else:
+            self.result(warp, op, done, cause)
+        self.advance(warp, t + 1)
+
+    def do_matrix(self, warp, op, t):
+        wavefronts = sum(what[1] for what in warp.events.get(op.pc, ()))
+        self.lsu = max(self.lsu, t) + wavefronts
+        self.timing.shared += wavefronts
+        self.result(warp, op, self.lsu - 1 + self.machine.matrix_latency, "shared memory")
+        self.advance(warp, t + 1)
+
+    def do_bulk(self, warp, op, t):
+        """Bulk copies, linear or by tensor map."""
+        machine = self.machine
+        for _, n_bytes, tensor, lines, cell, load in warp.events.get(op.pc, ()):
+            start = max(self.tma, t)
+            self.tma = start + max(machine.tma_copy, n_bytes / machine.tma_rate)
+            if load:
+                done = self.read(start, lines, cached=False) + machine.tma_latency
+                self.timing.flights.append((t, done, n_bytes, tensor, warp.cta))
+                if cell is not None:
+                    self.cells.setdefault(cell, set()).add(tensor)
+                    self.at(done, self.act, ((cell, 0, -n_bytes),))
+            else:
+                read = start + machine.shared_read_latency + n_bytes / machine.tma_rate
+                warp.bulk_open.append((read, self.write(read, lines)))
+        self.advance(warp, t + 1)
+
+    # ------------------------------------------------------------ groups of copies
+    def do_commit(self, warp, op, t):
+        warp.groups.append(max(warp.copies, default=t))
+        warp.copies = []
+        self.advance(warp, t + 1)
+
+    def do_wait(self, warp, op, t):
+        closed = warp.groups[: len(warp.groups) - op.amount] if op.amount else warp.groups
+        self.pause(warp, t, max(closed, default=t), "cp.async")
+        del warp.groups[: len(closed)]
+
+    def do_wait_all(self, warp, op, t):
+        until = max([*warp.groups, *warp.copies], default=t)
+        warp.groups, warp.copies = [], []
+        self.pause(warp, t, until, "cp.async")
+
+    def do_bulk_commit(self, warp, op, t):
+        if warp.bulk_open:
+            warp.bulk.append(tuple(max(times) for times in zip(*warp.bulk_open)))
+        elif warp.bulk:
+            warp.bulk.append((t, t))
+        warp.bulk_open = []
+        self.advance(warp, t + 1)
+
+    def do_bulk_wait_read(self, warp, op, t):
+        closed = warp.bulk[: len(warp.bulk) - op.amount] if op.amount else warp.bulk
+        self.pause(warp, t, max((read for read, _ in closed), default=t), "bulk store")
+
+    def do_bulk_wait(self, warp, op, t):
+        closed = warp.bulk[: len(warp.bulk) - op.amount] if op.amount else warp.bulk
+        self.pause(warp, t, max((written for _, written in closed), default=t), "bulk store")
+
+    def pause(self, warp, t, until, cause):
+        """Go on at ``until``, or with the next clock."""
+        if until > t + 1:
+            self.stall(warp, t, until, cause)
+        self.advance(warp, max(t + 1, until))
+
+    # ------------------------------------------------------------ synchronisation
+    def do_mbarrier(self, warp, op, t):
+        acts, waits = {}, []
+        for what in warp.events.get(op.pc, ()):
+            _, kind, entries = what
+            if kind == "wait":
+                waits += entries
+            elif kind == "init":
+                for cell, count in entries:
+                    self.mbarriers[cell] = [count, count, 0, 0, []]
+            elif kind.startswith("arrive after"):
+                until = max([*warp.groups, *warp.copies], default=t)
+                for cell, count in entries:
+                    if kind.endswith("expected"):
+                        self.mbarriers[cell][0] += count
+                    self.at(max(until, t), self.act, ((cell, count, 0),))
+            else:
+                for cell, value in entries:
+                    arrivals, tx = acts.get(cell, (0, 0))
+                    acts[cell] = (arrivals + value, tx) if kind == "arrive" else (arrivals, tx + value)
+        if waits:
+            warp.wait = waits
+            self.block(warp, t, "")
+            self.try_wait(t, warp, self.machine.mbarrier_wait)
+            return
+        self.lsu = max(self.lsu, t) + 1
+        if acts:
+            self.act(t, tuple((cell, *both) for cell, both in acts.items()))
+        self.result(warp, op, t + self.machine.mbarrier_wait, "mbarrier")
+        self.advance(warp, t + 1)
+
+    def try_wait(self, t, warp, latency):
+        """Go on if every phase that the warp waits for is over."""
+        for cell, parity in warp.wait:
+            barrier = self.mbarriers[cell]
+            if barrier[3] == parity:
+                tensors = self.cells.get(cell)
+                named = "copy of " + ", ".join(sorted(tensors)) if tensors else "mbarrier"
+                warp.cause = named
+                barrier[4].append(warp)
+                return
+        if not warp.cause:
+            warp.cause = "mbarrier"
+        self.stall(warp, warp.blocked, t, warp.cause)
+        op = warp.ops[warp.at - 1]
+        self.result(warp, op, t + latency, "mbarrier")
+        self.advance(warp, t + 1)
+
+    def act(self, t, acts):
+        """Arrivals and bytes at mbarriers; completed phases release who waits."""
+        for cell, arrivals, tx in acts:
+            barrier = self.mbarriers[cell]
+            barrier[0] -= arrivals
+            barrier[2] += tx
+            if barrier[0] == 0 and barrier[2] == 0:
+                barrier[0], barrier[3] = barrier[1], barrier[3] ^ 1
+                waiters, barrier[4] = barrier[4], []
+                for warp in waiters:
+                    self.at(t + self.machine.mbarrier_wake, self.try_wait, warp, 1)
+
+    def do_barrier(self, warp, op, t):
+        payloads = warp.events.get(op.pc, ())
+        if not payloads:  # cluster barriers, and predicated ones
+            self.advance(warp, t + 1)
+            return
+        for _, number, threads, waits, lanes in payloads:
+            state = self.barriers[warp.cta].setdefault(number, [0, [], threads])
+            state[0] += 32 if threads is not None or lanes == 32 else lanes
+            if waits:
+                self.block(warp, t, f"barrier {number}")
+                state[1].append(warp)
+            self.release_barrier(warp.cta, number, t)
+        if not any(what[3] for what in payloads):
+            self.advance(warp, t + 1)
+
+    def release_barrier(self, cta, number, t):
+        arrived, waiting, threads = self.barriers[cta][number]
+        if threads is None:
+            threads = sum(self.lanes(warp) for warp in self.alive[cta])
+        if arrived and arrived >= threads:
+            del self.barriers[cta][number]
+            for warp in waiting:
+                self.at(t + self.machine.barrier, self.released, warp)
+
+    def released(self, t, warp):
+        op = warp.ops[warp.at - 1]
+        self.result(warp, op, t, "barrier")
+        self.unblock(warp, t)
+
+    def lanes(self, warp):
+        """Threads of a warp: the last one of a CTA may be cut off."""
+        return min(32, self.threads - 32 * (warp.index % self.warps_per_cta))
+
+    def do_warp_barrier(self, warp, op, t):
+        self.pause(warp, t, t + self.machine.warp_barrier, "warp barrier")
+
+    def do_fence(self, warp, op, t):
+        self.pause(warp, t, t + self.machine.fence, "fence")
+
+    def do_far_fence(self, warp, op, t):
+        self.pause(warp, t, t + self.machine.gpu_fence, "fence")
+
+    def do_branch(self, warp, op, t):
+        self.advance(warp, t + self.machine.branch)
+
+    # ------------------------------------------------------------ wgmma
+    def do_wgmma(self, warp, op, t):
+        machine = self.machine
+        pipe = self.pipes[warp.home]
+        clocks = machine.mma_clocks * 0.62 * self.lowering.wgmma_share(op.pc)
+        start = max(pipe["tensor"], t)
+        pipe["tensor"] = start + clocks
+        self.timing.tensor += clocks
+        warp.wgmma = start + clocks + machine.mma_latency
+        self.advance(warp, t + 1)
+
+    def do_wgmma_wait(self, warp, op, t):
+        self.pause(warp, t, warp.wgmma if op.amount == 0 else t, "wgmma")

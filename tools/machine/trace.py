@@ -1,0 +1,149 @@
+"""What every warp did: blocks of instructions, and what their memory and synchronisation instructions touched.
+
+``ptxsim.emulate(trace=Trace)`` fills one `Trace` per launch, in place of its counters.  A warp's record is a list of
+*visits*: a basic block that (some lanes of) the warp executed, how far, and the events of its instructions.
+
+Events, by the PTX number of their instruction:
+
+    ("global", mode, tensor, lines)         lines: ((128-byte line, mask of its sectors), ...)
+    ("shared", wavefronts, bytes)
+    ("mbarrier", kind, ((cell, value), ...))  kind: init, arrive, expect, wait, "arrive after copies"
+    ("barrier", number, threads, waits, lanes)
+    ("copy", n_bytes, tensor, lines, cell, load)    one bulk copy; cell: of the mbarrier that it completes, or None
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from ptxsim.counters import Counters, changes, distinct
+
+LINE = 7  # log2 of a line's bytes
+SECTOR = 5
+
+
+class Visit:
+    """A basic block that a warp executed up to, and without, the instruction ``stop``."""
+
+    __slots__ = ("block", "events", "stop")
+
+    def __init__(self, block):
+        self.block, self.stop, self.events = block, block.next_pc, {}
+
+
+class Trace(Counters):
+    """Filled while a launch runs; ``warps`` maps a warp, numbered over the CTAs that ran, to its visits."""
+
+    def __init__(self, launch):
+        super().__init__(launch)
+        self.warps = {}
+        self.copies = None  # addresses of the bulk copies being issued
+
+    @property
+    def warps_per_cta(self):
+        """Warps of a CTA; warp w belongs to CTA w // warps_per_cta."""
+        return -(-self.launch.block_threads // 32)
+
+    # ------------------------------------------------------------ hooks
+    def block(self, block, S):
+        super().block(block, S)
+        warps = self.warps
+        for warp in S.warp_ids.tolist():
+            visits = warps.get(warp)
+            if visits is None:
+                visits = warps[warp] = []
+            visits.append(Visit(block))
+
+    def interrupted(self, S, pc):
+        """The instruction at ``pc`` could not run yet: it and what follows belong to a later visit."""
+        for warp in S.warp_ids.tolist():
+            self.warps[warp][-1].stop = pc
+
+    def event(self, warp, ins, *what):
+        """Add an event to the visit that a warp is in."""
+        self.warps[warp][-1].events.setdefault(ins.pc, []).append(what)
+
+    def global_access(self, S, addr, nbytes, ins, mode, alloc):
+        for warp, tensor, lines in self.lines(S.lanes >> 5, addr, alloc):
+            self.event(warp, ins, "global", mode, tensor, lines)
+
+    def shared_access(self, S, addr, nbytes, ins, mode):
+        passes = {8: 2, 16: 4}.get(nbytes, 1)
+        self.wavefronts(S, ins, S.lanes * passes >> 5, passes, addr, nbytes)
+
+    def matrix_access(self, S, addr, ins, mode):
+        self.wavefronts(S, ins, S.lanes >> 3, 4, addr, 16)
+
+    def wavefronts(self, S, ins, group, per_warp, addr, nbytes):
+        """Record each warp's wavefronts, as `Counters` defines them."""
+        word = (addr >> 2)[:, None] + np.arange(-(-nbytes // 4))
+        key = distinct((group[:, None] << 24 | word & 0xFFFFFF).reshape(-1))
+        banks = np.sort((key >> 24) * 32 + (key & 31))
+        first = np.flatnonzero(changes(banks))
+        counts = np.diff(np.append(first, len(banks)))
+        starts = np.flatnonzero(changes(banks[first] >> 5))
+        passes = np.maximum.reduceat(counts, starts)
+        warps = (banks[first[starts]] >> 5) // per_warp
+        for warp in S.warp_ids.tolist():
+            self.event(warp, ins, "shared", int(passes[warps == warp].sum()), nbytes)
+
+    def mma(self, ins, warps, flops_per_warp):
+        pass
+
+    def mbarrier(self, S, ins, kind, cells, values):
+        """Lanes of S act on the mbarriers ``cells``: arrivals and bytes of a warp add up."""
+        values = np.broadcast_to(values, cells.shape)
+        warps = S.lanes >> 5
+        for warp in S.warp_ids.tolist():
+            mine = warps == warp
+            acts = {}
+            for cell, value in zip(cells[mine].tolist(), values[mine].tolist()):
+                adds = kind not in ("wait", "init")
+                acts[cell] = acts.get(cell, 0) + value if adds else value
+            self.event(warp, ins, "mbarrier", kind, tuple(acts.items()))
+
+    def barrier(self, S, ins, number, threads, waits):
+        """Lanes of S arrive at a barrier of ``threads`` threads (None: all of the CTA)."""
+        lanes = np.bincount(S.lanes >> 5)
+        for warp in S.warp_ids.tolist():
+            self.event(warp, ins, "barrier", number, threads, waits, int(lanes[warp]))
+
+    def bulk(self, ins, alloc, request, addr, granule, mode):
+        self.copies = (request, addr, alloc)
+
+    def copied(self, S, ins, n_bytes, cells, load):
+        """Lanes of S have issued one bulk copy each, whose addresses `bulk` was told."""
+        touched = {}
+        if self.copies is not None:
+            request, addr, alloc = self.copies
+            touched = {lane: (tensor, lines) for lane, tensor, lines in self.lines(request, addr, alloc)}
+        self.copies = None
+        for i, lane in enumerate(S.lanes.tolist()):
+            tensor, lines = touched.get(i, ("", ()))
+            cell = None if cells is None else int(cells[i])
+            self.event(lane >> 5, ins, "copy", int(n_bytes[i]), tensor, lines, cell, load)
+
+    # ------------------------------------------------------------ addresses
+    def lines(self, owner, addr, alloc):
+        """Yield (owner, tensor, lines) of accesses, grouped by ``owner``."""
+        name = self.tensor(alloc, int(addr[0]))
+        sectors = distinct(owner << 42 | addr >> SECTOR)
+        owners, sectors = sectors >> 42, sectors & (1 << 42) - 1
+        starts = [*np.flatnonzero(changes(owners)).tolist(), len(owners)]
+        for a, b in pairwise(starts):
+            masks = {}
+            for sector in sectors[a:b].tolist():
+                line = sector >> LINE - SECTOR
+                masks[line] = masks.get(line, 0) | 1 << (sector & (1 << LINE - SECTOR) - 1)
+            yield int(owners[a]), name, tuple(masks.items())
+
+    def tensor(self, alloc, address):
+        """Name of the tensor at an address."""
+        if alloc is None:
+            memory = self.launch.memory
+            alloc = memory.allocations[int(memory.buffers_of(np.array([address]))[0])]
+        if len(alloc.parts) == 1:
+            return alloc.parts[0].name
+        return alloc.parts[int(alloc.owners(np.array([address]), 1)[0])].name
