@@ -54,6 +54,26 @@ def silu(x: Float32):
     return x * (inverse if x >= 0.0 else e * inverse)
 
 
+@dsl_user_op
+def _add_below(x, distance, *, loc=None, ip=None):
+    """x and the value `distance` lanes below it in the same half of the warp, if there is such a lane."""
+    text = f"{{ .reg .pred p; shfl.sync.up.b32 $0|p, $1, {distance}, 0x1000, 0xffffffff; @p add.f32 $0, $0, $1; }}"
+    # without a lane below, a shuffle gives back its own value
+    return Float32(pure(T.f32(), [x], text, "=&f,f", loc, ip))
+
+
+def running_sum(x):
+    """Inclusive sums over each half of a warp."""
+    for i in range(4):
+        x = _add_below(x, 1 << i)
+    return x
+
+
+def power_of_two(x):
+    """2^x to a relative error of about 2^-22; below 2^-126 zero."""
+    return _approx("ex2", x)
+
+
 def exchanged(value, distance):
     """The value of the lane whose number differs by an exclusive or with `distance`, a Python int."""
     return value if distance == 0 else cute.arch.shuffle_sync_bfly(value, distance)
@@ -136,8 +156,8 @@ def sigmoid(x: Float32):
 
 
 @cute.jit
-def gate_decay(A_log: Float32, x: Float32):
-    """e^(-e^A_log softplus(x)) to about the accuracy of its largest rounding; zero where the exponent overflows."""
+def gate_exponent(A_log: Float32, x: Float32):
+    """(p, low) with p = e^A_log softplus(x) rounded, at most 1e4, and low what the rounding added."""
     e = exponential(-cute.math.absf(x))
     s = e * _reciprocal(e + 2.0)
     square = s * s
@@ -148,6 +168,12 @@ def gate_decay(A_log: Float32, x: Float32):
     rate = exponential(cute.arch.fmin(A_log, Float32(88.5)))
     product = cute.arch.fmin(rate * step, Float32(1e4))
     low = cute.math.fma(-rate, step, product) if product < 1e4 else Float32(0.0)
+    return product, low
+
+
+def gate_decay(A_log, x):
+    """e^(-e^A_log softplus(x)) to about the accuracy of its largest rounding; zero where the exponent overflows."""
+    product, low = gate_exponent(A_log, x)
     return exponential(-product, low)
 
 

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cute_ssm.errors import UnsupportedSpecError
 from cute_ssm.spec import (
+    CheckpointingSSUSpec,
     CommitSpec,
     Config,
+    GatedDeltaRuleReplaySpec,
     GatedDeltaRuleSpec,
+    MaterializeSpec,
     SelectiveScanSpec,
     SelectiveStateUpdateSpec,
     Spec,
@@ -44,7 +47,10 @@ KERNELS: dict[type[Spec], str] = {
     SelectiveStateUpdateSpec: "cute_ssm.kernels.selective_step:SelectiveStep",
     SelectiveScanSpec: "cute_ssm.kernels.selective_scan:SelectiveScan",
     GatedDeltaRuleSpec: "cute_ssm.kernels.gated_delta_rule:GatedDeltaRule",
+    GatedDeltaRuleReplaySpec: "cute_ssm.kernels.gated_delta_replay:GatedDeltaRuleReplay",
+    CheckpointingSSUSpec: "cute_ssm.kernels.checkpointing_ssu:CheckpointingSSU",
     CommitSpec: "cute_ssm.kernels.serving_commit:CommitCursors",
+    MaterializeSpec: "cute_ssm.kernels.serving_materialize:MaterializeState",
     WorkItemsSpec: "cute_ssm.kernels.serving_work_items:BuildWorkItems",
 }
 _resolved: dict[str, type[Kernel]] = {}

@@ -334,7 +334,7 @@ def _run(
         arch = runtime.target(x.device)
         sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
         config = _config(spec, operands, settings, sm_count, arch)
-        plan = (runtime.get(spec, config, arch), sm_count * config.ctas_per_sm)
+        plan = (runtime.get(spec, config, arch), sm_count)
         if not overridden():
             if len(_plans) >= MOST_PLANS:  # of sizes that come and go
                 _plans.clear()
@@ -367,7 +367,7 @@ def _run_on_cpu(spec: CheckpointingSSUSpec, operands: Operands, settings: Settin
         sm_count = emulator.sm_count or arch.sm_count
         config = _config(spec, operands, settings, sm_count, arch)
         kernel = runtime.emulated(spec, config, arch)
-        kernel(*operands, settings.pad_slot_id, sm_count * config.ctas_per_sm)
+        kernel(*operands, settings.pad_slot_id, sm_count)
 
 
 _overload = _library.register(

@@ -1,0 +1,302 @@
+"""`StateTile`: rows of a head's state in swizzled shared memory, as operand and as result of matrix products.
+
+A *quad* is what one ``ldmatrix`` brings: 32 bytes of 16 rows.  Lane ``4 g + p`` has four bytes of row g, of row g + 8,
+and the same again 16 bytes further, whatever their type.  Sums over columns may take them in any order, so those
+words are made operands where they are: of
+
+- 16-bit types, a word is a register of an operand of `mma.mma_16`;
+- 8-bit types, it is two, of float16: int8 as 1152 more than its value, which the sums start without;
+- int16, it is one of upper and one of lower bytes, in two products;
+- float32, it is a register of an operand of `mma.mma_tf32`.
+
+The same words, as float32, are one accumulator [16 rows, 8 columns] for each four of their elements: new states are
+accumulated on old ones, and return to where those were.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float16, Float32, Int8, Int16, Int32
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T, dsl_user_op
+
+from cute_ssm.device import convert, memory, mma, philox
+from cute_ssm.device.asm import pure
+
+ROWS = 16  # of a product
+_BYTE_SHIFT = 1024.0 + 128.0  # of a signed byte below the exponent of float16's 1024
+_LOW_SHIFT = 1024.0  # of an unsigned one
+
+
+@dsl_user_op
+def _bytes_to_float16(word, *, loc=None, ip=None):
+    """Signed bytes (0, 1) and (2, 3) as float16, each 1152 more."""
+    text = (
+        "{ .reg .b32 t; xor.b32 t, $2, 0x80808080; prmt.b32 $0, t, 0x64646464, 0x4140; "
+        "prmt.b32 $1, t, 0x64646464, 0x4342; }"
+    )
+    both = pure(llvm.StructType.get_literal([T.i32()] * 2), [word], text, "=&r,=r,r", loc, ip)
+    return [Int32(llvm.extractvalue(T.i32(), both, [i], loc=loc, ip=ip)) for i in range(2)]
+
+
+@dsl_user_op
+def _float8_to_float16(word, *, loc=None, ip=None):
+    text = "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }"
+    both = pure(llvm.StructType.get_literal([T.i32()] * 2), [word], text, "=&r,=r,r", loc, ip)
+    return [Int32(llvm.extractvalue(T.i32(), both, [i], loc=loc, ip=ip)) for i in range(2)]
+
+
+@dsl_user_op
+def _int16_to_float16(word, *, loc=None, ip=None):
+    """Upper bytes as float16, 1152 more, and lower bytes, 1024 more."""
+    text = (
+        "{ .reg .b32 t; xor.b32 t, $2, 0x80808080; prmt.b32 $0, t, 0x64646464, 0x4341; "
+        "prmt.b32 $1, $2, 0x64646464, 0x4240; }"
+    )
+    both = pure(llvm.StructType.get_literal([T.i32()] * 2), [word], text, "=&r,=r,r", loc, ip)
+    return [Int32(llvm.extractvalue(T.i32(), both, [i], loc=loc, ip=ip)) for i in range(2)]
+
+
+@dsl_user_op
+def _larger_pair(most, pair, *, loc=None, ip=None):
+    """Magnitudes of two bfloat16, where they are larger."""
+    text = "{ .reg .b32 t; abs.bf16x2 t, $2; max.bf16x2 $0, $1, t; }"
+    return Int32(pure(T.i32(), [most, pair], text, "=r,r,r", loc, ip))
+
+
+@dsl_user_op
+def _power_of_two(x, *, loc=None, ip=None):
+    """2^floor(log2 x) of a positive normal x; 0 of 0."""
+    return Float32(pure(T.f32(), [x], "and.b32 $0, $1, 0x7f800000;", "=f,f", loc, ip))
+
+
+@dsl_user_op
+def _inverse_power_of_two(x, *, loc=None, ip=None):
+    text = "{ .reg .b32 t; and.b32 t, $1, 0x7f800000; sub.s32 $0, 0x7f000000, t; }"
+    return Float32(pure(T.f32(), [x], text, "=f,f", loc, ip))
+
+
+@dsl_user_op
+def _pair_of(low, high, *, loc=None, ip=None):
+    """The low halves of two words."""
+    return Int32(pure(T.i32(), [low, high], "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", loc, ip))
+
+
+class StateTile:
+    """`rows` rows of `dstate` columns; a warp works on 16 of them at a time.
+
+    In shared memory, rows are cut into `pieces` of `piece` bytes (32, 64 or 128), and the 16-byte chunks of a piece are
+    swizzled over its row: no eight rows of a chunk meet a bank twice.  A tensor map copies a tile at once.
+    """
+
+    def __init__(self, dtype, inputs, rows, dstate, arch, philox_rounds=0):
+        self.dtype, self.inputs, self.rows, self.dstate = dtype, inputs, rows, dstate
+        self.arch, self.rounds = arch, philox_rounds
+        self.scaled = dtype in (Int16, Int8, cutlass.Float8E4M3FN)
+        pitch = dstate * dtype.width // 8
+        self.piece = max(size for size in (32, 64, 128) if pitch % size == 0)
+        self.pieces = pitch // self.piece
+        self.bytes = rows * pitch
+        self.bits = {32: 1, 64: 2, 128: 3}[self.piece]  # of the swizzle
+        self.quads = pitch // 32
+        self.per_piece = self.piece // 32
+        self.blocks = rows // ROWS
+        self.results = {8: 4, 16: 2, 32: 1}[dtype.width]  # accumulators of a quad
+        self.wide = dtype is Float32 or (dtype is BFloat16 and inputs is Float16)  # operands are tf32
+        self.operand = BFloat16 if dtype is BFloat16 else Float16
+        self.normalised = not self.wide and self.operand is not inputs  # C is bfloat16 and has to become float16
+
+    # -------------------------------------------------------------------------------------------------------- geometry
+    def tensor_box(self):
+        """Elements of a tile in the order of the tensor map: (piece, rows, pieces, 1)."""
+        return self.piece * 8 // self.dtype.width, self.rows, self.pieces, 1
+
+    def shared_layout(self, stages):
+        """Tiles in shared memory: (box, stage)."""
+        row, rows, pieces, _ = box = self.tensor_box()
+        size = row * rows * pieces
+        plain = cute.make_layout((*box, stages), stride=(1, row, row * rows, size, size))
+        return cute.make_composed_layout(cute.make_swizzle(self.bits, 4, 3), 0, plain)
+
+    def global_view(self, state):
+        """The pool [slots, heads, dim, dstate] in the order of `tensor_box`."""
+        slots, heads, dim, dstate = state.shape
+        row = self.piece * 8 // self.dtype.width
+        shape, stride = (row, heads * dim, self.pieces, slots), (1, dstate, row, state.stride[0])
+        return cute.make_tensor(state.iterator, cute.make_layout(shape, stride=stride))
+
+    def pointers(self, ring, lane):
+        """This lane's addresses for the quads of a piece in the first tile of a ring."""
+        row = lane % ROWS
+        turn = row >> (3 - self.bits) & ((1 << self.bits) - 1)
+        return [ring + (row * self.piece + ((2 * quad + lane // ROWS) ^ turn) * 16) for quad in range(self.per_piece)]
+
+    def quad_at(self, pointers, quad, block):
+        """The address of a quad of a block of 16 rows."""
+        offset = quad // self.per_piece * self.rows * self.piece + block * ROWS * self.piece
+        return pointers[quad % self.per_piece] + offset
+
+    # --------------------------------------------------------------------------------------------------------- product
+    @cute.jit
+    def projection(self, natural, row, lane):
+        """C as the other operand of `product`: (registers, what sums start from, factors of the lane's two columns).
+
+        `natural` are the words of C as an operand of `mma.mma_16`, two for each 16 columns; `row` is the address of
+        the row of C of token ``lane // 4``.
+        """
+        p = lane % 4
+        start, factors = [Float32(0.0)] * 4, [Float32(1.0)] * 2
+        low = start
+        if cutlass.const_expr(self.wide):
+            operand = self._wide_projection(natural, row, p)
+        else:
+            operand = natural
+            if cutlass.const_expr(self.dtype.width == 8):
+                operand = [memory.load_words(row + (quad * 32 + p * 8), 2) for quad in range(self.dstate // 16)]
+            if cutlass.const_expr(self.normalised):
+                operand, factors = self._normalise(operand, lane)
+            if cutlass.const_expr(self.dtype is Int8 or self.dtype is Int16):
+                ones = [Int32(0x3C003C00)] * 4
+                for pair in operand:
+                    start = mma.mma_16(ones, pair, start, Float16)
+                low = [value * -_LOW_SHIFT for value in start]
+                start = [value * -_BYTE_SHIFT for value in start]
+        return operand, (start, low), factors
+
+    def _wide_projection(self, natural, row, p):
+        """C in float32: of columns (p, p + 4) of each 8, or (2 p, 2 p + 1) where states come in pairs."""
+        if self.dtype is not Float32:
+            return [convert.unpack([word], self.inputs) for pair in natural for word in pair]
+        operand = []
+        for quad in range(self.quads):
+            at = [cute.recast_ptr(row, dtype=self.inputs) + (quad * 8 + p + i) for i in (0, 4)]
+            operand.append([memory.load_scalar(pointer, self.inputs) for pointer in at])
+        return operand
+
+    def _normalise(self, operand, lane):
+        """bfloat16 / 2^e as float16 with 2^e <= max < 2^(e + 1) of a token, exact down to 2^-24 of it; and 2^e of the
+        lane's two columns of results."""
+        top = Int32(0)
+        for pair in operand:
+            for word in pair:
+                top = _larger_pair(top, word)
+        most = cute.arch.fmax(*convert.unpack([top], BFloat16))
+        for distance in (1, 2):
+            most = cute.arch.fmax(most, cute.arch.shuffle_sync_bfly(most, distance))
+        up, down = _power_of_two(most), _inverse_power_of_two(most)
+        scaled = []
+        for pair in operand:
+            values = [value * down for value in convert.unpack(pair, BFloat16)]
+            scaled.append(convert.pack(values, Float16))
+        return scaled, [cute.arch.shuffle_sync(up, lane % 4 * 8 + 4 * i) for i in range(2)]
+
+    def product(self, pointers, projection):
+        """State times C^T of eight tokens: one accumulator [16 rows, 8 tokens] for each block."""
+        operand, (start, low_start), _ = projection
+        sums = [start] * self.blocks
+        low = [low_start] * self.blocks
+        for quad in range(self.quads):
+            for block in range(self.blocks):
+                words = mma.load_matrices(self.quad_at(pointers, quad, block), 4, transposed=False)
+                if self.dtype is Float32:
+                    a = mma.rounded([convert.as_float(word) for word in words])
+                    sums[block] = mma.mma_tf32(a, operand[quad], sums[block])
+                elif self.wide:
+                    for i in range(2):
+                        (a0, a2), (a1, a3) = (convert.unpack([word], BFloat16) for word in words[2 * i : 2 * i + 2])
+                        sums[block] = mma.mma_tf32([a0, a1, a2, a3], operand[2 * quad + i], sums[block])
+                elif self.dtype is Int16:
+                    parts = [_int16_to_float16(word) for word in words]
+                    sums[block] = mma.mma_16([high for high, _ in parts], operand[quad], sums[block], Float16)
+                    low[block] = mma.mma_16([part for _, part in parts], operand[quad], low[block], Float16)
+                elif self.dtype.width == 8:
+                    spread = _bytes_to_float16 if self.dtype is Int8 else _float8_to_float16
+                    pairs = [spread(word) for word in words]
+                    for i in range(2):
+                        (a0, a2), (a1, a3) = pairs[2 * i : 2 * i + 2]
+                        sums[block] = mma.mma_16([a0, a1, a2, a3], operand[2 * quad + i], sums[block], Float16)
+                else:
+                    sums[block] = mma.mma_16(words, operand[quad], sums[block], self.operand)
+        if self.dtype is Int16:
+            return [[cute.math.fma(h, Float32(256.0), part) for h, part in zip(*both)] for both in zip(sums, low)]
+        return sums
+
+    # --------------------------------------------------------------------------------------------------------- results
+    def columns(self, quad, result, g):
+        """The column of the state that is column g of an accumulator of a quad."""
+        if self.dtype is Float32:
+            return quad * 8 + g // 2 + g % 2 * 4
+        if self.dtype.width == 8:
+            return quad * 32 + result // 2 * 16 + g // 2 * 4 + g % 2 + result % 2 * 2
+        return quad * 16 + result * 8 + g
+
+    def history_rows(self, first, lane):
+        """Those of 16 positions, from `first` on, whose rows of B this lane reads for `history_operand`."""
+        if self.dtype.width == 16:
+            return [first + lane % 8 + lane // 8 % 2 * 8]
+        return [first + 2 * (lane % 4) + i for i in (0, 1, 8, 9)]
+
+    def history_operand(self, rows, quad, lane):
+        """B of 16 positions as operands for the accumulators of a quad, two words each.
+
+        `rows` are the addresses of the rows of `history_rows`.
+        """
+        if self.dtype.width == 16:
+            words = mma.load_matrices(rows[0] + (quad * 32 + lane // 16 * 16), 4)
+            return [words[:2], words[2:]]
+        operands = []
+        for result in range(self.results):
+            offset = self.columns(quad, result, lane // 4) * 2
+            halves = [Int32(memory.load_words(row + offset, 1, 16)[0]) for row in rows]
+            operands.append([_pair_of(*halves[:2]), _pair_of(*halves[2:])])
+        return operands
+
+    def floats(self, words, scales):
+        """The accumulators of a quad, in float32; `scales` are those of rows g and g + 8."""
+        if self.dtype is Float32:
+            c = [convert.as_float(word) for word in words]
+            return [[c[0], c[2], c[1], c[3]]]
+        values = [convert.unpack([word], self.dtype) for word in words]  # of (g, low), (g + 8, low), (g, high), ...
+        if self.scaled:
+            values = [[value * scales[i % 2] for value in row] for i, row in enumerate(values)]
+        pairs = range(0, 32 // self.dtype.width, 2)
+        return [values[2 * i][n : n + 2] + values[2 * i + 1][n : n + 2] for i in range(2) for n in pairs]
+
+    def words(self, results, encode, random):
+        """Accumulators of a quad, rounded, as the words they came in.
+
+        `encode` are the encoding factors of rows g and g + 8 of quantised types; `random` is (keys, place, counter) of
+        `draw` for stochastic rounding, or None.
+        """
+        if self.dtype is Float32:
+            (c,) = results
+            return [convert.as_word(c[i]) for i in (0, 2, 1, 3)]
+        size = self.results // 2  # accumulators of one word
+        rows = [
+            [value for c in results[i * size : (i + 1) * size] for value in c[2 * half : 2 * half + 2]]
+            for i in range(2)
+            for half in range(2)
+        ]
+        bits = self._bits(random) if random is not None else [None] * 4
+        if self.scaled:
+            return [
+                convert.pack_quantised(row, encode[i % 2], self.dtype, drawn)[0]
+                for i, (row, drawn) in enumerate(zip(rows, bits))
+            ]
+        if random is None:
+            return [convert.pack(row, self.dtype)[0] for row in rows]
+        return [convert.pack_stochastic(row, drawn, self.dtype, self.arch)[0] for row, drawn in zip(rows, bits)]
+
+    def counter(self, row, quad, p):
+        """First word of the counter of a quad's draw: `reference.rounding`'s map for fragments.  `row` is row g."""
+        groups = self.dstate // 4
+        step = 8 if self.dtype.width == 8 else 4  # groups of four columns in a quad
+        return (row // ROWS * 8 + row % 8) * groups + (quad * step + p)
+
+    def _bits(self, random):
+        """Random words of a quad in the order of its words: one call serves eight elements."""
+        keys, place, counter = random
+        if self.dtype.width == 16:
+            w = philox.philox(keys, counter, *place)
+            return [[w[0]], [w[2]], [w[1]], [w[3]]]
+        a, b = philox.philox(keys, counter, *place), philox.philox(keys, counter + 4, *place)
+        return [a[:2], a[2:], b[:2], b[2:]]

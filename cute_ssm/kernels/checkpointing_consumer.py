@@ -1,0 +1,459 @@
+"""`Consumer`: the warps of `CheckpointingSSU` that multiply, a tile of the state at a time.
+
+Everything is transposed: rows of results are rows of the state, and columns are up to eight new tokens.
+
+    out^T [rows, tokens] = S0 C^T scaled by e^{c_{k+t}} + x^T CB^T,   CB[t, j] = e^{c_{k+t} - c_j} dt'_j (C_t . B_j)
+
+The words of C serve twice: as the second operand of S0 C^T, and as the first of C B^T, whose result has the order of
+the second operand of x^T CB^T.  So the products C . B stay in registers, are computed once for a unit, and are scaled
+and masked (by select) for each head; D is added to their diagonal.  More than eight tokens are taken eight at a time,
+and then the products are computed anew for every tile.
+
+Positions that do not exist read a row of zeros, which lies on the banks of a row that is never read with it.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
+
+from cute_ssm.device import convert, math, memory, mma, philox
+from cute_ssm.device.scan import silu
+from cute_ssm.device.tile import ROWS
+from cute_ssm.device.tokens import TokenOperands
+from cute_ssm.tuning.checkpointing_ssu import STEP, TOKENS
+
+UNROLLED = 4  # tiles of a consumer and unit that are unrolled where states are kept: more do not fit the code cache
+HELD = 64  # registers that may hold the history's B for all tiles of a unit
+
+
+class Consumer:
+    """The consumer warps of a kernel (`checkpointing_ssu.Steps`)."""
+
+    def __init__(self, owner):
+        self.owner, self.spec, self.half, self.tile = owner, owner.spec, owner.half, owner.tile
+        self.layout, self.own = owner.layout, owner.own
+        self.tokens = TokenOperands(owner.input_dtype)
+        self.blocks = -(-self.spec.tokens // TOKENS)
+        self.once = self.blocks == 1
+        self.parts = 1 if self.spec.state_dtype in ("bfloat16", "int8", "float8_e4m3fn") else 2
+        self.zero_x = owner.zero + 7 * self.layout.x_pitch % 128
+        self.zero_column = owner.zero + 7 * self.layout.column_pitch % 128
+        self.history_steps = -(-self.spec.window // STEP)
+
+    # ------------------------------------------------------------------------------------------------------------ unit
+    @cute.jit
+    def run(self, w, walk, outputs, store, store_view, tiles, ring, units, barriers):
+        half, layout, part = self.half, self.layout, self.half.part
+        first, total, stride = walk
+        D, out, state_scale, rand_seed = outputs
+        full, empty, unit_full, unit_empty = barriers
+        lane = cute.arch.lane_idx()
+        ts, tg = self.owner.tile_copies(store, store_view, tiles)
+        pointers = self.tile.pointers(ring, lane)
+        it, rounds = Int32(0), Int32(0)
+        for _ in cutlass.range(first, total, stride):
+            stage, phase = it % half.unit_stages, it // half.unit_stages % 2
+            here = stage * layout.unit_bytes
+            cute.arch.mbarrier_wait(unit_full + stage, phase)
+            meta = cute.recast_ptr(units + (here + layout.meta), dtype=Int32)
+            k, n, b, start = memory.load_words(meta, 4)
+            slot, head, column, _ = memory.load_words(meta + 4, 4)
+            if k >= 0:
+                place = (k, n, slot, head, column)
+                stages = (full, empty, rounds, w)
+                unit_at = (units, here, pointers)
+                block = self.token_block(place, unit_at, lane, 0) if const_expr(self.once) else None
+                writes = Boolean(part == "write")
+                if const_expr(part == "all"):
+                    writes = k + n > self.spec.window
+                if const_expr(part != "keep"):
+                    if writes:
+                        self.write_tiles(place, unit_at, stages, block, D, state_scale, rand_seed, store, ts, tg, lane)
+                if const_expr(part != "write"):
+                    if not writes:
+                        self.keep_tiles(place, unit_at, stages, block, D, lane)
+                # rows of out, in place of z, leave by one copy each
+                cute.arch.fence_proxy("async.shared", space="cta")
+                cute.arch.sync_warp()
+                width = self.own * layout.tile_rows * 2
+                for base in cutlass.range_constexpr(0, self.spec.tokens, 32):
+                    t = base + lane
+                    if t < n:
+                        to = self.owner.token(out, b, start, t, head, column).toint() + Int64(w * width)
+                        source = units + (here + layout.z + t * layout.x_pitch + w * width)
+                        memory.bulk_store(memory.global_bytes(to), source, width)
+                cute.arch.cp_async_bulk_commit_group()
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+                rounds += self.own
+            cute.arch.sync_warp()
+            if lane == 0:
+                cute.arch.mbarrier_arrive(unit_empty + stage)
+            it += 1
+        cute.arch.cp_async_bulk_wait_group(0)
+
+    @cute.jit
+    def keep_tiles(self, place, unit_at, stages, block, D, lane):
+        """All tiles of this consumer in a unit whose state stays as it is."""
+        if const_expr(self.own <= UNROLLED and self.once):
+            for i in cutlass.range_constexpr(self.own):
+                self.keep_tile(i, place, unit_at, stages, block, D, lane)
+        else:
+            for i in cutlass.range(self.own, unroll=1):
+                self.keep_tile(i, place, unit_at, stages, block, D, lane)
+
+    @cute.jit
+    def keep_tile(self, i, place, unit_at, stages, block, D, lane):
+        _, empty, _, _ = stages
+        s = self.wait_tile(i, stages)
+        _, _, pointers = unit_at
+        at = [pointer + s * self.layout.tile_bytes for pointer in pointers]
+        if const_expr(self.once):
+            sums = self.tile.product(at, block[1])
+            cute.arch.sync_warp()
+            if lane == 0:
+                cute.arch.mbarrier_arrive(empty + s)  # before the rest: the next tile may come
+            self.finish(i, place, unit_at, stages, block, 0, sums, D, lane)
+        else:
+            self.token_blocks(i, place, unit_at, stages, at, D, lane)
+            cute.arch.sync_warp()
+            if lane == 0:
+                cute.arch.mbarrier_arrive(empty + s)
+
+    @cute.jit
+    def token_blocks(self, i, place, unit_at, stages, at, D, lane):
+        """Outputs of a tile, eight tokens at a time."""
+        for first in cutlass.range_constexpr(0, self.spec.tokens, TOKENS):
+            if first < place[1]:
+                block = self.token_block(place, unit_at, lane, first)
+                sums = self.tile.product(at, block[1])
+                self.finish(i, place, unit_at, stages, block, first, sums, D, lane)
+
+    @cute.jit
+    def write_tiles(self, place, unit_at, stages, block, D, state_scale, rand_seed, store, ts, tg, lane):
+        """All tiles of this consumer in a unit whose state is replaced."""
+        k, _, slot, head, column = place
+        _, empty, _, w = stages
+        _, _, pointers = unit_at
+        first_tile = head * self.half.d_split + column // self.layout.tile_rows + w * self.own
+        random = None
+        if const_expr(self.tile.rounds > 0):
+            seed = rand_seed[slot if const_expr(self.spec.seed_per_slot) else 0]
+            random = philox.round_keys(seed, self.tile.rounds)
+        history = self.history_columns(place, unit_at, lane)
+        held = Int32(-1)  # the stage whose new state is leaving
+        for i in cutlass.range(self.own, unroll=1):
+            s = self.wait_tile(i, stages)
+            at = [pointer + s * self.layout.tile_bytes for pointer in pointers]
+            if const_expr(self.once):
+                self.finish(i, place, unit_at, stages, block, 0, self.tile.product(at, block[1]), D, lane)
+            else:
+                self.token_blocks(i, place, unit_at, stages, at, D, lane)
+            if held >= 0:
+                self.release(empty, held, lane)
+            held = Int32(-1)
+            if k > 0:  # without a history, the state stays as it is
+                self.fold(i, place, unit_at, stages, at, history, state_scale, random, lane)
+                cute.arch.fence_proxy("async.shared", space="cta")
+                cute.arch.sync_warp()
+                cute.copy(store, ts[(None, s)], tg[(None, first_tile + i, slot)])
+                cute.arch.cp_async_bulk_commit_group()
+                if const_expr(self.half.depth > 1):
+                    held = s
+                else:
+                    self.release(empty, s, lane)
+            else:
+                cute.arch.sync_warp()
+                if lane == 0:
+                    cute.arch.mbarrier_arrive(empty + s)
+        if held >= 0:
+            self.release(empty, held, lane)
+
+    def release(self, empty, stage, lane):
+        """Give a stage back once its new state has been read."""
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        cute.arch.sync_warp()
+        self.arrive(empty + stage, lane)
+
+    @cute.jit
+    def arrive(self, bar, lane):
+        if lane == 0:
+            cute.arch.mbarrier_arrive(bar)
+
+    @cute.jit
+    def wait_tile(self, i, stages):
+        """The stage of this consumer's i-th tile of the unit, once it is there."""
+        full, _, rounds, w = stages
+        r = rounds + i
+        s = r % self.half.depth * self.half.consumers + w
+        cute.arch.mbarrier_wait(full + s, r // self.half.depth % 2)
+        return s
+
+    # --------------------------------------------------------------------------------------------------- token columns
+    @cute.jit
+    def token_block(self, place, unit_at, lane, first: cutlass.Constexpr):
+        """What eight tokens from `first` on share between heads: (C . B by step of 16 positions, C for states)."""
+        k, n, _, _, _ = place
+        units, here, _ = unit_at
+        layout = self.layout
+        c_rows, b_rows = here + layout.c, here + layout.b
+        natural = self.row_words(units, c_rows, n, first, lane)
+        t = first + lane // 4
+        row = units + cutlass.select_(t < n, c_rows + t * layout.column_pitch, Int32(self.zero_column))
+        live = cutlass.min(k + n, k + (first + TOKENS))
+        raw = []
+        for base in cutlass.range_constexpr(0, layout.rows, STEP):
+            if const_expr(base == 0):
+                raw.append(self.raw_products(units, b_rows, live, base, natural, lane))
+            else:
+                sums = [Float32(0.0)] * 4
+                if live > base:
+                    sums = self.raw_products(units, b_rows, live, base, natural, lane)
+                raw.append(sums)
+        return raw, self.tile.projection(natural, row, lane)
+
+    def row_words(self, units, rows, count, first, lane):
+        """Eight rows of B or C, from `first` on, as words of 16 columns each; zeros from row `count` on."""
+        r = first + lane % 8
+        at = cutlass.select_(r < count, rows + r * self.layout.column_pitch, Int32(self.zero_column))
+        at = units + (at + lane // 8 * 16)
+        words = []
+        for offset in range(0, self.spec.dstate * 2, 64):
+            words += mma.load_matrices(at + offset, 4, transposed=False)
+        return [words[i : i + 2] for i in range(0, len(words), 2)]
+
+    def raw_products(self, units, rows, live, base, natural, lane):
+        """C . B of token ``lane // 4`` and positions 2 p, 2 p + 1, 2 p + 8, 2 p + 9 from `base` on, p = lane % 4."""
+        values = []
+        for first in (base, base + 8):
+            words = self.row_words(units, rows, live, first, lane)
+            values += self.tokens.products(natural, words, [Float32(0.0)] * 4)[:2]
+        return values
+
+    # --------------------------------------------------------------------------------------------------------- outputs
+    def x_words(self, units, rows, count, base, offset, lane):
+        """Where this lane reads 16 positions of x^T from `base` on, for the columns at `offset` bytes."""
+        j = base + lane % 8 + lane // 16 * 8
+        at = cutlass.select_(j < count, rows + j * self.layout.x_pitch, Int32(self.zero_x))
+        return units + (at + lane // 8 % 2 * 16 + offset)
+
+    def tile_offset(self, i, w):
+        """(tile of the unit, its head in the unit, bytes to its columns in a row of x) of a consumer's i-th tile."""
+        tile = w * self.own + i
+        return tile, tile // self.half.d_split, tile * (self.layout.tile_rows * 2)
+
+    @cute.jit
+    def finish(self, i, place, unit_at, stages, block, first: cutlass.Constexpr, sums, D, lane):
+        """Outputs of eight tokens for the rows of a tile, from S0 C^T: into the rows of z."""
+        k, n, _, head, _ = place
+        units, here, _ = unit_at
+        layout = self.layout
+        raw, (_, _, factors) = block
+        p, g = lane % 4, lane // 4
+        tile, h, offset = self.tile_offset(i, stages[3])
+        record = units + (here + layout.records + h * layout.record)
+        last = k + n - 1
+        # e^{c_{k+t}} of this lane's two columns
+        columns = [cutlass.min(k + (first + 2 * p + c), last) for c in range(2)]
+        scale = [math.power_of_two(self.load_float(record + t * 8)) * f for t, f in zip(columns, factors)]
+        diagonal = k + (first + g)
+        decays = (record, self.load_float(record + cutlass.min(diagonal, last) * 8), diagonal, self.skip(D, head + h))
+        scales = units + (here + layout.scales + tile * (layout.tile_rows * 4) + g * 4)
+        for block_row in cutlass.range_constexpr(self.tile.blocks):
+            c = sums[block_row]
+            if const_expr(self.tile.scaled):
+                low, high = (self.load_float(scales + (block_row * ROWS * 4 + r * 32)) for r in range(2))
+                c = [c[0] * low, c[1] * low, c[2] * high, c[3] * high]
+            sums[block_row] = [c[0] * scale[0], c[1] * scale[1], c[2] * scale[0], c[3] * scale[1]]
+        live = cutlass.min(k + n, k + (first + TOKENS))
+        for step in cutlass.range_constexpr(len(raw)):
+            if const_expr(step == 0):
+                sums = self.add_history(units, here, live, step, offset, decays, raw[step], sums, lane)
+            elif live > step * STEP:
+                sums = self.add_history(units, here, live, step, offset, decays, raw[step], sums, lane)
+        self.store_outputs(units, here, n, first, offset, sums, lane)
+
+    def add_history(self, units, here, live, step, offset, decays, raw, sums, lane):
+        """sums + x^T CB^T of 16 positions."""
+        at = self.x_words(units, here + self.layout.x, live, step * STEP, offset, lane)
+        parts = self.tokens.coefficients(self.scaled_products(decays, raw, step, lane))
+        return [self.tokens.multiply(mma.load_matrices(at + m * 32, 4), parts, c) for m, c in enumerate(sums)]
+
+    def skip(self, D, head):
+        """D of a head, or None."""
+        if D is None:
+            return None
+        return memory.load_scalar(memory.address(D, head, 0), convert.DTYPES[self.spec.D_dtype])
+
+    @cute.jit
+    def scaled_products(self, decays, raw, step: cutlass.Constexpr, lane):
+        """This lane's four of CB^T at a step: of token ``lane // 4`` of the block, D included."""
+        record, c_t, diagonal, skip = decays
+        p = lane % 4
+        f = self.load_decays(record, step, p)
+        values = [Float32(0.0)] * 4
+        for e in cutlass.range_constexpr(4):
+            j = step * STEP + 2 * p + (e % 2 + e // 2 * 8)
+            value = raw[e] * (math.power_of_two(c_t - f[2 * e]) * f[2 * e + 1])
+            value = value if j <= diagonal else Float32(0.0)
+            if const_expr(skip is not None):
+                value += skip if j == diagonal else Float32(0.0)
+            values[e] = value
+        return values
+
+    @staticmethod
+    def load_decays(record, step, p):
+        """(sum, dt') of positions 2 p, 2 p + 1, 2 p + 8, 2 p + 9 of a step."""
+        at = cute.recast_ptr(record + (step * STEP * 8 + p * 16), dtype=Float32)
+        return memory.load(at, Float32, 4, 16) + memory.load(at + 16, Float32, 4, 16)
+
+    @cute.jit
+    def store_outputs(self, units, here, n, first: cutlass.Constexpr, offset, sums, lane):
+        """Gate, round, and put outputs in place of z; rows past n hold nothing."""
+        layout, dtype = self.layout, self.owner.input_dtype
+        rows = here + layout.z
+        matrix = lane // 8 * 16 + offset
+        to = units + (rows + (first + lane % 8) * layout.x_pitch + matrix)
+        gates = units + (rows + cutlass.min(first + lane % 8, n - 1) * layout.x_pitch + matrix)
+        words = []
+        for m in cutlass.range_constexpr(0, self.tile.blocks, 2):
+            count = min(2, self.tile.blocks - m)
+            z = mma.load_matrices(gates + m * 32, 2 * count) if const_expr(self.spec.has_z) else None
+            for part in cutlass.range_constexpr(2 * count):
+                c = sums[m + part // 2][part % 2 * 2 : part % 2 * 2 + 2]
+                if const_expr(self.spec.has_z):
+                    c = [v * silu(gate) for v, gate in zip(c, convert.unpack([z[part]], dtype))]
+                words += convert.pack(c, dtype)
+        cute.arch.sync_warp()  # rows of z were read by other lanes
+        for m in cutlass.range_constexpr(0, self.tile.blocks, 2):
+            mma.store_matrices(to + m * 32, words[2 * m : 2 * m + 4])
+
+    @staticmethod
+    def load_float(at):
+        return memory.load_scalar(cute.recast_ptr(at, dtype=Float32), Float32)
+
+    # ------------------------------------------------------------------------------------------------------- new state
+    def history_columns(self, place, unit_at, lane):
+        """B of the history as operands for all tiles of a unit, or the addresses to read them from for each."""
+        k = place[0]
+        units, here, _ = unit_at
+        steps = []
+        for step in range(self.history_steps):
+            rows = []
+            for j in self.tile.history_rows(step * STEP, lane):
+                at = here + self.layout.b + j * self.layout.column_pitch
+                rows.append(units + cutlass.select_(j < k, at, Int32(self.zero_column)))
+            steps.append(rows)
+        if self.history_steps * self.spec.dstate // 4 > HELD:
+            return steps
+        return [[self.tile.history_operand(rows, quad, lane) for quad in range(self.tile.quads)] for rows in steps]
+
+    def columns_of(self, history, step, quad, lane):
+        if self.history_steps * self.spec.dstate // 4 > HELD:
+            return self.tile.history_operand(history[step], quad, lane)
+        return history[step][quad]
+
+    @cute.jit
+    def fold(self, i, place, unit_at, stages, at, history, state_scale, random, lane):
+        """Replace a tile by the state after the history, rounded: accumulated on the decayed old one."""
+        k, _, slot, head, column = place
+        units, here, _ = unit_at
+        layout = self.layout
+        tile, h, offset = self.tile_offset(i, stages[3])
+        g = lane // 4
+        record = units + (here + layout.records + h * layout.record)
+        end = self.load_float(record + (k - 1) * 8)
+        decay = math.power_of_two(end)
+        weights = [self.weights(record, step, end, k, lane) for step in range(self.history_steps)]
+        x_at = [
+            self.x_words(units, here + layout.x, k, step * STEP, offset, lane) for step in range(self.history_steps)
+        ]
+        scales = units + (here + layout.scales + tile * (layout.tile_rows * 4) + g * 4)
+        first_row = column + tile % self.half.d_split * layout.tile_rows
+        for m in cutlass.range_constexpr(self.tile.blocks):
+            x = [
+                self.tokens.weigh(mma.load_matrices(x_at[step] + m * 32, 4), weights[step], self.parts)
+                for step in range(self.history_steps)
+            ]
+            factors = [decay, decay]
+            if const_expr(self.tile.scaled):
+                factors = [self.load_float(scales + (m * ROWS * 4 + r * 32)) * decay for r in range(2)]
+            row = first_row + (m * ROWS + g)
+            self.fold_rows(at, m, row, x, history, factors, k, (slot, head + h), state_scale, random, lane)
+
+    def fold_rows(self, at, m, row, x, history, factors, k, owner, state_scale, random, lane):
+        """The new state of 16 rows.  Quantised rows are computed before the first of their elements is rounded."""
+        quads = range(self.tile.quads)
+        if not self.tile.scaled:
+            for quad in quads:
+                results = self.new_quad(at, m, quad, x, history, factors, k, lane)
+                self.put_quad(at, m, quad, row, results, None, owner, random, lane)
+            return
+        results = [self.new_quad(at, m, quad, x, history, factors, k, lane) for quad in quads]
+        rows = [[value for quad in results for c in quad for value in c[2 * r : 2 * r + 2]] for r in range(2)]
+        largest = [convert.max_abs(values, self.tile.arch) for values in rows]
+        for distance in (1, 2):
+            largest = [math.larger(value, math.exchanged(value, distance)) for value in largest]
+        scaled = [convert.row_scale(value, self.tile.dtype) for value in largest]
+        slot, head = owner
+        for r, (scale, _) in enumerate(scaled):
+            self.store_scale(memory.address(state_scale, slot, head, row + 8 * r), scale, lane)
+        for quad in quads:
+            self.put_quad(at, m, quad, row, results[quad], [factor for _, factor in scaled], owner, random, lane)
+
+    @cute.jit
+    def store_scale(self, pointer, scale, lane):
+        if lane % 4 == 0:
+            memory.store_scalar(pointer, scale, Float32)
+
+    def new_quad(self, at, m, quad, x, history, factors, k, lane):
+        """A quad's accumulators: the decayed old state and the weighed history."""
+        words = mma.load_matrices(self.tile.quad_at(at, quad, m), 4, transposed=False)
+        ones = [Float32(1.0)] * 2
+        old = self.tile.floats(words, factors if self.tile.scaled else ones)
+        if not self.tile.scaled:
+            old = [[value * factors[0] for value in c] for c in old]
+        for step in range(self.history_steps):
+            if step == 0:
+                old = self.accumulate(x, history, step, quad, old, lane)
+            else:
+                old = self.accumulate_if(x, history, step, quad, old, k, lane)
+        return old
+
+    def accumulate(self, x, history, step, quad, old, lane):
+        columns = self.columns_of(history, step, quad, lane)
+        return [self.tokens.accumulate(x[step], b, c) for b, c in zip(columns, old)]
+
+    @cute.jit
+    def accumulate_if(self, x, history, step: cutlass.Constexpr, quad: cutlass.Constexpr, old, k, lane):
+        if k > step * STEP:
+            old = self.accumulate(x, history, step, quad, old, lane)
+        return old
+
+    def put_quad(self, at, m, quad, row, results, encode, owner, random, lane):
+        """Round a quad's accumulators into the tile."""
+        if random is not None:
+            slot, head = owner
+            random = (random, philox.place(slot, head, 0), self.tile.counter(row, quad, lane % 4))
+        words = self.tile.words(results, encode, random)
+        mma.store_matrices(self.tile.quad_at(at, quad, m), words, transposed=False)
+
+    @cute.jit
+    def weights(self, record, step: cutlass.Constexpr, end, k, lane):
+        """e^{c_{k-1} - c_j} dt'_j of the lane's four positions of a step of the history; none from position k on."""
+        p = lane % 4
+        values = [Float32(0.0)] * 4
+        if const_expr(step == 0):
+            values = self.live_weights(record, step, end, k, p)
+        elif k > step * STEP:
+            values = self.live_weights(record, step, end, k, p)
+        return values
+
+    @cute.jit
+    def live_weights(self, record, step: cutlass.Constexpr, end, k, p):
+        f = self.load_decays(record, step, p)
+        values = [Float32(0.0)] * 4
+        for e in cutlass.range_constexpr(4):
+            j = step * STEP + 2 * p + (e % 2 + e // 2 * 8)
+            value = math.power_of_two(end - f[2 * e]) * f[2 * e + 1]
+            values[e] = value if j < k else Float32(0.0)
+        return values

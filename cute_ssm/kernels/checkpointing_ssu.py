@@ -1,0 +1,556 @@
+"""`CheckpointingSSU`: several tokens on a state that lags behind by up to a window of accepted ones, in one launch.
+
+Per (sequence, head), with k accepted tokens since the state S0 was stored, n new ones, and c_j the running sum of A dt'
+over both, the equations of `cute_ssm.reference.checkpointing_ssu`:
+
+    y_t = e^{c_{k+t}} S0 C_t + sum_{j <= k+t} e^{c_{k+t} - c_j} dt'_j (C_t . B_j) x_j + D x_t;   out = y silu(z)
+    if k + n > W:   S0 <- e^{c_{k-1}} S0 + sum_{j < k} e^{c_{k-1} - c_j} dt'_j x_j B_j^T
+
+Outputs come by the same formula whether the step writes the state or not.  A state is cut into *tiles* of rows, and a
+*unit* is some tiles of one sequence and group.  CTAs walk their units, by three roles of warps that meet at mbarriers:
+
+- the *producer* asks for tiles of the state (a tensor map, one instruction each) before anything else of a unit, for as
+  many as the rings hold, then for rows of x, B, C and z (bulk copies, one lane a row); rows of the history from k on
+  are never read;
+- the *prep* warp computes dt' and its sums into shared memory, and appends the new tokens to the history;
+- each *consumer* takes its share of the tiles, through a ring of its own, so that no two of them ever wait for each
+  other: `checkpointing_consumer`.
+
+PDL: states, histories, cursors and slots are read before `griddepcontrol.wait`, so their last writers must be complete
+when the upstream kernel starts; x, dt, B, C and z, which that kernel may write, after it, and whatever is written
+follows it too.  Dependents are released once everything is requested, and must wait likewise before they read outputs.
+"""
+
+from typing import Optional
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
+from cutlass.cute.nvgpu import cpasync
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.memory import SmemAllocator
+
+from cute_ssm.arch import Arch
+from cute_ssm.device import convert, math, memory
+from cute_ssm.device.history import HistoryView
+from cute_ssm.device.tile import StateTile
+from cute_ssm.kernels.checkpointing_consumer import Consumer
+from cute_ssm.spec import CheckpointingSSUSpec
+from cute_ssm.tuning.checkpointing_ssu import FUSED, STEP, WARP, CheckpointingSSUConfig, Half, choose
+
+LOG2E = 1.44269502162933349609375  # log2(e), rounded to float32
+
+
+class CheckpointingSSU:
+    """The kernels of a `CheckpointingSSUSpec`; batch, slots, rows of caches and outer strides are dynamic."""
+
+    def __init__(self, spec: CheckpointingSSUSpec, config: CheckpointingSSUConfig, arch: Arch):
+        config.check(spec, arch)
+        self.spec, self.config = spec, config
+        self.input_dtype = convert.DTYPES[spec.input_dtype]
+        self.history = HistoryView(spec.history)
+        state_dtype = convert.DTYPES[spec.state_dtype]
+        tile_rows = spec.dim // config.d_split
+        self.tile = StateTile(state_dtype, self.input_dtype, tile_rows, spec.dstate, arch, spec.philox_rounds)
+        self.steps = [Steps(self, half) for half in config.halves]
+
+    @staticmethod
+    def default_config(spec: CheckpointingSSUSpec, arch: Arch, units: int | None = None) -> CheckpointingSSUConfig:
+        """The config for `units` (sequence, head) pairs, by default for more than the GPU can hold at once."""
+        batch = 1 << 16 if units is None else -(-units // spec.heads)
+        return choose(spec, arch, batch, arch.sm_count)
+
+    # ------------------------------------------------------------------------------------------------------------ host
+    def fakes(self):
+        """Arguments of `__call__` as the compiler sees them: what is static, and which sizes are equal."""
+        spec = self.spec
+        batch, total, slots, rows = (cute.sym_int32() for _ in range(4))
+        heads, groups, dim, dstate = spec.heads, spec.groups, spec.dim, spec.dstate
+
+        def tensor(dtype, shape, inner=(), align=1):
+            """Free strides but for the innermost ones given; accesses of `align` elements."""
+            dtype = convert.DTYPES[dtype] if isinstance(dtype, str) else dtype
+            outer = tuple(cute.sym_int64(divisibility=align) for _ in shape[len(inner) :])
+            return make_fake_tensor(dtype, shape, outer + inner, assumed_align=align * dtype.width // 8)
+
+        def when(present, *args):
+            return tensor(*args) if present else None
+
+        def cache(dtype, shape_free, align):
+            """A cache of the history; the innermost dimensions, from the first that is not free on, are contiguous."""
+            shape, free = shape_free
+            inner = [1]
+            for size in reversed(shape[free + 1 :]):
+                inner.insert(0, inner[0] * size)
+            return tensor(dtype, shape, tuple(inner), align)
+
+        lead = (batch, spec.tokens) if spec.cu_dtype is None else (1, total)
+        row = tensor(self.input_dtype, (*lead, heads, dim), (dim, 1), 8)
+        column = tensor(self.input_dtype, (*lead, groups, dstate), (dstate, 1), 8)
+        x_cache, B_cache, dt_cache = self.history.shapes(spec, slots, rows)
+        dt_cache = cache(Float32, dt_cache, 1)
+        per_head = (heads, dim)
+        return (
+            tensor(
+                self.tile.dtype, (slots, heads, dim, dstate), (dim * dstate, dstate, 1), 128 // self.tile.dtype.width
+            ),
+            cache(self.input_dtype, x_cache, 8),
+            cache(self.input_dtype, B_cache, 8),
+            dt_cache,
+            None if self.history.ring else dt_cache,
+            tensor("int32", (slots,), (1,)),
+            tensor("int32", (slots,), (1,)),
+            row,
+            tensor(spec.dt_dtype, (*lead, heads, dim), (0,)),
+            tensor(spec.A_dtype, (heads, dim, dstate), (0, 0)),
+            column,
+            column,
+            when(spec.D_dtype, spec.D_dtype, per_head, (0,)),
+            when(spec.has_z, self.input_dtype, (*lead, heads, dim), (dim, 1), 8),
+            when(spec.dt_bias_dtype, spec.dt_bias_dtype, per_head, (0,)),
+            row,
+            when(spec.scaled, "float32", (slots, heads, dim), (dim, 1), 4),
+            when(spec.src_dtype, spec.src_dtype, (batch,)),
+            when(spec.cu_dtype, spec.cu_dtype, (cute.sym_int32(),)),
+            when(spec.philox_rounds, "int64", (slots if spec.seed_per_slot else 1,), (1,)),
+            when(spec.work_items, "int32", (batch, 4), (4, 1), 4),
+            when(spec.work_items, "int32", (1,), (1,)),
+            Int64(0),
+            Int32(0),
+            make_fake_stream(use_tvm_ffi_env_stream=True),
+        )
+
+    @cute.jit
+    def __call__(
+        self,
+        state: cute.Tensor,
+        x_cache: cute.Tensor,
+        B_cache: cute.Tensor,
+        dt_cache: cute.Tensor,
+        sum_cache: Optional[cute.Tensor],
+        cursor: cute.Tensor,
+        accepted: cute.Tensor,
+        x: cute.Tensor,
+        dt: cute.Tensor,
+        A: cute.Tensor,
+        B: cute.Tensor,
+        C: cute.Tensor,
+        D: Optional[cute.Tensor],
+        z: Optional[cute.Tensor],
+        dt_bias: Optional[cute.Tensor],
+        out: cute.Tensor,
+        state_scale: Optional[cute.Tensor],
+        state_batch_indices: Optional[cute.Tensor],
+        cu_seqlens: Optional[cute.Tensor],
+        rand_seed: Optional[cute.Tensor],
+        work_items: Optional[cute.Tensor],
+        num_writes: Optional[cute.Tensor],
+        pad_slot_id: Int64,
+        sm_count: Int32,
+        stream,
+    ):
+        """Shapes and types as in `cute_ssm.checkpointing_ssu` and `cute_ssm.checkpointing_ssu_ring`."""
+        spec, tile = self.spec, self.tile
+        batch = cu_seqlens.shape[0] - 1 if const_expr(spec.cu_dtype is not None) else x.shape[0]
+        view, box = tile.global_view(state), tile.tensor_box()
+        one = cute.slice_(tile.shared_layout(1), (None, None, None, None, 0))
+        load = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), view, one, box)
+        store = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), view, one, box)
+        history = (x_cache, B_cache, dt_cache, sum_cache)
+        where = (cursor, accepted, state_batch_indices, cu_seqlens, work_items, num_writes)
+        for steps in self.steps:
+            half = steps.half
+            units = batch * steps.chunks
+            ctas = units
+            if const_expr(self.config.form != FUSED):
+                ctas = cutlass.min(units, sm_count * half.ctas_per_sm)
+            steps.kernel(
+                *load, *store, state, *history, *where, x, dt, A, B, C, D, z, dt_bias, out, state_scale, rand_seed,
+                batch, pad_slot_id,
+            ).launch(
+                grid=[ctas, 1, 1],
+                block=[half.threads, 1, 1],
+                use_pdl=spec.pdl,
+                # by itself the compiler aims at more CTAs than shared memory holds, and spills
+                min_blocks_per_mp=half.ctas_per_sm,
+                stream=stream,
+            )  # fmt: skip
+
+
+class Steps:
+    """One kernel: for all steps, or for those only that write states, or that keep them."""
+
+    def __init__(self, owner: CheckpointingSSU, half: Half):
+        self.spec, self.half, self.tile, self.history = owner.spec, half, owner.tile, owner.history
+        self.input_dtype = owner.input_dtype
+        self.layout = half.layout(self.spec)
+        self.chunks = self.spec.heads * half.d_split // half.tiles
+        self.own = half.tiles // half.consumers
+        self.stages = half.consumers * half.depth
+        self.per_group = self.spec.heads // self.spec.groups
+        self.zero = half.unit_stages * self.layout.unit_bytes
+        self.head_width = min(self.spec.dim, half.tiles * self.layout.tile_rows)  # columns of one head in a unit
+        self.consumer = Consumer(self)
+
+    @cute.kernel
+    def kernel(
+        self,
+        load: cute.CopyAtom,
+        load_view: cute.Tensor,
+        store: cute.CopyAtom,
+        store_view: cute.Tensor,
+        state: cute.Tensor,
+        x_cache: cute.Tensor,
+        B_cache: cute.Tensor,
+        dt_cache: cute.Tensor,
+        sum_cache: Optional[cute.Tensor],
+        cursor: cute.Tensor,
+        accepted: cute.Tensor,
+        indices: Optional[cute.Tensor],
+        cu_seqlens: Optional[cute.Tensor],
+        work_items: Optional[cute.Tensor],
+        num_writes: Optional[cute.Tensor],
+        x: cute.Tensor,
+        dt: cute.Tensor,
+        A: cute.Tensor,
+        B: cute.Tensor,
+        C: cute.Tensor,
+        D: Optional[cute.Tensor],
+        z: Optional[cute.Tensor],
+        dt_bias: Optional[cute.Tensor],
+        out: cute.Tensor,
+        state_scale: Optional[cute.Tensor],
+        rand_seed: Optional[cute.Tensor],
+        batch: Int32,
+        pad_slot: Int64,
+    ):
+        half, layout, stages = self.half, self.layout, self.stages
+        tid = cute.arch.thread_idx()[0]
+        warp = cute.arch.make_warp_uniform(tid // WARP)
+        smem = SmemAllocator()
+        ring = smem.allocate(stages * layout.tile_bytes, 1024)
+        units = smem.allocate(self.zero + layout.zero_bytes, 128)
+        bars = smem.allocate_array(Int64, 2 * stages + 2 * half.unit_stages)
+        barriers = (bars, bars + stages, bars + 2 * stages, bars + (2 * stages + half.unit_stages))
+        full, empty, unit_full, unit_empty = barriers
+        if tid == 0:
+            for s in cutlass.range_constexpr(stages):
+                cute.arch.mbarrier_init(full + s, 1)
+                cute.arch.mbarrier_init(empty + s, 1)
+            for s in cutlass.range_constexpr(half.unit_stages):
+                cute.arch.mbarrier_init(unit_full + s, 2)  # producer (bytes) and prep
+                cute.arch.mbarrier_init(unit_empty + s, 1 + half.consumers)  # prep and consumers
+            cute.arch.mbarrier_init_fence()
+        zeros = cute.make_tensor(
+            cute.recast_ptr(units + self.zero, dtype=Int32), cute.make_layout(layout.zero_bytes // 4)
+        )
+        for i in range(tid, layout.zero_bytes // 4, half.threads):
+            zeros[i] = Int32(0)
+        cute.arch.sync_threads()
+
+        shared_layout = self.tile.shared_layout(stages)
+        tiles = cute.make_tensor(cute.recast_ptr(ring, shared_layout.inner, dtype=self.tile.dtype), shared_layout.outer)
+        first, last = Int32(0), batch
+        if const_expr(half.part == "write"):
+            last = cutlass.min(num_writes[0], batch)
+        elif const_expr(half.part == "keep"):
+            first = cutlass.max(num_writes[0], 0)
+        walk = (first * self.chunks + cute.arch.block_idx()[0], last * self.chunks, cute.arch.grid_dim()[0])
+        where = (state, dt_cache, cursor, accepted, indices, cu_seqlens, work_items, batch, pad_slot)
+        history = (x_cache, B_cache, dt_cache, sum_cache)
+        if warp == 0:
+            cpasync.prefetch_descriptor(load)
+            inputs = (x, B, C, z, state_scale)
+            self.produce(walk, where, history, inputs, load, load_view, tiles, units, barriers)
+        elif warp == 1:
+            self.prepare(walk, where, history, (dt, A, dt_bias), units, barriers)
+        else:
+            outputs = (D, out, state_scale, rand_seed)
+            self.consumer.run(warp - 2, walk, outputs, store, store_view, tiles, ring, units, barriers)
+
+    # ----------------------------------------------------------------------------------------------------------- units
+    @cute.jit
+    def place(self, unit, where):
+        """(sequence, its first token, n, slot, cursor, k, head, column, whether there is anything to do) of a unit.
+
+        Contents that contradict the contract make a unit one of nothing to do, before anything is addressed by them.
+        """
+        state, dt_cache, cursors, accepted, indices, cu_seqlens, work_items, batch, pad_slot = where
+        spec, half = self.spec, self.half
+        item = unit // self.chunks
+        tile = (unit - item * self.chunks) * half.tiles
+        head, column = tile // half.d_split, tile % half.d_split * self.layout.tile_rows
+        b, slot = item, Int64(item)
+        k, cursor = Int32(0), Int32(0)
+        if const_expr(spec.work_items):
+            pointer = memory.address(work_items, item, 0)
+            b, found, k, cursor = memory.load_words(pointer, 4)
+            slot = Int64(found)
+        elif const_expr(indices is not None):
+            slot = Int64(indices[item])
+        live = slot != pad_slot and slot >= 0 and slot < state.shape[0]
+        if const_expr(spec.work_items):
+            live = live and Uint32(b) < Uint32(batch)
+            b = b if live else Int32(0)
+        slot = slot if live else Int64(0)
+        if const_expr(not spec.work_items):
+            k, cursor = accepted[slot], cursors[slot]
+        start, n = Int32(0), Int32(spec.tokens)
+        if const_expr(cu_seqlens is not None):
+            start = Int32(cu_seqlens[b])
+            n = Int32(cu_seqlens[b + 1]) - start
+            live = live and n > 0 and n <= spec.tokens
+        bound = self.history.cursors(dt_cache)
+        live = live and Uint32(k) <= Uint32(spec.window) and Uint32(cursor) < Uint32(bound)
+        if const_expr(half.part == "write"):
+            live = live and k + n > spec.window
+        elif const_expr(half.part == "keep"):
+            live = live and k + n <= spec.window
+        return b, start, n, slot, cursor, k, head, column, live
+
+    def token(self, tensor, b, start, t, *coord):
+        """Address of an element of token t of sequence b."""
+        if self.spec.cu_dtype is None:
+            return memory.address(tensor, b, t, *coord)
+        return memory.address(tensor, 0, start + t, *coord)
+
+    def tile_copies(self, atom, view, tiles):
+        """Shared and global sides of copies of tiles: (box, stage) and (box, tile of the pool's slot, slot)."""
+        row, rows, pieces, _ = self.tile.tensor_box()
+        tiled = cute.local_tile(view, (row, rows, pieces, 1), (0, None, 0, None))
+        return cpasync.tma_partition(
+            atom, 0, cute.make_layout(1), cute.group_modes(tiles, 0, 4), cute.group_modes(tiled, 0, 4)
+        )
+
+    # -------------------------------------------------------------------------------------------------------- producer
+    @cute.jit
+    def produce(self, walk, where, history, inputs, load, load_view, tiles, units, barriers):
+        half, layout = self.half, self.layout
+        first, total, stride = walk
+        full, empty, unit_full, unit_empty = barriers
+        ahead = min(half.depth, self.own)
+        ts, tg = self.tile_copies(load, load_view, tiles)
+        lane = cute.arch.lane_idx()
+        it, rounds = Int32(0), Int32(0)
+        for unit in cutlass.range(first, total, stride):
+            place = self.place(unit, where)
+            _, _, _, slot, _, _, head, column, live = place
+            stage, phase = it % half.unit_stages, it // half.unit_stages % 2
+            first_tile = head * half.d_split + column // layout.tile_rows
+            copies = (load, ts, tg, full, empty, first_tile, slot)
+            if live:
+                for i in cutlass.range_constexpr(ahead):
+                    self.request(copies, rounds, i)
+            cute.arch.mbarrier_wait(unit_empty + stage, phase ^ 1)
+            if live:
+                if const_expr(self.spec.pdl):
+                    if it == 0:
+                        cute.arch.griddepcontrol_wait()
+                self.request_rows(place, history, inputs, units + stage * layout.unit_bytes, unit_full + stage, lane)
+                for i in cutlass.range(ahead, self.own, unroll=1):
+                    self.request(copies, rounds, i)
+                rounds += self.own
+            elif lane == 0:
+                cute.arch.mbarrier_arrive(unit_full + stage)
+            it += 1
+        if const_expr(self.spec.pdl):
+            cute.arch.griddepcontrol_launch_dependents()
+
+    @cute.jit
+    def request(self, copies, rounds, i):
+        """Ask for the i-th tile of every consumer; each has a contiguous share of the unit's tiles."""
+        load, ts, tg, full, empty, first_tile, slot = copies
+        half = self.half
+        r = rounds + i
+        phase = (r // half.depth % 2) ^ 1
+        for w in cutlass.range_constexpr(half.consumers):
+            s = r % half.depth * half.consumers + w
+            cute.arch.mbarrier_wait(empty + s, phase)
+            if cute.arch.lane_idx() == 0:
+                cute.arch.mbarrier_arrive_and_expect_tx(full + s, self.layout.tile_bytes)
+            cute.copy(
+                load, tg[(None, first_tile + (w * self.own + i), Int32(slot))], ts[(None, s)], tma_bar_ptr=full + s
+            )
+
+    @cute.jit
+    def request_rows(self, place, history, inputs, at, bar, lane):
+        """Ask for what a unit needs besides tiles: positions of x and B in order, rows of C and z, scales."""
+        b, start, n, slot, cursor, k, head, column, _ = place
+        x_cache, B_cache, dt_cache, _ = history
+        x, B, C, z, state_scale = inputs
+        spec, layout = self.spec, self.layout
+        width, columns = layout.width, spec.dstate * 2
+        scale_bytes = layout.width * 2 if const_expr(spec.scaled) else 0
+        group = head // self.per_group
+        rows = self.history.capacity(dt_cache)
+        live = k + n
+        if lane == 0:
+            per_token = width * 2 + columns * 2 if const_expr(spec.has_z) else width + columns * 2
+            cute.arch.mbarrier_arrive_and_expect_tx(bar, k * (width + columns) + n * per_token + scale_bytes)
+            if const_expr(spec.scaled):
+                source = memory.address(state_scale, slot, head, column).toint()
+                memory.bulk_load(at + layout.scales, memory.global_bytes(source), scale_bytes, bar)
+        for base in cutlass.range_constexpr(0, layout.rows, WARP):
+            j = base + lane
+            if j < live:
+                t, old = cutlass.max(j - k, 0), self.history.old(cursor, cutlass.min(j, k), rows)
+                from_B = self.token(B, b, start, t, group, 0).toint()
+                if j < k:
+                    from_B = self.history.B(B_cache, slot, old, group).toint()
+                to = at + (layout.b + j * layout.column_pitch)
+                memory.bulk_load(to, memory.global_bytes(from_B), columns, bar)
+                to = at + (layout.x + j * layout.x_pitch)
+                from_x = self.token(x, b, start, t, head, column).toint()
+                if const_expr(not self.history.ring):
+                    if j < k:
+                        from_x = self.history.x(x_cache, slot, old, head, column).toint()
+                    memory.bulk_load(to, memory.global_bytes(from_x), width, bar)
+                elif j >= k:
+                    memory.bulk_load(to, memory.global_bytes(from_x), width, bar)
+                else:
+                    piece = self.head_width * 2
+                    for h in cutlass.range_constexpr(layout.heads):
+                        source = self.history.x(x_cache, slot, old, head + h, column).toint()
+                        memory.bulk_load(to + h * piece, memory.global_bytes(source), piece, bar)
+        for base in cutlass.range_constexpr(0, spec.tokens, WARP // 2):  # half a warp for z, the other for C
+            t = base + lane % 16
+            if t < n:
+                if lane >= 16:
+                    source = self.token(C, b, start, t, group, 0).toint()
+                    memory.bulk_load(
+                        at + (layout.c + t * layout.column_pitch), memory.global_bytes(source), columns, bar
+                    )
+                elif const_expr(spec.has_z):
+                    source = self.token(z, b, start, t, head, column).toint()
+                    memory.bulk_load(at + (layout.z + t * layout.x_pitch), memory.global_bytes(source), width, bar)
+        cute.arch.sync_warp()
+
+    # ------------------------------------------------------------------------------------------------------------ prep
+    @cute.jit
+    def prepare(self, walk, where, history, steps, units, barriers):
+        half, layout = self.half, self.layout
+        first, total, stride = walk
+        _, _, unit_full, unit_empty = barriers
+        lane = cute.arch.lane_idx()
+        it = Int32(0)
+        if const_expr(self.spec.pdl):
+            cute.arch.griddepcontrol_wait()
+        for unit in cutlass.range(first, total, stride):
+            place = self.place(unit, where)
+            b, start, n, slot, _, k, head, column, live = place
+            stage, phase = it % half.unit_stages, it // half.unit_stages % 2
+            at = units + stage * layout.unit_bytes
+            cute.arch.mbarrier_wait(unit_empty + stage, phase ^ 1)
+            if lane == 0:
+                meta = cute.recast_ptr(at + layout.meta, dtype=Int32)
+                memory.store_words(meta, [k if live else Int32(-1), n, b, start])
+                memory.store_words(meta + 4, [Int32(slot), head, column, Int32(0)])
+            if live:
+                self.decays(place, history, steps, at, lane)
+            cute.arch.sync_warp()
+            if lane == 0:
+                cute.arch.mbarrier_arrive(unit_full + stage)
+            if live:
+                cute.arch.mbarrier_wait(unit_full + stage, phase)
+                self.append(place, history, at, lane)
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+                cute.arch.sync_warp()
+            if lane == 0:
+                cute.arch.mbarrier_arrive(unit_empty + stage)
+            it += 1
+        cute.arch.cp_async_bulk_wait_group(0)
+
+    @cute.jit
+    def decays(self, place, history, steps, at, lane):
+        """Records of all heads of a unit: two heads at once, half a warp each, 16 positions at a time."""
+        _, _, n, _, _, k, _, _, _ = place
+        pairs = -(-self.layout.heads // 2)
+        total, fresh = [Float32(0.0)] * pairs, [Float32(0.0)] * pairs
+        for base in cutlass.range_constexpr(0, self.layout.rows, STEP):
+            if const_expr(base == 0):
+                total, fresh = self.decay_block(place, history, steps, at, lane, base, total, fresh)
+            elif k + n > base:
+                total, fresh = self.decay_block(place, history, steps, at, lane, base, total, fresh)
+
+    @cute.jit
+    def decay_block(self, place, history, steps, at, lane, base: cutlass.Constexpr, total, fresh):
+        """The records of 16 positions, given the sums before them: over all positions, and over new tokens alone."""
+        b, start, n, slot, cursor, k, head, column, _ = place
+        _, _, dt_cache, sum_cache = history
+        dt, A, dt_bias = steps
+        spec, layout = self.spec, self.layout
+        j, side = base + lane % 16, lane // 16
+        rows = self.history.capacity(dt_cache)
+        is_old, is_new = j < k, j >= k and j < k + n
+        t = cutlass.max(cutlass.min(j - k, n - 1), 0)
+        write = k + n > spec.window
+        old = self.history.old(cursor, j, rows)
+        new = self.history.new(cursor, k, t, write, rows)
+        kept = is_new and t < self.history.kept(spec) and column == 0  # the first part of a head speaks for all
+        heads = [cutlass.min(2 * i + side, layout.heads - 1) for i in range(len(total))]
+        # all loads of the block before the first use
+        seen = [self.load_if(is_old, self.history.dt(dt_cache, slot, old, head + h)) for h in heads]
+        given = [
+            memory.load_scalar(self.token(dt, b, start, t, head + h, 0), convert.DTYPES[spec.dt_dtype]) for h in heads
+        ]
+        rates = [memory.load_scalar(memory.address(A, head + h, 0, 0), convert.DTYPES[spec.A_dtype]) for h in heads]
+        if const_expr(dt_bias is not None):
+            kind = convert.DTYPES[spec.dt_bias_dtype]
+            given = [v + memory.load_scalar(memory.address(dt_bias, head + h, 0), kind) for v, h in zip(given, heads)]
+        for i in cutlass.range_constexpr(len(heads)):
+            own = Boolean(True) if const_expr(2 * i + 1 < layout.heads) else side == 0
+            step = math.softplus(given[i]) if const_expr(spec.dt_softplus) else given[i]
+            step = step if is_new else Float32(0.0)
+            step = seen[i] if is_old else step
+            sums = total[i] + math.running_sum(rates[i] * step)
+            total[i] = cute.arch.shuffle_sync(sums, lane | 15)
+            stored = sums
+            if const_expr(not self.history.ring):  # sums of a buffer that a step begins start from zero
+                alone = fresh[i] + math.running_sum(rates[i] * step if is_new else Float32(0.0))
+                fresh[i] = cute.arch.shuffle_sync(alone, lane | 15)
+                stored = alone if write else sums
+            if own:
+                record = cute.recast_ptr(at + (layout.records + heads[i] * layout.record + j * 8), dtype=Float32)
+                memory.store(record, [sums * LOG2E, step], Float32, 8)
+                if kept:
+                    memory.store_scalar(self.history.dt(dt_cache, slot, new, head + heads[i]), step, Float32)
+                    if const_expr(not self.history.ring):
+                        memory.store_scalar(self.history.dt(sum_cache, slot, new, head + heads[i]), stored, Float32)
+        return total, fresh
+
+    @cute.jit
+    def load_if(self, wanted: Boolean, pointer):
+        """A float32, or zero: nothing is read that another CTA may write."""
+        value = Float32(0.0)
+        if wanted:
+            value = memory.load_scalar(pointer, Float32)
+        return value
+
+    @cute.jit
+    def append(self, place, history, at, lane):
+        """Copy new rows of x, and of B once per group, to the history: half a warp each."""
+        _, _, n, slot, cursor, k, head, column, _ = place
+        x_cache, B_cache, dt_cache, _ = history
+        spec, layout = self.spec, self.layout
+        rows = self.history.capacity(dt_cache)
+        write = k + n > spec.window
+        leader = head % self.per_group == 0 and column == 0
+        for base in cutlass.range_constexpr(0, self.history.kept(spec), WARP // 2):
+            t = base + lane % 16
+            new = self.history.new(cursor, k, t, write, rows)
+            if t < n and t < self.history.kept(spec):
+                if lane < 16:
+                    source = at + (layout.x + (k + t) * layout.x_pitch)
+                    if const_expr(self.history.ring):
+                        piece = self.head_width * 2
+                        for h in cutlass.range_constexpr(layout.heads):
+                            to = self.history.x(x_cache, slot, new, head + h, column).toint()
+                            memory.bulk_store(memory.global_bytes(to), source + h * piece, piece)
+                    else:
+                        to = self.history.x(x_cache, slot, new, head, column).toint()
+                        memory.bulk_store(memory.global_bytes(to), source, layout.width)
+                elif leader:
+                    source = at + (layout.b + (k + t) * layout.column_pitch)
+                    to = self.history.B(B_cache, slot, new, head // self.per_group).toint()
+                    memory.bulk_store(memory.global_bytes(to), source, spec.dstate * 2)
+        cute.arch.cp_async_bulk_commit_group()
