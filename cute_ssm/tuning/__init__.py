@@ -1,4 +1,10 @@
-"""Spec to config: which values of the performance knobs a call gets.  Free of torch and of the compiler."""
+"""Spec to config: which values of the performance knobs a call gets.  Free of torch and of the compiler.
+
+The module of a config has its class, whose ``check(spec, arch)`` raises `UnsupportedSpecError` if the kernel cannot
+run so; a rule; and ``choose``, which takes what the rule says, asks `tables.tuned`, and applies overrides.  For the
+tuner it also has ``FREE``, the fields that change no bit of a result; ``space(spec, arch)``, the values to try for each
+of them; and ``KEY``, the fields of a spec that the best config depends on, which rows of tables name.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +21,7 @@ _local = threading.local()  # .overrides: those that this thread has open
 
 
 @contextmanager
-def override(**fields: int) -> Iterator[None]:
+def override(**fields: int | str) -> Iterator[None]:
     """Replace fields of every config chosen inside the context, e.g. ``override(rows=16, stages=3)``.
 
     Holds for this thread.  A config that a kernel cannot run raises `UnsupportedSpecError`; one that has no such

@@ -16,7 +16,10 @@ from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.spec import ITEMSIZE, Config, SelectiveStateUpdateSpec
 from cute_ssm.tuning import apply_override, tables
 
-FREE = ("rows", "warps", "stages", "ctas_per_sm")  # fields that change no result
+FREE = ("rows", "block", "warps", "stages", "ctas_per_sm")  # fields that change no result
+KEY = (  # fields of a spec that the best config depends on
+    "state_dtype", "input_dtype", "dim", "dstate", "A_tied", "update_state", "tokens", "intermediates", "philox_rounds",
+)  # fmt: skip
 WARP = 32
 RING = 3  # stages of a persistent warp: one unit arrives, one is worked on, one leaves
 ACCESS_BYTES = 16
@@ -114,7 +117,7 @@ def can_multiply(spec: SelectiveStateUpdateSpec) -> bool:
     )
 
 
-def block_rows(spec: SelectiveStateUpdateSpec) -> int:
+def widest_block(spec: SelectiveStateUpdateSpec) -> int:
     """Rows that a warp sums at once, one per lane if dim allows."""
     return math.gcd(spec.dim, WARP)
 
@@ -131,7 +134,7 @@ def block_of(spec: SelectiveStateUpdateSpec, lanes: int, rows: int) -> int:
     enough for one decay per head and no stores on the way, 64 in other cases, 32 beside Philox and scales: measured by
     what the compiler spills at 255 registers.
     """
-    block = math.gcd(rows, block_rows(spec))
+    block = math.gcd(rows, widest_block(spec))
     if spec.tokens == "one" and not spec.scaled:
         return block
     plain = spec.tokens == "one" or (
@@ -154,7 +157,7 @@ def bank_conflicts(spec: SelectiveStateUpdateSpec, lanes: int) -> int:
     """Excess wavefronts of a warp's access to a block: a quarter warp of 16 bytes a lane can meet every bank once."""
     access = state_vector(spec) * ITEMSIZE[spec.state_dtype]
     pitch = spec.dstate * ITEMSIZE[spec.state_dtype]
-    stride, steps = WARP // lanes, block_rows(spec) * lanes // WARP
+    stride, steps = WARP // lanes, widest_block(spec) * lanes // WARP
     group = min(WARP, 128 // access)
     excess = 0
     for first in range(0, WARP, group):
@@ -179,7 +182,20 @@ def lanes_of(spec: SelectiveStateUpdateSpec) -> int:
         idle = per_lane * lanes / accesses
         return (idle if columns <= 32 else math.inf, bank_conflicts(spec, lanes), abs(columns - 16), lanes)
 
-    return min((n for n in (2, 4, 8, 16, 32) if n * block_rows(spec) >= WARP), key=cost)
+    return min((n for n in (2, 4, 8, 16, 32) if n * widest_block(spec) >= WARP), key=cost)
+
+
+def space(spec: SelectiveStateUpdateSpec, arch: Arch) -> dict[str, tuple[int, ...]]:
+    """Return the values that the tuner tries for each field of `FREE`; not all combinations are valid."""
+    row_bytes = spec.dstate * ITEMSIZE[spec.state_dtype]
+    rows = [n for n in range(8, spec.dim + 1, 8) if spec.dim % n == 0 and n * row_bytes <= arch.shared_bytes // 2]
+    return {
+        "rows": tuple(rows),
+        "block": (8, 16, 32),
+        "warps": (1, 2, 3, 4, 8),
+        "stages": (1, RING),
+        "ctas_per_sm": (1, 2, 3, 4, 5, 6, 8, 10, 12, 16),
+    }
 
 
 def choose(
@@ -202,7 +218,6 @@ def choose(
     return config
 
 
-@functools.lru_cache(maxsize=4096)
 def _tuned(
     spec: SelectiveStateUpdateSpec, arch: Arch, heads: int, sm_count: int, few_tokens: bool
 ) -> SelectiveStepConfig:
@@ -221,7 +236,7 @@ def _choose(
     """
     matmul = int(few_tokens and can_multiply(spec))
     lanes = PRODUCT_LANES if matmul else lanes_of(spec)
-    block = block_rows(spec)
+    block = widest_block(spec)
     smallest = max(16 if matmul else 8, WARP // lanes)
     sizes = [r for r in (8, 16, 32) if smallest <= r <= block]
     sizes += [r for r in range(2 * block, spec.dim + 1, block) if spec.dim % r == 0]

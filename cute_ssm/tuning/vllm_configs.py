@@ -167,7 +167,7 @@ def as_override(
         return None
     arch = min(archs.ARCHS.values(), key=lambda arch: arch.shared_bytes)
     base = selective_step.choose(spec, arch, heads=1, sm_count=arch.sm_count)
-    block = selective_step.block_rows(spec)
+    block = selective_step.widest_block(spec)
     smallest = max(16 if packed and block % 16 == 0 else 8, selective_step.WARP // base.lanes)
     sizes = [r for r in (8, 16, 32) if smallest <= r <= block]
     sizes += [r for r in range(2 * block, headdim + 1, block) if headdim % r == 0]

@@ -18,18 +18,14 @@ SPEC = vllm_configs._spec(64, 128, "float16", False)
 def write(settings, tmp_path):
     """Make CUTE_SSM_TUNING_DIR hold one file of these rows, or of this text."""
 
-    def forget():
-        tables.rows.cache_clear()
-        selective_step._tuned.cache_clear()
-
     def fill(*rows, text=None, name="a.json"):
         (tmp_path / name).write_text(json.dumps(rows) if text is None else text)
         settings(TUNING_DIR=tmp_path)
-        forget()
+        tables.forget()
 
     yield fill
     settings()
-    forget()
+    tables.forget()
 
 
 def row(heads, target="sm_90a", spec=None, **config):
@@ -82,3 +78,61 @@ def test_a_file_that_is_no_table_is_ignored_and_logged(write, caplog, text):
 def test_the_bundled_table_is_well_formed():
     content = json.loads(tables.BUNDLED.read_text())
     assert all(map(tables._is_row, content))
+
+
+def test_watching_sees_every_question():
+    with tables.watching() as seen:
+        chosen(64)
+        chosen(64)
+    chosen(65)
+    assert [lookup.heads for lookup in seen] == [64, 64]
+    assert seen[0].spec == SPEC
+    assert seen[0].free == selective_step.FREE
+    assert seen[0].rule == selective_step._choose(SPEC, arch.SM_90A, 64, 132, False)
+
+
+def test_an_empty_config_is_the_rule(write):
+    rule = chosen(512)
+    write(row(64, warps=3), row(512))
+    assert chosen(512) == rule
+    assert chosen(60).warps == 3
+
+
+def test_merging_replaces_rows_of_the_same_call(tmp_path):
+    path = tmp_path / "deep" / "table.json"
+    first, second = row(64, warps=2), row(9, warps=3)
+    assert tables.merge(path, [first, second]) == 2
+    assert tables.read(path) == [second, first], "by amount of work"
+    assert tables.merge(path, [row(64, warps=4)]) == 2
+    assert tables.read(path) == [second, row(64, warps=4)]
+    assert [p.name for p in path.parent.iterdir()] == ["table.json"]
+
+
+def test_what_was_measured_is_not_replaced_by_a_model(tmp_path):
+    path = tmp_path / "table.json"
+    measured = {**row(64, warps=2), "evidence": {"how": "measured"}}
+    modelled = {**row(64, warps=3), "evidence": {"how": "modelled"}}
+    tables.merge(path, [modelled])
+    tables.merge(path, [measured])
+    tables.merge(path, [modelled])
+    assert tables.read(path) == [measured]
+
+
+@pytest.mark.parametrize("content", ["{}", "[3]"])
+def test_a_file_that_is_no_table_is_not_merged_into(tmp_path, content):
+    path = tmp_path / "table.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="expected a table"):
+        tables.merge(path, [row(64)])
+    assert path.read_text() == content
+    with pytest.raises(ValueError, match="expected a row"):
+        tables.merge(tmp_path / "new.json", [{"op": "x"}])
+
+
+def test_the_space_of_the_step_holds_what_the_rule_chooses():
+    for heads in (1, 16, 300, 16384):
+        config = selective_step._choose(SPEC, arch.SM_90A, heads, 132, False)
+        space = selective_step.space(SPEC, arch.SM_90A)
+        assert set(space) == set(selective_step.FREE)
+        bounded = {"ctas_per_sm"}  # by what fits, for which the rule may have any value
+        assert all(getattr(config, name) in values for name, values in space.items() if name not in bounded)
