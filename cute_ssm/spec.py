@@ -232,9 +232,17 @@ def token_bucket(tokens: int) -> int:
     return next(bucket for bucket in TOKEN_BUCKETS if tokens <= bucket)
 
 
+WINDOW_BUCKETS = (8, 16, 32, 64)
+
+
+def window_bucket(window: int) -> int:
+    """Return the number of pending tokens that the kernel for a window of 1 to 64 is made for."""
+    return next(bucket for bucket in WINDOW_BUCKETS if window <= bucket)
+
+
 @dataclass(frozen=True)
-class GatedDeltaRuleSpec(Spec):
-    """Up to 16 tokens per request of `cute_ssm.gated_delta_rule_mtp`.
+class GatedDeltaSpec(Spec):
+    """What calls of the gated delta rule have in common.
 
     Attributes
     ----------
@@ -248,10 +256,6 @@ class GatedDeltaRuleSpec(Spec):
         Normalise q and k.
     src_dtype : str
         Type of ``initial_state_indices``.
-    dst_dtype, scatter_dtype, accepted_dtype : str or None
-        Types of ``output_state_indices``, ``ssm_state_indices`` and ``accepted_steps``.  None: the argument is absent.
-    write_final, write_buffer : bool
-        Write the final state to the pool; write the states after all tokens to the buffer.
     zero_padding : bool
         Rows of ``output`` whose request is padding become zero instead of staying as they are.
     vector_output : bool
@@ -268,20 +272,11 @@ class GatedDeltaRuleSpec(Spec):
     tokens: int
     l2norm: bool
     src_dtype: str
-    dst_dtype: str | None
-    scatter_dtype: str | None
-    accepted_dtype: str | None
-    write_final: bool
-    write_buffer: bool
     zero_padding: bool
     vector_output: bool
 
-    @property
-    def op(self) -> str:
-        return "gated_delta_rule_mtp"
-
     def text(self) -> str:
-        return f"gated_delta_rule_mtp-{self.state_dtype}-{self.input_dtype}-{self.V}x{self.K}-{self.tokens}"
+        return f"{self.op}-{self.state_dtype}-{self.input_dtype}-{self.V}x{self.K}-{self.tokens}"
 
     def check(self) -> None:
         for name in ("K", "V"):
@@ -294,6 +289,54 @@ class GatedDeltaRuleSpec(Spec):
             raise UnsupportedSpecError(describe("input_dtype", " or ".join(FLOATS[1:]), self.input_dtype))
         if self.tokens not in TOKEN_BUCKETS:
             raise UnsupportedSpecError(describe("tokens", f"one of {TOKEN_BUCKETS}", self.tokens))
+
+
+@dataclass(frozen=True)
+class GatedDeltaRuleSpec(GatedDeltaSpec):
+    """Up to 16 tokens per request of `cute_ssm.gated_delta_rule_mtp`.
+
+    Attributes
+    ----------
+    dst_dtype, scatter_dtype, accepted_dtype : str or None
+        Types of ``output_state_indices``, ``ssm_state_indices`` and ``accepted_steps``.  None: the argument is absent.
+    write_final, write_buffer : bool
+        Write the final state to the pool; write the states after all tokens to the buffer.
+    """
+
+    dst_dtype: str | None
+    scatter_dtype: str | None
+    accepted_dtype: str | None
+    write_final: bool
+    write_buffer: bool
+
+    @property
+    def op(self) -> str:
+        return "gated_delta_rule_mtp"
+
+
+@dataclass(frozen=True)
+class GatedDeltaRuleReplaySpec(GatedDeltaSpec):
+    """Up to 16 tokens per request of `cute_ssm.gated_delta_rule_replay`, after up to 64 pending ones.
+
+    Attributes
+    ----------
+    window : int
+        Largest number of pending tokens, one of `WINDOW_BUCKETS`; the window itself is dynamic.
+    """
+
+    window: int
+
+    @property
+    def op(self) -> str:
+        return "gated_delta_rule_replay"
+
+    def text(self) -> str:
+        return f"{super().text()}-{self.window}"
+
+    def check(self) -> None:
+        super().check()
+        if self.window not in WINDOW_BUCKETS:
+            raise UnsupportedSpecError(describe("window", f"one of {WINDOW_BUCKETS}", self.window))
 
 
 CHECKPOINT_TOKENS = 64  # largest number of tokens of a call, and of rows of a window
@@ -447,3 +490,53 @@ class WorkItemsSpec(CursorSpec):
     @property
     def op(self) -> str:
         return "serving_build_work_items"
+
+
+@dataclass(frozen=True)
+class MaterializeSpec(Spec):
+    """A call of `cute_ssm.serving.materialize`.
+
+    Attributes
+    ----------
+    state_dtype, out_dtype : str
+        Types of the pools that are read and written.
+    input_dtype, A_dtype : str
+        Types of the history of x and B; of ``A``.
+    dim, dstate : int
+        Rows and columns of one head's state.
+    history : {"double", "double_x", "ring"}
+        As of `CheckpointingSSUSpec`.
+    src_dtype, dst_dtype : str
+        Types of ``state_batch_indices`` and ``dst_state_batch_indices``.
+    count_dtype : str or None
+        Type of ``num_tokens``.  None: all pending tokens.
+    philox_rounds : int
+        0: states are rounded to nearest even; else stochastically.
+    seed_per_slot : bool
+        ``rand_seed`` holds one seed per slot.
+    """
+
+    state_dtype: str
+    out_dtype: str
+    input_dtype: str
+    A_dtype: str
+    dim: int
+    dstate: int
+    history: str
+    src_dtype: str
+    dst_dtype: str
+    count_dtype: str | None = None
+    philox_rounds: int = 0
+    seed_per_slot: bool = False
+
+    @property
+    def op(self) -> str:
+        return "serving_materialize"
+
+    def text(self) -> str:
+        return f"{self.op}-{self.state_dtype}-{self.out_dtype}-{self.dim}x{self.dstate}-{self.history}"
+
+    def check(self) -> None:
+        for name in ("dim", "dstate"):
+            if getattr(self, name) % 8 or not 8 <= getattr(self, name) <= 256:
+                raise UnsupportedSpecError(describe(name, "a multiple of 8 up to 256", getattr(self, name)))

@@ -39,3 +39,26 @@ def choose_commit() -> CursorConfig:
 def choose_work_items(batch: int) -> CursorConfig:
     """Return the config of `BuildWorkItems`, whose only CTA walks over the batch: large, unless there is little."""
     return apply_override(CursorConfig(warps=FEW_ROWS // WARP if batch <= FEW_ROWS else MOST_WARPS))
+
+
+@dataclass(frozen=True)
+class MaterializeConfig(Config):
+    """Knobs of `MaterializeState`.
+
+    Attributes
+    ----------
+    warps : int
+        Warps of a CTA, which have nothing in common.
+    """
+
+    warps: int
+
+    def check(self) -> None:
+        """Raise `UnsupportedSpecError` if the kernel cannot run so."""
+        if not 1 <= self.warps <= 8:
+            raise UnsupportedSpecError(f"config: warps of {self} are not 1 to 8")
+
+
+def choose_materialize() -> MaterializeConfig:
+    """Return the config of `MaterializeState`."""
+    return apply_override(MaterializeConfig(warps=4))

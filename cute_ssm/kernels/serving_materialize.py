@@ -1,0 +1,316 @@
+"""`MaterializeState`: the state that pending tokens lead to, from one slot into another.
+
+Per (row of the batch, head), with the state S0 [dim, dstate] of the slot that is read and its first j pending tokens
+(`cute_ssm.reference.checkpointing_ssu.fold`):
+
+    c_i = sum_{l <= i} A dt'_l;   S = e^{c_{j-1}} S0 + sum_{i < j} e^{c_{j-1} - c_i} dt'_i x_i B_i^T
+
+A warp works on 8 rows of a head for each of its segments of lanes, and a lane on 8 columns of them: 64 float32
+registers, to which a token adds one product of 8 x and 8 B.  Lane t of a warp computes the weight of the tokens t and
+t + 32.  With j = 0, if both pools have the same type, the bytes of state and scales are copied.
+
+Rounding is that of `cute_ssm.reference.rounding`, by its map of rows, with j - 1 as the token.  A slot or cursor out of
+range, or j beyond the pending tokens, makes a row of the batch padding: nothing is written for it.
+"""
+
+from typing import Optional
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from cute_ssm.arch import Arch
+from cute_ssm.device import convert, math, memory, philox
+from cute_ssm.spec import QUANTISED, MaterializeSpec
+from cute_ssm.tuning.serving import WARP, MaterializeConfig, choose_materialize
+
+ROWS = COLUMNS = 8  # of a lane
+MOST_BYTES = 16  # of an access
+
+
+class MaterializeState:
+    """The kernel of a `MaterializeSpec`; batch, heads, groups, slots, rows of the history and strides are dynamic."""
+
+    def __init__(self, spec: MaterializeSpec, config: MaterializeConfig, arch: Arch):
+        config.check()
+        self.spec, self.arch, self.warps = spec, arch, config.warps
+        self.state_dtype, self.out_dtype = convert.DTYPES[spec.state_dtype], convert.DTYPES[spec.out_dtype]
+        self.input_dtype, self.A_dtype = convert.DTYPES[spec.input_dtype], convert.DTYPES[spec.A_dtype]
+        self.scaled, self.out_scaled = spec.state_dtype in QUANTISED, spec.out_dtype in QUANTISED
+        self.ring = spec.history == "ring"
+        self.lanes = 1 << (spec.dstate // COLUMNS - 1).bit_length()  # of a segment
+        self.unit_rows = WARP // self.lanes * ROWS
+        self.chunks = -(-spec.dim // self.unit_rows)
+
+    @staticmethod
+    def default_config(spec: MaterializeSpec, arch: Arch, units: int | None = None) -> MaterializeConfig:
+        """The one config there is."""
+        return choose_materialize()
+
+    def fakes(self):
+        """Arguments of `__call__` as the compiler sees them."""
+        spec = self.spec
+        batch, slots, out_slots, heads, groups, rows = (cute.sym_int32() for _ in range(6))
+
+        def tensor(dtype, shape, inner=(), n_bytes=0):
+            """Free strides but for the innermost ones given; accesses of `n_bytes`, by default of one element."""
+            dtype = convert.DTYPES[dtype] if isinstance(dtype, str) else dtype
+            align = max(1, n_bytes * 8 // dtype.width)
+            outer = tuple(cute.sym_int64(divisibility=align) for _ in shape[len(inner) :])
+            return make_fake_tensor(dtype, shape, outer + inner, assumed_align=align * dtype.width // 8)
+
+        def pool(dtype, count):
+            return tensor(dtype, (count, heads, spec.dim, spec.dstate), (spec.dstate, 1), MOST_BYTES)
+
+        def scales(present, count):
+            return tensor(Float32, (count, heads, spec.dim), (1,)) if present else None
+
+        two = {"double": (), "double_x": (2,), "ring": ()}[spec.history]
+        x, B, dt = (slots, *two, rows, heads, spec.dim), (slots, 2, rows, groups, spec.dstate), (slots, 2, heads, rows)
+        if self.ring:
+            x, B, dt = (slots, heads, rows, spec.dim), (slots, groups, rows, spec.dstate), (slots, heads, rows)
+        return (
+            pool(self.state_dtype, slots),
+            scales(self.scaled, slots),
+            tensor(self.input_dtype, x, (1,), MOST_BYTES),
+            tensor(self.input_dtype, B, (1,), MOST_BYTES),
+            tensor(Float32, dt, (1,)),
+            tensor(Int32, (slots,)),
+            tensor(Int32, (slots,)),
+            tensor(self.A_dtype, (heads, spec.dim, spec.dstate), (0, 0)),
+            pool(self.out_dtype, out_slots),
+            scales(self.out_scaled, out_slots),
+            tensor(spec.src_dtype, (batch,)),
+            tensor(spec.dst_dtype, (batch,)),
+            None if spec.count_dtype is None else tensor(spec.count_dtype, (batch,)),
+            tensor("int64", (slots if spec.seed_per_slot else 1,), (1,)) if spec.philox_rounds else None,
+            Int64(0),
+            make_fake_stream(use_tvm_ffi_env_stream=True),
+        )
+
+    @cute.jit
+    def __call__(
+        self,
+        state: cute.Tensor,
+        state_scale: Optional[cute.Tensor],
+        x: cute.Tensor,
+        B: cute.Tensor,
+        dt: cute.Tensor,
+        cursor: cute.Tensor,
+        pnat: cute.Tensor,
+        A: cute.Tensor,
+        out: cute.Tensor,
+        out_scale: Optional[cute.Tensor],
+        src: cute.Tensor,
+        dst: cute.Tensor,
+        counts: Optional[cute.Tensor],
+        rand_seed: Optional[cute.Tensor],
+        pad_slot: Int64,
+        stream,
+    ):
+        """Shapes and types as in `cute_ssm.serving.materialize`."""
+        nheads, groups = state.shape[1], B.shape[1] if const_expr(self.ring) else B.shape[3]
+        units = src.shape[0] * nheads * self.chunks
+        heads, per_group = cute.FastDivmodDivisorV2(nheads), cute.FastDivmodDivisorV2(nheads // groups)
+        self.kernel(
+            state, state_scale, x, B, dt, cursor, pnat, A, out, out_scale, src, dst, counts, rand_seed, pad_slot,
+            units, heads, per_group,
+        ).launch(
+            grid=[cute.ceil_div(units, self.warps), 1, 1], block=[WARP * self.warps, 1, 1], stream=stream
+        )  # fmt: skip
+
+    @cute.kernel
+    def kernel(
+        self,
+        state: cute.Tensor,
+        state_scale: Optional[cute.Tensor],
+        x: cute.Tensor,
+        B: cute.Tensor,
+        dt: cute.Tensor,
+        cursor: cute.Tensor,
+        pnat: cute.Tensor,
+        A: cute.Tensor,
+        out: cute.Tensor,
+        out_scale: Optional[cute.Tensor],
+        src: cute.Tensor,
+        dst: cute.Tensor,
+        counts: Optional[cute.Tensor],
+        rand_seed: Optional[cute.Tensor],
+        pad_slot: Int64,
+        units: Int32,
+        heads: cute.FastDivmodDivisorV2,
+        per_group: cute.FastDivmodDivisorV2,
+    ):
+        lane, warp = cute.arch.lane_idx(), cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // WARP)
+        unit = cute.arch.block_idx()[0] * self.warps + warp
+        if unit < units:
+            head = unit // self.chunks
+            b, h = divmod(head, heads)
+            source, target = Int64(src[b]), Int64(dst[b])
+            live = source != pad_slot and source >= 0 and source < state.shape[0]
+            live = live and target != pad_slot and target >= 0 and target < out.shape[0]
+            if live:
+                pending, place = pnat[source], cursor[source]
+                count = Int64(pending)
+                if const_expr(counts is not None):
+                    count = Int64(counts[b])
+                rows = dt.shape[len(dt.shape) - 1]
+                places = rows if const_expr(self.ring) else Int32(2)
+                live = pending >= 0 and pending <= rows and place >= 0 and place < places
+                if live and count >= 0 and count <= pending:
+                    first = (unit - head * self.chunks) * self.unit_rows + lane // self.lanes * ROWS
+                    where = (source, target, h, first, lane % self.lanes * COLUMNS)
+                    pools = (state, state_scale, out, out_scale)
+                    group, _ = divmod(h, per_group)
+                    if const_expr(self.spec.state_dtype == self.spec.out_dtype):
+                        if count == 0:
+                            self.copy(pools, where)
+                        else:
+                            history = (x, B, dt, place, group, rows)
+                            self.fold(pools, history, A, rand_seed, Int32(count), where, lane)
+                    else:
+                        history = (x, B, dt, place, group, rows)
+                        self.fold(pools, history, A, rand_seed, Int32(count), where, lane)
+
+    # ----------------------------------------------------------------------------------------------------------- parts
+    @cute.jit
+    def inside(self, where):
+        """Whether a lane has rows and columns of its own."""
+        return Boolean(where[3] < self.spec.dim and where[4] < self.spec.dstate)
+
+    def own(self, where):
+        """(first row, first column) of a lane; those of the last rows and columns where it has none of its own."""
+        return cutlass.min(where[3], self.spec.dim - ROWS), cutlass.min(where[4], self.spec.dstate - COLUMNS)
+
+    def access_bytes(self, dtype):
+        """Bytes of one access to a lane's columns of a row."""
+        return min(MOST_BYTES, COLUMNS * dtype.width // 8)
+
+    @cute.jit
+    def copy(self, pools, where):
+        """The bytes of a lane's rows and of their scales."""
+        state, state_scale, out, out_scale = pools
+        source, target, h, first, column = where
+        if self.inside(where):
+            per_access = self.access_bytes(self.state_dtype) * 8 // self.state_dtype.width
+            for r in cutlass.range_constexpr(ROWS):
+                for i in cutlass.range_constexpr(0, COLUMNS, per_access):
+                    words = memory.load_words(
+                        memory.address(state, source, h, first + r, column + i),
+                        self.access_bytes(self.state_dtype) // 4,
+                    )
+                    memory.store_words(memory.address(out, target, h, first + r, column + i), words)
+                if const_expr(self.scaled):
+                    if column == 0:
+                        word = memory.load_words(memory.address(state_scale, source, h, first + r), 1)
+                        memory.store_words(memory.address(out_scale, target, h, first + r), word)
+
+    @cute.jit
+    def row_of(self, history, token):
+        """Row of the history that holds a pending token."""
+        row = token
+        if const_expr(self.ring):
+            row += history[3]
+            row = row - history[5] if row >= history[5] else row
+        return row
+
+    def step_at(self, history, source, h, row):
+        """Pointer to dt' of a row."""
+        dt, place = history[2], history[3]
+        return memory.address(dt, source, h, row) if self.ring else memory.address(dt, source, place, h, row)
+
+    def inputs_at(self, history, source, h, row, first, column):
+        """Pointers to x and B of a row."""
+        x, B, _, place, group, _ = history
+        if self.ring:
+            return memory.address(x, source, h, row, first), memory.address(B, source, group, row, column)
+        x_at = (source, place, row, h, first) if self.spec.history == "double_x" else (source, row, h, first)
+        return memory.address(x, *x_at), memory.address(B, source, place, row, group, column)
+
+    @cute.jit
+    def weights(self, history, rate, source, h, count, lane):
+        """(e^{c_{j-1}}, weights of the tokens `lane` and `lane + 32`), sums in the order of the tokens."""
+        steps, products, sums = [], [], []
+        for k in cutlass.range_constexpr(2):
+            step = Float32(0.0)
+            token = lane + k * WARP
+            if token < count:
+                row = self.row_of(history, token)
+                step = memory.load_scalar(self.step_at(history, source, h, row), Float32)
+            steps.append(step)
+            products.append(rate * step)
+            sums.append(Float32(0.0))
+        low, high, first, second = products[0], products[1], sums[0], sums[1]
+        total = Float32(0.0)
+        for token in cutlass.range(count, unroll=1):
+            product = low if token < WARP else high
+            total += cute.arch.shuffle_sync(product, token & (WARP - 1))
+            first = total if lane == token else first
+            second = total if lane + WARP == token else second
+        values = [math.decay(total - c) * step for c, step in zip((first, second), steps)]
+        return math.decay(total), values[0], values[1]
+
+    @cute.jit
+    def fold(self, pools, history, A, rand_seed, count, where, lane):
+        """A lane's rows and columns of the state after `count` tokens."""
+        state, state_scale, out, out_scale = pools
+        source, target, h, _, _ = where
+        first, column = self.own(where)
+        rate = memory.load_scalar(memory.address(A, h, 0, 0), self.A_dtype)
+        carry, low, high = self.weights(history, rate, source, h, count, lane)
+
+        held = cute.make_rmem_tensor((ROWS * COLUMNS,), Float32)
+        for r in cutlass.range_constexpr(ROWS):
+            pointer = memory.address(state, source, h, first + r, column)
+            values = memory.load(pointer, self.state_dtype, COLUMNS, self.access_bytes(self.state_dtype))
+            scale = None
+            if const_expr(self.scaled):
+                scale = memory.load_scalar(memory.address(state_scale, source, h, first + r), Float32)
+            for c in cutlass.range_constexpr(COLUMNS):
+                value = values[c] * scale if const_expr(self.scaled) else values[c]
+                held[r * COLUMNS + c] = carry * value
+        for token in cutlass.range(count, unroll=2):
+            chosen = low if token < WARP else high
+            weight = cute.arch.shuffle_sync(chosen, token & (WARP - 1))
+            x_at, B_at = self.inputs_at(history, source, h, self.row_of(history, token), first, column)
+            x = memory.load(x_at, self.input_dtype, ROWS, MOST_BYTES)
+            B = memory.load(B_at, self.input_dtype, COLUMNS, MOST_BYTES)
+            for r in cutlass.range_constexpr(ROWS):
+                gain = weight * x[r]
+                for c in cutlass.range_constexpr(COLUMNS):
+                    held[r * COLUMNS + c] = cute.math.fma(gain, B[c], held[r * COLUMNS + c])
+        cute.arch.sync_warp()  # in place: every lane has read the scales
+
+        random = (None, None)
+        if const_expr(self.spec.philox_rounds > 0):
+            seed = rand_seed[source] if const_expr(self.spec.seed_per_slot) else rand_seed[0]
+            random = (philox.round_keys(seed, self.spec.philox_rounds), philox.place(target, h, count - 1))
+        for r in cutlass.range_constexpr(ROWS):
+            values = [held[r * COLUMNS + c] for c in range(COLUMNS)]
+            self.store(out, out_scale, values, random, (target, h, first + r, column), self.inside(where))
+
+    @cute.jit
+    def store(self, out, out_scale, values, random, at, inside):
+        """Round a lane's columns of a row into memory, and the row's scale."""
+        target, h, row, column = at
+        keys, place = random
+        words, scale = None, None
+        if const_expr(self.spec.philox_rounds > 0):
+            words = philox.words(keys, place, row, column, COLUMNS, self.spec.dstate)
+        if const_expr(self.out_scaled):
+            largest = convert.max_abs(values, self.arch)
+            for distance in cutlass.range_constexpr(self.lanes.bit_length() - 1):
+                largest = math.larger(largest, math.exchanged(largest, 1 << distance))
+            scale, encode = convert.row_scale(largest, self.out_dtype)
+            packed = convert.pack_quantised(values, encode, self.out_dtype, words)
+        elif const_expr(self.spec.philox_rounds > 0):
+            packed = convert.pack_stochastic(values, words, self.out_dtype, self.arch)
+        else:
+            packed = convert.pack(values, self.out_dtype)
+        if inside:
+            pointer = memory.address(out, target, h, row, column)
+            memory.store_packed(pointer, packed, self.out_dtype, self.access_bytes(self.out_dtype))
+            if const_expr(self.out_scaled):
+                if column == 0:
+                    memory.store_scalar(memory.address(out_scale, target, h, row), scale, Float32)
