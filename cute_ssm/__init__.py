@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cute_ssm.ops.checkpointing_ssu import checkpointing_ssu as checkpointing_ssu
     from cute_ssm.ops.checkpointing_ssu import checkpointing_ssu_ring as checkpointing_ssu_ring
     from cute_ssm.ops.gated_delta_rule import gated_delta_rule_mtp as gated_delta_rule_mtp
+    from cute_ssm.ops.gated_delta_rule_replay import gated_delta_rule_replay as gated_delta_rule_replay
     from cute_ssm.ops.selective_scan import selective_scan as selective_scan
     from cute_ssm.ops.selective_scan import selective_scan_fn as selective_scan_fn
     from cute_ssm.ops.selective_state_update import selective_state_update as selective_state_update
@@ -22,6 +23,7 @@ _PUBLIC = {
     "checkpointing_ssu": "cute_ssm.ops.checkpointing_ssu",
     "checkpointing_ssu_ring": "cute_ssm.ops.checkpointing_ssu",
     "gated_delta_rule_mtp": "cute_ssm.ops.gated_delta_rule",
+    "gated_delta_rule_replay": "cute_ssm.ops.gated_delta_rule_replay",
     "selective_scan": "cute_ssm.ops.selective_scan",
     "selective_scan_fn": "cute_ssm.ops.selective_scan",
     "selective_state_update": "cute_ssm.ops.selective_state_update",

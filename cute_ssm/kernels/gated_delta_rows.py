@@ -61,15 +61,18 @@ class GatedDeltaRows:
         return [self.load_block(corner, j) for j in range(self.blocks)]
 
     # ------------------------------------------------------------------------------------------------- keys and values
-    def stage_keys(self, source, rows, live, target, thread):
-        """Rows of keys or queries as float32, zeros from row `live` on; `source(row, column)` is where one lies."""
+    def stage_keys(self, source, rows, live, target, thread, used=None):
+        """Rows of keys or queries as float32, zeros from row `live` on; `source(row, column)` is where one lies.
+
+        Rows from `used` on, if given, stay as they are.
+        """
         per_row = self.spec.K // 4
         count = rows * per_row
         for step in range(-(-count // self.threads)):
             piece = thread + step * self.threads
             row, column = piece // per_row, piece % per_row * 4
             at = target + (row * self.key_pitch + column)
-            self.stage_key(source(row, column), at, piece < count, row < live)
+            self.stage_key(source(row, column), at, piece < count if used is None else row < used, row < live)
 
     @cute.jit
     def stage_key(self, source, target, some, live):
@@ -80,7 +83,7 @@ class GatedDeltaRows:
                 values = memory.load(source, self.input_dtype, 4, 4 * self.input_dtype.width // 8)
             memory.store(target, values, Float32, 16)
 
-    def stage_values(self, source, rows, live, target, thread):
+    def stage_values(self, source, rows, live, target, thread, used=None):
         """This CTA's columns of values as they are; like `stage_keys`."""
         per_row = self.config.rows // 8
         count = rows * per_row
@@ -88,7 +91,7 @@ class GatedDeltaRows:
             piece = thread + step * self.threads
             row, column = piece // per_row, piece % per_row * 8
             at = target + (row * self.value_pitch + column) * 2
-            self.stage_value(source(row, column), at, piece < count, row < live)
+            self.stage_value(source(row, column), at, piece < count if used is None else row < used, row < live)
 
     @cute.jit
     def stage_value(self, source, target, some, live):

@@ -13,17 +13,12 @@ from cute_ssm import arch as archs
 from cute_ssm import runtime
 from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
+from cute_ssm.ops import _gated_delta_arguments as checks
 from cute_ssm.ops import _library
 from cute_ssm.reference.gated_delta_rule import gated_delta_rule as reference
-from cute_ssm.spec import GatedDeltaRuleSpec, token_bucket
+from cute_ssm.spec import GatedDeltaRuleSpec
 from cute_ssm.tuning import gated_delta_rule as tuning
 from cute_ssm.tuning import overridden
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-HALVES = (torch.bfloat16, torch.float16)
-INTEGERS = (torch.int32, torch.int64)
-QUAD = 4  # elements of the narrowest access to rows of q, k and states
-ROW_BYTES = 16  # of the accesses to rows of v and of a 16-bit output
 
 
 def gated_delta_rule_mtp(
@@ -193,7 +188,7 @@ def _run(
         key = (
             q.shape, v.shape, state.dtype, q.dtype, src.dtype, a.dtype, dt_bias.dtype, output.dtype,
             None if buffer is None else (buffer.dtype, buffer.shape),
-            _dtype(scatter), _dtype(dst), _dtype(accepted), flags, q.device, output.data_ptr() % ROW_BYTES,
+            _dtype(scatter), _dtype(dst), _dtype(accepted), flags, q.device, output.data_ptr() % checks.ROW_BYTES,
             output.stride(),
         )  # fmt: skip
     except AttributeError:  # something is no tensor, which `_check` will name
@@ -252,19 +247,21 @@ def _check(
     indices = ("ssm_state_indices", "output_state_indices", "accepted_steps")
     arguments.check_tensors(named, ("intermediate_states_buffer", *indices))
     given = {name: tensor for name, tensor in named.items() if tensor is not None}
-    _check_shapes(given)
-    arguments.check_dtype("q", q, HALVES)
-    for name in ("k", "v"):
-        arguments.check_dtype(name, given[name], (q.dtype,), f"the type of q; cast it with {name}.to(q.dtype)")
-    for name in ("initial_state", "a", "dt_bias", "output"):
-        arguments.check_dtype(name, given[name], FLOATS)
-    arguments.check_dtype("b", b, (a.dtype,), "the type of a; cast it with b.to(a.dtype)")
-    arguments.check_dtype("A_log", A_log, (torch.float32,), "cast it once with A_log.float()")
+    batch, tokens = (*q.shape, 0, 0)[:2]
+    per_request = ((batch,), "(batch,)")
+    shapes: checks.Shapes = {
+        "ssm_state_indices": ((batch, tokens), "(batch, tokens)"),
+        "output_state_indices": per_request,
+        "accepted_steps": per_request,
+    }
+    checks.check_shapes(given, shapes)
+    _check_buffer(buffer, (batch, tokens, *v.shape[2:], q.shape[3]))
+    checks.check_types(given)
     if buffer is not None:
         arguments.check_dtype("intermediate_states_buffer", buffer, (state.dtype,), "the type of initial_state")
-    for name in ("initial_state_indices", *indices):
+    for name in indices:
         if name in given:
-            arguments.check_dtype(name, given[name], INTEGERS)
+            arguments.check_dtype(name, given[name], checks.INTEGERS)
     if scatter is not None:
         if buffer is not None:
             fix = "a call stores states by slot or by position, not both"
@@ -275,88 +272,31 @@ def _check(
         if accepted is not None:
             fix = "with ssm_state_indices no final state is written"
             raise ValueError(describe("accepted_steps", "None beside ssm_state_indices", "both", fix))
-    for name in ("q", "k", "v", "initial_state", "output", "intermediate_states_buffer"):
-        if name in given:
-            arguments.check_last_contiguous(name, given[name])
-    quad_bytes = QUAD * q.element_size()
-    limits = {"q": quad_bytes, "k": quad_bytes, "v": ROW_BYTES}
-    limits |= dict.fromkeys(("initial_state", "intermediate_states_buffer"), QUAD * state.element_size())
-    for name, n_bytes in limits.items():
-        if name in given and not arguments.aligned(given[name], n_bytes):
-            size = given[name].element_size()
-            got = f"address {given[name].data_ptr():#x} and strides {given[name].stride()} of {size} bytes"
-            expected = f"an address and outer strides that are multiples of {n_bytes} bytes"
-            raise ValueError(describe(name, expected, got, "pad its rows, or pass a copy of inputs"))
+    checks.check_rows(given, {"intermediate_states_buffer": checks.QUAD * state.element_size()})
 
     def name_of(tensor: Tensor | None) -> str | None:
         return None if tensor is None else arguments.DTYPE_NAMES[tensor.dtype]
 
     spec = GatedDeltaRuleSpec(
-        state_dtype=arguments.DTYPE_NAMES[state.dtype],
-        input_dtype=arguments.DTYPE_NAMES[q.dtype],
-        output_dtype=arguments.DTYPE_NAMES[output.dtype],
-        gate_dtype=arguments.DTYPE_NAMES[a.dtype],
-        dt_bias_dtype=arguments.DTYPE_NAMES[dt_bias.dtype],
-        K=q.shape[3],
-        V=v.shape[3],
-        tokens=token_bucket(q.shape[1]),
-        l2norm=l2norm,
-        src_dtype=arguments.DTYPE_NAMES[src.dtype],
+        **checks.spec_fields(given, l2norm, zero_padding),
         dst_dtype=name_of(dst),
         scatter_dtype=name_of(scatter),
         accepted_dtype=None if disabled else name_of(accepted),
         write_final=not disabled and scatter is None,
         write_buffer=buffer is not None,
-        zero_padding=zero_padding,
-        vector_output=output.element_size() == 2 and arguments.aligned(output, ROW_BYTES),
     )
     spec.check()
     return spec
 
 
-def _check_shapes(given: dict[str, Tensor]) -> None:
-    """Raise unless all shapes agree; `given` holds the arguments that are not None."""
-    ranks = {
-        "q": "(batch, tokens, heads, K)",
-        "v": "(batch, tokens, value_heads, V)",
-        "initial_state": "(slots, value_heads, V, K)",
-    }
-    for name, letters in ranks.items():
-        if given[name].dim() != 4:
-            raise ValueError(describe(name, f"shape {letters}", tuple(given[name].shape)))
-    batch, tokens, heads, K = given["q"].shape
-    value_heads, V = given["v"].shape[2:]
-    slots = given["initial_state"].shape[0]
-    if not 1 <= tokens <= 16:
-        raise ValueError(describe("q", "1 to 16 tokens", tokens, "split the call"))
-    gates, per_head = ((batch, tokens, value_heads), "(batch, tokens, value_heads)"), ((value_heads,), "(value_heads,)")
-    shapes = {
-        "k": ((batch, tokens, heads, K), "(batch, tokens, heads, K)"),
-        "v": ((batch, tokens, value_heads, V), "(batch, tokens, value_heads, V)"),
-        "initial_state": ((slots, value_heads, V, K), "(slots, value_heads, V, K)"),
-        "initial_state_indices": ((batch,), "(batch,)"),
-        "A_log": per_head,
-        "a": gates,
-        "dt_bias": per_head,
-        "b": gates,
-        "output": ((batch, tokens, value_heads, V), "(batch, tokens, value_heads, V)"),
-        "ssm_state_indices": ((batch, tokens), "(batch, tokens)"),
-        "output_state_indices": ((batch,), "(batch,)"),
-        "accepted_steps": ((batch,), "(batch,)"),
-    }
-    for name, (shape, letters) in shapes.items():
-        if name in given:
-            arguments.check_shape(name, given[name], shape, letters)
-    if heads < 1 or value_heads % heads:
-        expected = f"value_heads that is a multiple of heads = {heads}"
-        raise ValueError(describe("v", expected, f"value_heads = {value_heads}"))
-    buffer = given.get("intermediate_states_buffer")
-    if buffer is not None:
-        shape = tuple(buffer.shape)
-        if len(shape) != 5 or shape[0] < batch or shape[1] < tokens or shape[2:] != (value_heads, V, K):
-            letters = "(>= batch, >= tokens, value_heads, V, K)"
-            expected = f"shape {letters} with {(batch, tokens, value_heads, V, K)}"
-            raise ValueError(describe("intermediate_states_buffer", expected, shape, "its first axis is the batch"))
+def _check_buffer(buffer: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise unless there is room for the states of a call, in a buffer if there is one."""
+    if buffer is None:
+        return
+    got = tuple(buffer.shape)
+    if len(got) != 5 or got[0] < shape[0] or got[1] < shape[1] or got[2:] != shape[2:]:
+        expected = f"shape (>= batch, >= tokens, value_heads, V, K) with {shape}"
+        raise ValueError(describe("intermediate_states_buffer", expected, got, "its first axis is the batch"))
 
 
 def _check_indices(tensors: tuple[Any, ...], flags: tuple[bool, bool, bool]) -> None:
@@ -365,9 +305,8 @@ def _check_indices(tensors: tuple[Any, ...], flags: tuple[bool, bool, bool]) -> 
     slots, tokens, disabled = state.shape[0], q.shape[1], flags[0]
     named = {"initial_state_indices": src, "ssm_state_indices": scatter, "output_state_indices": dst}
     for name, indices in named.items():
-        if indices is not None and bool((indices >= slots).any()):
-            worst = int(indices.max())
-            raise ValueError(describe(name, f"slots below {slots}, or negative entries for padding", worst))
+        if indices is not None:
+            checks.check_slots(name, indices, slots)
     if accepted is not None and bool(((accepted < 0) | (accepted > tokens)).any()):
         raise ValueError(describe("accepted_steps", f"counts from 0 to {tokens} = tokens", accepted.tolist()))
     if disabled or not src.numel():

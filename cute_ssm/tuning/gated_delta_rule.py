@@ -1,4 +1,4 @@
-"""The config of `kernels.gated_delta_rule`, and the choice of one.
+"""The config of the kernels of the gated delta rule, and the choice of one.
 
 The bits of a result depend on the spec alone: both fields only move rows of the state between warps.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cute_ssm.arch import Arch
 from cute_ssm.errors import UnsupportedSpecError
-from cute_ssm.spec import Config, GatedDeltaRuleSpec
+from cute_ssm.spec import Config, GatedDeltaRuleReplaySpec, GatedDeltaSpec
 from cute_ssm.tuning import apply_override
 
 WARP = 32
@@ -19,11 +19,12 @@ KEY_PAD = 8  # floats between rows of keys in shared memory: no access to them m
 VALUE_PAD = 8  # elements between rows of values
 MAX_TILES = 4  # of a warp
 MOST_ROWS = 128  # of a CTA
+PENDING = 8  # tokens of a ring that are passed at once
 
 
 @dataclass(frozen=True)
 class GatedDeltaRuleConfig(Config):
-    """Knobs of `GatedDeltaRule`.
+    """Knobs of `GatedDeltaRule` and `GatedDeltaRuleReplay`.
 
     Attributes
     ----------
@@ -40,11 +41,11 @@ class GatedDeltaRuleConfig(Config):
         """Tiles of rows of each warp."""
         return self.rows // (TILE * self.warps)
 
-    def shared_bytes(self, spec: GatedDeltaRuleSpec) -> int:
-        """Shared memory of one CTA: keys and queries, values, coefficients."""
+    def shared_bytes(self, spec: GatedDeltaSpec) -> int:
+        """Shared memory of one CTA."""
         return sum(shared_parts(spec, self.rows).values())
 
-    def check(self, spec: GatedDeltaRuleSpec, arch: Arch) -> None:
+    def check(self, spec: GatedDeltaSpec, arch: Arch) -> None:
         """Raise `UnsupportedSpecError` if the kernel cannot run so."""
         problems = {
             "rows": self.rows >= TILE and spec.V % self.rows == 0,
@@ -56,11 +57,17 @@ class GatedDeltaRuleConfig(Config):
             raise UnsupportedSpecError(f"config: {', '.join(bad)} of {self} do not fit {spec.text()} on {arch.name}")
 
 
-def shared_parts(spec: GatedDeltaRuleSpec, rows: int) -> dict[str, int]:
-    """Bytes of what a CTA keeps in shared memory."""
+def shared_parts(spec: GatedDeltaSpec, rows: int) -> dict[str, int]:
+    """Bytes of what a CTA keeps in shared memory: keys and queries, values, and the coefficients of each chunk.
+
+    Pending tokens come before new ones.
+    """
+    pending = spec.window if isinstance(spec, GatedDeltaRuleReplaySpec) else 0
+    tables = sum(table_parts(PENDING, queries=False).values())
     return {
-        "keys": 2 * spec.tokens * (spec.K + KEY_PAD) * 4,
-        "values": max(spec.tokens, 8) * (rows + VALUE_PAD) * 2,
+        "keys": (pending + 2 * spec.tokens) * (spec.K + KEY_PAD) * 4,
+        "values": (pending + max(spec.tokens, 8)) * (rows + VALUE_PAD) * 2,
+        **({"pending": pending // PENDING * tables} if pending else {}),
         **table_parts(spec.tokens),
     }
 
@@ -77,13 +84,13 @@ def table_parts(tokens: int, queries: bool = True) -> dict[str, int]:
     }
 
 
-def choose(spec: GatedDeltaRuleSpec, arch: Arch, heads: int, sm_count: int) -> GatedDeltaRuleConfig:
+def choose(spec: GatedDeltaSpec, arch: Arch, heads: int, sm_count: int) -> GatedDeltaRuleConfig:
     """Return the config for ``heads`` (request, value head) pairs on ``sm_count`` SMs, as `tuning.override` has it."""
     return apply_override(_choose(spec, heads, sm_count))
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(spec: GatedDeltaRuleSpec, heads: int, sm_count: int) -> GatedDeltaRuleConfig:
+def _choose(spec: GatedDeltaSpec, heads: int, sm_count: int) -> GatedDeltaRuleConfig:
     """128 rows if there are two such parts for every SM; else fewer, down to a tile for each of two warps.
 
     A warp has two tiles, of which one arrives while the other is multiplied, or one of 256 columns.

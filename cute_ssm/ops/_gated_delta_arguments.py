@@ -1,0 +1,115 @@
+"""Checks that the operators of the gated delta rule share; `given` maps the names of arguments to tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cute_ssm.errors import describe
+from cute_ssm.ops import _arguments as arguments
+from cute_ssm.spec import token_bucket
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+INTEGERS = (torch.int32, torch.int64)
+QUAD = 4  # elements of the narrowest access to rows of q, k and states
+ROW_BYTES = 16  # of the accesses to rows of v and of a 16-bit output
+MOST_TOKENS = 16
+
+Shapes = dict[str, tuple[tuple[int, ...], str]]  # of arguments, in numbers and in letters
+
+
+def check_shapes(given: Mapping[str, Tensor], more: Shapes) -> None:
+    """Raise unless the shapes of what all operators take agree, and those of `more` are as stated there."""
+    ranks = {
+        "q": "(batch, tokens, heads, K)",
+        "v": "(batch, tokens, value_heads, V)",
+        "initial_state": "(slots, value_heads, V, K)",
+    }
+    for name, letters in ranks.items():
+        if given[name].dim() != 4:
+            raise ValueError(describe(name, f"shape {letters}", tuple(given[name].shape)))
+    batch, tokens, heads, K = given["q"].shape
+    value_heads, V = given["v"].shape[2:]
+    slots = given["initial_state"].shape[0]
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise ValueError(describe("q", f"1 to {MOST_TOKENS} tokens", tokens, "split the call"))
+    gates, per_head = ((batch, tokens, value_heads), "(batch, tokens, value_heads)"), ((value_heads,), "(value_heads,)")
+    shapes: Shapes = {
+        "k": ((batch, tokens, heads, K), "(batch, tokens, heads, K)"),
+        "v": ((batch, tokens, value_heads, V), "(batch, tokens, value_heads, V)"),
+        "initial_state": ((slots, value_heads, V, K), "(slots, value_heads, V, K)"),
+        "initial_state_indices": ((batch,), "(batch,)"),
+        "A_log": per_head,
+        "a": gates,
+        "dt_bias": per_head,
+        "b": gates,
+        "output": ((batch, tokens, value_heads, V), "(batch, tokens, value_heads, V)"),
+        **more,
+    }
+    for name, (shape, letters) in shapes.items():
+        if name in given:
+            arguments.check_shape(name, given[name], shape, letters)
+    if heads < 1 or value_heads % heads:
+        expected = f"value_heads that is a multiple of heads = {heads}"
+        raise ValueError(describe("v", expected, f"value_heads = {value_heads}"))
+
+
+def check_types(given: Mapping[str, Tensor]) -> None:
+    """Raise unless the types of what all operators take fit together."""
+    q = given["q"]
+    arguments.check_dtype("q", q, HALVES)
+    for name in ("k", "v"):
+        arguments.check_dtype(name, given[name], (q.dtype,), f"the type of q; cast it with {name}.to(q.dtype)")
+    for name in ("initial_state", "a", "dt_bias", "output"):
+        arguments.check_dtype(name, given[name], FLOATS)
+    arguments.check_dtype("b", given["b"], (given["a"].dtype,), "the type of a; cast it with b.to(a.dtype)")
+    arguments.check_dtype("A_log", given["A_log"], (torch.float32,), "cast it once with A_log.float()")
+    arguments.check_dtype("initial_state_indices", given["initial_state_indices"], INTEGERS)
+
+
+def check_rows(given: Mapping[str, Tensor], more: Mapping[str, int]) -> None:
+    """Raise unless rows are contiguous and aligned: those of all operators, and, to so many bytes, those of `more`."""
+    quad_bytes = QUAD * given["q"].element_size()
+    limits = {"q": quad_bytes, "k": quad_bytes, "v": ROW_BYTES}
+    limits |= {"initial_state": QUAD * given["initial_state"].element_size(), "output": 1, **more}
+    for name in limits:
+        if name in given:
+            arguments.check_last_contiguous(name, given[name])
+    for name, n_bytes in limits.items():
+        if name in given and not arguments.aligned(given[name], n_bytes):
+            size = given[name].element_size()
+            got = f"address {given[name].data_ptr():#x} and strides {given[name].stride()} of {size} bytes"
+            expected = f"an address and outer strides that are multiples of {n_bytes} bytes"
+            raise ValueError(describe(name, expected, got, "pad its rows, or pass a copy of inputs"))
+
+
+def spec_fields(given: Mapping[str, Tensor], l2norm: bool, zero_padding: bool) -> dict[str, Any]:
+    """Fields of `spec.GatedDeltaSpec`."""
+    q, v, output = (given[name] for name in ("q", "v", "output"))
+    sources = {
+        "state_dtype": "initial_state",
+        "input_dtype": "q",
+        "output_dtype": "output",
+        "gate_dtype": "a",
+        "dt_bias_dtype": "dt_bias",
+        "src_dtype": "initial_state_indices",
+    }
+    return {
+        **{field: arguments.DTYPE_NAMES[given[name].dtype] for field, name in sources.items()},
+        "K": q.shape[3],
+        "V": v.shape[3],
+        "tokens": token_bucket(q.shape[1]),
+        "l2norm": l2norm,
+        "zero_padding": zero_padding,
+        "vector_output": output.element_size() == 2 and arguments.aligned(output, ROW_BYTES),
+    }
+
+
+def check_slots(name: str, indices: Tensor, slots: int) -> None:
+    """Raise if an index on the CPU leads behind the pool."""
+    if bool((indices >= slots).any()):
+        raise ValueError(describe(name, f"slots below {slots}, or negative entries for padding", int(indices.max())))

@@ -1,0 +1,128 @@
+"""Calls of `gated_delta_rule_replay`: random arguments with rings of NaN around the pending tokens, and the oracle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import gdn_cases
+import torch
+from gdn_cases import DTYPES, NAN, copy, storage, within
+
+import cute_ssm
+from cute_ssm.reference.gated_delta_rule import gated_delta_rule_replay as mathematics
+from cute_ssm.reference.gated_delta_rule import gates
+
+RINGS = ("k_cache", "v_cache", "g_cache", "beta_cache")
+ULP = 2.0**-23
+
+
+@dataclass(frozen=True)
+class Case(gdn_cases.Case):
+    """One call.  `pending` counts tokens of requests, and repeats; `spare` rows of a ring are never used."""
+
+    batch: int = 4
+    mode: str = "verify"
+    window: int = 16
+    pending: tuple[int, ...] = (5, 16, 0, 13)
+    spare: int = 3
+    start: int | None = None  # of all rings; None: random
+
+    def __str__(self) -> str:
+        return super().__str__()
+
+
+def arguments(case: Case, seed: int = 0) -> dict:
+    """Random arguments.  Everything that must not be read is NaN, or a cursor out of range."""
+    call = gdn_cases.arguments(case, seed)
+    for name in ("disable_state_update",):
+        del call[name]
+    g = torch.Generator().manual_seed(seed + 1000)
+    fields = {name: getattr(case, name) for name in gdn_cases.Case.__dataclass_fields__}
+    past = gdn_cases.arguments(gdn_cases.Case(**{**fields, "tokens": case.window}), seed + 1)
+    past_g, past_beta = gates(past["a"], past["b"], past["A_log"], past["dt_bias"])
+    slots, value_heads = call["initial_state"].shape[:2]
+    length = case.window + case.tokens + case.spare
+
+    def ring(heads, size, dtype):
+        if not case.strided:
+            return torch.full((slots, heads, length, size), NAN, dtype=dtype)
+        return torch.full((slots + 1, length, heads, size + 8), NAN, dtype=dtype)[1:, ..., :size].transpose(1, 2)
+
+    io = DTYPES[case.io]
+    k_cache, v_cache = ring(case.heads, case.K, io), ring(value_heads, case.V, io)
+    g_cache, beta_cache = (ring(value_heads, 1, torch.float32)[..., 0] for _ in range(2))
+    ring_start = torch.full((slots,), -7, dtype=torch.int32)
+    counts = torch.full((slots,), 10**6, dtype=torch.int32)
+    for i, slot in enumerate(call["initial_state_indices"].tolist()):
+        if slot < 0:
+            continue
+        start = int(torch.randint(length, (), generator=g)) if case.start is None else case.start
+        count = case.pending[i % len(case.pending)]
+        ring_start[slot], counts[slot] = start, count
+        rows = (start + torch.arange(count)) % length
+        for cache, values in zip((k_cache, v_cache, g_cache, beta_cache), (past["k"], past["v"], past_g, past_beta)):
+            cache[slot][:, rows] = values[i, :count].transpose(0, 1)
+    call |= {"k_cache": k_cache, "v_cache": v_cache, "g_cache": g_cache, "beta_cache": beta_cache}
+    return {**call, "ring_start": ring_start, "prev_num_accepted_tokens": counts, "window": case.window}
+
+
+def expected(call: dict, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs and advanced states of all requests; those of padding are of slot 0, and mean nothing."""
+    window, length = call["window"], call["k_cache"].shape[2]
+    src = call["initial_state_indices"].long()
+    slots = src.clamp(min=0)
+    start, counts = (call[n][slots].long() for n in ("ring_start", "prev_num_accepted_tokens"))
+    rows = (start[:, None] + torch.arange(window)) % length
+    pending = [call[name][slots[:, None], :, rows].transpose(1, 2) for name in RINGS]
+    g, beta = gates(call["a"], call["b"], call["A_log"], call["dt_bias"], dtype)
+    new = (call["k"], call["v"], g, beta)
+    scale = call["scale"] if call["scale"] is not None else call["q"].shape[-1] ** -0.5
+    state = call["initial_state"][slots]
+    return mathematics(state, pending, counts, call["q"], new, scale, call["use_qk_l2norm"], dtype)
+
+
+def check(before: dict, after: dict, out: torch.Tensor) -> None:
+    """Outputs and flushed states within 1.5 times the errors of float32, the ring appended, all else bit for bit."""
+    tokens, window, length = before["q"].shape[1], before["window"], before["k_cache"].shape[2]
+    src = before["initial_state_indices"].long()
+    real = src >= 0
+    (want, folded), (want32, folded32) = (expected(before, dtype) for dtype in (torch.float64, torch.float32))
+    if real.any():
+        within(out[real], want32[real].to(out.dtype), want[real], (-1,), "out")
+    g, beta = gates(before["a"], before["b"], before["A_log"], before["dt_bias"], torch.float64)
+    for i in real.nonzero().flatten().tolist():
+        slot = src[i]
+        start, count = (int(before[n][slot]) for n in ("ring_start", "prev_num_accepted_tokens"))
+        state = after["initial_state"][slot]
+        if count + tokens > window and count > 0:
+            rounded = folded32[i].to(state.dtype)
+            within(state, rounded, folded[i], (-2, -1), f"state of request {i}, {count} pending")
+            before["initial_state"][slot] = state
+        rows = (start + count + torch.arange(tokens)) % length
+        for name, values in (("k_cache", before["k"]), ("v_cache", before["v"])):
+            before[name][slot][:, rows] = values[i].transpose(0, 1)
+        for name, values in (("g_cache", g.clamp(min=-1e4)), ("beta_cache", beta)):
+            got = after[name][slot][:, rows].T.double()
+            error = ((got - values[i]).abs() / (values[i].abs() + 1e-30)).max()
+            assert error <= 4 * ULP, f"{name} of request {i}: relative error {error:.3e}"
+            before[name][slot][:, rows] = after[name][slot][:, rows]
+
+    # what must not change: states that are not flushed, other slots and rows, gaps, rows of padding, inputs
+    if before.get("output") is not None:
+        before["output"][real] = after["output"][real]
+    else:
+        assert not out[~real].any(), "rows of padding in an allocated output are zero"
+        assert out.dtype == before["q"].dtype
+    for name, value in before.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(storage(value), storage(after[name])), f"{name} changed where it must not"
+
+
+def verify(case: Case, seed: int = 0) -> tuple[dict, torch.Tensor]:
+    """Call the operator on a case, check it against the oracle, and return its arguments and result."""
+    call = arguments(case, seed)
+    before = copy(call)
+    out, pool = cute_ssm.gated_delta_rule_replay(**call)
+    assert pool is call["initial_state"]
+    check(before, call, out)
+    return call, out
