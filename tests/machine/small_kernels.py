@@ -26,7 +26,8 @@ ld.param.u32 %r1, [trips]; mov.u32 %r2, 0; mov.f32 %f1, 0f3F000000;
 L: """
     + "fma.rn.f32 %f1, %f1, %f1, %f1; " * 64
     + """add.s32 %r2, %r2, 1; setp.lt.u32 %p, %r2, %r1; @%p bra L;
-ld.param.u64 %d1, [out]; mov.u32 %r3, %tid.x; mul.wide.u32 %d2, %r3, 4; add.s64 %d3, %d1, %d2; st.global.f32 [%d3], %f1; ret;
+ld.param.u64 %d1, [out]; mov.u32 %r3, %tid.x; mul.wide.u32 %d2, %r3, 4; add.s64 %d3, %d1, %d2; st.global.f32 [%d3], %f1;
+ret;
 }"""
 )
 

@@ -69,6 +69,7 @@ class Machine:
     shared_read_latency: float = 120  # G: until a bulk store has read its source, beyond the bytes
     shared_latency: float = 29  # D
     matrix_latency: float = 33  # D: ldmatrix
+    lines_per_clock: float = 2  # G: of one load or store, which the L1 looks up
 
     # synchronisation, all G
     barrier: float = 20

@@ -12,6 +12,7 @@ import torch
 import ptxsim
 from cute_ssm import arch as archs
 from cute_ssm import runtime, tuning, workloads
+from cute_ssm.errors import describe
 
 from .constants import MACHINES, Machine
 from .lower import Lowering
@@ -210,6 +211,40 @@ def chosen(op: str, keys: Mapping[str, int | str], machine: Machine) -> dict[str
     return {name: value for _, config, _ in plan.kernels for name, value in dataclasses.asdict(config).items()}
 
 
+def replayed(
+    op: str, keys: Mapping[str, int | str], machine: Machine, config: Mapping[str, int], exact: int = EXACT_BYTES
+):
+    """A declared call, or the largest that is replayed whole, and the config fields that the declared one would get."""
+    key, batch = requests(op, keys)
+    large = largest(op, keys, machine, exact)
+    if batch <= large:
+        return arguments(op, keys), dict(config)
+    with tuning.override(**config):
+        fields = chosen(op, keys, machine)
+    return arguments(op, {**keys, key: large}), fields
+
+
+def requests(op: str, keys: Mapping[str, int | str]) -> tuple[str, int]:
+    """The parameter that holds a call's number of requests, and that number."""
+    key = workloads.batch_key(op)
+    value = keys.get(key, workloads.parameters(op)[key])
+    try:
+        return key, int(value)
+    except ValueError:
+        raise ValueError(describe(key, "a number of requests", repr(value))) from None
+
+
+def largest(op: str, keys: Mapping[str, int | str], machine: Machine, exact: int = EXACT_BYTES) -> int:
+    """Requests of the largest call that is replayed whole."""
+    one, two = (floor_bytes(op, keys, size) for size in (1, 2))
+    return max(2, int(exact * machine.sms / (two - one)))
+
+
+def floor_bytes(op: str, keys: Mapping[str, int | str], size: int) -> int:
+    """Bytes that a call with ``size`` requests must move."""
+    return workloads.build(op, {**keys, workloads.batch_key(op): size}, fill=False).floor_bytes
+
+
 def time_op(
     op: str, keys: Mapping[str, int | str], machine: str | Machine = "H200", config: Mapping[str, int] | None = None,
     exact: int = EXACT_BYTES,
@@ -229,27 +264,17 @@ def time_op(
         with as many requests as make ``exact`` bytes per SM and half of them are replayed, and their times continued in
         a straight line, though never below the roof.
     """
-    machine, key = machine_of(machine), workloads.batch_key(op)
-    keys = {**workloads.parameters(op), **keys}
-    batch = int(keys[key])
-
-    def at(size, fields):
-        call = arguments(op, {**keys, key: size})
-        return time_call(call.run, machine, call.floor_bytes, **fields)
-
-    def floor(size):
-        return workloads.build(op, {**keys, key: size}, fill=False).floor_bytes
-
-    per_row = floor(2) - floor(1)
-    large = max(2, int(exact * machine.sms / per_row))
+    machine = machine_of(machine)
+    (key, batch), large = requests(op, keys), largest(op, keys, machine, exact)
+    call, fields = replayed(op, keys, machine, config or {}, exact)
+    second = time_call(call.run, machine, call.floor_bytes, **fields)
     if batch <= large:
-        return at(batch, config or {})
-    with tuning.override(**(config or {})):
-        fields = chosen(op, keys, machine)
+        return second
     small = large // 2
-    first, second = at(small, fields), at(large, fields)
-    slope = max((second.us - first.us) / (large - small), machine.microseconds(per_row / machine.dram_rate))
-    total = floor(batch)
+    call = arguments(op, {**keys, key: small})
+    first = time_call(call.run, machine, call.floor_bytes, **fields)
+    total = floor_bytes(op, keys, batch)
     roof = machine.microseconds(total / machine.dram_rate)
-    us = max(second.us + slope * (batch - large), roof)
-    return dataclasses.replace(second, us=us, bytes=total, roof_us=roof, exact=False)
+    copied = roof * (batch - large) / batch
+    us = second.us + max((second.us - first.us) / (large - small) * (batch - large), copied)
+    return dataclasses.replace(second, us=max(us, roof), bytes=total, roof_us=roof, exact=False)

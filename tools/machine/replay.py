@@ -312,7 +312,8 @@ class Replay:
                     done, cause = max(done, self.lsu - 1 + machine.shared_latency), "shared memory"
                 else:
                     _, mode, tensor, lines = what
-                    self.lsu = max(self.lsu, t) + len(lines)
+                    n_bytes = sum(32 * mask.bit_count() for _, mask in lines)
+                    self.lsu = max(self.lsu, t) + max(len(lines) / machine.lines_per_clock, n_bytes / 128)
                     if mode == "write":
                         self.write(t, lines)
                         continue
@@ -321,7 +322,6 @@ class Replay:
                         arrival = self.from_l2(t, 32 * len(lines), QUEUED)
                     else:
                         arrival = self.read(t, lines, cached=not op.text.startswith("cp.async.cg"), queued=QUEUED)
-                    n_bytes = sum(32 * mask.bit_count() for _, mask in lines)
                     if arrival - t > machine.l1_latency + 1:
                         self.timing.flights.append((t, arrival, n_bytes, tensor, warp.cta))
                     copied, done, cause = arrival, max(done, arrival), f"load of {tensor}"
