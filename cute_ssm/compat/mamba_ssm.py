@@ -45,6 +45,21 @@ def selective_scan_fn(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def selective_scan_fn(
     u: Tensor,
     delta: Tensor,

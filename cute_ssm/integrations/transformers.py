@@ -1,4 +1,4 @@
-"""Decode steps of Hugging Face ``transformers``' Mamba models, run by this package's operator."""
+"""Prefill of Mamba-1 and decode steps of Mamba models of Hugging Face ``transformers``, by this package's operators."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ import torch
 from torch import Tensor
 
 from cute_ssm import env
-from cute_ssm.compat.mamba_ssm import selective_state_update
+from cute_ssm.compat.mamba_ssm import selective_scan_fn, selective_state_update
 from cute_ssm.errors import CuteSsmError, UnsupportedArchError, UnsupportedSpecError, describe
 
 DEFAULT_MODELS = ("mamba", "mamba2")
 FUNCTIONS = ("mamba_selective_state_update", "mamba2_selective_state_update")
+SCAN = "mamba_selective_scan"
 
-_originals: dict[tuple[ModuleType, str], Callable[..., Tensor]] = {}
+_originals: dict[tuple[ModuleType, str], Callable[..., Any]] = {}
 
 
 def patch(*models: str) -> _Patch:
-    """Let decode steps of models run through `cute_ssm.selective_state_update`, from now on or in a context.
+    """Let models run through `cute_ssm.selective_state_update` and `cute_ssm.selective_scan`, or in a context.
 
-    ``patch()`` holds until `unpatch`; ``with patch(): ...`` until the end of the block.  It concerns models that exist
-    already as well as later ones, since their modules look the function up at every call; what ``torch.compile`` has
-    traced before keeps what it saw.  Prefill and training are untouched.  A call that the operator does not support
-    (dstate below 16, say), or that needs gradients, runs as without the patch; the first such is logged.
+    Decode steps run through the first, the prefill of Mamba-1 models through the second; that of Mamba-2 models and
+    training are untouched.  ``patch()`` holds until `unpatch`; ``with patch(): ...`` until the end of the block.  It
+    concerns models that exist already as well as later ones, since their modules look the functions up at every call;
+    what ``torch.compile`` has traced before keeps what it saw.  A call that an operator does not support (dstate below
+    16 in a decode step, say), or that needs gradients, runs as without the patch; the first such is logged.
 
     Parameters
     ----------
     *models : str
-        Folders of ``transformers.models`` that define ``mamba_selective_state_update`` or
-        ``mamba2_selective_state_update``; by default ``"mamba"`` and ``"mamba2"``, which `MambaForCausalLM` and
-        `Mamba2ForCausalLM` are from.
+        Folders of ``transformers.models`` that define ``mamba_selective_state_update``, and then
+        ``mamba_selective_scan`` too, or ``mamba2_selective_state_update``; by default ``"mamba"`` and ``"mamba2"``,
+        which `MambaForCausalLM` and `Mamba2ForCausalLM` are from.
 
     Returns
     -------
@@ -46,7 +48,7 @@ def patch(*models: str) -> _Patch:
     ImportError
         transformers, or a model in it, is missing.
     CuteSsmError
-        This version of transformers updates the states of a model in another place.
+        This version of transformers scans or updates the states of a model in another place.
 
     Examples
     --------
@@ -54,11 +56,11 @@ def patch(*models: str) -> _Patch:
     >>> with patch():
     ...     model.generate(ids, max_new_tokens=20)
     """
-    found = [(module, name) for model in models or DEFAULT_MODELS for module, name in [_find(model)]]
-    added = [place for place in found if place not in _originals]
+    found = [place for model in models or DEFAULT_MODELS for place in _find(model)]
+    added = [place for place in dict.fromkeys(found) if place not in _originals]
     for module, name in added:
         original = _originals[module, name] = getattr(module, name)
-        setattr(module, name, _replacement(original))
+        setattr(module, name, (_scan if name == SCAN else _update)(original))
     return _Patch(added)
 
 
@@ -90,18 +92,45 @@ def _restore(places: list[tuple[ModuleType, str]]) -> None:
             setattr(*place, original)
 
 
-def _find(model: str) -> tuple[ModuleType, str]:
+def _find(model: str) -> list[tuple[ModuleType, str]]:
+    """The functions of a model to replace: its decode step and, of Mamba-1, its scan."""
     module = import_module(f"transformers.models.{model}.modeling_{model}")
-    for name in FUNCTIONS:
-        if callable(getattr(module, name, None)):
-            return module, name
+    steps = [name for name in FUNCTIONS if callable(getattr(module, name, None))]
+    names = [*steps[:1], *([SCAN] if FUNCTIONS[0] in steps else [])]
+    if names and all(callable(getattr(module, name, None)) for name in names):
+        return [(module, name) for name in names]
     version = import_module("transformers").__version__
-    expected = f"a model of transformers that defines {' or '.join(FUNCTIONS)}"
+    expected = f"a model of transformers that defines {FUNCTIONS[0]} and {SCAN}, or {FUNCTIONS[1]}"
     raise CuteSsmError(describe("models", expected, f"{model!r} of transformers {version}", "use transformers 5.23"))
 
 
-def _replacement(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    logged = False
+class _Fallback:
+    """Runs a call by an operator if it can, else by the function that it replaced; the first such call is logged."""
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self.original, self.logged = original, False
+
+    def __call__(
+        self, operator: Callable[[], Any], original: Callable[[], Any], operands: Any, others: dict[str, Any]
+    ) -> Any:
+        """`others` are arguments that the operator does not have."""
+        reason: object = "gradients are not supported; generate under torch.no_grad()"
+        if others:
+            reason = f"the arguments {', '.join(others)}"
+        elif not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in operands):
+            try:
+                return operator()
+            except (UnsupportedArchError, UnsupportedSpecError) as error:
+                reason = error
+        if not self.logged:
+            self.logged = True
+            env.logger().warning("%s runs as without cute_ssm: %s", self.original.__qualname__, reason)
+        return original()
+
+
+def _update(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A decode step."""
+    run = _Fallback(original)
 
     @functools.wraps(original)
     def update(
@@ -117,19 +146,46 @@ def _replacement(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         z: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        nonlocal logged
-        reason: object = "gradients are not supported; generate under torch.no_grad()"
-        operands = (state, hidden_states, dt, A, B, C, D, dt_bias, z)
-        if kwargs:
-            reason = f"the arguments {', '.join(kwargs)}"
-        elif not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in operands):
-            try:
-                return selective_state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
-            except (UnsupportedArchError, UnsupportedSpecError) as error:
-                reason = error
-        if not logged:
-            logged = True
-            env.logger().warning("%s runs as without cute_ssm: %s", original.__qualname__, reason)
-        return original(state, hidden_states, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, z=z, **kwargs)
+        output: Tensor = run(
+            lambda: selective_state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus),
+            lambda: original(
+                state, hidden_states, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, z=z, **kwargs
+            ),
+            (state, hidden_states, dt, A, B, C, D, dt_bias, z),
+            kwargs,
+        )
+        return output
 
     return update
+
+
+def _scan(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The scan of a prefill, from zero states."""
+    run = _Fallback(original)
+
+    @functools.wraps(original)
+    def scan(
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+        use_mambapy: bool = False,
+        use_associative_scan: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        tensors = (hidden_states, dt, A, B, C, D, z, delta_bias)
+        ways = {"use_mambapy": use_mambapy, "use_associative_scan": use_associative_scan}  # without this package
+        return run(
+            lambda: selective_scan_fn(*tensors, delta_softplus, return_last_state),
+            lambda: original(*tensors, delta_softplus, return_last_state, **ways, **kwargs),
+            tensors,
+            kwargs,
+        )
+
+    return scan

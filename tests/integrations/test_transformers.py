@@ -1,4 +1,4 @@
-"""Hugging Face models generate the same tokens with this package's operator as without it."""
+"""Hugging Face models give the same logits and tokens with this package's operators as without them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 import cute_ssm
 import ptxsim
+from cute_ssm import tuning
 from cute_ssm.compat import mamba_ssm
 from cute_ssm.errors import CuteSsmError
 
@@ -26,7 +27,14 @@ CONFIGS = {
     "mamba2-one-group": ("Mamba2", {**MAMBA2, "n_groups": 1, "state_size": 128, "head_dim": 64, "num_heads": 2}),
     "mamba": ("Mamba", {"state_size": 16}),
     "mamba-float32-residual": ("Mamba", {"state_size": 24, "residual_in_fp32": False, "use_bias": True}),
+    "falcon_mamba": ("FalconMamba", {"state_size": 16}),
 }
+MAMBA1 = ("mamba", "mamba-float32-residual", "falcon_mamba")
+
+
+def folder(name):
+    """What `patch` calls the model of a config."""
+    return name.partition("-")[0]
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +64,22 @@ def generate(model, tokens=12):
 
 
 @pytest.fixture
+def scans(monkeypatch):
+    """(shape of u, whether states are kept) of every scan by the operator."""
+    seen = []
+
+    def spy(u, states, *args, **kwargs):
+        seen.append((tuple(u.shape), states is not None))
+        return operator(u, states, *args, **kwargs)
+
+    operator = mamba_ssm.selective_scan
+    monkeypatch.setattr(mamba_ssm, "selective_scan", spy)
+    return seen
+
+
+@pytest.fixture
 def calls(monkeypatch):
-    """Layouts of A, dt, D and dt_bias in the operator's calls."""
+    """Layouts of state, A and dt in the calls of the decode operator."""
     seen = []
 
     def spy(*args, **kwargs):
@@ -72,39 +94,91 @@ def calls(monkeypatch):
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_same_tokens(name, seed, calls):
+def test_the_same_tokens(name, seed, calls, scans):
     model = build(name, seed)
     want = generate(model)
     assert not calls
-    with integration.patch():
+    assert not scans
+    with integration.patch(folder(name)):
         got = generate(model)
     assert len(calls) == 2 * 11, "every layer of every token but the first runs through the operator"
+    assert scans == ([((2, 128, 4), True)] * 2 if name in MAMBA1 else []), "every layer's prefill does, of Mamba-1"
     assert torch.equal(got, want)
     assert len(want[:, 4:].unique()) > 4, "a model that repeats itself would prove little"
     generate(model)
-    assert len(calls) == 2 * 11, "no call after the context"
+    assert (len(calls), len(scans)) == (2 * 11, 2 * (name in MAMBA1)), "no call after the context"
 
 
 @pytest.mark.parametrize("name", ["mamba2", "mamba"])
 def test_the_same_tokens_from_the_kernel(name, calls):
     model = build(name)
     want = generate(model, 4)
-    with integration.patch(), ptxsim.emulate(arch="sm_90a"):
+    with integration.patch(), ptxsim.emulate(arch="sm_90a") as session:
         got = generate(model, 4)
     assert len(calls) == 2 * 3
     assert torch.equal(got, want)
+    kernels = [launch.program.kernel.name for launch in session.launches]
+    assert sum("SelectiveScan" in kernel for kernel in kernels) == (2 if name == "mamba" else 0)
+    assert sum("SelectiveStep" in kernel for kernel in kernels) == 2 * 3
 
 
+def tokens(length, batch=2):
+    return torch.randint(1, 97, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("length", [1, 5, 70])
+@pytest.mark.parametrize("name", MAMBA1)
+def test_logits_of_a_prefill(name, length, use_cache, scans):
+    model = build(name)
+    with torch.no_grad():
+        want = model(tokens(length), use_cache=use_cache)
+        with integration.patch(folder(name)):
+            got = model(tokens(length), use_cache=use_cache)
+    assert scans == [((2, 128, length), use_cache)] * 2
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4 * want.logits.std().item())
+    if use_cache:
+        for layer in range(2):
+            state, wanted = (r.cache_params.get_recurrent_state(layer, state_idx=0) for r in (got, want))
+            assert state.dtype == wanted.dtype == torch.float32
+            torch.testing.assert_close(state, wanted, rtol=1e-4, atol=1e-4 * wanted.std().item())
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_logits_of_a_prefill_by_the_kernel(splits):
+    model = build("mamba")
+    with torch.no_grad():
+        want = model(tokens(40)).logits
+        with integration.patch(), ptxsim.emulate(arch="sm_90a") as session, tuning.override(splits=splits):
+            got = model(tokens(40)).logits
+    assert len(session.launches) == 2 * min(splits, 2)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.std().item())
+
+
+def test_padded_prompts(scans):
+    """Padding is masked to zero before the scan, which sees a dense batch."""
+    model, mask = build("mamba"), torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
+    with torch.no_grad():
+        want = model(tokens(9), attention_mask=mask).logits
+        with integration.patch():
+            got = model(tokens(9), attention_mask=mask).logits
+    assert len(scans) == 2
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.std().item())
+
+
+@pytest.mark.parametrize("prefill", [3, 4], ids=["decode", "prefill"])
 @pytest.mark.parametrize("name", ["mamba2", "mamba"])
-def test_logits_of_a_bfloat16_model(name):
-    """The operator adds dt_bias and rounds once, in float32, where the model's own code rounds between operations."""
+def test_logits_of_a_bfloat16_model(name, prefill):
+    """The operators add dt_bias and round once, in float32, where the model's own code rounds between operations."""
     model, exact = build(name).bfloat16(), build(name)
     with torch.no_grad():
         exact.load_state_dict(model.state_dict())
 
         def logits(model):
-            cache = model(PROMPT[:, :3], use_cache=True).cache_params
-            return model(PROMPT[:, 3:], use_cache=True, cache_params=cache).logits.float()
+            first = model(PROMPT[:, :prefill], use_cache=True)
+            if prefill == 4:
+                return first.logits.float()
+            return model(PROMPT[:, prefill:], use_cache=True, cache_params=first.cache_params).logits.float()
 
         want, plain = logits(exact), logits(model)
         with integration.patch():
@@ -152,14 +226,38 @@ def test_a_context_undoes_its_patch_after_an_error():
     assert module.mamba_selective_state_update is before
 
 
-@pytest.mark.parametrize("model", ["bamba", "falcon_mamba", "jamba", "nemotron_h", "zamba2"])
-def test_other_models_that_have_the_function(model):
-    module, name = integration._find(model)
-    before = getattr(module, name)
+@pytest.mark.parametrize(
+    ("model", "functions"),
+    [
+        ("mamba", ["mamba_selective_state_update", "mamba_selective_scan"]),
+        ("mamba2", ["mamba2_selective_state_update"]),
+        ("bamba", ["mamba2_selective_state_update"]),
+        ("falcon_mamba", ["mamba_selective_state_update", "mamba_selective_scan"]),
+        ("jamba", ["mamba_selective_state_update", "mamba_selective_scan"]),
+        ("nemotron_h", ["mamba2_selective_state_update"]),
+        ("zamba", ["mamba_selective_state_update", "mamba_selective_scan"]),
+        ("zamba2", ["mamba2_selective_state_update"]),
+    ],
+)
+def test_models_that_have_the_functions(model, functions):
+    places = integration._find(model)
+    assert [name for _, name in places] == functions
+    before = [getattr(*place) for place in places]
     with integration.patch(model):
-        assert getattr(module, name) is not before
-        assert inspect.signature(getattr(module, name)) == inspect.signature(before)
-    assert getattr(module, name) is before
+        for place, original in zip(places, before):
+            assert getattr(*place) is not original
+            assert inspect.signature(getattr(*place)) == inspect.signature(original)
+    assert [getattr(*place) for place in places] == before
+
+
+def test_a_model_without_the_scan(monkeypatch):
+    """A version that scans elsewhere is refused, not patched by half."""
+    module = transformers.models.mamba.modeling_mamba
+    before = module.mamba_selective_state_update
+    monkeypatch.delattr(module, "mamba_selective_scan")
+    with pytest.raises(CuteSsmError, match="defines mamba_selective_state_update and mamba_selective_scan"):
+        integration.patch("mamba")
+    assert module.mamba_selective_state_update is before
 
 
 def test_a_model_without_the_function():
@@ -179,7 +277,10 @@ def test_what_the_operator_does_not_support_runs_as_before(caplog):
     assert len([m for m in caplog.messages if "runs as without cute_ssm" in m]) == 1
 
 
-def test_gradients_run_as_before(calls):
+def test_gradients_run_as_before(calls, scans):
+    with integration.patch():
+        assert build("mamba")(PROMPT).logits.requires_grad
+    assert not scans
     model = build("mamba2")
     with torch.no_grad():
         cache = model(PROMPT[:, :3], use_cache=True).cache_params
