@@ -21,6 +21,7 @@ from cute_ssm.tuning import serving as tuning
 INTEGERS = (torch.int32, torch.int64)
 INT32 = torch.iinfo(torch.int32)
 LIST_BYTES = 16  # of a work item, which one access writes
+NO_PAD = -1  # no row's number
 
 
 def commit(
@@ -66,7 +67,7 @@ def commit(
     state_batch_indices : Tensor, (batch,), int32/int64, optional
         Slot of each row, different ones but for padding.  None: row b uses slot b.
     pad_slot_id : int
-        A row with this slot is padding: nothing of it is read or written.
+        A row with this slot is padding: nothing of it is read or written.  Without ``state_batch_indices`` no row is.
     rand_seed : Tensor, (layers, slots), int64, optional
         Seeds of stochastic rounding, those of committed rows **advanced by one** in every layer; stride 1 in the last
         dimension.
@@ -82,6 +83,8 @@ def commit(
     place, sizes = _places(window, cache_buf_idx, ring_start, ring_length, tokens, cu_seqlens, pad_slot_id)
     if rand_seed is not None and isinstance(rand_seed, Tensor) and rand_seed.dim() == 1:
         rand_seed = rand_seed[None]
+    if state_batch_indices is None:
+        sizes = (NO_PAD, *sizes[1:])
     run = _commit if _eager(prev_num_accepted_tokens) else _commit_overload
     run(
         prev_num_accepted_tokens, place, num_accepted_tokens, state_batch_indices, cu_seqlens, rand_seed,
@@ -115,7 +118,7 @@ def build_work_items(
     window, cache_buf_idx, ring_start, ring_length, tokens, cu_seqlens, state_batch_indices
         As for `commit`; nothing is updated.
     pad_slot_id : int
-        A row with this slot is padding; fits 32 bits.
+        A row with this slot is padding; fits 32 bits.  Without ``state_batch_indices``, a slot that no row uses.
     batch : int
         Rows, if neither ``state_batch_indices`` nor ``cu_seqlens`` nor ``work_items`` tells: at most the slots.
     work_items : Tensor, (batch, 4), int32, optional
@@ -147,6 +150,8 @@ def build_work_items(
         raise ValueError(describe("work_items", f"batch = {batch} rows", tuple(work_items.shape)))
     if num_writes is None:
         num_writes = torch.empty(1, dtype=torch.int32, device=pnat.device)
+    if state_batch_indices is None and isinstance(work_items, Tensor) and 0 <= pad_slot_id < len(work_items):
+        raise ValueError(describe("pad_slot_id", "a slot that no row uses", pad_slot_id, "pass state_batch_indices"))
     run = _build if _eager(pnat) else _build_overload
     run(
         pnat, place, state_batch_indices, cu_seqlens, work_items, num_writes, ring_start is not None, *sizes

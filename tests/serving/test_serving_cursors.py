@@ -192,6 +192,13 @@ def test_an_empty_batch(emulate):
     assert items.shape == (0, 4) and count.tolist() == [0]
 
 
+def test_without_indices_no_row_is_padding():
+    pnat, start = torch.zeros(2, 3, dtype=torch.int32)
+    call = {"ring_start": start, "ring_length": 22, "window": 16, "tokens": 6, "pad_slot_id": 1}
+    serving.commit(pnat, torch.tensor([1, 2, 3]), **call)
+    assert pnat.tolist() == [1, 2, 3]
+
+
 def test_a_step_of_one_slot_in_words():
     """Window 16, six tokens a step: appended until 12 are pending, which are folded while six more are added."""
     pnat, buffer = torch.tensor([0], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
@@ -261,6 +268,7 @@ BAD_COMMITS = {
 }  # fmt: skip
 BAD_LISTS = {
     "pad_slot_id: expected a number of 32 bits": {"pad_slot_id": 2**31},
+    "pad_slot_id: expected a slot that no row uses": {"pad_slot_id": 39, "state_batch_indices": None, "batch": 40},
     "batch: expected a number of rows": {"state_batch_indices": None},
     "work_items: expected dtype": {"work_items": torch.zeros(40, 4)},
     "work_items: expected shape": {"work_items": torch.zeros(40, 3, dtype=torch.int32)},
