@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,10 +15,8 @@ from cute_ssm.ops import _library
 from cute_ssm.ops._checkpointing_arguments import Operands, Settings
 from cute_ssm.reference.checkpointing_ssu import update as reference
 from cute_ssm.spec import CheckpointingSSUSpec
+from cute_ssm.tuning import checkpointing_ssu as tuning
 from cute_ssm.tuning import overridden
-
-if TYPE_CHECKING:
-    from cute_ssm.tuning.checkpointing_ssu import CheckpointingSSUConfig
 
 MOST_PLANS = 4096
 MOST_UNITS = 2**30  # the kernel counts in 32 bits, and one grid past the last
@@ -165,8 +162,7 @@ def checkpointing_ssu(
         state, old_x, old_B, old_dt, old_cumAdt, cache_buf_idx, prev_num_accepted_tokens, x, dt, A, B, C, D, z, dt_bias,
         out, state_scale, state_batch_indices, cu_seqlens, rand_seed, work_items, num_writes,
     )  # fmt: skip
-    run = _run if type(x) is Tensor and not torch.compiler.is_compiling() else _overload
-    run(*tensors, *settings)
+    _call(x)(*tensors, *settings)
     return out
 
 
@@ -253,9 +249,15 @@ def checkpointing_ssu_ring(
         state, x_cache, B_cache, dt_cache, None, ring_start, prev_num_accepted_tokens, x, dt, A, B, C, D, z, dt_bias,
         out, state_scale, state_batch_indices, cu_seqlens, rand_seed, work_items, num_writes,
     )  # fmt: skip
-    run = _run if type(x) is Tensor and not torch.compiler.is_compiling() else _overload
-    run(*tensors, *settings)
+    _call(x)(*tensors, *settings)
     return out
+
+
+def _call(x: object) -> Callable[..., None]:
+    """Return what runs a call: the operator that PyTorch knows, or, as it costs less, what is behind it."""
+    if not isinstance(x, Tensor):
+        raise TypeError(describe("x", "a torch.Tensor", type(x).__name__))
+    return _run if type(x) is Tensor and not torch.compiler.is_compiling() else _overload
 
 
 # Steady state: everything a kernel is chosen by, and what its own entry does not check before it launches.  The entry
@@ -344,10 +346,8 @@ def _run(
 
 def _config(
     spec: CheckpointingSSUSpec, operands: Operands, settings: Settings, sm_count: int, arch: archs.Arch
-) -> CheckpointingSSUConfig:
+) -> tuning.CheckpointingSSUConfig:
     """Choose the config of a call, and see that the kernel can count its work."""
-    from cute_ssm.tuning import checkpointing_ssu as tuning
-
     batch = arguments.batch_of(operands)
     units = batch * spec.heads * max(arguments.D_SPLITS)
     if units >= MOST_UNITS:

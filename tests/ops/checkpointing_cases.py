@@ -26,6 +26,7 @@ CLOSE = {"bf16": 6e-3, "f16": 2e-3}  # of |out| and its root mean square togethe
 DOUBLE = ("old_x", "old_B", "old_dt", "old_cumAdt", "cache_buf_idx")
 RING = ("x_cache", "B_cache", "dt_cache", None, "ring_start")
 NEW = ("x", "z", "B", "C", "dt", "out")
+COARSE = ("bf16", "i8", "f8")  # states that are folded with coefficients of one part
 UNUSED = -77  # cursors of slots that no sequence has
 
 
@@ -375,12 +376,14 @@ def noise(case: Case, value: Value, compiled: bool) -> np.ndarray:
     """What a computation may err by before it is rounded.
 
     That is float32, and for the kernel the roundings of what its tensor-core products multiply: coefficients of tokens
-    as two 16-bit numbers, and, for outputs, a float32 state as a number of 11 bits.
+    as two 16-bit numbers, but as one of the type of x (11 bits for float16) for new states that are no more exact
+    themselves; and, for outputs, a float32 state as a number of 11 bits.
     """
     of_state = of_tokens = 2.0**-21 * (4 + value.exponent.reshape(-1, *[1] * (value.value.ndim - 1)))
     if compiled:
-        of_tokens = of_tokens + 2.0**-15
-        if case.state == "f32" and value.value.ndim == 2:
+        is_state = value.value.ndim == 3
+        of_tokens = of_tokens + (HALF[case.io] if is_state and case.state in COARSE else 2.0**-15)
+        if case.state == "f32" and not is_state:
             of_state = of_state + 2.0**-11
     return of_state * value.of_state + of_tokens * value.of_tokens + 1e-30
 
