@@ -19,6 +19,7 @@ RESULTS = Path(__file__).with_name("results") / "counters.json"
 BEGIN, END = "<!-- counters:begin -->", "<!-- counters:end -->"
 
 MAMBA1 = {"nheads": 1, "dim": 4096, "dstate": 16, "state_dtype": "float32", "layout": "dense"}
+SCAN = {"dstate": 16, "config.lanes": 1, "config.warps": 4, "config.splits": 1}
 STEP = {"nheads": 16, "dim": 64, "dstate": 128, "ngroups": 1, "state_dtype": "float16"}
 CASES = [  # (operator, keys)
     ("selective_state_update", {"batch": 8, **STEP}),
@@ -52,6 +53,11 @@ CASES = [  # (operator, keys)
     ("gated_delta_rule_mtp", {"B": 16, "T": 8}),
     ("gated_delta_rule_mtp", {"B": 16, "T": 4, "verify": 0}),
     ("gated_delta_rule_mtp", {"B": 16, "T": 4, "state_dtype": "bfloat16"}),
+    ("selective_scan", {"batch": 1, "dim": 128, "length": 1024, **SCAN}),
+    ("selective_scan", {"batch": 2, "dim": 128, "length": 1024, "varlen": 1, **SCAN}),
+    ("selective_scan", {"batch": 1, "dim": 128, "length": 4096, **SCAN}),
+    ("selective_scan", {"batch": 1, "dim": 1536, "length": 2048, "config.splits": 1}),
+    ("selective_scan", {"batch": 1, "dim": 1536, "length": 2048}),
 ]  # fmt: skip
 ARCHS = ("sm_90a", "sm_100a")
 

@@ -262,19 +262,33 @@ def time_op(
     exact : int
         Bytes per SM up to which a call is replayed whole.  A larger one is in its steady state: with its config, calls
         with as many requests as make ``exact`` bytes per SM and half of them are replayed, and their times continued in
-        a straight line, though never below the roof.
+        a straight line, though never below the roof.  ``exact`` is doubled until both fill the GPU.
     """
     machine = machine_of(machine)
-    (key, batch), large = requests(op, keys), largest(op, keys, machine, exact)
-    call, fields = replayed(op, keys, machine, config or {}, exact)
-    second = time_call(call.run, machine, call.floor_bytes, **fields)
-    if batch <= large:
-        return second
-    small = large // 2
-    call = arguments(op, {**keys, key: small})
-    first = time_call(call.run, machine, call.floor_bytes, **fields)
+    key, batch = requests(op, keys)
+    while True:
+        large = largest(op, keys, machine, exact)
+        call, fields = replayed(op, keys, machine, config or {}, exact)
+        second = time_call(call.run, machine, call.floor_bytes, **fields)
+        if batch <= large:
+            return second
+        small = large // 2
+        call = arguments(op, {**keys, key: small})
+        first = time_call(call.run, machine, call.floor_bytes, **fields)
+        if is_steady(first, second, machine):
+            break
+        exact *= 2
     total = floor_bytes(op, keys, batch)
     roof = machine.microseconds(total / machine.dram_rate)
     copied = roof * (batch - large) / batch
     us = second.us + max((second.us - first.us) / (large - small) * (batch - large), copied)
     return dataclasses.replace(second, us=max(us, roof), bytes=total, roof_us=roof, exact=False)
+
+
+def is_steady(first: Modelled, second: Modelled, machine: Machine) -> bool:
+    """Whether more work only makes SMs that are full take longer: a fixed grid loops, or places are taken twice."""
+    for small, large in zip(first.kernels, second.kernels):
+        loops = small.grid == large.grid and small.active_sms == machine.sms
+        if not loops and int(np.prod(small.grid)) < 2 * small.places * machine.sms:
+            return False
+    return True

@@ -1,0 +1,249 @@
+"""tools/bench: what is measured, lines and reports, and that peers get the arguments they take."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+
+from cute_ssm import workloads
+from cute_ssm.compat import fla as compat_fla
+from cute_ssm.compat.flashinfer import gdn_decode, mamba
+
+pytest.importorskip("bench", reason="tools/ is not on the path")
+from bench import cases, peers, report, run, timing
+
+STEP = {"batch": 3, "nheads": 4, "dim": 16, "dstate": 32, "state_dtype": "float32"}
+
+
+# ------------------------------------------------------------------------------------------------------------ the cases
+def test_every_declared_model_has_cases():
+    found = list(cases.declared())
+    assert {case.model for case in found} == set(workloads.models())
+    assert len({(case.op, case.name) for case in found}) == len(found), "two cases of one name"
+    assert {case.op for case in cases.declared(ops=["selective_scan"])} == {"selective_scan"}
+    assert {c.name.split()[1] for c in found if c.model == "nemotron-3-super"} == {"TP1", "TP8"}
+
+
+def test_unknown_operators_and_models_are_refused():
+    with pytest.raises(ValueError, match="nonsense"):
+        list(cases.declared(ops=["nonsense"]))
+    with pytest.raises(ValueError, match="nonsense"):
+        list(cases.declared(models=["nonsense"]))
+
+
+# --------------------------------------------------------------------------------------------------------------- timing
+@pytest.mark.parametrize(
+    ("floor", "size", "free", "wanted"),
+    [(1 << 20, 2 << 20, 1 << 40, 150), (1 << 30, 2 << 30, 1 << 36, 4), (1 << 10, 1 << 12, 1 << 40, 256),
+     (1 << 20, 1 << 30, 10 << 30, 4)],
+)  # fmt: skip
+def test_a_pass_moves_three_times_the_cache(floor, size, free, wanted):
+    count = timing.sets_for(floor, size, 50 << 20, free)
+    assert count == wanted
+    assert count * size <= timing.MEMORY_SHARE * free
+
+
+def test_sets_that_do_not_fit_are_refused():
+    with pytest.raises(MemoryError, match="do not fit"):
+        timing.sets_for(1 << 30, 1 << 30, 50 << 20, 2 << 30)
+
+
+def test_summary_of_samples():
+    assert timing.summary(list(range(1, 12))) == {"median": 6, "p10": 2, "p90": 10}
+    assert timing.summary([3.0]) == {"median": 3.0, "p10": 3.0, "p90": 3.0}
+
+
+# ---------------------------------------------------------------------------------------------------------------- peers
+def module(name, **members):
+    made = types.ModuleType(name)
+    made.__dict__.update(members)
+    return made
+
+
+def check_peer(op, name, keys, results, monkeypatch, **modules):
+    """A peer whose function is our own, by the peer's signature, must give our results."""
+    for path, member in modules.items():
+        monkeypatch.setitem(sys.modules, path.replace("__", "."), member)
+    ours, theirs = workloads.build(op, keys), workloads.build(op, keys)
+    ours.run()
+    present, absent = peers.of(op, [theirs.arguments])
+    assert name in present, absent
+    returned = present[name][0]()
+    for result in results:
+        assert torch.equal(ours.arguments[result], theirs.arguments[result])
+    return ours, returned
+
+
+@pytest.mark.parametrize("more", [{}, {"T": 3}, {"T": 2, "intermediates": 1}, {"T": 2, "varlen": 1}], ids=str)
+def test_flashinfer_step_takes_our_arguments(more, monkeypatch):
+    fake = module("flashinfer.mamba", selective_state_update=mamba.selective_state_update)
+    check_peer(
+        "selective_state_update", "flashinfer", {**STEP, **more}, ["out", "state"], monkeypatch, flashinfer__mamba=fake
+    )
+
+
+def test_mamba_ssm_step_takes_our_arguments(monkeypatch):
+    def step(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, state_batch_indices=None):
+        out = torch.empty_like(x)
+        mamba.selective_state_update(
+            state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices, out=out
+        )  # fmt: skip
+        return out
+
+    path = "mamba_ssm__ops__triton__selective_state_update"
+    fake = module(path, selective_state_update=step)
+    ours, out = check_peer(
+        "selective_state_update", "mamba_ssm", STEP, ["state"], monkeypatch, **{path: fake}
+    )  # fmt: skip
+    assert torch.equal(out, ours.arguments["out"])
+
+
+def test_flashinfer_gdn_takes_our_arguments(monkeypatch):
+    fake = module("flashinfer.gdn_decode", gated_delta_rule_mtp=gdn_decode.gated_delta_rule_mtp)
+    keys = {"B": 2, "T": 2, "H": 1, "HV": 2, "verify": 0}
+    results = ["output", "initial_state"]
+    check_peer("gated_delta_rule_mtp", "flashinfer", keys, results, monkeypatch, flashinfer__gdn_decode=fake)
+
+
+def test_fla_computes_the_same(monkeypatch):
+    function = compat_fla.fused_recurrent_gated_delta_rule
+    fake = module("fla.ops.gated_delta_rule", fused_recurrent_gated_delta_rule=function)
+    keys = {"B": 2, "T": 3, "H": 1, "HV": 2, "verify": 0}
+    ours, (out, _) = check_peer("gated_delta_rule_mtp", "fla", keys, [], monkeypatch, fla__ops__gated_delta_rule=fake)
+    want = ours.arguments["output"].float()
+    assert (out.float() - want).abs().max() <= 2e-2 * want.abs().max()
+
+
+def test_absent_peers_say_why(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flashinfer.mamba", None)
+    fake = module("x", selective_state_update=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.triton.selective_state_update", fake)
+    call = workloads.build("selective_state_update", {**STEP, "T": 2})
+    present, absent = peers.of("selective_state_update", [call.arguments])
+    assert not present
+    assert "flashinfer.mamba" in absent["flashinfer"]
+    assert "one token" in absent["mamba_ssm"]
+
+
+# ---------------------------------------------------------------------------------------------------- lines and reports
+@pytest.fixture(scope="module")
+def modelled(tmp_path_factory):
+    path = tmp_path_factory.mktemp("lines") / "modelled.jsonl"
+    arguments = ["--model", "--ops", "selective_state_update", "--models", "nemotron-nano", "--batches", "1", "8"]
+    assert run.main([*arguments, "--machines", "H200", "--out", str(path)]) == 0
+    return path, arguments
+
+
+def test_modelled_lines_say_that_they_are(modelled):
+    lines = report.read([modelled[0]])
+    assert [line["batch"] for line in lines] == [1, 1, 8, 8]
+    for line in lines:
+        assert (line["how"], line["fitted"], line["device"], line["arch"]) == ("modelled", False, "H200", "sm_90a")
+        assert 0 < line["of_copy"] < 1
+        assert line["gbs"] == pytest.approx(line["bytes"] / line["us"]["median"] / 1e3, rel=0.01)
+        assert {"commit", "versions", "keys", "model", "kernels"} <= line.keys()
+
+
+def test_resume_leaves_out_what_is_done(modelled, capsys):
+    path, arguments = modelled
+    before = path.read_text()
+    first = "".join(before.splitlines(keepends=True)[:3])
+    path.write_text(first)
+    assert run.main([*arguments, "--machines", "H200", "--out", str(path), "--resume"]) == 0
+    after = path.read_text()
+    path.write_text(before)
+    assert after.startswith(first)
+    assert len(after.splitlines()) == 4
+    assert capsys.readouterr().out.count("modelled") == 1
+
+
+def test_a_run_stops_when_its_time_is_up(modelled, tmp_path):
+    path = tmp_path / "some.jsonl"
+    assert run.main([*modelled[1], "--out", str(path), "--minutes", "0.000001"]) == 3
+    assert path.read_text() == ""
+
+
+def test_without_a_gpu_the_model_is_named(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit):
+        run.main(["--quick"])
+    assert "--model" in capsys.readouterr().err
+
+
+def line(batch, us, how="measured", **rivals):
+    found = {name: {"us": timing.summary([us * ratio]), "ratio": ratio} for name, ratio in rivals.items()}
+    return {
+        "op": "selective_state_update", "case": "Some-Model T=1", "device": "GPU", "how": how, "batch": batch,
+        "us": {"median": us, "p10": us * 0.9, "p90": us * 1.1}, "of_copy": 0.5, "commit": "0" * 40,
+        "versions": {"torch": "x"}, "peers": {**found, "fla": {"absent": "no"}}, "copy_gbs": 4000.0,
+    }  # fmt: skip
+
+
+def test_table_shows_times_shares_and_ratios():
+    lines = [line(1, 2.5), line(8, 20.0, flashinfer=1.25, copy=0.5)]
+    head, _, row = report.table(lines, batches=(1, 8, 64)).splitlines()
+    assert [c.strip() for c in head.split("|")[4:-1]] == [
+        "batch 1: us, of copy", "batch 8: us, of copy", "copy / ours, batch 8", "flashinfer / ours, batch 8",
+    ]  # fmt: skip
+    assert [c.strip() for c in row.split("|")[4:-1]] == ["2.50, 50%", "20.0, 50%", "0.50", "1.25"]
+
+
+def test_readme_is_rewritten_between_its_marks_only(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- modelled:begin -->\nold\n<!-- modelled:end -->\nafter\n")
+    assert report.write_readme("modelled", [line(1, 2.5, "modelled")], readme)
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- modelled:begin -->\n**Modelled, not measured**")
+    assert text.endswith("<!-- modelled:end -->\nafter\n")
+    assert "old" not in text
+    assert not report.write_readme("modelled", [line(1, 2.5, "modelled")], readme), "twice the same changes nothing"
+    assert not report.write_readme("measured", [line(1, 2.5)], readme), "no marks of that kind"
+
+
+def test_plots_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    lines = [line(1, 2.5), line(8, 20.0, flashinfer=1.25), line(1, 3.0, "modelled"), line(8, 9.0, "modelled")]
+    written = report.plots(lines, tmp_path)
+    assert [path.name for path in written] == [
+        "measured-gpu-selective_state_update.png", "modelled-gpu-selective_state_update.png",
+    ]  # fmt: skip
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
+
+
+def test_broken_files_are_named(tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text(json.dumps(line(1, 2.5)) + "\n{}\n")
+    with pytest.raises(ValueError, match=r"broken\.jsonl:2"):
+        report.read([path])
+
+
+def test_committed_lines_and_the_readme_agree():
+    files = sorted(report.RESULTS.glob("*.jsonl"))
+    if not files:
+        pytest.skip("no lines recorded")
+    lines = report.read(files)
+    readme = report.README.read_text()
+    for kind in ("modelled", "measured"):
+        mine = [one for one in lines if one["how"] == kind]
+        if mine:
+            assert report.table(mine) in readme, "run: python tools/bench/report.py --readme"
+
+
+# ---------------------------------------------------------------------------------------------------------------- a GPU
+@pytest.mark.gpu
+def test_a_call_is_measured_beside_a_copy(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    path = tmp_path / "measured.jsonl"
+    arguments = ["--ops", "selective_state_update", "--models", "nemotron-nano", "--batches", "64", "--quick"]
+    assert run.main([*arguments, "--out", str(path)]) == 0
+    for measured in report.read([path]):
+        us = measured["us"]
+        assert 0 < us["p10"] <= us["median"] <= us["p90"]
+        assert measured["peers"]["copy"]["us"]["median"] > 0
+        assert 0 < measured["of_copy"] < 1.2

@@ -1,0 +1,259 @@
+"""Benchmarks: every declared call beside its peers on a GPU, or, without one, by the machine model.
+
+    python tools/bench/run.py [--ops OP ...] [--models NAME ...] [--batches N ...] [--quick] [--minutes N]
+    python tools/bench/run.py --model [--machines H200 B200]     # no GPU: modelled, and labelled so
+
+One JSON line per call goes to ``--out`` (default: ``results/measured-DEVICE.jsonl`` or ``results/modelled.jsonl``) as
+it is done; with ``--resume``, calls that the file holds for this commit are left out.  ``report.py`` makes tables and
+plots of the lines.
+
+A line: op, model, case, keys, batch; ``how``: "measured" or "modelled", and for the latter ``fitted`` and whether it
+was replayed whole (``exact``); arch, device, clocks, versions, commit; ``us``: median, p10, p90 of a call; bytes that
+it must move, ``gbs`` of them, ``of_copy``: share of the bandwidth of a large copy; ``peers``: for each ``us`` and
+``ratio``, its time by ours, or why it is ``absent``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from bench import cases, peers
+from bench.cases import Case
+from bench.counters import commit
+
+RESULTS = Path(__file__).with_name("results")
+SAMPLES = {False: 40, True: 12}  # by --quick
+GATE_REQUESTS = 2
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a time depends on, and of the peers that are installed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("cute-ssm", "nvidia-cutlass-dsl", "triton", "flashinfer-python", "fla-core", "mamba-ssm"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def line_of(case: Case, batch: int, **more: Any) -> dict[str, Any]:
+    """Return a line of a call."""
+    return {
+        "op": case.op, "model": case.model, "case": case.name, "keys": dict(case.keys), "batch": batch, **more,
+    }  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- by the model
+def modelled(case: Case, batch: int, gpu: str) -> dict[str, Any]:
+    """Return the line of a call by the machine model."""
+    import machine
+
+    result = machine.time_op(case.op, case.call(batch), gpu)
+    us = dict.fromkeys(("median", "p10", "p90"), round(result.us, 3))
+    kernels = [
+        {
+            "grid": list(kernel.grid), "threads": kernel.block[0], "registers": kernel.registers,
+            "shared_bytes": kernel.shared_bytes, "ctas_per_sm": kernel.places,
+            "bytes_in_flight": round(kernel.timing.bytes_in_flight()),
+            "waits": waits_of(kernel),
+        }
+        for kernel in result.kernels
+    ]  # fmt: skip
+    return line_of(
+        case, batch, how="modelled", fitted=result.fitted, exact=result.exact, device=gpu,
+        arch=machine.machine_of(gpu).arch, us=us, bytes=result.bytes, gbs=round(result.bytes / result.us / 1e3, 1),
+        of_copy=round(result.of_roof, 4), copy_us=round(result.roof_us, 3), kernels=kernels, peers={},
+    )  # fmt: skip
+
+
+def waits_of(kernel: Any) -> dict[str, float]:
+    """Share of its warps' lives that each reason to wait takes, the largest ones."""
+    total = sum(last - first for first, last in kernel.timing.lives.values())
+    reasons: dict[str, float] = {}
+    for (_, reason), clocks in kernel.timing.stalls.items():
+        reasons[reason] = reasons.get(reason, 0.0) + clocks / total
+    largest = sorted(reasons.items(), key=lambda item: -item[1])[:5]
+    return {reason: round(share, 3) for reason, share in largest}
+
+
+# ------------------------------------------------------------------------------------------------------------- measured
+class Bench:
+    """Measures on one GPU."""
+
+    def __init__(self, device: torch.device, samples: int):
+        from bench import timing
+
+        self.timing, self.device, self.samples = timing, device, samples
+        self.copy = timing.copy_bandwidth(device)
+        properties = torch.cuda.get_device_properties(device)
+        self.about = {
+            "device": properties.name,
+            "arch": "sm_{}{}a".format(*torch.cuda.get_device_capability(device)),
+            "copy_gbs": round(self.copy / 1e9, 1),
+        }
+
+    def gate(self, case: Case) -> None:
+        """Compare our results with the reference on a few requests.
+
+        Raises
+        ------
+        CuteSsmError
+            They differ by more than rounding explains.
+        """
+        from cute_ssm import workloads
+        from cute_ssm.errors import CuteSsmError
+        from cute_ssm.tuner.gate import Gate
+
+        keys = case.call(min(GATE_REQUESTS, min(case.batches)))
+        here, there = workloads.build(case.op, keys), workloads.build(case.op, keys)
+        for name, value in there.arguments.items():
+            if isinstance(value, torch.Tensor):
+                there.arguments[name] = moved(value, self.device)
+        problem = Gate(there, {}).problem_of_rule(Gate(here, {}).results())
+        if problem:
+            raise CuteSsmError(f"{case.name}: {problem}")
+
+    def line(self, case: Case, batch: int) -> dict[str, Any]:
+        """Measure a call and its peers, in turns."""
+        timing = self.timing
+        calls = timing.rotated(case.op, case.call(batch), self.device)
+        rivals, absent = peers.of(case.op, [call.arguments for call in calls])
+        rivals = {"cute_ssm": [call.run for call in calls], **rivals}
+        rivals["copy"] = timing.copies(calls[0].floor_bytes, self.device)
+        passes = {}
+        for name, made in rivals.items():
+            try:
+                passes[name] = (timing.capture(made), len(made))
+            except Exception as error:  # a peer that refuses this call takes no part; ours must not
+                if name == "cute_ssm":
+                    raise
+                absent[name] = f"{type(error).__name__}: {str(error)[:200]}"
+        times = {name: timing.summary(found) for name, found in timing.alternate(passes, self.samples).items()}
+        ours = times.pop("cute_ssm")
+        found = {name: {"us": us, "ratio": round(us["median"] / ours["median"], 3)} for name, us in times.items()}
+        found |= {name: {"absent": reason} for name, reason in absent.items()}
+        n_bytes = calls[0].floor_bytes
+        speed = n_bytes / (ours["median"] * 1e-6)
+        return line_of(
+            case, batch, how="measured", **self.about, clocks=timing.clocks(self.device.index or 0), us=ours,
+            sets=len(calls), bytes=n_bytes, gbs=round(speed / 1e9, 1), of_copy=round(speed / self.copy, 4), peers=found,
+        )  # fmt: skip
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a copy of a tensor on a device with the same strides, also where these are zero."""
+    stored = tensor.as_strided([n if s else 1 for n, s in zip(tensor.shape, tensor.stride())], tensor.stride())
+    return stored.to(device).as_strided(tensor.shape, tensor.stride()) if 0 in tensor.stride() else tensor.to(device)
+
+
+# ------------------------------------------------------------------------------------------------------------- the loop
+def done_in(path: Path, now: str) -> set[tuple[str, str, str, int]]:
+    """Calls that a file holds for this commit."""
+    if not path.exists():
+        return set()
+    lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    return {(r["device"], r["op"], r["case"], r["batch"]) for r in lines if r["commit"] == now}
+
+
+def plan(options: argparse.Namespace) -> Iterator[tuple[Case, int]]:
+    """Yield the calls to make: all cases at one batch before the next one, so that a run cut short has all of them."""
+    chosen = list(
+        cases.declared(options.ops, options.models, options.batches or (cases.QUICK if options.quick else None))
+    )
+    for batch in sorted({batch for case in chosen for batch in case.batches}):
+        for case in chosen:
+            if batch in case.batches:
+                yield case, batch
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line, measure or model, write lines."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", action="store_true", help="no GPU: by the machine model")
+    parser.add_argument("--machines", nargs="+", default=["H200", "B200"], help="of --model")
+    parser.add_argument("--ops", nargs="+")
+    parser.add_argument("--models", nargs="+")
+    parser.add_argument("--batches", nargs="+", type=int)
+    parser.add_argument("--quick", action="store_true", help=f"batches {cases.QUICK}, fewer samples")
+    parser.add_argument("--minutes", type=float, help="stop after the call that is under way then")
+    parser.add_argument("--resume", action="store_true", help="leave out what the file holds for this commit")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(argv)
+    if not options.model and not torch.cuda.is_available():
+        parser.error("there is no GPU here: --model fills the same lines from the machine model")
+    try:
+        calls = list(plan(options))
+    except ValueError as error:
+        parser.error(str(error))
+    bench = None if options.model else Bench(torch.device("cuda", torch.cuda.current_device()), SAMPLES[options.quick])
+    name = "modelled" if bench is None else "measured-" + bench.about["device"].lower().replace(" ", "-")
+    path = options.out or RESULTS / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    now, about, end = commit(), versions(), time.monotonic() + 60 * (options.minutes or 1e9)
+    known = done_in(path, now) if options.resume else set()
+    devices = options.machines if bench is None else [bench.about["device"]]
+    gated: dict[tuple[str, str], str] = {}
+    failures = 0
+    with path.open("a" if options.resume else "w", encoding="utf-8") as file:
+        for case, batch in calls:
+            for device in devices:
+                if time.monotonic() > end:
+                    print(f"time is up; {path} has what was done", file=sys.stderr)
+                    return 3
+                if (device, case.op, case.name, batch) in known:
+                    continue
+                try:
+                    line = one(bench, case, batch, device, gated)
+                except Exception as error:  # one call that fails must not cost the others
+                    failures += 1
+                    print(f"{case.op} {case.name} batch {batch}: {type(error).__name__}: {error}", file=sys.stderr)
+                    continue
+                file.write(json.dumps({**line, "versions": about, "commit": now}) + "\n")
+                file.flush()
+                show(line)
+    return 1 if failures else 0
+
+
+def one(bench: Bench | None, case: Case, batch: int, device: str, gated: dict[tuple[str, str], str]) -> dict[str, Any]:
+    """Return the line of a call; a case whose gate has failed is not measured."""
+    if bench is None:
+        return modelled(case, batch, device)
+    key = (case.op, case.name)
+    if key not in gated:
+        gated[key] = "the gate failed before"
+        bench.gate(case)
+        gated[key] = ""
+    if gated[key]:
+        raise RuntimeError(gated[key])
+    return bench.line(case, batch)
+
+
+def show(line: dict[str, Any]) -> None:
+    """Print a line for people."""
+    rivals = ", ".join(f"{name} {found['ratio']:.2f}x" for name, found in line["peers"].items() if "ratio" in found)
+    share, us = f"{line['of_copy']:.0%} of a copy", line["us"]["median"]
+    print(
+        f"{line['how']:8} {line['device'][:12]:12} {line['op']:24} {line['case']:44} {line['batch']:5} "
+        f"{us:9.2f} us {share} {rivals}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
