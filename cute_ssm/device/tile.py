@@ -81,6 +81,11 @@ def _pair_of(low, high, *, loc=None, ip=None):
     return Int32(pure(T.i32(), [low, high], "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", loc, ip))
 
 
+@dsl_user_op
+def _reversed_bits(word, *, loc=None, ip=None):
+    return Int32(pure(T.i32(), [word], "brev.b32 $0, $1;", "=r,r", loc, ip))
+
+
 class StateTile:
     """`rows` rows of `dstate` columns; a warp works on 16 of them at a time.
 
@@ -250,22 +255,57 @@ class StateTile:
             operands.append([_pair_of(*halves[:2]), _pair_of(*halves[2:])])
         return operands
 
-    def floats(self, words, scales):
-        """The accumulators of a quad, in float32; `scales` are those of rows g and g + 8."""
-        if self.dtype is Float32:
-            c = [convert.as_float(word) for word in words]
-            return [[c[0], c[2], c[1], c[3]]]
-        values = [convert.unpack([word], self.dtype) for word in words]  # of (g, low), (g + 8, low), (g, high), ...
-        if self.scaled:
-            values = [[value * scales[i % 2] for value in row] for i, row in enumerate(values)]
-        pairs = range(0, 32 // self.dtype.width, 2)
-        return [values[2 * i][n : n + 2] + values[2 * i + 1][n : n + 2] for i in range(2) for n in pairs]
+    def identity(self, decay, lane):
+        """What `accumulators` multiplies old states by: a decay, or one where states are quantised.
 
-    def words(self, results, encode, random):
+        The lane's words of a matrix [16, 8] with that on a diagonal: the upper one for the first eight columns of an
+        operand, the lower one for the others.  A decay is the sum of two such matrices, of as many bits as float32
+        has, or 16 for bfloat16 states.
+        """
+        if self.dtype is Float32:
+            return decay
+        g, p = lane // 4, lane % 4
+        mask = cutlass.select_(g // 2 == p, cutlass.select_(g % 2 == 0, Int32(0xFFFF), Int32(-65536)), Int32(0))
+        if self.dtype is Int16:
+            return [mask & 0x5C005C00, mask & 0x3C003C00]  # 256 for upper bytes, and 1
+        if self.scaled:
+            return [mask & 0x3C003C00]
+        (high,) = convert.pack([decay, decay], self.operand)
+        rest = decay - convert.unpack([high], self.operand)[0]
+        return [mask & high, mask & convert.pack([rest, rest], self.operand)[0]]
+
+    def accumulators(self, words, identity):
+        """A quad as accumulators: decayed, or the integers or float8 themselves where states are quantised.
+
+        A product with the identity moves words to where results are, and into float32, without touching an element.
+        """
+        if self.dtype is Float32:
+            c = [convert.as_float(word) * identity for word in words]
+            return [[c[0], c[2], c[1], c[3]]]
+        start = [Float32({Int8: -_BYTE_SHIFT, Int16: -256.0 * _BYTE_SHIFT - _LOW_SHIFT}.get(self.dtype, 0.0))] * 4
+        operands = [words]
+        if self.dtype.width == 8:
+            spread = _bytes_to_float16 if self.dtype is Int8 else _float8_to_float16
+            pairs = [spread(word) for word in words]
+            operands = [[pairs[i][0], pairs[i + 1][0], pairs[i][1], pairs[i + 1][1]] for i in (0, 2)]
+        parts = [[a] * len(identity) for a in operands]
+        if self.dtype is Int16:
+            parts = [list(zip(*(_int16_to_float16(word) for word in words)))]
+        results = []
+        for a in parts:
+            for result in range(2):
+                c = start
+                for part, diagonal in zip(a, identity):
+                    b = [diagonal, Int32(0)] if result == 0 else [Int32(0), diagonal]
+                    c = mma.mma_16(part, b, c, self.operand)
+                results.append(c)
+        return results
+
+    def words(self, results, encode, bits):
         """Accumulators of a quad, rounded, as the words they came in.
 
-        `encode` are the encoding factors of rows g and g + 8 of quantised types; `random` is (keys, place, counter) of
-        `draw` for stochastic rounding, or None.
+        `encode` are the encoding factors of rows g and g + 8 of quantised types; `bits` are the quad's of `draw` for
+        stochastic rounding, or None.
         """
         if self.dtype is Float32:
             (c,) = results
@@ -276,27 +316,22 @@ class StateTile:
             for i in range(2)
             for half in range(2)
         ]
-        bits = self._bits(random) if random is not None else [None] * 4
         if self.scaled:
-            return [
-                convert.pack_quantised(row, encode[i % 2], self.dtype, drawn)[0]
-                for i, (row, drawn) in enumerate(zip(rows, bits))
-            ]
-        if random is None:
+            drawn = bits or [None] * 4
+            return [convert.pack_quantised(rows[i], encode[i % 2], self.dtype, drawn[i])[0] for i in range(4)]
+        if bits is None:
             return [convert.pack(row, self.dtype)[0] for row in rows]
         return [convert.pack_stochastic(row, drawn, self.dtype, self.arch)[0] for row, drawn in zip(rows, bits)]
 
-    def counter(self, row, quad, p):
-        """First word of the counter of a quad's draw: `reference.rounding`'s map for fragments.  `row` is row g."""
-        groups = self.dstate // 4
-        step = 8 if self.dtype.width == 8 else 4  # groups of four columns in a quad
-        return (row // ROWS * 8 + row % 8) * groups + (quad * step + p)
+    def draw(self, keys, place, row, quad, lane):
+        """Random bits for `words` of as many quads as one call serves, from `quad` on: the map of `reference.rounding`.
 
-    def _bits(self, random):
-        """Random words of a quad in the order of its words: one call serves eight elements."""
-        keys, place, counter = random
-        if self.dtype.width == 16:
-            w = philox.philox(keys, counter, *place)
-            return [[w[0]], [w[2]], [w[1]], [w[3]]]
-        a, b = philox.philox(keys, counter, *place), philox.philox(keys, counter + 4, *place)
-        return [a[:2], a[2:], b[:2], b[2:]]
+        `row` is that of row g in the head.
+        """
+        group = quad if self.dtype.width == 8 else quad // 2
+        counter = (row // ROWS * 8 + row % 8) * (self.dstate // 8) + (group * 4 + lane % 4)
+        words = philox.philox(keys, counter, *place)
+        mirrored = [_reversed_bits(word) for word in words]
+        if self.dtype.width == 8:
+            return [[words[:2], mirrored[:2], words[2:], mirrored[2:]]]
+        return [[[words[i]], [mirrored[i]], [words[i + 1]], [mirrored[i + 1]]] for i in (0, 2)]

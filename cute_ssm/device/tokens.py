@@ -41,9 +41,15 @@ class TokenOperands:
                     sums = mma.mma_tf32(a, part[2 * i : 2 * i + 2], sums)
         return sums
 
-    def weigh(self, x, weights, parts):
-        """Words of [16 columns, 16 positions] times the lane's four positions' weights, as one or two operands."""
+    def weigh(self, x, weights, rows, parts):
+        """Words of [16 columns of x, 16 positions] times weights, as one or two operands.
+
+        `weights` are those of the lane's four positions, `rows`, or None, of its two columns of x, which are rows of
+        the result.
+        """
         values = [[v * w for v, w in zip(pair, weights[i // 2 * 2 :])] for i, pair in enumerate(self._values(x))]
+        if rows is not None:
+            values = [[v * rows[i % 2] for v in pair] for i, pair in enumerate(values)]
         if self.dtype is BFloat16:
             high = [convert.pack(pair, BFloat16)[0] for pair in values]
             if parts == 1:

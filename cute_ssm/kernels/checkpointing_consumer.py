@@ -23,6 +23,7 @@ from cute_ssm.device.tokens import TokenOperands
 from cute_ssm.tuning.checkpointing_ssu import STEP, TOKENS
 
 UNROLLED = 4  # tiles of a consumer and unit that are unrolled where states are kept: more do not fit the code cache
+SMALLEST_UNIT = 2.0**-90  # of a quantised row's sums: its inverse times an input stays finite
 HELD = 64  # registers that may hold the history's B for all tiles of a unit
 
 
@@ -369,73 +370,78 @@ class Consumer:
         ]
         scales = units + (here + layout.scales + tile * (layout.tile_rows * 4) + g * 4)
         first_row = column + tile % self.half.d_split * layout.tile_rows
+        identity = self.tile.identity(decay, lane)
         for m in cutlass.range_constexpr(self.tile.blocks):
+            unit, inverse = None, None
+            if const_expr(self.tile.scaled):
+                # sums in units of the old scale, decayed: old elements are integers, or float8, and stay what they are
+                unit = [self.load_float(scales + (m * ROWS * 4 + r * 32)) * decay for r in range(2)]
+                unit = [math.larger(value, Float32(SMALLEST_UNIT)) for value in unit]
+                inverse = [math.reciprocal(value) for value in unit]
             x = [
-                self.tokens.weigh(mma.load_matrices(x_at[step] + m * 32, 4), weights[step], self.parts)
+                self.tokens.weigh(mma.load_matrices(x_at[step] + m * 32, 4), weights[step], inverse, self.parts)
                 for step in range(self.history_steps)
             ]
-            factors = [decay, decay]
-            if const_expr(self.tile.scaled):
-                factors = [self.load_float(scales + (m * ROWS * 4 + r * 32)) * decay for r in range(2)]
             row = first_row + (m * ROWS + g)
-            self.fold_rows(at, m, row, x, history, factors, k, (slot, head + h), state_scale, random, lane)
+            self.fold_rows(at, m, row, x, history, identity, unit, k, (slot, head + h), state_scale, random, lane)
 
-    def fold_rows(self, at, m, row, x, history, factors, k, owner, state_scale, random, lane):
+    def fold_rows(self, at, m, row, x, history, identity, unit, k, owner, state_scale, random, lane):
         """The new state of 16 rows.  Quantised rows are computed before the first of their elements is rounded."""
         quads = range(self.tile.quads)
         if not self.tile.scaled:
+            bits = []
             for quad in quads:
-                results = self.new_quad(at, m, quad, x, history, factors, k, lane)
-                self.put_quad(at, m, quad, row, results, None, owner, random, lane)
+                results = self.new_quad(at, m, quad, x, history, identity, k, lane)
+                bits = self.put_quad(at, m, quad, row, results, None, owner, random, bits, lane)
             return
-        results = [self.new_quad(at, m, quad, x, history, factors, k, lane) for quad in quads]
+        results = [self.new_quad(at, m, quad, x, history, identity, k, lane) for quad in quads]
         rows = [[value for quad in results for c in quad for value in c[2 * r : 2 * r + 2]] for r in range(2)]
         largest = [convert.max_abs(values, self.tile.arch) for values in rows]
         for distance in (1, 2):
             largest = [math.larger(value, math.exchanged(value, distance)) for value in largest]
-        scaled = [convert.row_scale(value, self.tile.dtype) for value in largest]
-        slot, head = owner
-        for r, (scale, _) in enumerate(scaled):
-            self.store_scale(memory.address(state_scale, slot, head, row + 8 * r), scale, lane)
+        encode = []
+        for r in range(2):
+            scale, factor = convert.row_scale(largest[r], self.tile.dtype)
+            scale = math.larger(scale * unit[r], Float32(convert.SMALLEST_SCALE))
+            self.store_scale(memory.address(state_scale, owner[0], owner[1], row + 8 * r), scale, lane)
+            encode.append(factor)
+        bits = []
         for quad in quads:
-            self.put_quad(at, m, quad, row, results[quad], [factor for _, factor in scaled], owner, random, lane)
+            bits = self.put_quad(at, m, quad, row, results[quad], encode, owner, random, bits, lane)
 
     @cute.jit
     def store_scale(self, pointer, scale, lane):
         if lane % 4 == 0:
             memory.store_scalar(pointer, scale, Float32)
 
-    def new_quad(self, at, m, quad, x, history, factors, k, lane):
-        """A quad's accumulators: the decayed old state and the weighed history."""
+    def new_quad(self, at, m, quad, x, history, identity, k, lane):
+        """A quad's accumulators: the old state and the weighed history."""
         words = mma.load_matrices(self.tile.quad_at(at, quad, m), 4, transposed=False)
-        ones = [Float32(1.0)] * 2
-        old = self.tile.floats(words, factors if self.tile.scaled else ones)
-        if not self.tile.scaled:
-            old = [[value * factors[0] for value in c] for c in old]
+        sums = self.tile.accumulators(words, identity)
         for step in range(self.history_steps):
             if step == 0:
-                old = self.accumulate(x, history, step, quad, old, lane)
+                sums = self.accumulate(x, history, step, quad, sums, lane)
             else:
-                old = self.accumulate_if(x, history, step, quad, old, k, lane)
-        return old
+                sums = self.accumulate_if(x, history, step, quad, sums, k, lane)
+        return sums
 
-    def accumulate(self, x, history, step, quad, old, lane):
+    def accumulate(self, x, history, step, quad, sums, lane):
         columns = self.columns_of(history, step, quad, lane)
-        return [self.tokens.accumulate(x[step], b, c) for b, c in zip(columns, old)]
+        return [self.tokens.accumulate(x[step], b, c) for b, c in zip(columns, sums)]
 
     @cute.jit
-    def accumulate_if(self, x, history, step: cutlass.Constexpr, quad: cutlass.Constexpr, old, k, lane):
+    def accumulate_if(self, x, history, step: cutlass.Constexpr, quad: cutlass.Constexpr, sums, k, lane):
         if k > step * STEP:
-            old = self.accumulate(x, history, step, quad, old, lane)
-        return old
+            sums = self.accumulate(x, history, step, quad, sums, lane)
+        return sums
 
-    def put_quad(self, at, m, quad, row, results, encode, owner, random, lane):
-        """Round a quad's accumulators into the tile."""
+    def put_quad(self, at, m, quad, row, results, encode, owner, random, bits, lane):
+        """Round a quad's accumulators into the tile; returns the random bits that are left of `bits`."""
         if random is not None:
-            slot, head = owner
-            random = (random, philox.place(slot, head, 0), self.tile.counter(row, quad, lane % 4))
-        words = self.tile.words(results, encode, random)
+            bits = bits or self.tile.draw(random, philox.place(*owner, 0), row, quad, lane)
+        words = self.tile.words(results, encode, bits[0] if bits else None)
         mma.store_matrices(self.tile.quad_at(at, quad, m), words, transposed=False)
+        return bits[1:]
 
     @cute.jit
     def weights(self, record, step: cutlass.Constexpr, end, k, lane):

@@ -173,6 +173,7 @@ class CheckpointingSSU:
                 use_pdl=spec.pdl,
                 # by itself the compiler aims at more CTAs than shared memory holds, and spills
                 min_blocks_per_mp=half.ctas_per_sm,
+                preferred_smem_carveout=100,  # without it, the compiler asks a driver how much there is
                 stream=stream,
             )  # fmt: skip
 

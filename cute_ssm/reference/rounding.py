@@ -22,15 +22,16 @@ They are the half ``column % 2`` (0: low) of the word ``column % 8 // 2`` of its
 of a buffer of intermediate states, that is written.  Nothing else enters: no tiling, algorithm, or order in the batch.
 See `random_bits`.
 
-**By fragments.**  `checkpointing_ssu` computes new states by tensor core, where a thread has four columns of two rows
-that are 8 apart, and draws once for all eight.  Its elements take their bits with the same key and the counter ::
+**By fragments.**  `checkpointing_ssu` computes new states by tensor core, where a thread has the same columns of two rows
+that are 8 apart, and draws once for sixteen elements.  They take their bits with the same key and the counter ::
 
-    ((row // 16 * 8 + row % 8) * (dstate / 4) + block,   head,   slot mod 2^32,   2^16 * (slot // 2^32))
+    ((row // 16 * 8 + row % 8) * (dstate / 8) + block,   head,   slot mod 2^32,   2^16 * (slot // 2^32))
 
-They are the half ``column % 2`` (0: low) of the word ``2 * (row % 16 // 8) + pair`` of its result, where ::
+In rows with ``row % 16 < 8`` they are the half ``column % 2`` (0: low) of a word of its result, and in the others that
+half of the word with its 32 bits in reverse, where ::
 
-    types of 16 bits:   block = column // 16 * 4 + column % 8 // 2,   pair = column % 16 // 8
-    types of  8 bits:   block = column // 4,                          pair = column % 4 // 2
+    types of 16 bits:   block = column // 32 * 4 + column % 8 // 2,    word = column % 32 // 8
+    types of  8 bits:   block = column // 32 * 4 + column % 16 // 4,   word = column % 32 // 16 * 2 + column % 4 // 2
 
 See `fragment_bits`.
 """
@@ -152,7 +153,7 @@ def fragment_bits(
     slots, heads, rows, columns : int or integer Tensor
         Which elements; everything broadcasts.
     dstate : int
-        Columns of a row, a multiple of 16.
+        Columns of a row, a multiple of 32.
     itemsize : {2, 1}
         Bytes of an element.
 
@@ -164,21 +165,28 @@ def fragment_bits(
     Raises
     ------
     ValueError
-        If `itemsize` is neither 2 nor 1, or `dstate` no multiple of 16.
+        If `itemsize` is neither 2 nor 1, or `dstate` no multiple of 32.
     """
     if itemsize not in (1, 2):
         raise ValueError(describe("itemsize", "2 or 1", itemsize))
-    if dstate % 16:
-        raise ValueError(describe("dstate", "a multiple of 16", dstate))
+    if dstate % 32:
+        raise ValueError(describe("dstate", "a multiple of 32", dstate))
     slots, heads, rows, columns = (torch.as_tensor(t).long() for t in (slots, heads, rows, columns))
     if itemsize == 2:
-        block, pair = (columns >> 4) * 4 + (columns % 8 >> 1), columns % 16 >> 3
+        block, which = (columns >> 5) * 4 + (columns % 8 >> 1), columns % 32 >> 3
     else:
-        block, pair = columns >> 2, columns % 4 >> 1
-    counter = (((rows >> 4) * 8 + rows % 8) * (dstate // 4) + block, heads, slots, slots >> 32 << 16)
+        block, which = (columns >> 5) * 4 + (columns % 16 >> 2), (columns % 32 >> 4) * 2 + (columns % 4 >> 1)
+    counter = (((rows >> 4) * 8 + rows % 8) * (dstate // 8) + block, heads, slots, slots >> 32 << 16)
     words = torch.stack(philox(seed, counter, rounds), dim=-1)
-    which = (2 * (rows % 16 >> 3) + pair).expand(words.shape[:-1])
-    return words.gather(-1, which[..., None])[..., 0] >> 16 * (columns % 2) & 0xFFFF
+    words = words.gather(-1, which.expand(words.shape[:-1])[..., None])[..., 0]
+    return torch.where(rows % 16 < 8, words, _reversed(words)) >> 16 * (columns % 2) & 0xFFFF
+
+
+def _reversed(words: Tensor) -> Tensor:
+    """The lower 32 bits in reverse."""
+    for shift, mask in ((16, 0x0000FFFF), (8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
+        words = (words & mask) << shift | words >> shift & mask
+    return words
 
 
 def _bits(values: Tensor) -> Tensor:
