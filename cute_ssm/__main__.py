@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import cute_ssm
 from cute_ssm.demo import cli
 from cute_ssm.errors import CuteSsmError
+from cute_ssm.tuner import cli as tuner
 from cute_ssm.workloads import cli as workloads
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     warmup = commands.add_parser("warmup", help="compile the kernels of declared calls into the cache")
     workloads.add_arguments(warmup)
     warmup.set_defaults(run=workloads.main)
+
+    tune = commands.add_parser("tune", help="search configs of calls, and merge the best into a table")
+    tuner.add_arguments(tune)
+    tune.set_defaults(run=tuner.main)
 
     demo = commands.add_parser("demo", help="generate text with a small Mamba-2 model")
     cli.add_arguments(demo)

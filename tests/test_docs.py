@@ -92,7 +92,7 @@ def test_versions_that_the_package_checks_are_those_it_declares():
     assert f"nvidia-cutlass-dsl {'.'.join(map(str, toolchain.DSL_RANGE[0]))}," in (ROOT / "CONTRIBUTING.md").read_text()
 
 
-@pytest.mark.parametrize("command", ["env", "cache", "warmup", "demo"])
+@pytest.mark.parametrize("command", ["env", "cache", "warmup", "tune", "demo"])
 def test_options_of_the_command_line_exist(command, capsys):
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])

@@ -191,11 +191,16 @@ def space(spec: SelectiveStateUpdateSpec, arch: Arch) -> dict[str, tuple[int, ..
     rows = [n for n in range(8, spec.dim + 1, 8) if spec.dim % n == 0 and n * row_bytes <= arch.shared_bytes // 2]
     return {
         "rows": tuple(rows),
-        "block": (8, 16, 32),
-        "warps": (1, 2, 3, 4, 8),
+        "warps": (1, 2, 4, 8),
         "stages": (1, RING),
-        "ctas_per_sm": (1, 2, 3, 4, 5, 6, 8, 10, 12, 16),
+        "ctas_per_sm": (1, 2, 3, 4, 6, 8, 12),
+        "block": (8, 16, 32),
     }
+
+
+def inert(config: SelectiveStepConfig) -> tuple[str, ...]:
+    """Return the fields that mean nothing beside the others: the tuner leaves them as they are."""
+    return ("ctas_per_sm",) if config.stages == 1 else ()
 
 
 def choose(

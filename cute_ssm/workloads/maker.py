@@ -63,3 +63,9 @@ def stored_bytes(tensor: torch.Tensor | None) -> int:
     for extent, stride in zip(tensor.shape, tensor.stride()):
         size *= extent if stride else 1
     return size
+
+
+def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Return a copy on a device, in which dimensions of stride 0 have stride 0 still."""
+    stored = tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
+    return stored.to(device, copy=True).expand(tensor.shape)
