@@ -76,6 +76,55 @@ def test_bits_of_different_elements_differ():
     assert abs(bits.double().mean() - 32767.5) < 4 * 65536 / (12 * bits.numel()) ** 0.5
 
 
+@pytest.mark.parametrize("itemsize", [2, 1])
+def test_mapping_by_fragments(itemsize):
+    """Spelt out element by element."""
+    dstate, seed, rounds = 96, 42, 10
+    for slot, head, row, column in [(0, 0, 0, 0), (5, 3, 7, 19), (2**32 + 9, 1, 63, 77), (4, 0, 24, 95)]:
+        within = column % 32
+        if itemsize == 2:
+            block, word = within % 8 // 2, within // 8
+        else:
+            block, word = within % 16 // 4, within // 16 * 2 + within % 4 // 2
+        first = (row // 16 * 8 + row % 8) * (dstate // 8) + column // 32 * 4 + block
+        drawn = int(rounding.philox(seed, (first, head, slot % 2**32, slot // 2**32 * 65536), rounds)[word])
+        if row % 16 >= 8:
+            drawn = int(f"{drawn:032b}"[::-1], 2)
+        expected = drawn >> 16 if column % 2 else drawn & 0xFFFF
+        assert int(rounding.fragment_bits(seed, rounds, slot, head, row, column, dstate, itemsize)) == expected
+    # known answers: what kernels of any version must draw
+    columns = torch.tensor([0, 1, 8, 9, 16, 24, 2] if itemsize == 2 else [0, 1, 2, 3, 16, 18, 4])
+    for row, words in (
+        (0, [0xF053, 0x9CEA, 0x493B, 0x77F5, 0x50AD, 0xB3D7, 0x2127]),
+        (8, [0x5739, 0xCA0F, 0xAFEE, 0xDC92, 0xFD48, 0x42EA, 0xDB3F]),
+    ):
+        assert rounding.fragment_bits(42, 10, 0, 0, row, columns, 64, itemsize).tolist() == words
+
+
+@pytest.mark.parametrize("itemsize", [2, 1])
+def test_bits_of_a_fragment_are_spread_evenly(itemsize):
+    """As numbers, as single bits, and between the elements that share a draw."""
+    row, column = torch.meshgrid(torch.arange(128), torch.arange(256), indexing="ij")
+    bits = rounding.fragment_bits(7, 10, 3, 1, row, column, 256, itemsize)
+    other = rounding.fragment_bits(7, 10, 3, 2, row, column, 256, itemsize)
+    count = bits.numel()
+    assert abs(bits.double().mean() - 32767.5) < 4 * 65536 / (12 * count) ** 0.5
+    assert (bits == other).double().mean() < 4 / 65536 + 4 * (1 / 65536 / count) ** 0.5
+    assert len({tuple(r.tolist()) for r in bits}) == 128
+    for used in (13, 16):  # bits that types of 16 bits, and of 8, round with
+        part = (bits % 2**used).double() / 2**used - 0.5
+        for shift in ((8, 0), (8, 1), (8, -1), (0, 1), (0, 8), (1, 0)):
+            product = (part * part.roll(shift, (0, 1))).mean() * 12  # a correlation
+            assert abs(product) < 5 / count**0.5 + 2.0 ** (2 - used), (used, shift)
+
+
+def test_fragments_of_other_sizes_are_refused():
+    with pytest.raises(ValueError, match="itemsize: expected 2 or 1, got 4"):
+        rounding.fragment_bits(0, 10, 0, 0, 0, 0, 64, 4)
+    with pytest.raises(ValueError, match="dstate: expected a multiple of 32, got 80"):
+        rounding.fragment_bits(0, 10, 0, 0, 0, 0, 80, 2)
+
+
 # ------------------------------------------------------------------------------------------------------- stochastic
 def neighbours(dtype):
     """All non-negative finite values of a type, ascending, as float64."""

@@ -75,6 +75,7 @@ WRITTEN = ("state", "state_scale", "out", *HISTORY)
 OPTIONAL = (
     "D", "z", "dt_bias", "state_scale", "state_batch_indices", "cu_seqlens", "rand_seed", "work_items", "num_writes",
 )  # fmt: skip
+TIED = {"dt": 1, "A": 2, "D": 1, "dt_bias": 1}  # one value per head, and its dimensions of stride 0
 ROWS = ("state", "x", "B", "C", "z", "out", "x_history", "B_history")
 VECTORS = ("cursor", "prev_num_accepted_tokens", "state_batch_indices", "cu_seqlens", "rand_seed", "num_writes")
 
@@ -110,6 +111,22 @@ def check(operands: Operands, settings: Settings) -> tuple[Operands, Checkpointi
         expected = f"None, or parts of dim = {spec.dim} that are multiples of {TILE_ROWS} rows"
         raise ValueError(describe("d_split", expected, settings.d_split))
     return operands, spec
+
+
+def check_tied(name: str, tensor: object, inner: int, state: object) -> None:
+    """Raise unless a tensor has one value per head: stride 0 in its `inner` last dimensions, which are a state's."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(describe(name, "a torch.Tensor", type(tensor).__name__))
+    if not isinstance(state, Tensor):
+        raise TypeError(describe("state", "a torch.Tensor", type(state).__name__))
+    sizes = state.shape[2 : 2 + inner]
+    if tensor.dim() <= inner or tensor.shape[-inner:] != sizes:
+        raise ValueError(describe(name, f"last dimensions {tuple(sizes)}", f"shape {tuple(tensor.shape)}"))
+    if any(tensor.stride()[-inner:]):
+        several = "dimension" if inner == 1 else f"{inner} dimensions"
+        fix = f"pass {name}[...{', :1' * inner}].expand({name}.shape)"
+        expected = f"one value per head, that is, stride 0 in its last {several}"
+        raise ValueError(describe(name, expected, f"strides {tensor.stride()}", fix))
 
 
 def batch_of(operands: Operands) -> int:
@@ -355,13 +372,9 @@ def _usual_strides(tensor: Tensor) -> Tensor:
 
 def _check_strides(given: dict[str, Tensor], settings: Settings, names: dict[str, str]) -> None:
     """Raise unless all tensors lie in memory as the kernel reads them, and none that is written overlaps itself."""
-    for name, count in (("dt", 1), ("A", 2), ("D", 1), ("dt_bias", 1)):
-        if name in given and any(given[name].stride()[-count:]):
-            expected = (
-                f"one value per head, that is, stride 0 in its last {'2 ' * (count - 1)}dimension{'s' * (count - 1)}"
-            )
-            fix = f"pass {name}[...{', :1' * count}].expand({name}.shape)"
-            raise ValueError(describe(name, expected, f"strides {given[name].stride()}", fix))
+    for name, count in TIED.items():
+        if name in given:
+            check_tied(name, given[name], count, given["state"])
     inner = {"x": 2, "B": 2, "C": 2, "z": 2, "out": 2, "state": 3, "state_scale": 2}
     inner |= dict.fromkeys(("x_history", "B_history"), 1 if settings.ring else 2)
     inner |= dict.fromkeys(("dt_history", "cum_history", *VECTORS), 1) | {"work_items": 2}

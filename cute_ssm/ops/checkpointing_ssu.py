@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from cute_ssm import runtime
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops import _checkpointing_arguments as arguments
 from cute_ssm.ops import _library
-from cute_ssm.ops._checkpointing_arguments import Operands, Settings
+from cute_ssm.ops._checkpointing_arguments import TIED, Operands, Settings
 from cute_ssm.reference.checkpointing_ssu import update as reference
 from cute_ssm.spec import CheckpointingSSUSpec
 from cute_ssm.tuning import checkpointing_ssu as tuning
@@ -257,7 +258,7 @@ def _call(x: object) -> Callable[..., None]:
     """Return what runs a call: the operator that PyTorch knows, or, as it costs less, what is behind it."""
     if not isinstance(x, Tensor):
         raise TypeError(describe("x", "a torch.Tensor", type(x).__name__))
-    return _run if type(x) is Tensor and not torch.compiler.is_compiling() else _overload
+    return _run if type(x) is Tensor and not torch.compiler.is_compiling() else _traced
 
 
 # Steady state: everything a kernel is chosen by, and what its own entry does not check before it launches.  The entry
@@ -370,6 +371,29 @@ def _run_on_cpu(spec: CheckpointingSSUSpec, operands: Operands, settings: Settin
         kernel(*operands, settings.pad_slot_id, sm_count)
 
 
+def _traced(*values: Any) -> None:
+    """Call the operator that PyTorch knows.
+
+    It takes one value per head of dt, A, D and dt_bias as a tensor of its own, for whoever traces a call may copy
+    arguments, and a copy has other strides.
+    """
+    call = dict(zip((*Operands._fields, *Settings._fields), values))
+    for name, inner in TIED.items():
+        if call[name] is not None:
+            arguments.check_tied(name, call[name], inner, call["state"])
+            call[name] = call[name][(..., *[0] * inner)]
+    _overload(*call.values())
+
+
+def _run_traced(*values: Any) -> None:
+    call = dict(zip((*Operands._fields, *Settings._fields), values))
+    for name, inner in TIED.items():
+        if call[name] is not None:
+            tied = call[name][(..., *[None] * inner)]
+            call[name] = tied.expand(*call[name].shape, *call["state"].shape[2 : 2 + inner])
+    _run(*call.values())
+
+
 _overload = _library.register(
     "checkpointing_ssu(Tensor(a!) state, Tensor(b!) x_history, Tensor(c!) B_history, Tensor(d!) dt_history, "
     "Tensor(e!)? cum_history, Tensor cursor, Tensor prev_num_accepted_tokens, Tensor x, Tensor dt, Tensor A, Tensor B, "
@@ -377,6 +401,6 @@ _overload = _library.register(
     "Tensor? state_batch_indices, Tensor? cu_seqlens, Tensor? rand_seed, Tensor? work_items, Tensor? num_writes, "
     "bool ring, bool dt_softplus, int pad_slot_id, int philox_rounds, int? d_split, int? max_seqlen, int? window, "
     "bool enable_pdl) -> ()",
-    _run,
+    _run_traced,
     lambda *_: None,
 )

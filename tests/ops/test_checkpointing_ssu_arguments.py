@@ -134,7 +134,7 @@ BROKEN = [
     ("double", "max_seqlen", always(4), ValueError, r"expected None without cu_seqlens, got 4; x.size\(1\) is the num"),
     ("ring", "max_seqlen", always(4), ValueError, "expected None without cu_seqlens, got 4"),
     ("packed_ring", "max_seqlen", always(None), ValueError, "the largest number of tokens of a sequence with cu_seqle"),
-    ("packed", "max_seqlen", always(65), UnsupportedSpecError, ""),
+    ("packed", "max_seqlen", always(65), UnsupportedSpecError, "expected 1 to 64, got 65"),
     # shapes
     ("double", "state", lambda t: t[None], ValueError, r"expected shape \(slots, nheads, dim, dstate\), got \(1, "),
     ("double", "state", lambda t: t[:, :0], ValueError, "expected at least one head, row and column, got"),
