@@ -7,7 +7,8 @@ Keys are those of tools/count.py.  The clocks are those of `machine`, whose cons
 picture shows the order of events and what overlaps, not times.  A call that is larger than the model replays is drawn
 with as many requests as it does replay, and the config of the large one.
 
-Warps have the names that their kernel class gives them, by ``roles(spec, config) -> list of str``, one per warp.
+Warps have the names that their kernel class gives them: ``ROLES``, a tuple of one name per warp, of which the last is
+that of all further warps; or a function ``roles(spec, config)`` that returns such a tuple.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import machine
@@ -112,19 +114,23 @@ def steps_of(flights: list[tuple[float, float, int]]) -> list[tuple[float, int]]
     return out
 
 
+def spread(start: float, end: float, life: tuple[float, float], count: int) -> Iterator[tuple[int, float]]:
+    """Yield (part, clocks in it) of an interval, where ``life`` is cut into ``count`` equal parts."""
+    first, last = life
+    step = (last - first) / count or 1.0
+    start, end = max(start, first), min(end, last)
+    for part in range(max(0, int((start - first) / step)), min(count, int((end - first) / step) + 1)):
+        clocks = min(end, first + (part + 1) * step) - max(start, first + part * step)
+        if clocks > 0:
+            yield part, clocks
+
+
 def level(steps: list[tuple[float, int]], start: float, end: float, count: int) -> list[float]:
     """Mean bytes in flight in ``count`` equal parts of an interval."""
     out = [0.0] * count
-    width = (end - start) / count or 1.0
     for (clock, n), (until, _) in zip(steps, [*steps[1:], (end, 0)]):
-        a, b = max(clock, start), min(until, end)
-        while a < b:
-            at = min(int((a - start) / width), count - 1)
-            stop = min(b, start + (at + 1) * width)
-            if stop <= a:
-                break
-            out[at] += n * (stop - a) / width
-            a = stop
+        for part, clocks in spread(clock, until, (start, end), count):
+            out[part] += n * clocks * count / (end - start)
     return out
 
 
@@ -146,12 +152,13 @@ def lives(op: str, keys: dict[str, str], gpu: str = "H200", cta: int | None = No
     call, fields = model.replayed(op, shapes, gpu, config)
     modelled = machine.time_call(call.run, gpu, call.floor_bytes, timeline=True, **fields)
     roles = roles_of(call, gpu, fields)
-    return [
-        life_of(kernel, cta, roles[i] if i < len(roles) else None) for i, kernel in enumerate(modelled.kernels)
-    ]  # fmt: skip
+    found = []
+    for i, kernel in enumerate(modelled.kernels):
+        found.append(life_of(kernel, cta, roles[min(i, len(roles) - 1)] if roles else None))
+    return found
 
 
-def roles_of(call: workloads.Call, gpu: machine.Machine, fields: dict[str, int]) -> list[list[str] | None]:
+def roles_of(call: workloads.Call, gpu: machine.Machine, fields: dict[str, int]) -> list[tuple[str, ...] | None]:
     """Names of the warps of each kernel of a call, None where its class gives none."""
     from cute_ssm import arch, tuning
 
@@ -159,12 +166,12 @@ def roles_of(call: workloads.Call, gpu: machine.Machine, fields: dict[str, int])
         call.run()
     named = []
     for spec, config, _ in plan.kernels:
-        roles = getattr(registry.kernel_class(spec), "roles", None)
-        named.append(None if roles is None else list(roles(spec, config)))
+        kernel = registry.kernel_class(spec)
+        named.append(kernel.roles(spec, config) if hasattr(kernel, "roles") else getattr(kernel, "ROLES", None))
     return named
 
 
-def life_of(kernel: machine.KernelTime, cta: int | None, roles: list[str] | None) -> Life:
+def life_of(kernel: machine.KernelTime, cta: int | None, roles: tuple[str, ...] | None) -> Life:
     """The life of one of the CTAs that the model replayed."""
     timing, per_cta = kernel.timing, kernel.trace.warps_per_cta
     spans = {}
@@ -181,7 +188,7 @@ def life_of(kernel: machine.KernelTime, cta: int | None, roles: list[str] | None
     for i in range(per_cta):
         warp = cta * per_cta + i
         if warp in timing.lives:
-            name = roles[i] if roles is not None and i < len(roles) else f"warp {i}"
+            name = roles[min(i, len(roles) - 1)] if roles else f"warp {i}"
             segments = [(a, b, why) for w, a, b, why in timing.segments if w == warp]
             life.warps.append((name, segments, *timing.lives[warp]))
     states = [(a, b, n, c) for a, b, n, tensor, c in timing.flights if is_state(tensor)]
@@ -213,14 +220,8 @@ def letters(life: Life, segments: list, first: float, last: float, width: int) -
     step = (life.end - life.start) / width or 1.0
     parts = [Counter() for _ in range(width)]
     for start, end, reason in segments:
-        a = start
-        while a < end:
-            at = min(int((a - life.start) / step), width - 1)
-            stop = min(end, life.start + (at + 1) * step)
-            if stop <= a:
-                break
-            parts[at][class_of(reason)] += stop - a
-            a = stop
+        for at, clocks in spread(start, end, (life.start, life.end), width):
+            parts[at][class_of(reason)] += clocks
     out = []
     for at, part in enumerate(parts):
         a, b = life.start + at * step, life.start + (at + 1) * step

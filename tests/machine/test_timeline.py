@@ -53,12 +53,28 @@ def test_text_shows_every_warp(life):
     assert "KiB" in said
 
 
-def test_kernel_class_names_the_roles_of_its_warps(monkeypatch):
-    monkeypatch.setattr(
-        SelectiveStep, "roles", staticmethod(lambda spec, config: ["producer", "consumer"]), raising=False
-    )
-    (named,) = timeline.lives("selective_state_update", RING)
-    assert [warp[0] for warp in named.warps] == ["producer", "consumer"]
+@pytest.mark.parametrize("how", ["table", "function"])
+def test_kernel_class_names_the_roles_of_its_warps(how, monkeypatch):
+    names = ("producer", "consumer")
+    if how == "table":
+        monkeypatch.setattr(SelectiveStep, "ROLES", names, raising=False)
+    else:
+        monkeypatch.setattr(SelectiveStep, "roles", staticmethod(lambda spec, config: names), raising=False)
+    (named,) = timeline.lives("selective_state_update", {**RING, "config.warps": "3"})
+    assert [warp[0] for warp in named.warps] == ["producer", "consumer", "consumer"]
+
+
+def test_parts_of_an_interval():
+    assert dict(timeline.spread(1.5, 3.25, (0.0, 4.0), 4)) == {1: 0.5, 2: 1.0, 3: 0.25}
+    assert dict(timeline.spread(-1.0, 9.0, (0.0, 3.0), 3)) == {0: 1.0, 1: 1.0, 2: 1.0}
+    assert timeline.level([(0.0, 4), (1.0, 8), (3.0, 0)], 0.0, 4.0, 2) == [6.0, 4.0]
+
+
+def test_a_row_shows_long_waits_as_waits(life):
+    for name, segments, first, last in life.warps:
+        row = timeline.letters(life, segments, first, last, 50)
+        issued = row.count("#") / len(row)
+        assert issued <= 3 * life.waits(name)["issuing"]
 
 
 def test_command_line(capsys, tmp_path):
