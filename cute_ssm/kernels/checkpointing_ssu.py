@@ -44,6 +44,8 @@ LOG2E = 1.44269502162933349609375  # log2(e), rounded to float32
 class CheckpointingSSU:
     """The kernels of a `CheckpointingSSUSpec`; batch, slots, rows of caches and outer strides are dynamic."""
 
+    ROLES = ("producer", "prep", "consumer")  # of warps 0, 1 and all further ones
+
     def __init__(self, spec: CheckpointingSSUSpec, config: CheckpointingSSUConfig, arch: Arch):
         config.check(spec, arch)
         self.spec, self.config = spec, config
