@@ -19,6 +19,14 @@ quads (4 neighbouring states) j, j + lanes, ..., and quad q is part of chain q m
 
 In place: every lane reads its tokens of a row before it writes them, so outputs may be the rows of u, delta or z.
 
+Long sequences of few channels are scanned in `splits` *parts* at once, by two launches.  The recurrence is linear in h,
+and what a part does to the states that it starts from is 2^(A' sum delta').  The *carry pass* scans every part but a
+sequence's last for the states it ends with, from zero (the first part from the initial state), and writes these and
+the sum of delta' to `carried`.  The other pass finds the states that a part starts from by folding, part by part, what
+those before it carry, and scans it as if it were a sequence.  It reads tokens of its own part alone, and initial states
+from `carried`, so that no part reads what another has overwritten, in a row or in the pool.  Parts are cut at multiples
+of 8 tokens from the sequence's beginning, and nothing waits for another CTA.
+
 PDL: everything is read and written after `griddepcontrol.wait`; dependents are released at once and wait likewise.
 """
 
@@ -33,34 +41,52 @@ from cutlass.memory import SmemAllocator
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, memory, scan
 from cute_ssm.spec import SelectiveScanSpec
-from cute_ssm.tuning.selective_scan import BLOCK, QUAD, WARP, SelectiveScanConfig, chains, choose, padded_states
+from cute_ssm.tuning.selective_scan import (
+    BLOCK,
+    LANE_STATES,
+    QUAD,
+    WARP,
+    SelectiveScanConfig,
+    carried_columns,
+    chains,
+    choose,
+    padded_states,
+)
 
 NO_STEP = -30000.0  # a delta whose softplus is zero whatever its bias, of any type
 
 
 class SelectiveScan:
-    """The kernel of a `SelectiveScanSpec`; batch, channels, groups, tokens, slots and strides are dynamic."""
+    """The kernel of a `SelectiveScanSpec`; batch, channels, groups, tokens, slots and strides are dynamic.
 
-    def __init__(self, spec: SelectiveScanSpec, config: SelectiveScanConfig, arch: Arch):
+    With `carry` it is the carry pass of one that splits sequences.
+    """
+
+    def __init__(self, spec: SelectiveScanSpec, config: SelectiveScanConfig, arch: Arch, carry: bool = False):
         config.check(spec, arch)
         self.spec, self.config = spec, config
         self.dtype = convert.DTYPES[spec.input_dtype]
         self.state_dtype = convert.DTYPES.get(spec.state_dtype)
         self.lanes = config.lanes
         self.threads = WARP * config.warps
+        self.carry, self.splits = carry, config.splits
+        self.first = SelectiveScan(spec, config, arch, carry=True) if config.splits > 1 and not carry else None
         self.padded = padded_states(spec)  # columns of B, and of C, in shared memory
-        self.pitch = 2 * self.padded  # floats of a token in shared memory
+        self.pitch = self.padded if carry else 2 * self.padded  # floats of a token in shared memory
         self.quads = self.padded // (QUAD * config.lanes)  # of a lane
+        # so many states that loads of several tokens at once, which this keeps apart, would take registers from them
+        self.crowded = config.splits > 1 and self.quads * QUAD > LANE_STATES
+        self.folded = 4 if self.quads <= 4 else 1  # rows of `carried` whose loads travel together
         self.chains = chains(spec) // config.lanes  # of a lane
         self.share = BLOCK // config.lanes  # tokens of a block whose scalars and outputs a lane owns
         self.tokens = config.tokens
-        self.pieces = config.column_pieces(spec)
         self.blocks = config.tokens // BLOCK
+        self.pieces = -(-self.pitch * self.blocks // self.threads)  # blocks of B and C that a thread brings
 
     @staticmethod
     def default_config(spec: SelectiveScanSpec, arch: Arch, units: int | None = None) -> SelectiveScanConfig:
         """The config for `units` (sequence, channel) pairs, by default for more than the GPU can hold at once."""
-        return choose(spec, arch, units if units is not None else 1 << 20, 1 << 20, arch.sm_count)
+        return choose(spec, arch, units if units is not None else 1 << 20, 1 << 20, 1, arch.sm_count)
 
     # ------------------------------------------------------------------------------------------------------------ host
     def fakes(self):
@@ -115,6 +141,7 @@ class SelectiveScan:
             indices(spec.chunks),
             tensor(self.dtype, channels, wide),
             optional(spec.ungated, self.dtype, channels, wide),
+            optional(self.splits > 1, Float32, (sequences, self.splits, dim, carried_columns(spec)), QUAD),
             Int64(0),
             Int32(0),
             Int32(0),
@@ -144,22 +171,39 @@ class SelectiveScan:
         last_chunk_indices: Optional[cute.Tensor],
         out: cute.Tensor,
         ungated: Optional[cute.Tensor],
+        carried: Optional[cute.Tensor],
         null_block_id: Int64,
         block_size: Int32,
         sequences: Int32,
         max_ctas: Int32,
         stream,
     ):
-        """Shapes as in `cute_ssm.selective_scan`, packed ones with a 1 in front; `max_ctas` bounds the grid."""
+        """Shapes as in `cute_ssm.selective_scan`, packed ones with a 1 in front; `max_ctas` bounds the grid.
+
+        `carried` (sequences, splits, dim, columns) is scratch: what parts hand on, see the head of this file.
+        """
         groups = B.shape[1]
         channels = self.threads // self.lanes
         per_group = u.shape[1] // groups
         tiles = (per_group + channels - 1) // channels
-        units = sequences * groups * tiles
+        if const_expr(self.first is not None):
+            units = sequences * groups * tiles * (self.splits - 1)
+            self.first.kernel(
+                u, ssm_states, delta, A, B, C, D, z, delta_bias, query_start_loc, cache_indices, has_initial_state,
+                block_idx_first_scheduled_token, block_idx_last_scheduled_token, initial_state_idx, cu_chunk_seqlen,
+                last_chunk_indices, out, ungated, carried, null_block_id, block_size, units, tiles, per_group,
+            ).launch(
+                grid=[cutlass.min(units, max_ctas), 1, 1],
+                block=[self.threads, 1, 1],
+                min_blocks_per_mp=1,
+                use_pdl=True,
+                stream=stream,
+            )  # fmt: skip
+        units = sequences * groups * tiles * self.splits
         self.kernel(
             u, ssm_states, delta, A, B, C, D, z, delta_bias, query_start_loc, cache_indices, has_initial_state,
             block_idx_first_scheduled_token, block_idx_last_scheduled_token, initial_state_idx, cu_chunk_seqlen,
-            last_chunk_indices, out, ungated, null_block_id, block_size, units, tiles, per_group,
+            last_chunk_indices, out, ungated, carried, null_block_id, block_size, units, tiles, per_group,
         ).launch(
             grid=[cutlass.min(units, max_ctas), 1, 1],
             block=[self.threads, 1, 1],
@@ -191,6 +235,7 @@ class SelectiveScan:
         last_chunk: Optional[cute.Tensor],
         out: cute.Tensor,
         ungated: Optional[cute.Tensor],
+        carried: Optional[cute.Tensor],
         null_slot: Int64,
         block_size: Int32,
         units: Int32,
@@ -202,15 +247,25 @@ class SelectiveScan:
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         metadata = (query_start, cache, has_initial, first_block, last_block, initial_block, chunk_ends, last_chunk)
-        per_sequence = tiles * (u.shape[1] // per_group)
+        all_tiles = tiles * (u.shape[1] // per_group)
+        per_sequence = all_tiles * (self.splits - self.carry)
         unit, stride = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
         while unit < units:
             b = unit // per_sequence
-            tile = unit - b * per_sequence
+            part, tile = Int32(0), unit - b * per_sequence
+            if const_expr(self.splits > 1):
+                part = tile // all_tiles
+                tile = tile - part * all_tiles
             group = tile // tiles
             within = (tile - group * tiles) * (self.threads // self.lanes) + thread // self.lanes
             channel, valid = group * per_group + within, within < per_group
             begin, end, slot, real, initial = self.extent(metadata, u, b, null_slot)
+            low, high = begin, end
+            if const_expr(self.splits > 1):
+                low, high = self.part_extent(begin, end, part)
+                real = real and low < high
+                if const_expr(self.carry):  # the last part has a state to keep, if it is the first
+                    real = real and (high < end or part == 0)
             if real:
                 row = b if const_expr(query_start is None) else Int32(0)
                 # lanes beyond the last channel read the weights of another, and nothing that is written
@@ -222,18 +277,24 @@ class SelectiveScan:
                     for t in (u, delta, z, out, ungated)
                 ]
                 columns = self.column_rows(B, C, row, group, thread)
-                h = [Float32(0.0)] * (QUAD * self.quads)
-                if const_expr(states is not None):
-                    if initial and valid:
-                        h = self.load_quads(memory.address(states, slot, known, 0), thread % self.lanes)
                 args = (rows, columns, weights, rates, smem, thread, valid)
-                if const_expr(self.spec.blocks):
-                    self.segments(args, h, metadata, states, b, known, begin, end, null_slot, block_size)
-                elif begin < end:
-                    h = self.segment(args, h, begin, end)
-                    if const_expr(states is not None):
+                if const_expr(self.carry):
+                    self.hand_on(args, states, carried, b, part, slot, known, low, high, end, initial)
+                else:
+                    h = [Float32(0.0)] * (QUAD * self.quads)
+                    if const_expr(self.splits > 1):
                         if valid:
-                            self.store_quads(memory.address(states, slot, known, 0), h, thread % self.lanes)
+                            h = self.fold(carried, b, part, known, rates, initial, thread % self.lanes)
+                    elif const_expr(states is not None):
+                        if initial and valid:
+                            h = self.load_quads(memory.address(states, slot, known, 0), thread % self.lanes)
+                    if const_expr(self.spec.blocks):
+                        self.segments(args, h, metadata, states, b, known, begin, end, low, high, null_slot, block_size)
+                    elif low < high:
+                        h = self.segment(args, h, low, high)
+                        if const_expr(states is not None):
+                            if valid and high == end:
+                                self.store_quads(memory.address(states, slot, known, 0), h, thread % self.lanes)
             unit += stride
 
     # ------------------------------------------------------------------------------------------------------- sequences
@@ -254,8 +315,8 @@ class SelectiveScan:
         return begin, end, slot, real, initial
 
     @cute.jit
-    def segments(self, args, h, metadata, states, b, channel, begin, end, null_slot, block_size):
-        """Scan a sequence and save the states at the end of each of its blocks or chunks."""
+    def segments(self, args, h, metadata, states, b, channel, begin, end, low, high, null_slot, block_size):
+        """Scan part [low, high) of a sequence and save the states at the end of each of its blocks or chunks."""
         _, cache, _, first_block, last_block, _, chunk_ends, last_chunk = metadata
         thread, valid = args[5:]
         first, count = Int32(0), (end - begin + block_size - 1) // block_size
@@ -265,25 +326,28 @@ class SelectiveScan:
                 first = Int32(last_chunk[b - 1]) + 1
             count = Int32(last_chunk[b]) - first + 1
             tokens = Int32(chunk_ends[first + 1]) - Int32(chunk_ends[first])
-        position = Int32(first_block[b]) * block_size
+        position = Int32(first_block[b]) * block_size  # of the token at `begin`
         if count > 1 and tokens < block_size:
             position += block_size - tokens  # the first chunk completes a block
-        i = Int32(0)
-        while i < count and begin < end:
-            stop = begin + block_size
+        i, stop = Int32(0), begin
+        while i < count and low < high:
             if const_expr(self.spec.chunks):
-                stop = begin + (Int32(chunk_ends[first + i + 1]) - Int32(chunk_ends[first + i]))
+                stop += Int32(chunk_ends[first + i + 1]) - Int32(chunk_ends[first + i])
+            else:
+                stop += block_size
             stop = cutlass.min(stop, end)
-            h = self.segment(args, h, begin, stop)
-            position += stop - begin
             i += 1
-            column = (position - 1) // block_size
-            if i == count:
-                column = Int32(last_block[b])
-            slot = Int64(cache[b, column])
-            if slot != null_slot and valid:
-                self.store_quads(memory.address(states, slot, channel, 0), h, thread % self.lanes)
-            begin = stop
+            if stop > low:  # else it ends in an earlier part
+                cut = cutlass.min(stop, high)
+                h = self.segment(args, h, low, cut)
+                low = cut
+                if stop == cut:
+                    column = (position + (stop - begin) - 1) // block_size
+                    if i == count:
+                        column = Int32(last_block[b])
+                    slot = Int64(cache[b, column])
+                    if slot != null_slot and valid:
+                        self.store_quads(memory.address(states, slot, channel, 0), h, thread % self.lanes)
 
     @cute.jit
     def segment(self, args, h, begin, stop):
@@ -307,6 +371,47 @@ class SelectiveScan:
             cute.arch.sync_threads()
         return h
 
+    # ---------------------------------------------------------------------------------------------------------- parts
+    @cute.jit
+    def part_extent(self, begin, end, part):
+        """First token and end of a part of a sequence; empty if the sequence is too short for it."""
+        size = ((end - begin + (self.splits - 1)) // self.splits + (BLOCK - 1)) & -BLOCK
+        low = cutlass.min(begin + part * size, end)
+        return low, cutlass.min(low + size, end)
+
+    @cute.jit
+    def hand_on(self, args, states, carried, b, part, slot, channel, low, high, end, initial):
+        """Scan a part for what it carries: row part + 1 of `carried`; the first part keeps initial states in row 0."""
+        thread, valid = args[5:]
+        lane = thread % self.lanes
+        h = [Float32(0.0)] * (QUAD * self.quads)
+        if const_expr(states is not None):
+            if part == 0 and initial and valid:
+                h = self.load_quads(memory.address(states, slot, channel, 0), lane)
+                self.store_quads(memory.address(carried, b, 0, channel, 0), h, lane, True)
+        if high < end:
+            *added, elapsed = self.segment(args, [*h, Float32(0.0)], low, high)
+            if valid:
+                row = memory.address(carried, b, part + 1, channel, 0)
+                self.store_quads(row, added, lane, True)
+                if lane == 0:
+                    memory.store_scalar(row + (carried_columns(self.spec) - QUAD), elapsed, Float32)
+
+    @cute.jit
+    def fold(self, carried, b, part, channel, rates, initial, lane):
+        """States that a part starts from: 2^(A' sum delta') applied to those of the part before, plus what it adds."""
+        h = [Float32(0.0)] * (QUAD * self.quads)
+        if part > 0 or initial:
+            row = cutlass.min(part, 1)
+            h = self.load_quads(memory.address(carried, b, row, channel, 0), lane, True)
+        for i in cutlass.range(2, part + 1, unroll=self.folded):
+            row = memory.address(carried, b, i, channel, 0)
+            added = self.load_quads(row, lane, True)
+            elapsed = memory.load_scalar(row + (carried_columns(self.spec) - QUAD), Float32)
+            for n in cutlass.range_constexpr(QUAD * self.quads):
+                h[n] = cute.math.fma(scan.power_of_two(elapsed * rates[n]), h[n], added[n])
+        return h
+
     # ------------------------------------------------------------------------------------------------ loads and stores
     @cute.jit
     def load_rows(self, rows, token, begin, stop, lane, valid):
@@ -326,7 +431,7 @@ class SelectiveScan:
             state = column if column < self.padded else column - self.padded
             known = state if state < self.spec.dstate else Int32(0)
             start = memory.address(B, row, group, known, 0).toint()
-            if column >= self.padded:
+            if column >= self.padded:  # never in the carry pass
                 start = memory.address(C, row, group, known, 0).toint()
             exists = state < self.spec.dstate and number < self.pitch * self.blocks
             pointer = cute.make_ptr(self.dtype, start, cute.AddressSpace.gmem, assumed_align=self.dtype.width // 8)
@@ -360,14 +465,14 @@ class SelectiveScan:
                     memory.store_scalar(target + t * self.pitch, values[t], Float32)
 
     @cute.jit
-    def load_quads(self, row, lane):
-        """This lane's states, or rates, of a channel; zeros beyond dstate."""
+    def load_quads(self, row, lane, padded: cutlass.Constexpr = False):
+        """This lane's states, or rates, of a channel; zeros beyond dstate.  `padded`: the row has whole quads."""
         dtype = row.dtype
         values = []
         for i in cutlass.range_constexpr(self.quads):
             state = (lane + i * self.lanes) * QUAD
             got = [Float32(0.0)] * QUAD
-            if const_expr(self.spec.aligned_states):
+            if const_expr(self.spec.aligned_states or padded):
                 if state < self.spec.dstate:
                     got = memory.load(row + state, dtype, QUAD, QUAD * dtype.width // 8)
             else:
@@ -380,12 +485,12 @@ class SelectiveScan:
         return values
 
     @cute.jit
-    def store_quads(self, row, values, lane):
-        """Round and store this lane's states of a channel."""
+    def store_quads(self, row, values, lane, padded: cutlass.Constexpr = False):
+        """Round and store this lane's states of a channel; see `load_quads`."""
         dtype = row.dtype
         for i in cutlass.range_constexpr(self.quads):
             state = (lane + i * self.lanes) * QUAD
-            if const_expr(self.spec.aligned_states):
+            if const_expr(self.spec.aligned_states or padded):
                 if state < self.spec.dstate:
                     memory.store(row + state, values[i * QUAD : (i + 1) * QUAD], dtype, QUAD * dtype.width // 8)
             else:
@@ -396,7 +501,7 @@ class SelectiveScan:
     # ------------------------------------------------------------------------------------------------------ arithmetic
     @cute.jit
     def block(self, rows, words, weights, rates, h, tile, token, begin, stop, lane, valid):
-        """Scan the block from `token` on, whose B and C are at `tile`, and store its outputs.
+        """Scan the block from `token` on, whose B and C are at `tile`, and store its outputs, if this pass has some.
 
         `words` are its u and delta.  Returns the states after it, and u and delta of the next block, which travel while
         this one is scanned, like z.
@@ -415,19 +520,20 @@ class SelectiveScan:
         gains = [step * value for step, value in zip(steps, inputs)]
         ahead = self.load_rows(rows, token + BLOCK, begin, stop, lane, valid)
         gates = None
-        if const_expr(self.spec.has_z):
+        if const_expr(self.spec.has_z and not self.carry):
             gates = scan.load_pieces(rows[2:3], mine, begin, stop, whole, valid, share, aligned)
-        h, sums = self.advance(rates, h, steps, gains, tile + lane * QUAD, lane)
-        sums = scan.scatter_sums(sums, lane, self.lanes)
-        if const_expr(D is not None):
-            sums = [cute.math.fma(D, value, y) for value, y in zip(inputs, sums)]
-        targets, results = rows[3:4], [sums]
-        if const_expr(self.spec.has_z):
-            gates = scan.unpack_piece(gates, self.dtype, share)
-            results = [[y * scan.silu(gate) for y, gate in zip(sums, gates)]]
-        if const_expr(self.spec.ungated):
-            targets, results = rows[3:5], [*results, sums]
-        scan.store_pieces(targets, mine, results, begin, stop, whole, valid, aligned)
+        h, sums = self.advance(rates, h, steps, gains, tile + lane * QUAD)
+        if const_expr(not self.carry):
+            sums = scan.scatter_sums(sums, lane, self.lanes)
+            if const_expr(D is not None):
+                sums = [cute.math.fma(D, value, y) for value, y in zip(inputs, sums)]
+            targets, results = rows[3:4], [sums]
+            if const_expr(self.spec.has_z):
+                gates = scan.unpack_piece(gates, self.dtype, share)
+                results = [[y * scan.silu(gate) for y, gate in zip(sums, gates)]]
+            if const_expr(self.spec.ungated):
+                targets, results = rows[3:5], [*results, sums]
+            scan.store_pieces(targets, mine, results, begin, stop, whole, valid, aligned)
         return h, ahead
 
     def steps(self, values, bias):
@@ -436,32 +542,55 @@ class SelectiveScan:
             values = [value + bias for value in values]
         return [scan.softplus(value) for value in values] if self.spec.delta_softplus else values
 
-    def advance(self, rates, h, steps, gains, columns, lane):
-        """Advance a lane's states by a block; returns them and this lane's part of the dot products with C."""
-        h = list(h)
+    def advance(self, rates, h, steps, gains, columns):
+        """Advance a lane's states by a block; returns them and this lane's part of the dot products with C.
+
+        The carry pass has no such products; the last of its `h` is the sum of delta', token by token.
+        """
+        if self.carry and self.crowded:
+            return self.advance_in_a_loop(rates, h, steps, gains, columns), []
         sums = []
         for t in range(BLOCK):
-            step, gain = self.of_token(steps, t, lane), self.of_token(gains, t, lane)
-            chains = [None] * self.chains
-            for i in range(self.quads):
-                at = columns + (t * self.pitch + i * self.lanes * QUAD)
-                B = memory.load(at, Float32, QUAD, 16)
-                C = memory.load(at + self.padded, Float32, QUAD, 16)
-                chain = i % self.chains
-                for j in range(QUAD):
-                    n = i * QUAD + j
-                    h[n] = cute.math.fma(scan.power_of_two(step * rates[n]), h[n], gain * B[j])
-                    total = chains[chain]
-                    chains[chain] = h[n] * C[j] if total is None else cute.math.fma(h[n], C[j], total)
-            sums.append(scan.sum_chains(chains))
+            step, gain = self.of_token(steps, t), self.of_token(gains, t)
+            h, total = self.advance_token(rates, h, step, gain, columns + t * self.pitch)
+            sums.append(total)
+            if self.crowded:
+                cute.arch.sync_warp()
         return h, sums
 
-    def of_token(self, values, t, lane):
-        """The scalar of a token, from the lane that owns it."""
+    @cute.jit
+    def advance_in_a_loop(self, rates, h, steps, gains, columns):
+        """`advance` of a carry pass whose lanes own one token of a block each."""
+        for t in cutlass.range(BLOCK, unroll=1):
+            step, gain = self.of_token(steps, t), self.of_token(gains, t)
+            h, _ = self.advance_token(rates, h, step, gain, columns + t * self.pitch)
+        return h
+
+    def advance_token(self, rates, h, step, gain, columns):
+        """Advance a lane's states by a token whose B, and C, begin at `columns`."""
+        h = list(h)
+        chains = [None] * self.chains
+        for i in range(self.quads):
+            at = columns + i * self.lanes * QUAD
+            B = memory.load(at, Float32, QUAD, 16)
+            C = None if self.carry else memory.load(at + self.padded, Float32, QUAD, 16)
+            chain = i % self.chains
+            for j in range(QUAD):
+                n = i * QUAD + j
+                h[n] = cute.math.fma(scan.power_of_two(step * rates[n]), h[n], gain * B[j])
+                if not self.carry:
+                    total = chains[chain]
+                    chains[chain] = h[n] * C[j] if total is None else cute.math.fma(h[n], C[j], total)
+        if self.carry:
+            return [*h[:-1], h[-1] + step], None
+        return h, scan.sum_chains(chains)
+
+    def of_token(self, values, t):
+        """The scalar of a token, from the lane that owns it; t may be a register if lanes own one each."""
         if self.lanes == 1:
             return values[t]
         owner = lane_base(self.lanes) + t // self.share
-        return cute.arch.shuffle_sync(values[t % self.share], owner)
+        return cute.arch.shuffle_sync(values[t % self.share if self.share > 1 else 0], owner)
 
 
 def lane_base(lanes):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cute_ssm import arch as archs
 from cute_ssm import runtime
+from cute_ssm.arch import Arch
 from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
 from cute_ssm.ops import _library
@@ -122,8 +123,11 @@ def selective_scan(
     chunks is shorter than a block, it is taken to complete one.
 
     The recurrence is that of Gu and Dao, "Mamba" (2023); the conventions of slots and blocks are those of vLLM.
-    A sequence's result does not depend on the other sequences of the call, bit for bit, and one call gives the bits of
-    several that carry a float32 state.
+    Where channels do not fill the GPU, long sequences are scanned in parts at once, by two launches, with scratch of
+    about 4 (dstate + 4) bytes per part and channel.  The number of parts is chosen by batch, dim, dstate, tokens and
+    GPU; ``cute_ssm.tuning.override(splits=1)`` keeps sequences whole.  For a number of parts, a sequence's result does
+    not depend on the other sequences of the call, bit for bit, and is the same in every run; whole, one call gives the
+    bits of several that carry a float32 state.
     """
     tensors = _Tensors(
         u, ssm_states, delta, A, B, C, D, z, delta_bias, query_start_loc, cache_indices, has_initial_state,
@@ -227,7 +231,22 @@ class _Tensors(NamedTuple):
 
 # Steady state: everything a kernel is chosen by, but for strides and alignment.  Those, and the equality of sizes and
 # types, the kernel's own entry checks before it launches; if it refuses, the arguments are examined one by one.
-_plans: dict[tuple[object, ...], tuple[Callable[..., None], int]] = {}
+class _Plan(NamedTuple):
+    """A kernel, the most CTAs of its grid, and the shape of what it needs to hand states on from part to part."""
+
+    kernel: Callable[..., None]
+    max_ctas: int
+    carried: tuple[int, ...] | None = None
+
+    def run(self, args: tuple[Any, ...], null_block_id: int, block_size: int, sequences: int) -> None:
+        """Launch on canonical arguments."""
+        carried = None
+        if self.carried is not None:
+            carried = torch.empty(self.carried, dtype=torch.float32, device=args[0].device)
+        self.kernel(*args, carried, null_block_id, block_size, sequences, self.max_ctas)
+
+
+_plans: dict[tuple[object, ...], _Plan] = {}
 MOST_PLANS = 4096
 
 
@@ -261,7 +280,7 @@ def _scan(
     plan = _plans.get(key)
     if plan is not None and not overridden():
         try:
-            plan[0](*_canonical(tensors, out, ungated), null_block_id, block_size, _sequences(tensors), plan[1])
+            plan.run(_canonical(tensors, out, ungated), null_block_id, block_size, _sequences(tensors))
             return
         except (TypeError, ValueError, IndexError, AttributeError):
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
@@ -277,21 +296,28 @@ def _scan(
         return
     args = _canonical(tensors, out, ungated)
     spec = _spec(args, softplus)
-    sequences = _sequences(tensors)
-    u, B = args[0], args[4]
-    work = (sequences * u.shape[1], u.shape[1] // B.shape[1])
+    sequences, u = _sequences(tensors), args[0]
     if not u.is_cuda:
-        _run_on_cpu(spec, args, null_block_id, block_size, sequences, work)
+        _run_on_cpu(spec, args, null_block_id, block_size, sequences)
     elif u.numel() and sequences:
-        arch = runtime.target(u.device)
         sm_count = torch.cuda.get_device_properties(u.device).multi_processor_count
-        config = tuning.choose(spec, arch, *work, sm_count)
-        plan = (runtime.get(spec, config, arch), sm_count * config.ctas_per_sm)
+        plan = _plan(spec, args, sequences, runtime.target(u.device), sm_count, runtime.get)
         if not overridden():
             if len(_plans) >= MOST_PLANS:  # of sizes that come and go
                 _plans.clear()
             _plans[key] = plan
-        plan[0](*args, null_block_id, block_size, sequences, plan[1])
+        plan.run(args, null_block_id, block_size, sequences)
+
+
+def _plan(
+    spec: SelectiveScanSpec, args: tuple[Any, ...], sequences: int, arch: Arch, sm_count: int, get: Callable[..., Any]
+) -> _Plan:
+    """How to run canonical arguments; `get` finds kernels."""
+    u, B = args[0], args[4]
+    dim, tokens = u.shape[1], u.shape[0] * u.shape[2]
+    config = tuning.choose(spec, arch, sequences * dim, dim // B.shape[1], tokens // sequences, sm_count)
+    carried = (sequences, config.splits, dim, tuning.carried_columns(spec)) if config.splits > 1 else None
+    return _Plan(get(spec, config, arch), sm_count * config.ctas_per_sm, carried)
 
 
 def _key(tensors: _Tensors, softplus: bool, block_size: int, out: Tensor, ungated: Tensor | None) -> tuple[object, ...]:
@@ -381,12 +407,7 @@ def _spec(args: tuple[Any, ...], softplus: bool) -> SelectiveScanSpec:
 
 
 def _run_on_cpu(
-    spec: SelectiveScanSpec,
-    args: tuple[Any, ...],
-    null_block_id: int,
-    block_size: int,
-    sequences: int,
-    work: tuple[int, int],
+    spec: SelectiveScanSpec, args: tuple[Any, ...], null_block_id: int, block_size: int, sequences: int
 ) -> None:
     """Run the compiled kernel if an emulator is open, else the reference."""
     u, states = args[:2]
@@ -397,10 +418,8 @@ def _run_on_cpu(
         _reference(args, spec.delta_softplus, segments)
     elif u.numel() and sequences:
         arch = archs.by_name(emulator.arch)
-        sm_count = emulator.sm_count or arch.sm_count
-        config = tuning.choose(spec, arch, *work, sm_count)
-        kernel = runtime.emulated(spec, config, arch)
-        kernel(*args, null_block_id, block_size, sequences, sm_count * config.ctas_per_sm)
+        plan = _plan(spec, args, sequences, arch, emulator.sm_count or arch.sm_count, runtime.emulated)
+        plan.run(args, null_block_id, block_size, sequences)
 
 
 def _reference(args: tuple[Any, ...], softplus: bool, segments: list[Any]) -> None:

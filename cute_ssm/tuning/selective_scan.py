@@ -1,13 +1,14 @@
 """The config of `kernels.selective_scan`, and the choice of one.
 
-The bits of a result depend on the spec alone: every field only moves work.  So a sequence's result does not depend on
-the batch it is part of, on where it lies in a packed batch, or on how many lanes share its channels.
+The bits of a result depend on the spec and on `splits`; the other fields only move work.  So a sequence's result does
+not depend on where it lies in a packed batch, or on how many lanes share its channels, and on the batch it is part of
+only by the number of parts, which is 1 where channels fill the GPU or sequences are short.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cute_ssm.arch import Arch
 from cute_ssm.errors import UnsupportedSpecError
@@ -21,7 +22,12 @@ MAX_WARPS = 8  # of a CTA
 LANES = 8  # of a channel, at most
 LANE_STATES = 16  # of a lane, unless all lanes are in use: they and their rates take two registers each
 COLUMN_PIECES = 4  # blocks of B and C that a thread holds while they travel, at most
-BUSY_WARPS = 8  # per SM: with fewer, channels are shared by more lanes, and CTAs are smaller
+BUSY_WARPS = 8  # per SM: with fewer, channels are shared by more lanes, sequences are split, and CTAs are smaller
+MAX_SPLITS = 32  # of a sequence: the last part folds what as many carry
+PART_TOKENS = 256  # of a part, at least: folding 32 rows costs about as much as scanning 16 tokens
+SPLIT_GAIN = 1.25  # by which the model must favour splits, for a second launch and bits that depend on them
+# Instructions of a lane per token and channel, as counted: (per state, fixed, per lane that shares the channel)
+SCAN_WORK, CARRY_WORK = (5.7, 18.0, 13.5), (4.6, 9.0, 9.0)
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,15 @@ class SelectiveScanConfig(Config):
         Tokens of B and C that are staged at a time: a multiple of 8.
     ctas_per_sm : int
         Upper bound of the persistent grid, per SM.
+    splits : int
+        Parts that a sequence is cut into, scanned at once after a pass that finds what each hands on.
     """
 
     lanes: int
     warps: int
     tokens: int
     ctas_per_sm: int
+    splits: int = 1
 
     def channels(self) -> int:
         """Channels of a CTA."""
@@ -65,6 +74,7 @@ class SelectiveScanConfig(Config):
             "tokens": self.tokens >= BLOCK and self.tokens % BLOCK == 0,
             "pieces": self.column_pieces(spec) <= 2 * COLUMN_PIECES,
             "ctas_per_sm": self.ctas_per_sm >= 1,
+            "splits": self.splits >= 1,
             "shared memory": self.shared_bytes(spec) <= arch.shared_bytes,
         }
         bad = [name for name, good in problems.items() if not good]
@@ -90,17 +100,60 @@ def lane_choices(spec: SelectiveScanSpec) -> list[int]:
     return [n for n in powers if n <= chains(spec) and (padded_states(spec) <= n * LANE_STATES or n == LANES)]
 
 
-def choose(spec: SelectiveScanSpec, arch: Arch, channels: int, per_group: int, sm_count: int) -> SelectiveScanConfig:
-    """Return the config for ``channels`` (sequence, channel) pairs, in groups of ``per_group`` that share B and C."""
-    return apply_override(_choose(spec, arch, channels, per_group, sm_count))
+def carried_columns(spec: SelectiveScanSpec) -> int:
+    """Floats of a channel that a part hands on: the states, in whole quads, and in a quad of its own sum delta'."""
+    return -(-spec.dstate // QUAD) * QUAD + QUAD
+
+
+def duration(spec: SelectiveScanSpec, lanes: int, splits: int, channels: int, sm_count: int) -> float:
+    """What a call takes, up to a factor: instructions over the share of the GPU that executes them.
+
+    Every part but the last is scanned twice, the first time without outputs.  An SM with fewer than `BUSY_WARPS` warps
+    is taken to be as busy as it has warps.
+    """
+    scan, carry = (per_state * spec.dstate + fixed + per_lane * lanes
+                   for per_state, fixed, per_lane in (SCAN_WORK, CARRY_WORK))  # fmt: skip
+    busy = min(1.0, channels * lanes * splits / (BUSY_WARPS * WARP * sm_count))
+    return (scan + carry * (splits - 1) / splits) / busy
+
+
+def parallelism(spec: SelectiveScanSpec, channels: int, length: int, sm_count: int) -> tuple[int, int]:
+    """Return (lanes, splits): what takes least, unsplit unless splits gain enough."""
+
+    def time(choice: tuple[int, int]) -> float:
+        return duration(spec, *choice, channels, sm_count)
+
+    whole = [(lanes, 1) for lanes in lane_choices(spec)]
+    counts = [2**i for i in range(1, 10) if 2**i <= MAX_SPLITS and length >= 2**i * PART_TOKENS]
+    best = min(whole, key=time)
+    split = min([best, *((lanes, n) for n in counts for lanes in lane_choices(spec))], key=time)
+    return split if time(split) * SPLIT_GAIN <= time(best) else best
+
+
+def choose(
+    spec: SelectiveScanSpec, arch: Arch, channels: int, per_group: int, length: int, sm_count: int
+) -> SelectiveScanConfig:
+    """Return the config of a call.
+
+    Parameters
+    ----------
+    channels : int
+        (Sequence, channel) pairs.
+    per_group : int
+        Channels of a sequence that share B and C.
+    length : int
+        Tokens of a sequence, on average.
+    """
+    return apply_override(_choose(spec, arch, channels, per_group, length, sm_count))
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(spec: SelectiveScanSpec, arch: Arch, channels: int, per_group: int, sm_count: int) -> SelectiveScanConfig:
-    """As few lanes a channel, and as many warps a CTA, as keep every SM busy."""
-    choices = lane_choices(spec)
-    lanes = next((n for n in choices if channels * n >= BUSY_WARPS * WARP * sm_count), choices[-1])
-    resident = channels * lanes / (WARP * sm_count)
+def _choose(
+    spec: SelectiveScanSpec, arch: Arch, channels: int, per_group: int, length: int, sm_count: int
+) -> SelectiveScanConfig:
+    """As few lanes a channel, as few parts, and as many warps a CTA, as keep every SM busy."""
+    lanes, splits = parallelism(spec, channels, length, sm_count)
+    resident = channels * lanes * splits / (WARP * sm_count)
     warps = 4 if resident >= BUSY_WARPS else 2 if resident >= BUSY_WARPS / 2 else 1
     while warps > 1 and WARP * (warps // 2) >= per_group * lanes:
         warps //= 2
@@ -109,7 +162,7 @@ def _choose(spec: SelectiveScanSpec, arch: Arch, channels: int, per_group: int, 
         warps, pieces = MAX_WARPS, COLUMN_PIECES // 2  # a thread's part of B and C leaves registers to the states
     rows = 2 * padded_states(spec)
     tokens = next((n for n in (32, 16) if rows * n <= pieces * BLOCK * WARP * warps), BLOCK)
-    config = SelectiveScanConfig(lanes, warps, tokens, ctas_per_sm=1)
+    config = SelectiveScanConfig(lanes, warps, tokens, ctas_per_sm=1, splits=splits)
     fitting = arch.shared_bytes // (config.shared_bytes(spec) + 1024)
     room = 8 if padded_states(spec) >= LANE_STATES * lanes else 12  # warps that an SM's registers hold
-    return SelectiveScanConfig(lanes, warps, tokens, ctas_per_sm=max(1, min(fitting, room // warps)))
+    return replace(config, ctas_per_sm=max(1, min(fitting, room // warps)))

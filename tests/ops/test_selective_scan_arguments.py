@@ -259,6 +259,7 @@ def test_specs_without_a_kernel(change, message):
         ({"tokens": 12}, "tokens of"),
         ({"tokens": 512, "warps": 1}, "pieces of"),
         ({"ctas_per_sm": 0}, "ctas_per_sm of"),
+        ({"splits": 0}, "splits of"),
         ({"tokens": 1024, "warps": 8}, "pieces, shared memory of"),
     ],
 )
@@ -272,7 +273,8 @@ def test_every_choice_fits():
     for dstate in range(1, 257):
         spec = SelectiveScanSpec(**{**vars(SPEC), "dstate": dstate})
         for channels, per_group in ((1, 1), (64, 8), (5120, 5120), (1 << 20, 4096)):
-            config = tuning.choose(spec, SM_90A, channels, per_group, SM_90A.sm_count)
-            config.check(spec, SM_90A)
-            assert config.ctas_per_sm * (config.shared_bytes(spec) + 1024) <= SM_90A.shared_bytes + 1024
-            assert config.channels() * (1 if config.warps == 1 else 0.5) <= max(per_group, 32), dstate
+            for length in (1, 4096):
+                config = tuning.choose(spec, SM_90A, channels, per_group, length, SM_90A.sm_count)
+                config.check(spec, SM_90A)
+                assert config.ctas_per_sm * (config.shared_bytes(spec) + 1024) <= SM_90A.shared_bytes + 1024
+                assert config.channels() * (1 if config.warps == 1 else 0.5) <= max(per_group, 32), dstate

@@ -44,24 +44,33 @@ SPECS = {
 }
 
 
-def resources(spec, channels, arch):
+# (sequence, channel) pairs and tokens of a sequence: few, few in parts, parts with the fewest lanes, many
+WORK = [(4096, 1), (512, 2048), (1536, 8192), (1 << 20, 1)]
+
+
+def resources(spec, work, arch):
     target = archs.by_name(arch)
-    config = tuning.choose(spec, target, channels, 4096, target.sm_count)
+    channels, length = work
+    config = tuning.choose(spec, target, channels, 4096, length, target.sm_count)
     compiled = runtime.emulated(spec, config, target)
-    assert compiled.kernels
-    return config, compiled.kernels[0]
+    assert len(compiled.kernels) == (1 if config.splits == 1 else 2)
+    assert (config.splits > 1) == (length > 1)
+    return config, compiled.kernels
 
 
-@pytest.mark.parametrize("channels", [4096, 1 << 20])
+@pytest.mark.parametrize("work", WORK, ids=str)
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize("name", SPECS)
-def test_no_spills_and_the_resident_ctas_fit(name, arch, channels):
-    config, kernel = resources(SPECS[name], channels, arch)
-    assert kernel.spill_bytes == 0
-    registers = -(-kernel.registers // 8) * 8
-    assert config.ctas_per_sm * config.warps * tuning.WARP * registers <= 65536
+def test_no_spills_and_the_resident_ctas_fit(name, arch, work):
+    config, kernels = resources(SPECS[name], work, arch)
+    for kernel in kernels:
+        assert kernel.spill_bytes == 0
+        registers = -(-kernel.registers // 8) * 8
+        assert config.ctas_per_sm * config.warps * tuning.WARP * registers <= 65536
 
 
+@pytest.mark.parametrize("work", WORK[1:], ids=str)
 @pytest.mark.parametrize("name", ["base", "prefix"])
-def test_sm_103a(name):
-    assert resources(SPECS[name], 1 << 20, "sm_103a")[1].spill_bytes == 0
+def test_sm_103a(name, work):
+    _, kernels = resources(SPECS[name], work, "sm_103a")
+    assert all(kernel.spill_bytes == 0 for kernel in kernels)

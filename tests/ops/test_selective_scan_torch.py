@@ -113,7 +113,7 @@ def test_steady_state_is_one_look_up_and_one_call(case, plans):
     call = arguments(case)
     key = memorised(case, call)
     kernel = Recorder()
-    module._plans = {key: (kernel, 528)}
+    module._plans = {key: module._Plan(kernel, 528)}
     out = scan(case, call)
     (got,) = kernel.calls
     sequences = len(case.lengths)
@@ -123,7 +123,20 @@ def test_steady_state_is_one_look_up_and_one_call(case, plans):
         assert value is None or value.data_ptr() == wanted.data_ptr(), name
     assert got[17].data_ptr() == out.data_ptr()
     assert (got[18] is not None) == case.in_place
-    assert got[19:] == (0, case.block_size or 1024, sequences, 528)
+    assert got[19:] == (None, 0, case.block_size or 1024, sequences, 528)
+
+
+def test_parts_get_scratch_of_their_own(plans):
+    """Every call hands its parts other memory, or memory that its stream has finished with: the allocator's affair."""
+    call = arguments(SMALL)
+    key = memorised(SMALL, call)
+    kernel = Recorder()
+    module._plans = {key: module._Plan(kernel, 528, (3, 4, 8, 20))}
+    scan(SMALL, call)
+    scan(SMALL, call)
+    for got in kernel.calls:
+        assert (got[19].shape, got[19].dtype, got[19].device) == ((3, 4, 8, 20), torch.float32, call["u"].device)
+    assert kernel.calls[0][19].data_ptr() != kernel.calls[1][19].data_ptr()
 
 
 def test_a_refusing_kernel_leads_to_the_full_check(plans):
@@ -131,7 +144,7 @@ def test_a_refusing_kernel_leads_to_the_full_check(plans):
     call = arguments(SMALL)
     twin = copy(call)
     key = memorised(SMALL, copy(call))
-    module._plans = {key: (Recorder(refuse=True), 528)}
+    module._plans = {key: module._Plan(Recorder(refuse=True), 528)}
     scan(SMALL, call)
     module._plans = {}
     scan(SMALL, twin)
