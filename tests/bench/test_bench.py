@@ -12,6 +12,7 @@ import torch
 from cute_ssm import workloads
 from cute_ssm.compat import fla as compat_fla
 from cute_ssm.compat.flashinfer import gdn_decode, mamba
+from cute_ssm.errors import CuteSsmError
 
 pytest.importorskip("bench", reason="tools/ is not on the path")
 from bench import cases, peers, report, run, timing
@@ -173,6 +174,23 @@ def test_without_a_gpu_the_model_is_named(capsys):
     with pytest.raises(SystemExit):
         run.main(["--quick"])
     assert "--model" in capsys.readouterr().err
+
+
+def test_gate_lets_right_results_pass_and_no_others(monkeypatch):
+    keys = tuple((k, v) for k, v in STEP.items() if k != "batch")
+    case = cases.Case("some", "selective_state_update", keys, (2,))
+    run.gate(case, torch.device("cpu"))
+    original = workloads.Call.run
+
+    def broken(call, made=[]):  # noqa: B006
+        made.append(original(call))
+        if len(made) == 2:
+            call.arguments["state"][call.arguments["state_batch_indices"][0].item(), 1, 2, 3] += 1.0
+        return made[-1]
+
+    monkeypatch.setattr(workloads.Call, "run", broken)
+    with pytest.raises(CuteSsmError, match="state differs"):
+        run.gate(case, torch.device("cpu"))
 
 
 def line(batch, us, how="measured", **rivals):

@@ -1,9 +1,12 @@
 """Host cost of a cached call: ``python tools/bench/host.py`` prints microseconds, ``--json`` writes results/host.json.
 
-Nothing is launched.  A call in steady state is the operator's Python, one look-up, and one call of a compiled host
-function that takes the tensors through TVM-FFI and checks types, shapes and strides as the kernel's entry does; here
-that function has the signature of the kernel and an empty body, so that it runs on CPU tensors.  What is missing is the
-launch itself.
+On a GPU (``--gpu``, and results/host-gpu.json), for every operator: what a call costs the host with its launch, the
+replay of a CUDA graph of one call, and a call inside ``torch.compile``; the bits of all three are compared first.
+
+Without one, nothing is launched.  A call in steady state is the operator's Python, one look-up, and one call of a
+compiled host function that takes the tensors through TVM-FFI and checks types, shapes and strides as the kernel's entry
+does; here that function has the signature of the kernel and an empty body, so that it runs on CPU tensors.  What is
+missing is the launch itself.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import torch
 from cutlass.cute.runtime import make_fake_compact_tensor
 
 import cute_ssm
+from cute_ssm import workloads
 from cute_ssm.ops import selective_state_update as module
 from cute_ssm.ops._step_arguments import Operands
 
@@ -33,6 +37,8 @@ DTYPES = {
     torch.int64: cute.Int64,
 }
 RESULTS = Path(__file__).with_name("results") / "host.json"
+RESULTS_GPU = RESULTS.with_name("host-gpu.json")
+QUEUED = 200  # calls between two waits for the GPU: fewer than a stream holds
 
 
 Optional = cute.Tensor | None
@@ -131,12 +137,85 @@ def microseconds(function, repeats=30, inner=2000) -> float:
     return statistics.median(times)
 
 
+def restored(call: workloads.Call, before: dict[str, torch.Tensor], way) -> dict[str, torch.Tensor]:
+    """What a call writes if it is made in some way, from the same state."""
+    for name, value in call.results().items():
+        value.copy_(before[name])
+    way()
+    torch.cuda.synchronize()
+    return {name: value.clone() for name, value in call.results().items()}
+
+
+def same_bits(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    """Whether two calls have written the same bytes."""
+    return all(torch.equal(value.view(torch.uint8), others[name].view(torch.uint8)) for name, value in some.items())
+
+
+def captured(call: workloads.Call) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of one call, which has run before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call.run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call.run()
+    return graph
+
+
+def compiled(call: workloads.Call):
+    """The call inside a function that torch.compile has made, without graph breaks."""
+    operator = getattr(cute_ssm, call.op)
+    function = torch.compile(lambda arguments: operator(**arguments), fullgraph=True)
+    return lambda: function(call.arguments)
+
+
+def on_gpu(op: str) -> dict[str, float]:
+    """Microseconds of the host per call of an operator, by the ways to make it.
+
+    Raises
+    ------
+    RuntimeError
+        A way gives other bits than the plain call.
+    """
+    call = workloads.build(op, {workloads.batch_key(op): 1}, "cuda")
+    before = {name: value.clone() for name, value in call.results().items()}
+    want = restored(call, before, call.run)
+    ways = {"cached call": call.run, "replay of a graph": captured(call).replay, "in torch.compile": compiled(call)}
+    rows = {}
+    for name, way in ways.items():
+        if not same_bits(restored(call, before, way), want):
+            raise RuntimeError(f"{op}, {name}: other bits than the plain call")
+        rows[f"{op}, {name}"] = queued(way)
+    return rows
+
+
+def queued(function, repeats=30) -> float:
+    """Median over repeats of the host's mean time of a call while the GPU is behind, not waited for."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(QUEUED):
+            function()
+        times.append((time.perf_counter() - start) / QUEUED * 1e6)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument("--gpu", action="store_true", help=f"calls on a GPU too; --json writes {RESULTS_GPU.name}")
     options = parser.parse_args(argv)
+    if options.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: there is no GPU here")
     rows = {}
+    if options.gpu:
+        for op in workloads.OPERATORS:
+            rows |= on_gpu(op)
     for what, call in (("one token", one_token()), ("packed, tables, int8, stochastic", speculative())):
         given, cached, alone = measure(call)
         rows[f"selective_state_update, {what}: {given} tensors, cached"] = cached
@@ -145,9 +224,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{value:6.2f} us  {name}")
     if options.json:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        RESULTS.write_text(
-            json.dumps({"microseconds": rows, "cpu": platform.processor(), "versions": versions}, indent=1) + "\n"
-        )
+        results = {"microseconds": rows, "cpu": platform.processor(), "versions": versions}
+        if options.gpu:
+            results["device"] = torch.cuda.get_device_name()
+        (RESULTS_GPU if options.gpu else RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 
