@@ -175,14 +175,14 @@ def _with_nans(word, low, high, dtype, *, loc=None, ip=None):
 
 
 def _rebiased(value, random, half, dtype):
-    """A float32 rounded stochastically to a type with fewer bits of exponent, as float32 on the grid of that type.
+    """A float32 rounded stochastically to a type with fewer bits of exponent: (on the grid of that type, as it was).
 
-    Scaled down by the difference of the exponent biases, subnormal results are subnormal float32, and the cut part
-    begins at the same bit of all patterns.
+    Both are scaled down by the difference of the exponent biases: subnormal results are subnormal float32, and the cut
+    part begins at the same bit of all patterns.  On the grid, a NaN may have wrapped around to a zero.
     """
     rebias, cut, shift = (112, 13, 0) if dtype is Float16 else (120, 20, 4)
     scaled = _multiply_rz(value, 2.0**-rebias)
-    return _cut(_add_half(scaled, random, half, shift), cut)
+    return _cut(_add_half(scaled, random, half, shift), cut), scaled
 
 
 def pack_stochastic(values, words, dtype, arch):
@@ -200,11 +200,13 @@ def pack_stochastic(values, words, dtype, arch):
             continue
         if dtype is BFloat16:
             word = _high_halves(_add_half(low, random, 0, 0), _add_half(high, random, 1, 0))
+            word = _with_nans(word, low, high, dtype)
         else:
             used = random & 0x1FFF1FFF
             grid = [_rebiased(low, used, 0, dtype), _rebiased(high, used, 1, dtype)]
-            word = _pack_pair(*[value * 2.0**112 for value in grid], dtype)
-        packed.append(_with_nans(word, low, high, dtype))
+            # what is added is less than any place of the result, but NaN where the value is
+            word = _pack_pair(*[cute.math.fma(value, Float32(2.0**112), was) for value, was in grid], dtype)
+        packed.append(word)
     return packed
 
 
@@ -315,7 +317,7 @@ def pack_quantised(values, encode, dtype, words=None):
         if words is not None:
             zero = encode * Float32(-0.0)  # keeps the sign of zeros, and is NaN where the row is
             grid = [_rebiased(value, words[i // 2], i % 2, dtype) for i, value in enumerate(scaled)]
-            scaled = [cute.math.fma(value, Float32(2.0**120), zero) for value in grid]
+            scaled = [cute.math.fma(value, Float32(2.0**120), zero) for value, _ in grid]
         return [_pack_float8(scaled[i : i + 4]) for i in range(0, len(scaled), 4)]
     if words is None:
         return _pack_integers([_round_integer(value, encode) for value in values], dtype)
