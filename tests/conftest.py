@@ -8,6 +8,29 @@ from cute_ssm import env, runtime
 from cute_ssm.runtime.store import Store
 
 
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="run on the GPU what runs in the emulator otherwise")
+
+
+def pytest_collection_modifyitems(config, items):
+    import torch
+
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a GPU")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _way(request, monkeypatch):
+    """Put the GPU in the emulator's place if asked for."""
+    if request.config.getoption("--gpu"):
+        import hardware
+
+        hardware.install(monkeypatch)
+
+
 def _forget() -> None:
     env.settings.cache_clear()
     env.logger.cache_clear()
