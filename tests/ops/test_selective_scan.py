@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -112,15 +113,18 @@ def close(got, wanted, backend):
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-@pytest.mark.parametrize("length", [1, 7, 128, 1024, pytest.param(4096, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@pytest.mark.parametrize("length", [1, 7, 128, 1024, 4096])
+@pytest.mark.parametrize("backend", ["reference", "emulate", "emulate-whole"])
 def test_lengths(length, backend):
+    """So few channels are scanned in parts from 512 tokens on, unless that is forbidden."""
     case = Case(lengths=(length,), dim=8, io="bf16", layout="packed" if length % 8 == 0 else "pitched", nulls=())
     if backend == "reference":
         verify(case)
         return
-    with ptxsim.emulate(arch="sm_90a"):
+    whole = tuning.override(splits=1) if backend == "emulate-whole" else nullcontext()
+    with ptxsim.emulate(arch="sm_90a") as session, whole:
         verify(case)
+    assert len(session.launches) == (2 if backend == "emulate" and length >= 512 else 1)
 
 
 @pytest.mark.parametrize("backend", ["reference", "emulate"])
