@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from cute_ssm.arch import Arch
 from cute_ssm.errors import UnsupportedSpecError
 from cute_ssm.spec import Config, GatedDeltaRuleReplaySpec, GatedDeltaSpec
-from cute_ssm.tuning import apply_override
+from cute_ssm.tuning import apply_override, tables
 
+FREE = ("rows", "warps")  # fields that change no result
+KEY = ("state_dtype", "K", "V", "tokens")  # fields of a spec that the best config depends on
 WARP = 32
 TILE = 16  # rows of the state that a warp works on at a time
 KEY_PAD = 8  # floats between rows of keys in shared memory: no access to them meets a bank twice
@@ -86,7 +88,13 @@ def table_parts(tokens: int, queries: bool = True) -> dict[str, int]:
 
 def choose(spec: GatedDeltaSpec, arch: Arch, heads: int, sm_count: int) -> GatedDeltaRuleConfig:
     """Return the config for ``heads`` (request, value head) pairs on ``sm_count`` SMs, as `tuning.override` has it."""
-    return apply_override(_choose(spec, heads, sm_count))
+    return apply_override(tables.tuned(_choose(spec, heads, sm_count), spec, arch, heads, FREE))
+
+
+def space(spec: GatedDeltaSpec, arch: Arch) -> dict[str, tuple[int, ...]]:
+    """Return the values that the tuner tries for each field of `FREE`; not all combinations are valid."""
+    rows = [rows for rows in (16, 32, 64, 128, 256) if spec.V % rows == 0]
+    return {"rows": tuple(rows), "warps": (1, 2, 4, 8)}
 
 
 @functools.lru_cache(maxsize=4096)

@@ -25,7 +25,9 @@ from cute_ssm.errors import describe
 if TYPE_CHECKING:
     import torch
 
-OPERATORS = ("selective_state_update", "checkpointing_ssu", "selective_scan", "gated_delta_rule_mtp")
+OPERATORS = (
+    "selective_state_update", "checkpointing_ssu", "selective_scan", "gated_delta_rule_mtp", "gated_delta_rule_replay",
+)  # fmt: skip
 
 Keys = Mapping[str, "int | str"]
 
