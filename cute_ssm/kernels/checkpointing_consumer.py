@@ -22,7 +22,7 @@ from cute_ssm.device.tile import ROWS
 from cute_ssm.device.tokens import TokenOperands
 from cute_ssm.tuning.checkpointing_ssu import STEP, TOKENS
 
-UNROLLED = 4  # tiles of a consumer and unit that are unrolled where states are kept: more do not fit the code cache
+UNROLLED = 4  # tiles of a consumer and unit that are unrolled: more do not fit the code cache, or wide ones registers
 SMALLEST_UNIT = 2.0**-90  # of a quantised row's sums: its inverse times an input stays finite
 HELD = 64  # registers that may hold the history's B for all tiles of a unit
 
@@ -36,6 +36,7 @@ class Consumer:
         self.tokens = TokenOperands(owner.input_dtype)
         self.blocks = -(-self.spec.tokens // TOKENS)
         self.once = self.blocks == 1
+        self.unrolled = self.once and self.own <= UNROLLED and not self.tile.wide and self.spec.dstate <= 128
         self.parts = 1 if self.spec.state_dtype in ("bfloat16", "int8", "float8_e4m3fn") else 2
         self.zero_x = owner.zero + 7 * self.layout.x_pitch % 128
         self.zero_column = owner.zero + 7 * self.layout.column_pitch % 128
@@ -44,16 +45,16 @@ class Consumer:
     # ------------------------------------------------------------------------------------------------------------ unit
     @cute.jit
     def run(self, w, walk, outputs, store, store_view, tiles, ring, units, barriers):
-        half, layout, part = self.half, self.layout, self.half.part
+        layout, part = self.layout, self.half.part
         first, total, stride = walk
         D, out, state_scale, rand_seed = outputs
         full, empty, unit_full, unit_empty = barriers
         lane = cute.arch.lane_idx()
         ts, tg = self.owner.tile_copies(store, store_view, tiles)
-        pointers = self.tile.pointers(ring, lane)
+        base_pointers = self.tile.pointers(ring, lane)
         it, rounds = Int32(0), Int32(0)
         for _ in cutlass.range(first, total, stride):
-            stage, phase = it % half.unit_stages, it // half.unit_stages % 2
+            stage, phase = self.owner.stage(it)
             here = stage * layout.unit_bytes
             cute.arch.mbarrier_wait(unit_full + stage, phase)
             meta = cute.recast_ptr(units + (here + layout.meta), dtype=Int32)
@@ -61,6 +62,8 @@ class Consumer:
             slot, head, column, _ = memory.load_words(meta + 4, 4)
             if k >= 0:
                 place = (k, n, slot, head, column)
+                # opaque: the compiler would keep every address of a tile in a register of its own
+                pointers = [pointer + memory.pinned(Int32(0)) for pointer in base_pointers]
                 stages = (full, empty, rounds, w)
                 unit_at = (units, here, pointers)
                 block = self.token_block(place, unit_at, lane, 0) if const_expr(self.once) else None
@@ -95,7 +98,7 @@ class Consumer:
     @cute.jit
     def keep_tiles(self, place, unit_at, stages, block, D, lane):
         """All tiles of this consumer in a unit whose state stays as it is."""
-        if const_expr(self.own <= UNROLLED and self.once):
+        if const_expr(self.unrolled):
             for i in cutlass.range_constexpr(self.own):
                 self.keep_tile(i, place, unit_at, stages, block, D, lane)
         else:
@@ -135,6 +138,7 @@ class Consumer:
         k, _, slot, head, column = place
         _, empty, _, w = stages
         _, _, pointers = unit_at
+        lane = memory.pinned(lane)  # opaque: what only these steps need is not computed, or kept, for the others
         first_tile = head * self.half.d_split + column // self.layout.tile_rows + w * self.own
         random = None
         if const_expr(self.tile.rounds > 0):
@@ -184,10 +188,9 @@ class Consumer:
     def wait_tile(self, i, stages):
         """The stage of this consumer's i-th tile of the unit, once it is there."""
         full, _, rounds, w = stages
-        r = rounds + i
-        s = r % self.half.depth * self.half.consumers + w
-        cute.arch.mbarrier_wait(full + s, r // self.half.depth % 2)
-        return s
+        first, phase = self.owner.ring_stage(rounds + i)
+        cute.arch.mbarrier_wait(full + (first + w), phase)
+        return first + w
 
     # --------------------------------------------------------------------------------------------------- token columns
     @cute.jit

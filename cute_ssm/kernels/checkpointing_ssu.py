@@ -12,7 +12,8 @@ Outputs come by the same formula whether the step writes the state or not.  A st
 - the *producer* asks for tiles of the state (a tensor map, one instruction each) before anything else of a unit, for as
   many as the rings hold, then for rows of x, B, C and z (bulk copies, one lane a row); rows of the history from k on
   are never read;
-- the *prep* warp computes dt' and its sums into shared memory, and appends the new tokens to the history;
+- the *prep* warp computes dt' and its sums into shared memory, and appends the new tokens to the history; where every
+  unit has a CTA, the producer does that too, after its requests;
 - each *consumer* takes its share of the tiles, through a ring of its own, so that no two of them ever wait for each
   other: `checkpointing_consumer`.
 
@@ -33,6 +34,7 @@ from cutlass.memory import SmemAllocator
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, math, memory
 from cute_ssm.device.history import HistoryView
+from cute_ssm.device.scan import softplus
 from cute_ssm.device.tile import StateTile
 from cute_ssm.kernels.checkpointing_consumer import Consumer
 from cute_ssm.spec import CheckpointingSSUSpec
@@ -264,12 +266,12 @@ class Steps:
         if warp == 0:
             cpasync.prefetch_descriptor(load)
             inputs = (x, B, C, z, state_scale)
-            self.produce(walk, where, history, inputs, load, load_view, tiles, units, barriers)
-        elif warp == 1:
-            self.prepare(walk, where, history, (dt, A, dt_bias), units, barriers)
-        else:
+            self.produce(walk, where, history, inputs, (dt, A, dt_bias), load, load_view, tiles, units, barriers)
+        elif warp >= half.helpers:
             outputs = (D, out, state_scale, rand_seed)
-            self.consumer.run(warp - 2, walk, outputs, store, store_view, tiles, ring, units, barriers)
+            self.consumer.run(warp - half.helpers, walk, outputs, store, store_view, tiles, ring, units, barriers)
+        else:
+            self.prepare(walk, where, history, (dt, A, dt_bias), units, barriers)
 
     # ----------------------------------------------------------------------------------------------------------- units
     @cute.jit
@@ -280,9 +282,9 @@ class Steps:
         """
         state, dt_cache, cursors, accepted, indices, cu_seqlens, work_items, batch, pad_slot = where
         spec, half = self.spec, self.half
-        item = unit // self.chunks
-        tile = (unit - item * self.chunks) * half.tiles
-        head, column = tile // half.d_split, tile % half.d_split * self.layout.tile_rows
+        item = Int32(Uint32(unit) // self.chunks)
+        tile = Uint32(unit - item * self.chunks) * half.tiles
+        head, column = Int32(tile // half.d_split), Int32(tile % half.d_split) * self.layout.tile_rows
         b, slot = item, Int64(item)
         k, cursor = Int32(0), Int32(0)
         if const_expr(spec.work_items):
@@ -327,7 +329,7 @@ class Steps:
 
     # -------------------------------------------------------------------------------------------------------- producer
     @cute.jit
-    def produce(self, walk, where, history, inputs, load, load_view, tiles, units, barriers):
+    def produce(self, walk, where, history, inputs, steps, load, load_view, tiles, units, barriers):
         half, layout = self.half, self.layout
         first, total, stride = walk
         full, empty, unit_full, unit_empty = barriers
@@ -338,7 +340,8 @@ class Steps:
         for unit in cutlass.range(first, total, stride):
             place = self.place(unit, where)
             _, _, _, slot, _, _, head, column, live = place
-            stage, phase = it % half.unit_stages, it // half.unit_stages % 2
+            stage, phase = self.stage(it)
+            at, bar = units + stage * layout.unit_bytes, unit_full + stage
             first_tile = head * half.d_split + column // layout.tile_rows
             copies = (load, ts, tg, full, empty, first_tile, slot)
             if live:
@@ -349,31 +352,48 @@ class Steps:
                 if const_expr(self.spec.pdl):
                     if it == 0:
                         cute.arch.griddepcontrol_wait()
-                self.request_rows(place, history, inputs, units + stage * layout.unit_bytes, unit_full + stage, lane)
+                self.request_rows(place, history, inputs, at, bar, lane)
+            elif lane == 0:
+                cute.arch.mbarrier_arrive(bar)
+            if const_expr(half.merged):
+                self.prepare_unit(place, history, steps, at, bar, phase, lane)
+            if live:
                 for i in cutlass.range(ahead, self.own, unroll=1):
                     self.request(copies, rounds, i)
                 rounds += self.own
-            elif lane == 0:
-                cute.arch.mbarrier_arrive(unit_full + stage)
+            if const_expr(half.merged):
+                self.append_unit(place, history, at, bar, unit_empty + stage, phase, lane)
             it += 1
         if const_expr(self.spec.pdl):
             cute.arch.griddepcontrol_launch_dependents()
+        if const_expr(half.merged):
+            cute.arch.cp_async_bulk_wait_group(0)
+
+    def stage(self, it):
+        """(buffer, phase) of a CTA's it-th unit."""
+        if self.half.unit_stages == 1:
+            return Int32(0), it & 1
+        return it & 1, it >> 1 & 1
 
     @cute.jit
     def request(self, copies, rounds, i):
         """Ask for the i-th tile of every consumer; each has a contiguous share of the unit's tiles."""
         load, ts, tg, full, empty, first_tile, slot = copies
         half = self.half
-        r = rounds + i
-        phase = (r // half.depth % 2) ^ 1
+        ring, phase = self.ring_stage(rounds + i)
         for w in cutlass.range_constexpr(half.consumers):
-            s = r % half.depth * half.consumers + w
-            cute.arch.mbarrier_wait(empty + s, phase)
+            s = ring + w
+            cute.arch.mbarrier_wait(empty + s, phase ^ 1)
             if cute.arch.lane_idx() == 0:
                 cute.arch.mbarrier_arrive_and_expect_tx(full + s, self.layout.tile_bytes)
             cute.copy(
                 load, tg[(None, first_tile + (w * self.own + i), Int32(slot))], ts[(None, s)], tma_bar_ptr=full + s
             )
+
+    def ring_stage(self, r):
+        """(first consumer's stage, phase) of all consumers' r-th tiles."""
+        depth = self.half.depth
+        return (r & (depth - 1)) * self.half.consumers, r >> (depth.bit_length() - 1) & 1
 
     @cute.jit
     def request_rows(self, place, history, inputs, at, bar, lane):
@@ -431,7 +451,7 @@ class Steps:
     # ------------------------------------------------------------------------------------------------------------ prep
     @cute.jit
     def prepare(self, walk, where, history, steps, units, barriers):
-        half, layout = self.half, self.layout
+        layout = self.layout
         first, total, stride = walk
         _, _, unit_full, unit_empty = barriers
         lane = cute.arch.lane_idx()
@@ -440,28 +460,38 @@ class Steps:
             cute.arch.griddepcontrol_wait()
         for unit in cutlass.range(first, total, stride):
             place = self.place(unit, where)
-            b, start, n, slot, _, k, head, column, live = place
-            stage, phase = it % half.unit_stages, it // half.unit_stages % 2
-            at = units + stage * layout.unit_bytes
+            stage, phase = self.stage(it)
+            at, bar = units + stage * layout.unit_bytes, unit_full + stage
             cute.arch.mbarrier_wait(unit_empty + stage, phase ^ 1)
-            if lane == 0:
-                meta = cute.recast_ptr(at + layout.meta, dtype=Int32)
-                memory.store_words(meta, [k if live else Int32(-1), n, b, start])
-                memory.store_words(meta + 4, [Int32(slot), head, column, Int32(0)])
-            if live:
-                self.decays(place, history, steps, at, lane)
-            cute.arch.sync_warp()
-            if lane == 0:
-                cute.arch.mbarrier_arrive(unit_full + stage)
-            if live:
-                cute.arch.mbarrier_wait(unit_full + stage, phase)
-                self.append(place, history, at, lane)
-                cute.arch.cp_async_bulk_wait_group(0, read=True)
-                cute.arch.sync_warp()
-            if lane == 0:
-                cute.arch.mbarrier_arrive(unit_empty + stage)
+            self.prepare_unit(place, history, steps, at, bar, phase, lane)
+            self.append_unit(place, history, at, bar, unit_empty + stage, phase, lane)
             it += 1
         cute.arch.cp_async_bulk_wait_group(0)
+
+    @cute.jit
+    def prepare_unit(self, place, history, steps, at, bar, phase, lane):
+        """Tell consumers what a unit is, and its decays."""
+        b, start, n, slot, _, k, head, column, live = place
+        if lane == 0:
+            meta = cute.recast_ptr(at + self.layout.meta, dtype=Int32)
+            memory.store_words(meta, [k if live else Int32(-1), n, b, start])
+            memory.store_words(meta + 4, [Int32(slot), head, column, Int32(0)])
+        if live:
+            self.decays(place, history, steps, at, lane)
+        cute.arch.sync_warp()
+        if lane == 0:
+            cute.arch.mbarrier_arrive(bar)
+
+    @cute.jit
+    def append_unit(self, place, history, at, bar, empty, phase, lane):
+        """Append a unit's tokens once they are there, and give its buffer back."""
+        if place[8]:
+            cute.arch.mbarrier_wait(bar, phase)
+            self.append(place, history, at, lane)
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+            cute.arch.sync_warp()
+        if lane == 0:
+            cute.arch.mbarrier_arrive(empty)
 
     @cute.jit
     def decays(self, place, history, steps, at, lane):
@@ -500,25 +530,29 @@ class Steps:
         if const_expr(dt_bias is not None):
             kind = convert.DTYPES[spec.dt_bias_dtype]
             given = [v + memory.load_scalar(memory.address(dt_bias, head + h, 0), kind) for v, h in zip(given, heads)]
+        taken, sums = [], []
         for i in cutlass.range_constexpr(len(heads)):
-            own = Boolean(True) if const_expr(2 * i + 1 < layout.heads) else side == 0
-            step = math.softplus(given[i]) if const_expr(spec.dt_softplus) else given[i]
+            step = softplus(given[i]) if const_expr(spec.dt_softplus) else given[i]
             step = step if is_new else Float32(0.0)
             step = seen[i] if is_old else step
-            sums = total[i] + math.running_sum(rates[i] * step)
-            total[i] = cute.arch.shuffle_sync(sums, lane | 15)
-            stored = sums
-            if const_expr(not self.history.ring):  # sums of a buffer that a step begins start from zero
-                alone = fresh[i] + math.running_sum(rates[i] * step if is_new else Float32(0.0))
-                fresh[i] = cute.arch.shuffle_sync(alone, lane | 15)
-                stored = alone if write else sums
-            if own:
+            taken.append(step)
+            sums.append(total[i] + math.running_sum(rates[i] * step))
+            total[i] = cute.arch.shuffle_sync(sums[i], lane | 15)
+        stored = list(sums)
+        if const_expr(not self.history.ring):  # sums of a buffer that a step begins start from zero
+            if write:
+                for i in cutlass.range_constexpr(len(heads)):
+                    step = taken[i] if is_new else Float32(0.0)
+                    stored[i] = fresh[i] + math.running_sum(rates[i] * step)
+                    fresh[i] = cute.arch.shuffle_sync(stored[i], lane | 15)
+        for i in cutlass.range_constexpr(len(heads)):
+            if side == 0 or const_expr(2 * i + 1 < layout.heads):
                 record = cute.recast_ptr(at + (layout.records + heads[i] * layout.record + j * 8), dtype=Float32)
-                memory.store(record, [sums * LOG2E, step], Float32, 8)
+                memory.store(record, [sums[i] * LOG2E, taken[i]], Float32, 8)
                 if kept:
-                    memory.store_scalar(self.history.dt(dt_cache, slot, new, head + heads[i]), step, Float32)
+                    memory.store_scalar(self.history.dt(dt_cache, slot, new, head + heads[i]), taken[i], Float32)
                     if const_expr(not self.history.ring):
-                        memory.store_scalar(self.history.dt(sum_cache, slot, new, head + heads[i]), stored, Float32)
+                        memory.store_scalar(self.history.dt(sum_cache, slot, new, head + heads[i]), stored[i], Float32)
         return total, fresh
 
     @cute.jit

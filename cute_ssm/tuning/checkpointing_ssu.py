@@ -5,8 +5,8 @@ No field of a config changes a bit of a result: what sums depend on is fixed by 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import math
 from dataclasses import dataclass
 
 from cute_ssm.arch import Arch
@@ -16,16 +16,22 @@ from cute_ssm.tuning import apply_override, tables
 
 FREE = ("form", "d_split", "tiles", "consumers", "depth", "unit_stages", "ctas_per_sm")
 FREE += ("write_tiles", "write_consumers", "write_depth", "write_ctas_per_sm")
+KEY = ("state_dtype", "heads", "groups", "dim", "dstate", "tokens", "window", "history", "work_items", "philox_rounds")
 WARP = 32
 ROWS = 16  # of a matrix product: what a tile is made of
 TOKENS = 8  # columns of a matrix product: new tokens are taken so many at a time
 STEP = 16  # positions of a product over the history
 ROW_PAD = 16  # bytes after a row of inputs: eight of them then meet every bank once
 BARRIERS = 1024  # and slack for alignment
-SM_THREADS, SM_REGISTERS = 2048, 65536
+SM_REGISTERS = 65536
+REGISTERS = 224  # of a thread: what the consumers need
 SM_SHARED = 228 * 1024
 CTA_RESERVED = 1024
 FLIGHT = 40 * 1024  # bytes of states that an SM keeps in flight where there is work
+CONSUMERS = 4  # of an SM: one for each of its schedulers
+SPLITS = (1, 2, 4, 8)
+UNEVEN = 1.1  # how much longer the busiest SM may take for the sake of larger units
+PAIR_UNITS = 4  # units per SM from which two launches cost less than the code for both kinds of steps at once
 PARTS = ("all", "keep", "write")
 FUSED, DYNAMIC, PAIR = range(3)
 
@@ -73,7 +79,7 @@ class CheckpointingSSUConfig(Config):
         if part == "write":
             own = (self.write_tiles, self.write_consumers, self.write_depth, self.write_ctas_per_sm)
             knobs = tuple(a or b for a, b in zip(own, knobs))  # type: ignore[assignment]
-        return Half(part, self.d_split, *knobs, self.unit_stages)
+        return Half(part, self.d_split, *knobs, self.unit_stages, self.form == FUSED)
 
     @property
     def halves(self) -> tuple[Half, ...]:
@@ -110,11 +116,17 @@ class Half:
     depth: int
     ctas_per_sm: int
     unit_stages: int
+    merged: bool = False  # the producer is the prep warp as well
+
+    @property
+    def helpers(self) -> int:
+        """Warps that are no consumers."""
+        return 1 if self.merged else 2
 
     @property
     def threads(self) -> int:
-        """Producer, prep warp and consumers."""
-        return WARP * (2 + self.consumers)
+        """Of a CTA."""
+        return WARP * (self.helpers + self.consumers)
 
     def problems(self, spec: CheckpointingSSUSpec, arch: Arch) -> list[str]:
         """Return the names of the knobs that do not fit."""
@@ -126,7 +138,8 @@ class Half:
             "depth": self.depth in (1, 2, 4, 8),
         }
         bad = [name for name, fits in good.items() if not fits]
-        if not bad and self.shared_bytes(spec) > arch.shared_bytes:
+        shared = 0 if bad else self.shared_bytes(spec)
+        if shared > arch.shared_bytes or self.ctas_per_sm * (shared + CTA_RESERVED) > SM_SHARED:
             bad.append("shared memory")
         return bad
 
@@ -212,12 +225,6 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _resident(spec: CheckpointingSSUSpec, half: Half, registers: int) -> int:
-    """CTAs that an SM holds."""
-    per_thread = SM_REGISTERS // (half.threads * registers)
-    return min(SM_SHARED // (half.shared_bytes(spec) + CTA_RESERVED), per_thread, SM_THREADS // half.threads)
-
-
 def choose(
     spec: CheckpointingSSUSpec, arch: Arch, batch: int, sm_count: int, d_split: int | None = None
 ) -> CheckpointingSSUConfig:
@@ -231,7 +238,6 @@ def choose(
     return apply_override(_tuned(spec, arch, batch, sm_count, d_split))
 
 
-@functools.lru_cache(maxsize=4096)
 def _tuned(
     spec: CheckpointingSSUSpec, arch: Arch, batch: int, sm_count: int, d_split: int | None
 ) -> CheckpointingSSUConfig:
@@ -245,53 +251,63 @@ def _choose(
 ) -> CheckpointingSSUConfig:
     """Choose by the amount of work.
 
-    Units are as large as they can be while every SM still gets one: the products of B and C, the same for all heads
-    of a group, are computed once for a unit.  With less work than SMs, a head is a unit, and several warps share it.
+    What heads of a group share is computed once for a unit, so units are as large as they can be while work is spread
+    evenly, by whole heads; and every SM should have `CONSUMERS` consumers and `FLIGHT` bytes of states on their way.
     """
-    per_group = spec.heads // spec.groups
-    splits = [d_split] if d_split else [s for s in (1, 2, 4, 8) if spec.dim % (s * ROWS) == 0]
-    candidates: list[tuple[tuple[float, ...], CheckpointingSSUConfig]] = []
-    for split in splits:
-        for heads in _divisors(per_group):
-            candidates += _candidates(spec, arch, batch, sm_count, split, heads)
-    if not candidates:
-        raise UnsupportedSpecError(f"no config fits {spec.text()} with d_split = {d_split} on {arch.name}")
-    return min(candidates, key=lambda entry: entry[0])[1]
-
-
-def _candidates(
-    spec: CheckpointingSSUSpec, arch: Arch, batch: int, sm_count: int, split: int, heads: int
-) -> list[tuple[tuple[float, ...], CheckpointingSSUConfig]]:
-    """Return the configs for units of `heads` heads that fit, with what they cost: the least is the best."""
-    tiles = heads * split
-    units = batch * (spec.heads // heads)
     found = []
-    for consumers in (n for n in _divisors(tiles) if n <= 4):
-        for depth in (1, 2, 4):
-            for unit_stages in (1, 2):
-                half = Half("all", split, tiles, consumers, depth, 1, unit_stages)
-                if half.problems(spec, arch) or depth > tiles // consumers * unit_stages:
+    for split in [d_split] if d_split else [s for s in SPLITS if spec.dim % (s * ROWS) == 0]:
+        for heads in _divisors(spec.heads // spec.groups):
+            units = batch * (spec.heads // heads)
+            busiest = -(-units // sm_count) * heads  # heads of the SM that has most
+            for consumers in [n for n in _divisors(heads * split) if n <= CONSUMERS]:
+                config = _largest_ring(spec, arch, split, heads * split, consumers, units > sm_count)
+                if config is None:
                     continue
-                resident = max(1, _resident(spec, half, 224))
-                waves = units / (sm_count * resident)
-                persistent = waves > 1
-                if persistent != (unit_stages == 2) and unit_stages == 2:
-                    continue
-                flight = resident * consumers * depth * half.layout(spec).tile_bytes
-                idle = max(0.0, 1.0 - units / sm_count)  # SMs without a unit
-                work = _unit_slots(heads, tiles, consumers) / heads
-                short = max(0.0, 1.0 - flight / FLIGHT) if persistent else 0.0
-                overlap = 0.0 if not persistent or unit_stages == 2 or resident > 1 else 0.5
-                latency = 0.0 if persistent else tiles / consumers
-                cost = (idle * 8 + short * 4 + overlap + work / 400 + latency, half.shared_bytes(spec), split)
-                form = DYNAMIC if persistent else FUSED
-                if persistent and spec.work_items and waves > 4:
-                    form = PAIR
-                ctas = resident if persistent else 1
-                found.append((cost, CheckpointingSSUConfig(form, split, tiles, consumers, depth, unit_stages, ctas)))
-    return found
+                half = config.halves[0]
+                ctas = min(config.ctas_per_sm, -(-units // sm_count))
+                flight = ctas * consumers * config.depth * half.layout(spec).tile_bytes
+                wanted = CONSUMERS if units > sm_count else min(CONSUMERS, heads)
+                lacking = abs(wanted - ctas * consumers)
+                order = (lacking, flight < FLIGHT and units > sm_count, -heads, split, -flight)
+                found.append((busiest, order, config, units))
+    if not found:
+        raise UnsupportedSpecError(f"no config fits {spec.text()} with d_split = {d_split} on {arch.name}")
+    even = min(busiest for busiest, _, _, _ in found) * UNEVEN
+    _, _, config, units = min((entry for entry in found if entry[0] <= even), key=lambda entry: entry[1])
+    if config.form == DYNAMIC and spec.work_items and units >= PAIR_UNITS * sm_count:
+        return dataclasses.replace(config, form=PAIR)
+    return config
 
 
-def _unit_slots(heads: int, tiles: int, consumers: int) -> float:
-    """Issue slots of a unit, by the counts of a no-write step of 6 tokens."""
-    return 220.0 * consumers + 90.0 + 27.0 * heads + 265.0 * heads * (0.7 + 0.3 * math.sqrt(tiles / heads))
+def _largest_ring(
+    spec: CheckpointingSSUSpec, arch: Arch, split: int, tiles: int, consumers: int, persistent: bool
+) -> CheckpointingSSUConfig | None:
+    """Return the config with the deepest rings that still lets an SM hold CTAs with `CONSUMERS` consumers in all."""
+    threads = WARP * (2 + consumers)
+    most = min(-(-CONSUMERS // consumers), SM_REGISTERS // (threads * REGISTERS)) if persistent else 1
+    for ctas in range(max(most, 1), 0, -1):
+        for unit_stages in (2, 1) if persistent else (1,):
+            for depth in (4, 2, 1):
+                half = Half("all", split, tiles, consumers, depth, ctas, unit_stages)
+                if depth <= tiles // consumers * unit_stages and not half.problems(spec, arch):
+                    form = DYNAMIC if persistent else FUSED
+                    return CheckpointingSSUConfig(form, split, tiles, consumers, depth, unit_stages, ctas)
+    return None
+
+
+def space(spec: CheckpointingSSUSpec, arch: Arch) -> dict[str, tuple[int, ...]]:
+    """Return the values that the tuner tries for each field of `FREE`; not all combinations are valid."""
+    splits = tuple(s for s in SPLITS if spec.dim % (s * ROWS) == 0)
+    tiles = sorted({heads * split for heads in _divisors(spec.heads // spec.groups) for split in splits})
+    values = {
+        "form": (FUSED, DYNAMIC, PAIR) if spec.work_items else (FUSED, DYNAMIC),
+        "d_split": splits,
+        "tiles": tuple(tiles),
+        "consumers": (1, 2, 4, 8),
+        "depth": (1, 2, 4),
+        "unit_stages": (1, 2),
+        "ctas_per_sm": (1, 2, 3, 4),
+    }
+    if spec.work_items:
+        values |= {f"write_{name}": (0, *values[name]) for name in ("tiles", "consumers", "depth", "ctas_per_sm")}
+    return values
