@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from cute_ssm.arch import Arch
 from cute_ssm.errors import UnsupportedSpecError
 from cute_ssm.spec import Config, SelectiveScanSpec
-from cute_ssm.tuning import apply_override
+from cute_ssm.tuning import apply_override, tables
 
+FREE = ("lanes", "warps", "tokens", "ctas_per_sm")  # fields that change no result
+KEY = ("input_dtype", "state_dtype", "dstate", "has_z", "query_dtype")  # that the best config depends on
 WARP = 32
 BLOCK = 8  # tokens that a lane works on at a time: 16 bytes of a 16-bit row
 QUAD = 4  # neighbouring states that stay together
@@ -144,7 +146,18 @@ def choose(
     length : int
         Tokens of a sequence, on average.
     """
-    return apply_override(_choose(spec, arch, channels, per_group, length, sm_count))
+    rule = _choose(spec, arch, channels, per_group, length, sm_count)
+    return apply_override(tables.tuned(rule, spec, arch, channels, FREE))
+
+
+def space(spec: SelectiveScanSpec, arch: Arch) -> dict[str, tuple[int, ...]]:
+    """Return the values that the tuner tries for each field of `FREE`; not all combinations are valid."""
+    return {
+        "lanes": tuple(lane_choices(spec)),
+        "warps": (1, 2, 4, 8),
+        "tokens": (8, 16, 32, 64),
+        "ctas_per_sm": (1, 2, 3, 4, 6, 8, 12),
+    }
 
 
 @functools.lru_cache(maxsize=4096)
