@@ -9,6 +9,7 @@ import io
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cute_ssm.demo import cli, report, weights
+import cute_ssm
+from cute_ssm.demo import cli, loop, report, weights
+from cute_ssm.demo.exact import ExactModel
 from cute_ssm.demo.loop import Deviation, Generation
 from cute_ssm.demo.model import LanguageModel, ModelConfig
 from cute_ssm.demo.sampling import Sampler
+from cute_ssm.demo.speculation import Drafter, Speculation
 from cute_ssm.demo.ssd import chunked_scan, recurrence
 from cute_ssm.demo.tokenizer import Tokenizer, split_words
 
@@ -261,13 +265,52 @@ def test_damaged_weights_are_refused(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- sampling and loop
 def test_sampling():
-    logits = torch.tensor([[0.0, 3.0, 2.9, -40.0]]).repeat(500, 1)
-    assert Sampler(0)(logits).eq(1).all()
-    assert torch.equal(Sampler(1.0, seed=3)(logits), Sampler(1.0, seed=3)(logits))
-    drawn = Sampler(1.0, seed=3, floor=0.1)(logits)
-    assert set(drawn.tolist()) == {1, 2}
-    assert Sampler(1e-300, seed=3)(logits).eq(1).all()
-    assert set(Sampler(1.0, floor=0.0)(logits).tolist()) == {0, 1, 2}
+    logits = torch.tensor([0.0, 3.0, 2.9, -40.0])
+
+    def drawn(sampler):
+        return [sampler(logits, position).token for position in range(500)]
+
+    assert set(drawn(Sampler(0))) == {1}
+    assert drawn(Sampler(1.0, seed=3)) == drawn(Sampler(1.0, seed=3)) != drawn(Sampler(1.0, seed=4))
+    assert set(drawn(Sampler(1.0, seed=3, floor=0.1))) == {1, 2}
+    assert set(drawn(Sampler(1e-300, seed=3))) == {1}
+    assert set(drawn(Sampler(1.0, floor=0.0))) == {0, 1, 2}
+    assert set(drawn(Sampler(1.0, floor=1.0))) == {1}
+
+
+def test_sampling_draws_from_the_probabilities():
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])
+    sampler = Sampler(0.7, seed=1, floor=0.0)
+    count = 6000
+    frequency = torch.bincount(torch.tensor([sampler(logits, n).token for n in range(count)]), minlength=5) / count
+    expected = torch.softmax(logits / 0.7, 0)
+    assert ((frequency - expected).abs() <= 4 * (expected * (1 - expected) / count).sqrt()).all()
+
+
+def test_a_position_has_its_own_random_numbers_in_any_order():
+    logits = torch.zeros(6)
+    forward = Sampler(1.0, seed=5)
+    expected = [forward(logits, n) for n in range(200)]
+    backward = Sampler(1.0, seed=5)
+    assert [backward(logits, n) for n in reversed(range(200))] == expected[::-1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("floor", [0.0, 0.1, 0.7])
+def test_errors_within_the_margin_change_no_choice(temperature, floor):
+    """Neither do errors just below it, of any signs, nor is it far too small: some errors just above it do."""
+    sampler, make = Sampler(temperature, 0, floor), torch.Generator().manual_seed(0)
+    changed = tried = 0
+    for position in range(60):
+        logits = torch.randn(9, generator=make, dtype=torch.float64)
+        choice = sampler(logits, position)
+        if math.isinf(choice.margin):
+            continue
+        tried += 1
+        signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 9)
+        assert all(sampler(logits + 0.999 * choice.margin * sign, position).token == choice.token for sign in signs)
+        changed += any(sampler(logits + 1.001 * choice.margin * sign, position).token != choice.token for sign in signs)
+    assert tried and changed >= 0.8 * tried
 
 
 @pytest.mark.parametrize("options", [{"temperature": -1}, {"temperature": math.nan}, {"floor": 2}, {"seed": -1}])
@@ -307,6 +350,170 @@ def test_the_warm_up_changes_nothing(shipped):
     assert texts[0] == texts[1]
 
 
+def test_an_exact_model_gives_every_logit_once():
+    model = small_model(torch.float32)
+    exact, tokens = ExactModel(model), torch.randint(50, (30,)).tolist()
+    expected = model.double()(torch.tensor([tokens]), chunk=None)[0]
+    for count in (8, 9, 20, 20, 12):
+        torch.testing.assert_close(exact.logits(tokens[:count], 7), expected[7:count], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(exact.logits(tokens, 3), expected[3:], rtol=1e-9, atol=1e-9)
+    other = [*tokens[:10], (tokens[10] + 1) % 50, *tokens[11:]]
+    expected = model.double()(torch.tensor([other]), chunk=None)[0]
+    torch.testing.assert_close(exact.logits(other, 0), expected, rtol=1e-9, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------- speculation
+SPECULATIVE = {"headdim": 16, "dstate": 64, "layers": 2}
+
+
+def repetitive_model():
+    """A small model that repeats itself at low temperatures, so that drafts are right now and then."""
+    return small_model(torch.float32, **SPECULATIVE)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "seed", "temperature"), [("The import statement", 0, 0.5), ("A class", 1, 0.0), ("If the\n\n  ", 2, 1.0)]
+)
+def test_speculation_generates_the_text_of_the_token_by_token_decode(shipped, prompt, seed, temperature):
+    model, tokenizer = shipped
+    runs = [kind(model, tokenizer.encode(prompt), 36, Sampler(temperature, seed)) for kind in (Generation, Speculation)]
+    one, several = (list(run.run()) for run in runs)
+    assert several == one and len(one) == 36 and runs[1].generated == one
+    for run in runs:
+        assert 0 < run.logits_deviation().difference <= run.decisions.tolerance, "what the guarantee rests on"
+        assert 0 < run.ssm_deviation().difference < 1e-2
+    assert sum(step.accepted for step in runs[1].steps) == 36 and runs[1].writes > 0
+
+
+@pytest.mark.parametrize(("state_dtype", "draft"), [(torch.float16, 1), (torch.float16, 15), (torch.bfloat16, 7)])
+def test_so_it_does_with_narrow_states_and_other_drafts(shipped, state_dtype, draft):
+    model, tokenizer = shipped
+    prompt, sampler = tokenizer.encode("The value of the class is the"), Sampler(0.3, 3)
+    one = list(Generation(model, prompt, 30, sampler).run())
+    run = Speculation(model, prompt, 30, sampler, draft, state_dtype)
+    assert list(run.run()) == one
+    assert run.logits_deviation().difference <= run.decisions.tolerance
+
+
+def noisy(amount):
+    """A verification with relative errors of about `amount` in its outputs."""
+    make = torch.Generator().manual_seed(0)
+
+    def verification(**call):
+        out = cute_ssm.checkpointing_ssu(**call)
+        return out.mul_(1 + amount * torch.randn(out.shape, generator=make))
+
+    return verification
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_errors_within_the_tolerance_change_nothing(temperature):
+    """Large errors, on purpose: choices that hang on them are made in float64, and there are such."""
+    model, prompt = repetitive_model(), [1, 2, 3]
+    text = list(Generation(model, prompt, 40, Sampler(temperature, 2)).run())
+    verification = noisy(0.1)
+    for _ in range(2):
+        run = Speculation(model, prompt, 40, Sampler(temperature, 2), 4, verification=verification, tolerance=0.2)
+        assert list(run.run()) == text and run.decisions.close > 0
+        assert 0.01 < run.logits_deviation().difference <= 0.2
+
+
+def test_without_tolerance_such_errors_show():
+    """The test above can fail."""
+    model, verification = repetitive_model(), noisy(0.3)
+    runs = [
+        Speculation(model, [1, 2, 3], 40, Sampler(1.0, 2), 4, verification=verification, tolerance=0.0)
+        for _ in range(4)
+    ]
+    assert len({tuple(run.run()) for run in runs}) > 1
+
+
+@pytest.mark.parametrize("broken", ["conv", "cursor"])
+def test_rejected_tokens_that_are_not_forgotten_are_seen(shipped, broken, monkeypatch):
+    from cute_ssm.serving import StatePool
+
+    commit = StatePool.commit
+
+    def wrong(self, slots, accepted, **options):
+        conv = self.conv_state.clone()
+        commit(self, slots, accepted if broken == "conv" else accepted.clamp(max=0) + self.tokens, **options)
+        if broken == "conv":
+            self.conv_state[..., :3] = conv[..., self.tokens : self.tokens + 3]  # as if all had been accepted
+        else:
+            commit(self, slots, accepted * 0, **options) if self.prev_num_accepted_tokens.max() > 16 else None
+
+    monkeypatch.setattr(StatePool, "commit", wrong)
+    model, tokenizer = shipped
+    run = Speculation(model, tokenizer.encode("The import statement"), 12, Sampler(0.5, 0))
+    list(run.run())
+    assert run.logits_deviation().difference > 10 * run.decisions.tolerance
+
+
+def test_steps_are_counted_as_the_pool_sees_them():
+    model, written = repetitive_model(), []
+
+    def watched(**call):
+        before = call["state"].clone()
+        out = cute_ssm.checkpointing_ssu(**call)
+        written.append(not torch.equal(before, call["state"]))
+        return out
+
+    run = Speculation(model, [1, 2, 3], 60, Sampler(0), 4, verification=watched)
+    list(run.run())
+    assert [step.wrote for step in run.steps] == written[::2] == written[1::2]
+    assert run.writes > 3 and run.saved_bytes == (len(run.steps) - run.writes) * 2 * 4 * 16 * 64 * 4
+    assert run.pool.prev_num_accepted_tokens[run.slot] == run._pending
+    assert all(1 <= step.accepted <= 5 for step in run.steps) and len(run.steps) < 60
+
+
+def test_drafts_repeat_what_followed(shipped):
+    model, _ = shipped
+    drafter = Drafter(model, Sampler(0))
+    text = [5, 6, 7, 8, 9, 5, 6]
+    assert drafter(text, 5) == [7, 8, 9, 5, 6]
+    guess = drafter([*text, 300], 2)
+    expected = model(torch.tensor([[300]]))[0, 0].argmax()
+    assert guess[0] == expected, "nothing is known of this ending: what the model expects after the last token"
+    assert drafter([*text, 300, 5, 6], 1) == [300], "the last occurrence counts"
+    with pytest.raises(ValueError, match="least"):
+        Drafter(model, Sampler(0), least=0)
+
+
+@pytest.mark.parametrize("options", [{"draft": 0}, {"slots": 1}, {"count": 0}, {"prompt": []}, {"tolerance": -1.0}])
+def test_bad_arguments_of_speculation(options):
+    call = {"prompt": [1], "count": 3, "sampler": Sampler(0), **options}
+    with pytest.raises(ValueError, match="tokens" if "count" in options else next(iter(options))):
+        Speculation(repetitive_model(), **call)
+
+
+def test_a_plot_of_the_steps(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "steps.png"
+    assert cli.main(arguments("--backend", "reference", "--tokens", "30", "--plot", str(path))) == 0
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 10_000
+    assert "MB saved against a write in every step" in capsys.readouterr().out
+
+
+def test_a_plot_without_matplotlib_is_refused_before_the_work(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(arguments("--backend", "reference", "--plot", "a.png")) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "pip install 'cute-ssm[demo]'" in captured.err
+
+
+def test_matplotlib_is_not_imported_without_a_plot():
+    code = "import sys; from cute_ssm.__main__ import main; main(['demo', '--backend', 'reference', '--tokens', '2']); "
+    code += "sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+def test_logits_beyond_the_tolerance_are_reported(monkeypatch, capsys):
+    monkeypatch.setitem(loop.TOLERANCES, torch.float32, 1e-7)
+    assert cli.main(arguments("--backend", "reference", "--tokens", "5")) == 0
+    assert "beyond 1e-07, other ways may give another text" in capsys.readouterr().out
+
+
 # --------------------------------------------------------------------------------------------------------- command line
 def test_demo_prints_text_and_table(capsys):
     words = ("--backend", "reference", "--prompt", "The import statement", "--tokens", "40")
@@ -322,7 +529,9 @@ def test_demo_prints_text_and_table(capsys):
     rows = {name.strip(): value.strip() for name, value in rows.items()}
     assert rows["backend"] == "reference" and rows["kernel"] == "reference (PyTorch)" and rows["tokens"] == "40"
     for name in ("update error", "logits error"):
-        assert 0 < float(rows[name].split()[0]) < 1e-3
+        assert 0 < float(rows[name].split()[0]) < 1e-2
+    assert re.match(r"\d+, \d\.\d\d of 4 tokens accepted", rows["steps"]) and "MB saved" in rows["state writes"]
+    assert re.match(r"\d+ of 40, within 0.02 of another", rows["close choices"])
 
 
 def test_seed_and_temperature_change_the_text(capsys):
@@ -349,6 +558,11 @@ def test_demo_takes_narrow_states(capsys):
         (("--temperature", "-1"), "temperature: expected"),
         (("--temperature", "nan"), "temperature: expected"),
         (("--seed", "-1"), "seed: expected"),
+        (("--draft", "-1"), "draft: expected a number from 0 to 15"),
+        (("--draft", "16"), "draft: expected a number from 0 to 15"),
+        (("--plot", "a.png", "--draft", "0"), "plot: expected steps of several tokens"),
+        (("--plot", "a.pdf"), "plot: expected a name that ends in .png"),
+        (("--plot", "/no/such/folder/a.png"), "plot: expected a file in a folder that exists"),
     ],
 )
 def test_bad_input_ends_with_a_message_and_code_2(words, message, capsys):
@@ -380,13 +594,16 @@ def test_emulated_kernel_generates_the_text_of_the_reference(capsys):
     pytest.importorskip("cutlass")
     pytest.importorskip("ptxsim")
     outputs = []
-    for backend in ("emulate", "reference"):
-        assert cli.main(arguments("--backend", backend, "--tokens", "6")) == 0
+    for words in (("emulate",), ("emulate", "--draft", "0"), ("reference",), ("reference", "--draft", "0")):
+        assert cli.main(arguments("--backend", *words, "--tokens", "6")) == 0
         outputs.append(capsys.readouterr().out)
-    emulated, reference = outputs
-    assert emulated.split("\n\n---")[0] == reference.split("\n\n---")[0]
-    assert "SelectiveStep" in emulated and "sm_90a" in emulated and "28 launches" in emulated
-    assert "reference (PyTorch)" not in emulated and "SelectiveStep" not in reference
+    several, one, *reference = outputs
+    assert len({output.split("\n\n---")[0] for output in outputs}) == 1
+    assert "SelectiveStep" in one and "sm_90a" in one and "(28 launches)" in one
+    steps = int(re.search(r"steps +(\d+),", several).group(1))
+    assert "checkpointing_ssu" in several and f"({4 * steps + 4} launches, {6 * steps + 6} in all)" in several
+    assert all("reference (PyTorch)" not in output for output in (several, one))
+    assert all("SelectiveStep" not in output and "kernels" not in output for output in reference)
 
 
 def test_an_interrupt_keeps_what_was_generated(capsys, monkeypatch):
@@ -404,8 +621,23 @@ def test_an_interrupt_keeps_what_was_generated(capsys, monkeypatch):
         return step(self, tokens, cache, slots, update)
 
     monkeypatch.setattr(LanguageModel, "step", interrupted_at_the_fourth_token)
+    assert cli.main(arguments("--backend", "reference", "--tokens", "50", "--draft", "0")) == 130
+    assert re.search(r"^tokens +3$", capsys.readouterr().out, re.M)
+
+
+def test_an_interrupt_within_a_step_of_several_tokens_keeps_the_steps_before(capsys, monkeypatch):
+    operator, calls = cute_ssm.checkpointing_ssu, []
+
+    def interrupted_in_the_second_layer_of_the_third_step(**call):
+        calls.append(None)
+        if len(calls) == 4 * 3 + 2:  # a step to warm up, and two whole ones
+            raise KeyboardInterrupt
+        return operator(**call)
+
+    monkeypatch.setattr(cute_ssm, "checkpointing_ssu", interrupted_in_the_second_layer_of_the_third_step)
     assert cli.main(arguments("--backend", "reference", "--tokens", "50")) == 130
-    assert "tokens        3\n" in capsys.readouterr().out
+    rows = capsys.readouterr().out
+    assert re.search(r"^steps +2, ", rows, re.M) and "nan" not in rows
 
 
 def test_the_command_line_is_there_without_torch():

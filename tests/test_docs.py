@@ -31,9 +31,9 @@ def region(name: str) -> str:
 
 
 def test_python_examples_run(capsys):
-    """The blocks are one program: the first runs the reference, the second the compiled kernel in the emulator."""
+    """The blocks are one program: the second runs the compiled kernel in the emulator, the others the reference."""
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     torch.manual_seed(0)
     names: dict = {}
     for block in blocks:
@@ -41,6 +41,7 @@ def test_python_examples_run(capsys):
     assert names["out"].shape == (4, 8, 64)
     assert not names["out"][3].any(), "padding"
     assert names["state"][[0, 3, 7]].any()
+    assert names["pool"].prev_num_accepted_tokens.tolist()[:2] == [8, 6] and names["pool"].state[:, :2].any()
     assert len(names["session"].launches) == 1
     assert capsys.readouterr().out
 

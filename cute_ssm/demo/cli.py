@@ -1,4 +1,7 @@
-"""``python -m cute_ssm demo``: text from a small Mamba-2 model, through :func:`cute_ssm.selective_state_update`."""
+"""``python -m cute_ssm demo``: text from a small Mamba-2 model, several tokens a step or one by one.
+
+Several go through :func:`cute_ssm.checkpointing_ssu`, one through :func:`cute_ssm.selective_state_update`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cute_ssm.errors import CuteSsmError, UnsupportedArchError, describe
@@ -18,7 +22,8 @@ from cute_ssm.errors import CuteSsmError, UnsupportedArchError, describe
 if TYPE_CHECKING:
     import torch
 
-    from cute_ssm.demo.loop import Deviation, Generation
+    from cute_ssm.demo.loop import Deviation, Run
+    from cute_ssm.demo.speculation import Speculation
 
 __all__ = ["add_arguments", "main"]
 
@@ -27,6 +32,8 @@ STATE_DTYPES = ("float32", "float16", "bfloat16")
 PROMPT = "The import statement"
 TOKENS = {"reference": 200, "emulate": 100, "cuda": 200}
 MAX_TOKENS = 10_000
+DRAFT = 3
+MOST_DRAFT = 15
 TEMPERATURE = 0.5
 EMULATED_ARCH = "sm_90a"
 
@@ -60,6 +67,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="type the states are stored in (default: float32)",
     )
+    parser.add_argument(
+        "--draft",
+        type=int,
+        default=DRAFT,
+        metavar="N",
+        help=f"tokens to draft, and verify with the last one, in a step; 0 goes token by token, to the same text "
+        f"(default: {DRAFT})",
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw accepted tokens and bytes written, step by step"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -88,26 +106,28 @@ class _Backend:
     session: Any = None
     arch: str = ""
 
-    def rows(self) -> list[tuple[str, str]]:
+    def rows(self, speculative: bool) -> list[tuple[str, str]]:
         """Name what updated the states."""
         if self.name == "reference":
             return [("backend", self.name), ("kernel", "reference (PyTorch)")]
+        module, _, kernel = _kernel_path(speculative).partition(":")
         if self.name == "cuda":
-            return [("backend", self.name), ("kernel", _kernel_class()), ("compiled for", self.arch)]
-        launches = self.session.launches
-        if not launches:
-            raise CuteSsmError("no kernel was launched in the emulator: something else updated the states")
-        # the compiler names a kernel by its class and, after that, by the address and types of its arguments
-        name = launches[-1].program.kernel.name.partition("_object_at")[0]
-        where = f"{self.arch}, run on this CPU by the emulator ptxsim ({len(launches)} launches)"
-        return [("backend", self.name), ("kernel", name), ("compiled for", where)]
+            return [("backend", self.name), ("kernel", kernel), ("compiled for", self.arch)]
+        # the compiler names a kernel by its module and class and, after that, by the address and types of its arguments
+        names = [launch.program.kernel.name.partition("_object_at")[0] for launch in self.session.launches]
+        found = [name for name in names if module.replace(".", "") in name]
+        if not found:
+            raise CuteSsmError(f"{kernel} was not launched in the emulator: something else updated the states")
+        launches = f"{len(found)} launches" + (f", {len(names)} in all" if len(names) > len(found) else "")
+        where = f"{self.arch}, run on this CPU by the emulator ptxsim ({launches})"
+        return [("backend", self.name), ("kernel", found[-1]), ("compiled for", where)]
 
 
-def _kernel_class() -> str:
+def _kernel_path(speculative: bool) -> str:
     from cute_ssm.kernels.registry import KERNELS
-    from cute_ssm.spec import SelectiveStateUpdateSpec
+    from cute_ssm.spec import CheckpointingSSUSpec, SelectiveStateUpdateSpec
 
-    return KERNELS[SelectiveStateUpdateSpec].rpartition(":")[2]
+    return KERNELS[CheckpointingSSUSpec if speculative else SelectiveStateUpdateSpec]
 
 
 @contextlib.contextmanager
@@ -159,55 +179,102 @@ def _one_thread() -> Iterator[None]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if not args.prompt:
-        raise ValueError(describe("prompt", "some text", "none", "the model needs a token to start from"))
-    if args.tokens is not None and not 1 <= args.tokens <= MAX_TOKENS:
-        raise ValueError(describe("tokens", f"a number from 1 to {MAX_TOKENS}", args.tokens))
+    _check(args)
 
     import torch
 
     from cute_ssm.demo import report, weights
     from cute_ssm.demo.loop import Generation
     from cute_ssm.demo.sampling import Sampler
+    from cute_ssm.demo.speculation import Speculation
 
+    if args.plot is not None:
+        report.pyplot()  # if it is missing, say so before the work
     sampler = Sampler(args.temperature, args.seed)
     state_dtype: torch.dtype = getattr(torch, args.state_dtype)
     with _one_thread(), _backend(args.backend) as backend:
         model, tokenizer = weights.load(device=backend.device)
         count = args.tokens or TOKENS[backend.name]
-        generation = Generation(model, tokenizer.encode(args.prompt), count, sampler, state_dtype)
-        first = generation.warm_up()
+        prompt = tokenizer.encode(args.prompt)
+        run: Run = (
+            Speculation(model, prompt, count, sampler, args.draft, state_dtype)
+            if args.draft
+            else Generation(model, prompt, count, sampler, state_dtype)
+        )
+        first = run.warm_up()
         screen = report.Screen(sys.stdout, sys.stderr, count)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         interrupted = False
         try:
             screen.text(args.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
-            for done, token in enumerate(generation.run(), start=1):
+            for done, token in enumerate(run.run(), start=1):
                 screen.text(decoder.decode(tokenizer.decode([token])))
-                screen.progress(done, generation.seconds)
+                screen.progress(done, run.seconds)
             screen.text(decoder.decode(b"", final=True))
         except KeyboardInterrupt:
             interrupted = True
         finally:
             screen.close()
-        if generation.generated:
+        if run.generated:
             print()
-            print(report.table(_rows(generation, backend, first, args.state_dtype)))
+            print(report.table(_rows(run, backend, first, args.state_dtype)))
+        if args.plot is not None and isinstance(run, Speculation) and run.steps:
+            report.save_plot(args.plot, run.steps, run.draft, run.pool.state_bytes)
     return 130 if interrupted else 0
 
 
-def _rows(generation: Generation, backend: _Backend, first: float, state_dtype: str) -> list[tuple[str, str]]:
-    count = len(generation.generated)
+def _check(args: argparse.Namespace) -> None:
+    """Raise on options that argparse does not judge."""
+    if not args.prompt:
+        raise ValueError(describe("prompt", "some text", "none", "the model needs a token to start from"))
+    if args.tokens is not None and not 1 <= args.tokens <= MAX_TOKENS:
+        raise ValueError(describe("tokens", f"a number from 1 to {MAX_TOKENS}", args.tokens))
+    if not 0 <= args.draft <= MOST_DRAFT:
+        raise ValueError(describe("draft", f"a number from 0 to {MOST_DRAFT}", args.draft))
+    if args.plot is None:
+        return
+    if not args.draft:
+        raise ValueError(describe("plot", "steps of several tokens", "--draft 0", "there is nothing to draw"))
+    if args.plot.suffix.lower() != ".png":
+        raise ValueError(describe("plot", "a name that ends in .png", repr(str(args.plot))))
+    if not args.plot.parent.is_dir():
+        raise ValueError(describe("plot", "a file in a folder that exists", repr(str(args.plot))))
+
+
+def _rows(run: Run, backend: _Backend, first: float, state_dtype: str) -> list[tuple[str, str]]:
+    from cute_ssm.demo.speculation import Speculation
+
+    count, speculative = len(run.generated), isinstance(run, Speculation)
+    logits = run.logits_deviation()
+    tolerance = run.decisions.tolerance
+    held = "" if logits.difference <= tolerance else f": beyond {tolerance}, other ways may give another text"
     return [
-        *backend.rows(),
-        ("state", f"{state_dtype}, slot {generation.slot} of {generation.slots}"),
+        *backend.rows(speculative),
+        ("state", f"{state_dtype}, slot {run.slot} of {run.slots}"),
         ("first call", f"{first:.3f} s" + (", compilation included" if backend.name != "reference" else "")),
-        ("prompt", f"{generation.prompt_length} tokens, {generation.prefill_seconds:.3f} s"),
+        ("prompt", f"{run.prompt_length} tokens, {run.prefill_seconds:.3f} s"),
         ("tokens", str(count)),
-        ("time", f"{generation.seconds:.2f} s"),
-        ("tokens/s", f"{count / generation.seconds:.1f}"),
-        ("update error", _error(generation.ssm_deviation(), "recurrence")),
-        ("logits error", _error(generation.logits_deviation(), "model")),
+        *(_steps(run) if isinstance(run, Speculation) else ()),
+        ("time", f"{run.seconds:.2f} s"),
+        ("tokens/s", f"{count / run.seconds:.1f}"),
+        ("update error", _error(run.ssm_deviation(), "recurrence")),
+        ("logits error", _error(logits, "model") + held),
+        (
+            "close choices",
+            f"{run.decisions.close} of {count}, within {tolerance} of another, made by the float64 model",
+        ),
+    ]
+
+
+def _steps(run: Speculation) -> list[tuple[str, str]]:
+    """What speculation did, and what the history saved."""
+    steps, size = len(run.steps), run.pool.state_bytes
+    accepted = [step.accepted for step in run.steps]
+    mean = f"{sum(accepted) / steps:.2f} of {run.pool.tokens} tokens accepted on average, {max(accepted)} at most"
+    saved = f"{run.saved_bytes / 1e6:.1f} of {steps * size / 1e6:.1f} MB saved against a write in every step"
+    return [
+        ("steps", f"{steps}, {mean}"),
+        ("state writes", f"in {run.writes} of {steps} steps: {saved}"),
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -11,17 +10,24 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from cute_ssm.demo.exact import Decisions
 from cute_ssm.demo.model import LanguageModel, StateUpdate, operator
 from cute_ssm.demo.sampling import Sampler
 from cute_ssm.demo.ssd import recurrence
 from cute_ssm.errors import describe
 
-__all__ = ["Deviation", "Generation"]
+__all__ = ["TOLERANCES", "Deviation", "Generation", "LayerRecord", "Run"]
+
+#: Errors of logits that no choice depends on, by the type of the states; several times those of the shipped model.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 0.02, torch.float16: 0.02, torch.bfloat16: 0.15}
 
 
 @dataclass
-class _Layer:
-    """What one layer's state updates were given and gave: the inputs of every step, and the state before the first."""
+class LayerRecord:
+    """What one layer's state updates were given and gave: the inputs of every step, and the state before the first.
+
+    Inputs and outputs are (tokens, ...) for each step.
+    """
 
     start: Tensor
     A: Tensor
@@ -33,13 +39,30 @@ class _Layer:
     C: list[Tensor] = field(default_factory=list)
     out: list[Tensor] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, state: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor) -> LayerRecord:
+        """Begin with the state of one sequence, (nheads, dim, dstate), and the layer's weights."""
+        return cls(state[None].cpu(), A[:, 0, 0].cpu(), D[:, 0].cpu(), dt_bias[:, 0].cpu())
+
+    def deviation(self, steps: Sequence[int]) -> Deviation:
+        """Compare the outputs at the first ``steps[i]`` tokens of each step i with the float64 recurrence."""
+
+        def series(values: list[Tensor]) -> Tensor:
+            parts = [value[:count] for value, count in zip(values, steps)]
+            return torch.cat(parts)[None].to("cpu", torch.float64)
+
+        x, dt, B, C, out = (series(values) for values in (self.x, self.dt, self.B, self.C, self.out))
+        step = torch.nn.functional.softplus(dt + self.dt_bias.double())
+        expected, _ = recurrence(x, step, self.A.double(), B, C, self.D.double(), self.start.double())
+        return Deviation.of(out, expected)
+
 
 class _Recorder:
     """A state update that hands its arguments on to another and keeps copies of them, layer by layer."""
 
     def __init__(self, update: StateUpdate, layers: int) -> None:
         self.update = update
-        self.layers: list[_Layer] = []
+        self.layers: list[LayerRecord] = []
         self._count = layers
         self._calls = 0
 
@@ -52,7 +75,7 @@ class _Recorder:
             slots, bias = options["state_batch_indices"], options["dt_bias"]
             if not isinstance(slots, Tensor) or not isinstance(bias, Tensor):
                 raise TypeError(describe("state_batch_indices, dt_bias", "tensors", (type(slots), type(bias))))
-            self.layers.append(_Layer(state[slots].cpu(), A[:, 0, 0].cpu(), D[:, 0].cpu(), bias[:, 0].cpu()))
+            self.layers.append(LayerRecord.of(state[slots][0], A, D, bias))
         layer = self.layers[index]
         layer.x.append(x.clone())
         layer.dt.append(dt[:, :, 0].clone())
@@ -77,11 +100,11 @@ class Deviation:
         return cls(float(difference.max()), float(expected.abs().max()))
 
 
-class Generation:
-    """One sequence on its way: prefills the prompt, then yields a token for every state update.
+class Run:
+    """One sequence on its way: what generating token by token and speculating have in common.
 
-    The last token of the prompt is the first that goes through the state update, so `count` tokens take `count` steps
-    of the model, and ``count * layers`` state updates.
+    Every token is the one that the logits in float64 would choose, as long as those that were computed are within
+    `tolerance` of them: see `cute_ssm.demo.exact`.
 
     Parameters
     ----------
@@ -93,12 +116,83 @@ class Generation:
         Tokens to generate.
     sampler : Sampler
         Chooses each token.
+    slots, slot : int
+        Size of the pool of states, and the slot this sequence uses.
+    tolerance : float
+        Largest error of a logit that no choice depends on.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompt: Sequence[int],
+        count: int,
+        sampler: Sampler,
+        slots: int,
+        slot: int,
+        tolerance: float,
+    ) -> None:
+        if not prompt:
+            raise ValueError(describe("prompt", "at least one token", "none"))
+        if count < 1:
+            raise ValueError(describe("tokens", "at least 1", count))
+        if not 0 <= slot < slots:
+            raise ValueError(describe("slot", f"a value in [0, {slots})", slot))
+        device = model.embedding.device
+        self.model, self.count = model, count
+        self.slots, self.slot = slots, slot
+        self.tokens = list(prompt)
+        self.prompt_length = len(self.tokens)
+        self.seconds = 0.0
+        self.prefill_seconds = 0.0
+        self.logits: list[Tensor] = []  # (vocab,) of every token that was generated
+        self.decisions = Decisions(model, sampler, tolerance, self.prompt_length)
+        self._index = torch.tensor([slot], device=device)
+        self._spare = torch.tensor([(slot + 1) % slots], device=device)
+
+    @property
+    def generated(self) -> list[int]:
+        """The tokens after the prompt."""
+        return self.tokens[self.prompt_length :]
+
+    def warm_up(self) -> float:
+        """Run one step on another slot, so that compilation is over before the time is taken; returns its seconds."""
+        raise NotImplementedError
+
+    def run(self) -> Iterator[int]:
+        """Prefill, then yield the tokens as they are made; decisions in float64 do not count in ``seconds``."""
+        raise NotImplementedError
+
+    def ssm_deviation(self) -> Deviation:
+        """Compare the outputs of all state updates with the float64 recurrence on the same inputs and first states."""
+        raise NotImplementedError
+
+    def logits_deviation(self) -> Deviation:
+        """Compare the logits with those of the whole model in float64 on the same text."""
+        expected = self.decisions.exact.logits(self.tokens[:-1], self.prompt_length - 1)
+        return Deviation.of(torch.stack(self.logits[: len(expected)]), expected)
+
+    def _wait(self) -> None:
+        if self._index.is_cuda:
+            torch.cuda.synchronize(self._index.device)
+
+
+class Generation(Run):
+    """Token by token: prefills the prompt, then yields a token for every state update.
+
+    The last token of the prompt is the first that goes through the state update, so `count` tokens take `count` steps
+    of the model, and ``count * layers`` state updates.
+
+    Parameters
+    ----------
+    model, prompt, count, sampler, slots, slot
+        As for `Run`.
     state_dtype : torch.dtype
         Type of the recurrent states.
     update : StateUpdate, optional
         The state update, :func:`cute_ssm.selective_state_update` when not given.
-    slots, slot : int
-        Size of the pool of states, and the slot this sequence uses.
+    tolerance : float, optional
+        By default that of `TOLERANCES`.
     """
 
     def __init__(
@@ -111,32 +205,14 @@ class Generation:
         update: StateUpdate | None = None,
         slots: int = 4,
         slot: int = 2,
+        tolerance: float | None = None,
     ) -> None:
-        if not prompt:
-            raise ValueError(describe("prompt", "at least one token", "none"))
-        if count < 1:
-            raise ValueError(describe("tokens", "at least 1", count))
-        if not 0 <= slot < slots:
-            raise ValueError(describe("slot", f"a value in [0, {slots})", slot))
+        tolerance = TOLERANCES[state_dtype] if tolerance is None else tolerance
+        super().__init__(model, prompt, count, sampler, slots, slot, tolerance)
         update = update or operator()
-        device = model.embedding.device
-        self.model, self.sampler, self.count = model, sampler, count
-        self.slots, self.slot = slots, slot
-        self.tokens = list(prompt)
-        self.prompt_length = len(self.tokens)
-        self.seconds = 0.0
-        self.prefill_seconds = 0.0
-        self.logits: list[Tensor] = []
         self._cache = model.new_cache(slots, state_dtype)
-        self._index = torch.tensor([slot], device=device)
-        self._spare = torch.tensor([(slot + 1) % slots], device=device)
         self._update = update
         self._recorder = _Recorder(update, model.config.layers)
-
-    @property
-    def generated(self) -> list[int]:
-        """The tokens after the prompt."""
-        return self.tokens[self.prompt_length :]
 
     def warm_up(self) -> float:
         """Run one step on another slot, so that compilation is over before the time is taken; returns its seconds."""
@@ -147,7 +223,7 @@ class Generation:
         return time.perf_counter() - begin
 
     def run(self) -> Iterator[int]:
-        """Prefill, then yield the tokens as they are made; only the model's own work counts in ``seconds``."""
+        """Prefill, then yield the tokens as they are made; decisions in float64 do not count in ``seconds``."""
         device = self._index.device
         begin = time.perf_counter()
         if self.prompt_length > 1:
@@ -158,40 +234,20 @@ class Generation:
         for _ in range(self.count):
             begin = time.perf_counter()
             last = torch.tensor(self.tokens[-1:], device=device)
-            logits = self.model.step(last, self._cache, self._index, self._recorder)
-            token = int(self.sampler(logits)[0])
+            logits = self.model.step(last, self._cache, self._index, self._recorder)[0].cpu()
             self.seconds += time.perf_counter() - begin
+            token = self.decisions(logits, self.tokens)
             self.logits.append(logits)
             self.tokens.append(token)
             yield token
 
     def ssm_deviation(self) -> Deviation:
         """Compare the outputs of all state updates with the float64 recurrence on the same inputs and first states."""
-        worst = Deviation(0.0, 0.0)
-        steps = len(self.generated)  # an interrupted step has left more than this in some lists
-        for layer in self._recorder.layers:
-            x, dt, B, C, out = (_series(v[:steps]) for v in (layer.x, layer.dt, layer.B, layer.C, layer.out))
-            step = torch.nn.functional.softplus(dt + layer.dt_bias.double())
-            expected, _ = recurrence(x, step, layer.A.double(), B, C, layer.D.double(), layer.start.double())
-            worst = _worse(worst, Deviation.of(out, expected))
-        return worst
-
-    def logits_deviation(self) -> Deviation:
-        """Compare the logits with those of the whole model in float64, token by token from the start of the prompt."""
-        exact = copy.deepcopy(self.model).to("cpu", torch.float64)
-        with torch.no_grad():
-            expected = exact(torch.tensor([self.tokens[:-1]]), chunk=None)[:, self.prompt_length - 1 :]
-        return Deviation.of(torch.stack(self.logits[: len(self.generated)], dim=1), expected)
-
-    def _wait(self) -> None:
-        if self._index.is_cuda:
-            torch.cuda.synchronize(self._index.device)
+        steps = [1] * len(self.generated)  # an interrupted step has left more than this in some lists
+        return worst([layer.deviation(steps) for layer in self._recorder.layers])
 
 
-def _series(values: list[Tensor]) -> Tensor:
-    return torch.stack(values, dim=1).to("cpu", torch.float64)
-
-
-def _worse(one: Deviation, other: Deviation) -> Deviation:
-    difference = max(one.difference, other.difference, key=lambda value: (math.isnan(value), value))
-    return Deviation(difference, max(one.largest, other.largest))
+def worst(deviations: Sequence[Deviation]) -> Deviation:
+    """Return the largest difference and the largest value of several comparisons."""
+    difference = max((d.difference for d in deviations), key=lambda value: (math.isnan(value), value), default=0.0)
+    return Deviation(difference, max((d.largest for d in deviations), default=0.0))

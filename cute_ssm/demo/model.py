@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +14,25 @@ from torch import Tensor, nn
 from cute_ssm.demo.ssd import chunked_scan, recurrence
 from cute_ssm.errors import describe
 
-__all__ = ["Cache", "LanguageModel", "ModelConfig", "StateUpdate"]
+if TYPE_CHECKING:
+    from cute_ssm.serving import StatePool
+
+__all__ = ["Cache", "LanguageModel", "ModelConfig", "StateUpdate", "Verification"]
 
 #: A function with the signature of :func:`cute_ssm.selective_state_update`.
 StateUpdate = Callable[..., Tensor]
+#: A function with the signature of :func:`cute_ssm.checkpointing_ssu`, every argument by name.
+Verification = Callable[..., Tensor]
 
 _NORM_EPS = 1e-5
 
 
-def operator() -> StateUpdate:
-    """Return :func:`cute_ssm.selective_state_update`, imported when it is needed."""
-    from cute_ssm import selective_state_update
+def operator(name: str = "selective_state_update") -> Callable[..., Tensor]:
+    """Return an operator of the package, imported when it is needed."""
+    import cute_ssm
 
-    return selective_state_update
+    found: Callable[..., Tensor] = getattr(cute_ssm, name)
+    return found
 
 
 @dataclass(frozen=True)
@@ -180,6 +187,49 @@ class Block(nn.Module):
         )
         return self._finish(y.view(batch, c.inner), z)
 
+    def verify(
+        self,
+        u: Tensor,
+        pool: StatePool,
+        layer: int,
+        slots: Tensor,
+        verification: Verification,
+        items: dict[str, Tensor],
+    ) -> Tensor:
+        """Process several tokens ``(batch, time, width)`` of the sequences in `slots`, accepted or not.
+
+        Their inputs go to the pool's history, and to its inputs of the convolution; the pool's cursors stay.
+        """
+        c = self.config
+        batch, time, _ = u.shape
+        z, xbc, raw_dt = self._project(u)
+        conv = pool.conv_state
+        if conv is None:
+            raise ValueError(describe("pool", "one with inputs of the convolution", "one without"))
+        window = torch.cat([conv[layer, slots, :, : c.conv - 1], xbc.transpose(1, 2)], dim=2)
+        conv[layer, slots] = window
+        mixed = F.silu(F.conv1d(window, self.conv_weight[:, None], self.conv_bias, groups=c.conv_channels))
+        parts = mixed.transpose(1, 2).split_with_sizes([c.inner, c.ngroups * c.dstate, c.ngroups * c.dstate], dim=-1)
+        dtype = next(iter(pool.history.values())).dtype
+        x, B, C = (part.to(dtype, memory_format=torch.contiguous_format) for part in parts)
+        head = (c.heads, c.headdim)
+        y = torch.empty_like(x)
+        verification(
+            **pool.arguments(layer),
+            x=x.view(batch, time, *head),
+            dt=raw_dt[..., None].expand(batch, time, *head),
+            A=(-torch.exp(self.A_log))[:, None, None].expand(*head, c.dstate),
+            B=B.view(batch, time, c.ngroups, c.dstate),
+            C=C.view(batch, time, c.ngroups, c.dstate),
+            D=self.D[:, None].expand(head),
+            dt_bias=self.dt_bias[:, None].expand(head),
+            dt_softplus=True,
+            state_batch_indices=slots,
+            out=y.view(batch, time, *head),
+            **items,
+        )
+        return self._finish(y.to(u.dtype), z)
+
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
         projected = F.linear(F.rms_norm(u, (c.width,), self.norm, _NORM_EPS), self.in_proj)
@@ -261,6 +311,65 @@ class LanguageModel(nn.Module):
         u = self.embedding[tokens]
         for index, block in enumerate(self._blocks()):
             u = u + block.step(u, cache.conv[index], cache.ssm[index], slots, update)
+        return self._logits(u)
+
+    def new_pool(self, slots: int, tokens: int, window: int, state_dtype: torch.dtype) -> StatePool:
+        """Make a pool for `verify`: of `tokens` tokens a step, up to `window` accepted ones of which await their state.
+
+        Its history is float16, the type with the most digits that `checkpointing_ssu` takes.
+        """
+        from cute_ssm.serving import StatePool
+
+        c = self.config
+        return StatePool.mamba2(
+            c.layers,
+            slots,
+            nheads=c.heads,
+            dim=c.headdim,
+            dstate=c.dstate,
+            ngroups=c.ngroups,
+            window=window,
+            tokens=tokens,
+            state_dtype=state_dtype,
+            input_dtype=torch.float16,
+            history="double",
+            conv_shape=(c.conv_channels, c.conv),
+            conv_dtype=self.embedding.dtype,
+            device=self.embedding.device,
+        )
+
+    @torch.no_grad()
+    def prefill_pool(self, tokens: Tensor, pool: StatePool, slots: Tensor, chunk: int | None = 32) -> None:
+        """Process prompts ``(batch, time)`` from empty states into slots of a pool that were just reset."""
+        u = self.embedding[tokens]
+        for index, block in enumerate(self._blocks()):
+            out, conv, ssm = block(u, chunk)
+            if pool.conv_state is not None:
+                pool.conv_state[index, slots, :, : conv.shape[2]] = conv.to(pool.conv_state.dtype)
+            pool.state[index, slots] = ssm.to(pool.state.dtype)
+            u = u + out
+
+    @torch.no_grad()
+    def verify(
+        self, tokens: Tensor, pool: StatePool, slots: Tensor, verification: Verification | None = None
+    ) -> Tensor:
+        """Process tokens ``(batch, time)`` of the sequences in `slots`, and return the logits after each of them.
+
+        Which of them are accepted is told to the pool afterwards, by ``pool.commit``.
+
+        Parameters
+        ----------
+        verification : callable, optional
+            :func:`cute_ssm.checkpointing_ssu` when not given.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] != pool.tokens:
+            raise ValueError(describe("tokens", f"(batch, {pool.tokens})", tuple(tokens.shape)))
+        items, writes = pool.build_work_items(slots)
+        listed = {"work_items": items, "num_writes": writes}
+        verification = verification or operator("checkpointing_ssu")
+        u = self.embedding[tokens]
+        for index, block in enumerate(self._blocks()):
+            u = u + block.verify(u, pool, index, slots, verification, listed)
         return self._logits(u)
 
     def _blocks(self) -> list[Block]:

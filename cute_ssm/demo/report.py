@@ -1,13 +1,17 @@
-"""What the demo shows: text that streams with a progress bar below it, and the table at the end."""
+"""What the demo shows: text that streams with a progress bar below it, the table at the end, and a plot of steps."""
 
 from __future__ import annotations
 
 import re
 import shutil
 from collections.abc import Sequence
-from typing import TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
-__all__ = ["Screen", "table"]
+if TYPE_CHECKING:
+    from cute_ssm.demo.speculation import Step
+
+__all__ = ["Screen", "pyplot", "save_plot", "table"]
 
 _MARGIN = 100  # widest line of running text on a terminal
 _BAR = 24
@@ -118,3 +122,60 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
     right = max(len(value) for _, value in rows)
     rule = "-" * (left + 2 + right)
     return "\n".join([rule, *(f"{name:<{left}}  {value}" for name, value in rows), rule])
+
+
+def pyplot() -> Any:
+    """Return matplotlib's pyplot, drawing to files only.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed; the message says how to.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("plot: the plot is drawn by matplotlib: pip install 'cute-ssm[demo]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as found
+
+    return found
+
+
+def save_plot(path: Path, steps: Sequence[Step], draft: int, state_bytes: int) -> None:
+    """Draw what every step accepted and whether it wrote the states, and the bytes written, into an image file.
+
+    Parameters
+    ----------
+    path : Path
+        Its ending chooses the format.
+    steps : sequence of Step
+    draft : int
+        Drafted tokens of a step.
+    state_bytes : int
+        Bytes that a write of the states moves.
+    """
+    plt = pyplot()
+    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 5.5), sharex=True, layout="constrained")
+    numbers = range(1, len(steps) + 1)
+    colours = ["tab:orange" if step.wrote else "tab:blue" for step in steps]
+    above.bar(numbers, [step.accepted for step in steps], width=0.9, color=colours)
+    mean = sum(step.accepted for step in steps) / len(steps)
+    above.axhline(mean, color="black", linewidth=0.8, linestyle="--", label=f"mean {mean:.2f}")
+    handles = above.get_legend_handles_labels()[0]
+    for colour, label in (("tab:orange", "step wrote the states"), ("tab:blue", "step kept them")):
+        handles.append(plt.Rectangle((0, 0), 1, 1, color=colour, label=label))
+    above.set(ylabel="accepted tokens", ylim=(0, draft + 1.9), title=f"{draft} drafted tokens a step")
+    above.legend(handles=handles, ncols=3, loc="upper left", fontsize="small")
+    written, total = [], 0
+    for step in steps:
+        total += state_bytes * step.wrote
+        written.append(total / 1e6)
+    below.plot(numbers, [n * state_bytes / 1e6 for n in numbers], color="tab:gray", label="a write in every step")
+    below.step(numbers, written, where="post", color="tab:orange", label="this run")
+    below.set(xlabel="step", ylabel="states written, MB", ylim=(0, None))
+    below.legend(loc="upper left", fontsize="small")
+    try:
+        figure.savefig(path, dpi=150)
+    finally:
+        plt.close(figure)

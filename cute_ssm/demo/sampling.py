@@ -1,26 +1,43 @@
-"""The choice of the next token from logits."""
+"""The choice of the next token from logits: a function of them, the seed and the position, and how firm it is."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cute_ssm.errors import describe
+from cute_ssm.reference.rounding import philox
 
-__all__ = ["Sampler"]
+__all__ = ["Choice", "Sampler"]
+
+_ROUNDS = 10
+_BLOCK = 64  # positions whose random numbers are drawn at once
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A token, and by how much every logit may be wrong, up or down, without changing it."""
+
+    token: int
+    margin: float
 
 
 class Sampler:
-    """Draws tokens with a generator of its own, on the CPU, so that a seed means the same on every backend.
+    """Chooses tokens on the CPU; the random numbers of a position depend on the seed and the position alone.
+
+    Of the tokens that are at least `floor` times as likely as the likeliest, the one with the largest ``logit +
+    temperature * g`` is chosen, g being Gumbel noise: that draws from their probabilities.  So it does not matter how
+    often, in which order, or in which step a position is sampled.
 
     Parameters
     ----------
     temperature : float
         Divides the logits; 0 takes the likeliest token.
     seed : int
-        Seed of the generator.
+        Seed of the noise.
     floor : float
         Tokens less likely than this fraction of the likeliest one are never drawn.
     """
@@ -34,15 +51,33 @@ class Sampler:
             raise ValueError(describe("seed", "an integer in [0, 2^63)", seed))
         self.temperature = temperature
         self.floor = floor
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
+        self._reach = -temperature * math.log(floor) if temperature and floor else math.inf
+        self._drawn: tuple[int, int, Tensor] = (-1, 0, torch.empty(0))
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Choose a token ``(batch,)`` for every row of logits ``(batch, vocab)``."""
+    def __call__(self, logits: Tensor, position: int) -> Choice:
+        """Choose the token at a position of the text from its logits ``(vocab,)``."""
         logits = logits.detach().to("cpu", torch.float64)
-        if self.temperature == 0:
-            return logits.argmax(dim=-1)
-        # a temperature near 0 must not overflow: only differences to the largest logit matter
-        scaled = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
-        weights = torch.exp(scaled)
-        weights = torch.where(weights >= self.floor, weights, 0.0)
-        return torch.multinomial(weights, 1, generator=self.generator)[:, 0]
+        short = logits.max() - logits  # of the likeliest
+        score = logits
+        if self.temperature:
+            score = logits + self.temperature * self._noise(position, len(logits))
+        open_to = short <= self._reach
+        token = int(torch.where(open_to, score, -math.inf).argmax())
+        # another token must both win over this one and be open to choice, each by half of what it lacks; or this one
+        # must fall so far below another that it is closed
+        lacks = torch.maximum(score[token] - score, short - self._reach)
+        lacks[token] = math.inf
+        others = torch.where(torch.arange(len(logits)) == token, -math.inf, logits)
+        above = float(self._reach - (others.max() - logits[token]))  # by how much this one is open
+        return Choice(token, min(float(lacks.min()), above) / 2)
+
+    def _noise(self, position: int, count: int) -> Tensor:
+        """Gumbel noise of all tokens at a position."""
+        block, row = divmod(position, _BLOCK)
+        if self._drawn[:2] != (block, count):
+            rows = torch.arange(block * _BLOCK, (block + 1) * _BLOCK)[:, None]
+            word = philox(self.seed, (torch.arange(count), rows, 0, 0), _ROUNDS)[0]
+            uniform = (word.double() + 0.5) / 2.0**32
+            self._drawn = block, count, -torch.log(-torch.log(uniform))
+        return self._drawn[2][row]

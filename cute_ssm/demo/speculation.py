@@ -1,0 +1,217 @@
+"""Speculative generation: tokens are drafted cheaply, and verified several at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cute_ssm.demo.loop import TOLERANCES, Deviation, LayerRecord, Run, worst
+from cute_ssm.demo.model import LanguageModel, Verification, operator
+from cute_ssm.demo.sampling import Sampler
+from cute_ssm.errors import describe
+
+__all__ = ["DRAFT", "WINDOW", "Drafter", "Speculation", "Step"]
+
+DRAFT = 3  # tokens to draft for a step
+WINDOW = 16  # accepted tokens that may await their state
+
+
+class Drafter:
+    """Guesses how a text goes on, at no cost of the model: right guesses save steps, wrong ones change nothing.
+
+    First by prompt look-up: what followed the last occurrence of the longest ending of the text, of `least` tokens or
+    more, that occurred before.  Where none did, by what the model expects after the last token alone, from a table that
+    is computed once, and with the random numbers of the position, so that guess and choice lean the same way.
+
+    Parameters
+    ----------
+    model : LanguageModel
+    sampler : Sampler
+        The one that chooses.
+    least, longest : int
+        Tokens of an ending that is looked up.
+    """
+
+    def __init__(self, model: LanguageModel, sampler: Sampler, least: int = 2, longest: int = 4) -> None:
+        if not 1 <= least <= longest:
+            raise ValueError(describe("least", f"1 to {longest}", least))
+        self._sampler, self._least, self._longest = sampler, least, longest
+        every = torch.arange(model.config.vocab, device=model.embedding.device)
+        with torch.no_grad():
+            self._expected = model(every[:, None], chunk=1)[:, 0].cpu()
+        self._after: dict[tuple[int, ...], int] = {}  # an ending -> where the token is that followed it last
+        self._read = 0
+
+    def __call__(self, tokens: Sequence[int], count: int) -> list[int]:
+        """Return `count` tokens that may follow `tokens`; texts of one drafter continue each other."""
+        for place in range(self._read, len(tokens)):
+            for length in range(self._least, min(self._longest, place) + 1):
+                self._after[tuple(tokens[place - length : place])] = place
+        self._read = len(tokens)
+        text = list(tokens)
+        while len(text) < len(tokens) + count:
+            text.append(self._next(text))
+        return text[len(tokens) :]
+
+    def _next(self, text: list[int]) -> int:
+        for length in range(min(self._longest, len(text)), self._least - 1, -1):
+            place = self._after.get(tuple(text[-length:]))
+            if place is not None:
+                return text[place]
+        return self._sampler(self._expected[text[-1]], len(text)).token
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of the model.
+
+    Attributes
+    ----------
+    accepted : int
+        Tokens that went into the text's history, the one that was certain included; as many were generated.
+    wrote : bool
+        Whether the states of all layers were written.
+    """
+
+    accepted: int
+    wrote: bool
+
+
+class Speculation(Run):
+    """Several tokens a step: the last one of the text and drafts, through `cute_ssm.checkpointing_ssu`.
+
+    The tokens are those of `Generation` with the same sampler: a draft is accepted if it is the token that is chosen.
+
+    Parameters
+    ----------
+    model, prompt, count, sampler
+        As for `Run`.
+    draft : int
+        Tokens to draft for a step.
+    state_dtype : torch.dtype
+        Type of the recurrent states.
+    verification : Verification, optional
+        :func:`cute_ssm.checkpointing_ssu` when not given.
+    slots : int
+        Slots of the pool, at least 2, without the one for padding.
+    window : int
+        Accepted tokens that may await their state.
+    tolerance : float, optional
+        By default that of `TOLERANCES`.
+
+    Attributes
+    ----------
+    steps : list of Step
+    pool : StatePool
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompt: Sequence[int],
+        count: int,
+        sampler: Sampler,
+        draft: int = DRAFT,
+        state_dtype: torch.dtype = torch.float32,
+        verification: Verification | None = None,
+        slots: int = 4,
+        window: int = WINDOW,
+        tolerance: float | None = None,
+    ) -> None:
+        if draft < 1:
+            raise ValueError(describe("draft", "at least 1", draft))
+        if slots < 2:
+            raise ValueError(describe("slots", "at least 2", slots))
+        self.pool = model.new_pool(slots, draft + 1, window, state_dtype)
+        spare, slot = self.pool.allocate(), self.pool.allocate()
+        tolerance = TOLERANCES[state_dtype] if tolerance is None else tolerance
+        super().__init__(model, prompt, count, sampler, self.pool.slots, slot, tolerance)
+        self.draft = draft
+        self.steps: list[Step] = []
+        self._spare = torch.tensor([spare], device=self._index.device)
+        self._verification = verification or operator("checkpointing_ssu")
+        self._records: list[LayerRecord] = []
+        self._drafter = Drafter(model, sampler)
+        self._pending = 0  # what the pool holds on the device, known here because acceptance is decided here
+
+    def warm_up(self) -> float:
+        """Run one step on another slot, so that compilation is over before the time is taken; returns its seconds."""
+        begin = time.perf_counter()
+        tokens = torch.full((1, self.pool.tokens), self.tokens[0], device=self._index.device)
+        self.model.verify(tokens, self.pool, self._spare, self._verification)
+        self.pool.commit(self._spare, torch.zeros_like(self._spare))
+        self._wait()
+        return time.perf_counter() - begin
+
+    def run(self) -> Iterator[int]:
+        """Prefill, then yield the tokens as they are made; decisions in float64 do not count in ``seconds``."""
+        begin = time.perf_counter()
+        if self.prompt_length > 1:
+            prompt = torch.tensor([self.tokens[:-1]], device=self._index.device)
+            self.model.prefill_pool(prompt, self.pool, self._index)
+            self._wait()
+        self.prefill_seconds = time.perf_counter() - begin
+        while len(self.generated) < self.count:
+            yield from self._step()
+
+    def _step(self) -> list[int]:
+        """Verify the last token and drafts; return what was chosen."""
+        begin = time.perf_counter()
+        tokens = [self.tokens[-1], *self._drafter(self.tokens, self.draft)]
+        given = torch.tensor([tokens], device=self._index.device)
+        logits = self.model.verify(given, self.pool, self._index, self._record)[0].cpu()
+        self.seconds += time.perf_counter() - begin
+        wanted = self.count - len(self.generated)
+        chosen: list[int] = []
+        for place in range(min(len(tokens), wanted)):
+            if place and chosen[-1] != tokens[place]:
+                break
+            chosen.append(self.decisions(logits[place], [*self.tokens, *chosen]))
+        begin = time.perf_counter()
+        self.pool.commit(self._index, torch.full_like(self._index, len(chosen)))
+        self._wait()
+        self.seconds += time.perf_counter() - begin
+        wrote = self._pending + len(tokens) > self.pool.window
+        self._pending = len(chosen) + (0 if wrote else self._pending)
+        self.steps.append(Step(len(chosen), wrote))
+        self.logits += logits[: len(chosen)]
+        self.tokens += chosen
+        return chosen
+
+    def _record(self, **call: Tensor) -> Tensor:
+        """Keep copies of what a layer's verification is given and gives."""
+        layer = self._calls_of_step()
+        if layer == len(self._records):
+            state = call["state"][self.slot].float().clone()
+            self._records.append(LayerRecord.of(state, call["A"], call["D"], call["dt_bias"]))
+        record = self._records[layer]
+        for name in ("x", "B", "C"):
+            getattr(record, name).append(call[name][0].clone())
+        record.dt.append(call["dt"][0, :, :, 0].clone())
+        out = self._verification(**call)
+        record.out.append(out[0].clone())
+        return out
+
+    def _calls_of_step(self) -> int:
+        """The layer whose verification comes next: the first with fewer records than steps that have begun."""
+        begun = len(self.steps) + 1
+        return next((i for i, record in enumerate(self._records) if len(record.x) < begun), len(self._records))
+
+    def ssm_deviation(self) -> Deviation:
+        """Compare the outputs at accepted tokens with the float64 recurrence on the same inputs and first states."""
+        accepted = [step.accepted for step in self.steps]
+        return worst([record.deviation(accepted) for record in self._records])
+
+    @property
+    def writes(self) -> int:
+        """Steps that wrote the states."""
+        return sum(step.wrote for step in self.steps)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of states that were not written, compared with a write in every step."""
+        return (len(self.steps) - self.writes) * self.pool.state_bytes
