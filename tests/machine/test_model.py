@@ -81,6 +81,17 @@ def test_other_operators_have_a_time(op):
     assert modelled.kernels[0].timing.slots > 0
 
 
+def test_long_sequences_continue_short_ones():
+    keys = {"dim": 256, "varlen": 1}
+    times = {n: machine.time_op("selective_scan", {**keys, "length": n}, "H200") for n in (256, 512)}
+    assert times[256].exact
+    assert not times[512].exact
+    config = machine.model.chosen("selective_scan", {**keys, "length": 512}, machine.H200)
+    call = machine.model.arguments("selective_scan", {**keys, "length": 512})
+    whole = machine.time_call(call.run, "H200", call.floor_bytes, **config)
+    assert times[512].us == pytest.approx(whole.us, rel=0.05)
+
+
 def test_unknown_machine_is_named():
     with pytest.raises(ValueError, match="H200, B200"):
         machine.machine_of("H9000")

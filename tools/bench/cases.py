@@ -54,6 +54,8 @@ def declared(
 ) -> Iterator[Case]:
     """Yield the cases, of some operators and models only if these are named.
 
+    ``batches`` above what an operator is usually called with are left out.
+
     Raises
     ------
     ValueError
@@ -62,6 +64,8 @@ def declared(
     for op in ops or ():
         workloads.parameters(op)
     for model in models or workloads.models():
-        for workload in workloads.of_model(model, batches):
-            if ops is None or workload.op in ops:
-                yield Case(model, workload.op, workload.keys, workload.batches)
+        for workload in workloads.of_model(model):
+            usual = workload.batches
+            chosen = usual if batches is None else tuple(b for b in batches if b <= max(usual))
+            if chosen and (ops is None or workload.op in ops):
+                yield Case(model, workload.op, workload.keys, chosen)

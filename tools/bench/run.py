@@ -30,7 +30,7 @@ if __package__ in (None, ""):  # run as a file
 
 import torch
 
-from bench import cases, peers
+from bench import cases, peers, triton_peers
 from bench.cases import Case
 from bench.counters import commit
 
@@ -66,6 +66,13 @@ def modelled(case: Case, batch: int, gpu: str) -> dict[str, Any]:
     import machine
 
     result = machine.time_op(case.op, case.call(batch), gpu)
+    found, absent = triton_peers.modelled(case.op, case.call(batch), gpu)
+    rivals: dict[str, Any] = {name: {"absent": reason} for name, reason in absent.items()}
+    for name, own in found.items():
+        rivals[name] = {
+            "us": dict.fromkeys(("median", "p10", "p90"), round(own, 3)),
+            "ratio": round(own / result.us, 3),
+        }
     us = dict.fromkeys(("median", "p10", "p90"), round(result.us, 3))
     kernels = [
         {
@@ -79,7 +86,7 @@ def modelled(case: Case, batch: int, gpu: str) -> dict[str, Any]:
     return line_of(
         case, batch, how="modelled", fitted=result.fitted, exact=result.exact, device=gpu,
         arch=machine.machine_of(gpu).arch, us=us, bytes=result.bytes, gbs=round(result.bytes / result.us / 1e3, 1),
-        of_copy=round(result.of_roof, 4), copy_us=round(result.roof_us, 3), kernels=kernels, peers={},
+        of_copy=round(result.of_roof, 4), copy_us=round(result.roof_us, 3), kernels=kernels, peers=rivals,
     )  # fmt: skip
 
 

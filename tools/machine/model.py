@@ -20,6 +20,7 @@ from .replay import Replay, Timing
 from .trace import Trace
 
 EXACT_BYTES = 1 << 20  # that an SM moves and that are replayed; more are extrapolated
+EXACT_TOKENS = 256  # of a sequence that are replayed, for operators that take long ones
 SMALL = 1 << 24  # bytes of arguments that get values
 
 
@@ -98,10 +99,14 @@ def of_one_sm(machine: Machine) -> Callable:
 
 def record(run: Callable[[], object], machine: Machine, **config: int):
     """Run a call in the emulator and return its session; each launch has a `Trace` of the CTAs of one SM."""
-    options = {"trace": Trace, "ctas": of_one_sm(machine), "wave_lanes": None}
-    with ptxsim.emulate(arch=machine.arch, sm_count=machine.sms, **options) as session, tuning.override(**config):
+    with ptxsim.emulate(arch=machine.arch, **sampling(machine)) as session, tuning.override(**config):
         run()
     return session
+
+
+def sampling(machine: Machine) -> dict:
+    """Options of the emulator to record the CTAs of one SM."""
+    return {"trace": Trace, "ctas": of_one_sm(machine), "wave_lanes": None, "sm_count": machine.sms}
 
 
 def resources(session) -> dict[str, int]:
@@ -176,7 +181,11 @@ def time_call(
         Fields of the config to override.
     """
     machine = machine_of(machine)
-    session = record(run, machine, **config)
+    return time_session(record(run, machine, **config), machine, total_bytes, timeline)
+
+
+def time_session(session, machine: Machine, total_bytes: int | None = None, timeline: bool = False) -> Modelled:
+    """Model the launches of a session whose options were those of `sampling`."""
     registers = resources(session)
     kernels = [
         time_launch(launch, registers.get(launch.program.kernel.name, 128), machine, total_bytes, timeline)
@@ -263,18 +272,54 @@ def time_op(
         Bytes per SM up to which a call is replayed whole.  A larger one is in its steady state: with its config, calls
         with as many requests as make ``exact`` bytes per SM and half of them are replayed, and their times continued in
         a straight line, though never below the roof.  ``exact`` is doubled until both fill the GPU.
+        Of operators on long sequences, `EXACT_TOKENS` tokens and half of them are replayed, likewise.
     """
     machine = machine_of(machine)
-    key, batch = requests(op, keys)
+    long = int(keys.get("length", workloads.parameters(op).get("length", 0)))
+    if long > EXACT_TOKENS:
+        return _continued(op, keys, machine, config or {}, exact, long)
+
+    def at(size, limit):
+        call, fields = replayed(op, keys, machine, config or {}, limit)
+        if size is not None:
+            call = arguments(op, {**keys, workloads.batch_key(op): size})
+        return time_call(call.run, machine, call.floor_bytes, **fields)
+
+    return scaled(at, op, keys, machine, exact)
+
+
+def _continued(
+    op: str, keys: Mapping[str, int | str], machine: Machine, config: Mapping[str, int], exact: int, long: int
+) -> Modelled:
+    """Model a call on long sequences from shorter ones: tokens are a loop."""
+    with tuning.override(**config):
+        fields = chosen(op, keys, machine)
+    half, whole = (
+        time_op(op, {**keys, "length": length}, machine, fields, exact) for length in (EXACT_TOKENS // 2, EXACT_TOKENS)
+    )
+    total = floor_bytes(op, keys, requests(op, keys)[1])
+    roof = machine.microseconds(total / machine.dram_rate)
+    us = whole.us + (whole.us - half.us) / (EXACT_TOKENS // 2) * (long - EXACT_TOKENS)
+    return dataclasses.replace(whole, us=max(us, roof), bytes=total, roof_us=roof, exact=False)
+
+
+def scaled(
+    at: Callable[[int | None, int], Modelled], op: str, keys: Mapping[str, int | str], machine: Machine,
+    exact: int = EXACT_BYTES,
+) -> Modelled:  # fmt: skip
+    """Model a call of any size from calls that are replayed whole.
+
+    ``at(size, limit)`` models the call with ``size`` requests; or, if that is None, as many as it has or make ``limit``
+    bytes per SM, whichever is less.
+    """
+    batch = requests(op, keys)[1]
     while True:
         large = largest(op, keys, machine, exact)
-        call, fields = replayed(op, keys, machine, config or {}, exact)
-        second = time_call(call.run, machine, call.floor_bytes, **fields)
+        second = at(None, exact)
         if batch <= large:
             return second
         small = large // 2
-        call = arguments(op, {**keys, key: small})
-        first = time_call(call.run, machine, call.floor_bytes, **fields)
+        first = at(small, exact)
         if is_steady(first, second, machine):
             break
         exact *= 2
