@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 
+import checkpointing_cases
 import cutlass
 import cutlass.cute as cute
 import pytest
@@ -18,9 +19,11 @@ from cutlass import Int32, Int64
 from cutlass.cute.runtime import make_fake_tensor
 
 from cute_ssm import arch as archs
-from cute_ssm.kernels import selective_step
+from cute_ssm.kernels import checkpointing_ssu, selective_step
 from cute_ssm.ops import _step_arguments as arguments
+from cute_ssm.ops import checkpointing_ssu as checkpointing
 from cute_ssm.ops import selective_state_update as operator
+from cute_ssm.tuning.checkpointing_ssu import choose as choose_checkpointing
 from cute_ssm.tuning.selective_step import choose
 
 
@@ -97,3 +100,85 @@ def test_what_the_operator_leaves_to_the_entry(monkeypatch):
         with pytest.raises((TypeError, ValueError)):
             function(report, list(operands._replace(**{name: wrong})), -1, 1, 528)
     function(report, list(operands), -1, 1, 528)
+
+
+# ------------------------------------------------------------------------------------------------- checkpointing_ssu
+@cute.jit
+def checkpointing_entry(report: cute.Tensor, tensors: list, pad: Int64, sm_count: Int32):
+    """Report every size and stride."""
+    i = 0
+    for tensor in tensors:
+        if cutlass.const_expr(tensor is not None):
+            for value in (*tensor.shape, *tensor.stride):
+                report[i] = Int64(value)
+                i += 1
+    report[i] = pad
+    report[i + 1] = Int64(sm_count)
+
+
+def compiled_checkpointing(case: checkpointing_cases.Case, monkeypatch):
+    """(compiled entry, operands) of a step."""
+    seen = {}
+    monkeypatch.setattr(checkpointing, "_run_on_cpu", lambda spec, operands, _: seen.update(spec=spec, o=operands))
+    operator = checkpointing.checkpointing_ssu_ring if case.ring else checkpointing.checkpointing_ssu
+    operator(**checkpointing_cases.arguments(case))
+    on_cpu = functools.partial(make_fake_tensor, memspace=cute.AddressSpace.generic)
+    monkeypatch.setattr(checkpointing_ssu, "make_fake_tensor", on_cpu)
+    config = choose_checkpointing(seen["spec"], archs.SM_90A, case.batch, 132)
+    *fakes, pad, sm_count, _ = checkpointing_ssu.CheckpointingSSU(seen["spec"], config, archs.SM_90A).fakes()
+    report = on_cpu(Int64, (cute.sym_int32(),), (1,))
+    function = cute.compile(checkpointing_entry, report, fakes, pad, sm_count, options="--enable-tvm-ffi")
+    return function.__tvm_ffi_object__(), seen["o"]
+
+
+CHECKPOINTING = [
+    checkpointing_cases.Case(),
+    checkpointing_cases.Case(history="ring", strided=True, slack=3, state="i8", rounds=10, seed_per_slot=True),
+    checkpointing_cases.Case(history="double_x", lengths=(3, 0, 2), items=True, indices=torch.int64, nheads=4),
+]
+
+
+@pytest.mark.parametrize("case", CHECKPOINTING, ids=str)
+def test_sizes_and_strides_of_a_step_arrive(case, monkeypatch):
+    function, operands = compiled_checkpointing(case, monkeypatch)
+    wanted = [v for t in operands if t is not None for v in (*t.shape, *t.stride())]
+    report = torch.zeros(len(wanted) + 2, dtype=torch.int64)
+    function(report, list(operands), -1, 132)
+    assert report.tolist() == [*wanted, -1, 132]
+
+
+@pytest.mark.parametrize("history", ["double", "ring"])
+def test_what_checkpointing_ssu_leaves_to_the_entry(history, monkeypatch):
+    """What the key of plans does not hold: strides, types, alignment, absence, and sizes that several tensors have."""
+    function, operands = compiled_checkpointing(checkpointing_cases.Case(history=history, ngroups=2), monkeypatch)
+    report = torch.zeros(200, dtype=torch.int64)
+    slots, o = operands.state.shape[0], operands
+    misaligned = torch.zeros(o.x.numel() + 1, dtype=o.x.dtype)[1:].view(o.x.shape)
+    wide = torch.zeros(*o.x.shape[:-1], 2 * o.x.shape[-1], dtype=o.x.dtype)[..., : o.x.shape[-1]]
+    for name, wrong in {
+        "A": o.A.contiguous(),  # not tied
+        "dt": o.dt.contiguous(),
+        "D": o.D.contiguous(),
+        "dt_bias": o.dt_bias.double(),
+        "x": misaligned,
+        "out": wide,
+        "z": None,
+        "B": o.B[:, :, :1],
+        "C": o.C[:2],
+        "state": o.state[: slots - 1],
+        "x_history": o.x_history[..., :32],
+        "B_history": o.B_history.float(),
+        "dt_history": o.dt_history[: slots - 1],
+        "cum_history": None if history == "double" else o.dt_history,
+        "cursor": o.cursor[: slots - 1],
+        "prev_num_accepted_tokens": o.prev_num_accepted_tokens.long(),
+        "state_batch_indices": o.state_batch_indices.long(),
+        "state_scale": torch.zeros(slots, 2, 64),
+        "rand_seed": torch.zeros(1, dtype=torch.int64),
+        "work_items": torch.zeros(3, 4, dtype=torch.int32),
+        "cu_seqlens": torch.zeros(4, dtype=torch.int32),
+    }.items():
+        with pytest.raises((TypeError, ValueError)):
+            function(report, list(operands._replace(**{name: wrong})), -1, 132)
+    function(report, list(operands), -1, 132)
+    assert report.any()
