@@ -204,6 +204,14 @@ def test_progress_shows_on_terminals_alone():
     assert file.getvalue() == ""
 
 
+@pytest.mark.parametrize("op", workloads.OPERATORS)
+def test_one_kernel_of_every_operator_compiles_without_spills(op):
+    first = workloads.of_operator(op, [16])[0]
+    for kernel in plan.of_workloads([first], [arch.SM_90A]):
+        compiled = runtime.emulated(*kernel)
+        assert all(k.spill_bytes == 0 for k in compiled.kernels), kernel
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", arch.ARCHS)
 @pytest.mark.parametrize("model", workloads.models())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -57,6 +57,7 @@ class _Emulated:
         self._gates: dict[Case, Gate] = {}
         self._passed: dict[tuple[Any, ...], str] = {}
         self._costs: dict[tuple[Any, ...], float] = {}
+        self._spills = ""  # of the last kernels that ran
 
     def measure(self, case: Case, fields: Fields, rule: Fields, rounds: int) -> Measurement:
         problem = self._gate(case, fields, rule)
@@ -67,6 +68,14 @@ class _Emulated:
     def microseconds(self, case: Case, fields: Fields) -> float:
         """Return the cost of a config."""
         raise NotImplementedError
+
+    @contextmanager
+    def _emulate(self, arch: str) -> Iterator[None]:
+        """Run kernels on one SM of the emulator, and note whether their registers spill."""
+        with import_module("ptxsim").emulate(arch=arch, sm_count=1) as session:
+            yield
+        bytes_ = sum(kernel.spill_bytes for function in session.functions for kernel in function.kernels)
+        self._spills = f"{bytes_} bytes of registers are spilled" if bytes_ else ""
 
     def _cost(self, case: Case, fields: Fields) -> float:
         key = (case, tuple(sorted(fields.items())))
@@ -79,15 +88,13 @@ class _Emulated:
         small = _with_requests(case, GATE_REQUESTS)
         key = (small, tuple(sorted(fields.items())))
         if key not in self._passed:
-            emulate = import_module("ptxsim").emulate
-            way = functools.partial(emulate, arch=case.arch, sm_count=1)
             if small not in self._gates:
-                gate = Gate(workloads.build(small.op, dict(small.keys)), rule, way)
+                gate = Gate(workloads.build(small.op, dict(small.keys)), rule, lambda: self._emulate(case.arch))
                 problem = gate.problem_of_rule(gate.results())
                 if problem:
                     raise CuteSsmError(f"{small.text()}: {problem}")
                 self._gates = {small: gate}  # one at a time: they keep tensors
-            self._passed[key] = self._gates[small].problem(fields)
+            self._passed[key] = self._gates[small].problem(fields) or self._spills
         return self._passed[key]
 
 

@@ -164,8 +164,14 @@ def test_counters_prefer_less_work_and_the_gate_is_passed(problem):
     assert found.error == ""
     assert found.us > 4.0, "a launch and the bytes"
     assert found.reference_us > 0
-    many = problems.Case(OP, tuple(sorted({**KEYS, "batch": 512}.items())), "sm_90a")
+    many = problems.Case(OP, tuple(sorted({**KEYS, "batch": 300}.items())), "sm_90a")
     assert objective.measure(many, fields, rule, 1).us > found.us
+
+
+def test_a_config_that_spills_is_refused(problem, monkeypatch):
+    objective = objectives.Counters()
+    monkeypatch.setattr(Gate, "problem", lambda self, fields: setattr(objective, "_spills", "8 bytes") or "")
+    assert objective.measure(problem.case, {"rows": 16, "warps": 2}, problem.rule(), 1).error == "8 bytes"
 
 
 def test_the_gate_refuses_other_bits(problem, monkeypatch):
