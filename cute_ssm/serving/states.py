@@ -179,7 +179,7 @@ def _run(
     try:
         key = (
             state.shape, out.shape, x_history.shape, B_history.shape, state.dtype, out.dtype, x_history.dtype, A.dtype,
-            src.dtype, dst.dtype, None if counts is None else counts.dtype, ring, state.device, src.shape,
+            src.dtype, dst.dtype, None if counts is None else counts.dtype, ring, state.device, src.numel() > 0,
             None if seed is None else (seed.shape, philox_rounds), out_scale is None, state_scale is None,
         )  # fmt: skip
     except AttributeError:  # something is no tensor, which the checks will name

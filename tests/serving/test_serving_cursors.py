@@ -53,7 +53,11 @@ def arguments(case: Case, seed: int = 0) -> tuple[dict, torch.Tensor]:
         if case.indexed and row % 7 == 3:
             order[row] = case.pad
         elif counts[row]:
-            pnat[slot], place[slot] = g.choice((0, 1, case.window, g.randrange(case.window + 1))), g.randrange(places)
+            pending = g.choice((0, 1, case.window, g.randrange(case.window + 1)))
+            ends = (places - pending) % places  # where a ring's pending tokens end with its last row
+            pnat[slot], place[slot] = pending, g.choice((ends if case.ring else 0, g.randrange(places)))
+    if case.pad >= 0:
+        pnat[case.pad], place[case.pad] = 3, 1  # as good as any, and not to be read
     if case.strided:
         pnat, place = (torch.stack([t, t * 0 + 99], 1)[:, 0] for t in (pnat, place))
     call = {"prev_num_accepted_tokens": pnat, "window": case.window, "pad_slot_id": case.pad}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -341,3 +343,8 @@ def test_bad_arguments(message):
     with pytest.raises(ValueError) as caught:
         BAD[message]()
     assert message in str(caught.value)
+
+
+def test_importing_loads_no_compiler():
+    code = "import sys, cute_ssm.serving; sys.exit(bool({'cutlass', 'tvm_ffi', 'ptxsim', 'triton'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

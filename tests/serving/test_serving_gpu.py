@@ -1,0 +1,85 @@
+"""`cute_ssm.serving` on CUDA tensors: results of the reference, graphs, and no waiting.  Skipped without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_serving_cursors import Case, arguments
+from test_serving_materialize import Case as States
+from test_serving_materialize import random as states
+
+from cute_ssm import serving
+
+pytestmark = pytest.mark.gpu
+
+
+def moved(call):
+    """The same arguments on the GPU; strides of 0 stay."""
+    return {
+        name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda").copy_(value)
+        if isinstance(value, torch.Tensor) and 0 not in value.stride()
+        else value[:, :1, :1].cuda().expand(value.shape)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in call.items()
+    }
+
+
+@pytest.mark.parametrize("case", [Case(), Case(ring=True), Case(varlen=True, batch=3000)], ids=str)
+def test_cursors(case):
+    here, counts = arguments(case)
+    there, accepted = moved(here), (counts // 2).int()
+    for _ in range(2):  # the second takes the memorised plan
+        results = [serving.build_work_items(**call) for call in (here, there)]
+        for one, other in zip(*results):
+            assert torch.equal(one, other.cpu())
+        before = [there[name].clone() for name in there if name in ("prev_num_accepted_tokens", "cache_buf_idx")]
+        serving.commit(num_accepted_tokens=accepted, **here)
+        serving.commit(num_accepted_tokens=accepted.cuda(), **there)
+        for name, value in here.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, there[name].cpu()), name
+        assert not torch.equal(before[0], there["prev_num_accepted_tokens"])
+
+
+@pytest.mark.parametrize("case", [States(), States(state="i8", history="ring", rows=22), States(out="f16")], ids=str)
+def test_materialize(case):
+    here, there = states(case, 0)["call"], moved(states(case, 0)["call"])
+    results = [serving.materialize(**call) for call in (here, there)]
+    one, other = results[0].float(), results[1].cpu().float()
+    steps = {"f32": 1e-5, "f16": 2e-3, "i8": 1.0}[case.out or case.state]  # of integers one, of floats an error
+    assert ((one - other).abs() <= steps * (1.0 if steps == 1 else one.abs() + 1e-2)).all()
+
+
+def test_a_captured_step_replays_and_waits_for_nothing():
+    pool = serving.StatePool.mamba2(
+        2, 8, nheads=2, dim=64, dstate=128, window=16, tokens=4, state_dtype=torch.float16, seed=1, device="cuda",
+        conv_shape=(32, 4),
+    )  # fmt: skip
+    slots = torch.tensor([pool.allocate(), pool.allocate(), pool.pad_slot_id], device="cuda")
+    accepted = torch.tensor([4, 1, 0], device="cuda")
+    items, writes = pool.build_work_items(slots)
+
+    def step():
+        pool.build_work_items(slots, work_items=items, num_writes=writes)
+        pool.commit(slots, accepted)
+
+    step()  # compiles
+    pool.reset_slot(slots)
+    seeds = pool.rand_seed.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(6):
+            graph.replay()
+        one, two = pool.allocate(), pool.allocate()
+        pool.copy_slot(slots[:1], torch.full((1,), one, device="cuda"))
+        pool.copy_slot(one, two)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert pool.prev_num_accepted_tokens[slots].tolist() == [8, 6, 0]
+    assert pool.prev_num_accepted_tokens[[one, two]].tolist() == [8, 8]
+    assert (pool.rand_seed - seeds)[:, slots].tolist() == [[6, 6, 0]] * 2
+    assert writes.tolist() == [0] and items[:2, 1].tolist() == slots[:2].tolist()
