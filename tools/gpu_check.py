@@ -32,6 +32,7 @@ from cute_ssm import workloads  # noqa: E402
 RESERVE_S = 10.0  # for the summary
 SMALL = {"selective_scan": {"dim": 64, "length": 100}, "checkpointing_ssu": {"nheads": 4}}
 EMULATED = ("tests/ops", "tests/compat", "tests/integrations", "tests/serving", "tests/test_gpu.py")
+CPU_ONLY = "not test_reference and not configuration_of_the_reference"
 MORE_CALLS = {  # compared besides each operator's smallest call
     "selective_state_update": [
         {"state_dtype": "float32"},
@@ -112,7 +113,7 @@ def steps(out: Path, minutes: float, quick: bool, jobs: int) -> list[Step]:
     own = [python, str(Path(__file__).resolve())]
     tests = [path for path in EMULATED if (ROOT / path).exists()]
     pytest = [python, "-m", "pytest", "--gpu", "-q", "-p", "no:cacheprovider", "-n", str(jobs), "--maxfail=50"]
-    pytest += [f"--junitxml={out / 'tests.xml'}", *(["-k", "kernel or gpu"] if quick else []), *tests]
+    pytest += [f"--junitxml={out / 'tests.xml'}", "-k", "kernel or gpu" if quick else CPU_ONLY, *tests]
     found = [
         Step("environment", [python, "-m", "cute_ssm", "env"], 0.2, last=r"nothing is wrong|BROKEN|note:"),
         Step("driver", ["nvidia-smi", "-q"], 0.1, needs="nvidia-smi", last=r"Product Name"),
