@@ -24,7 +24,7 @@ from cute_ssm.tuning.checkpointing_ssu import STEP, TOKENS
 
 UNROLLED = 4  # tiles of a consumer and unit that are unrolled: more do not fit the code cache, or wide ones registers
 SMALLEST_UNIT = 2.0**-90  # of a quantised row's sums: its inverse times an input stays finite
-HELD = 64  # registers that may hold the history's B for all tiles of a unit
+HELD = 32  # registers that may hold the history's B for all tiles of a unit
 
 
 class Consumer:
@@ -47,7 +47,7 @@ class Consumer:
     def run(self, w, walk, outputs, store, store_view, tiles, ring, units, barriers):
         layout, part = self.layout, self.half.part
         first, total, stride = walk
-        D, out, state_scale, rand_seed = outputs
+        out, state_scale, rand_seed = outputs
         full, empty, unit_full, unit_empty = barriers
         lane = cute.arch.lane_idx()
         ts, tg = self.owner.tile_copies(store, store_view, tiles)
@@ -72,10 +72,10 @@ class Consumer:
                     writes = k + n > self.spec.window
                 if const_expr(part != "keep"):
                     if writes:
-                        self.write_tiles(place, unit_at, stages, block, D, state_scale, rand_seed, store, ts, tg, lane)
+                        self.write_tiles(place, unit_at, stages, block, state_scale, rand_seed, store, ts, tg, lane)
                 if const_expr(part != "write"):
                     if not writes:
-                        self.keep_tiles(place, unit_at, stages, block, D, lane)
+                        self.keep_tiles(place, unit_at, stages, block, lane)
                 # rows of out, in place of z, leave by one copy each
                 cute.arch.fence_proxy("async.shared", space="cta")
                 cute.arch.sync_warp()
@@ -96,17 +96,17 @@ class Consumer:
         cute.arch.cp_async_bulk_wait_group(0)
 
     @cute.jit
-    def keep_tiles(self, place, unit_at, stages, block, D, lane):
+    def keep_tiles(self, place, unit_at, stages, block, lane):
         """All tiles of this consumer in a unit whose state stays as it is."""
         if const_expr(self.unrolled):
             for i in cutlass.range_constexpr(self.own):
-                self.keep_tile(i, place, unit_at, stages, block, D, lane)
+                self.keep_tile(i, place, unit_at, stages, block, lane)
         else:
             for i in cutlass.range(self.own, unroll=1):
-                self.keep_tile(i, place, unit_at, stages, block, D, lane)
+                self.keep_tile(i, place, unit_at, stages, block, lane)
 
     @cute.jit
-    def keep_tile(self, i, place, unit_at, stages, block, D, lane):
+    def keep_tile(self, i, place, unit_at, stages, block, lane):
         _, empty, _, _ = stages
         s = self.wait_tile(i, stages)
         _, _, pointers = unit_at
@@ -116,24 +116,24 @@ class Consumer:
             cute.arch.sync_warp()
             if lane == 0:
                 cute.arch.mbarrier_arrive(empty + s)  # before the rest: the next tile may come
-            self.finish(i, place, unit_at, stages, block, 0, sums, D, lane)
+            self.finish(i, place, unit_at, stages, block, 0, sums, lane)
         else:
-            self.token_blocks(i, place, unit_at, stages, at, D, lane)
+            self.token_blocks(i, place, unit_at, stages, at, lane)
             cute.arch.sync_warp()
             if lane == 0:
                 cute.arch.mbarrier_arrive(empty + s)
 
     @cute.jit
-    def token_blocks(self, i, place, unit_at, stages, at, D, lane):
+    def token_blocks(self, i, place, unit_at, stages, at, lane):
         """Outputs of a tile, eight tokens at a time."""
         for first in cutlass.range_constexpr(0, self.spec.tokens, TOKENS):
             if first < place[1]:
                 block = self.token_block(place, unit_at, lane, first)
                 sums = self.tile.product(at, block[1])
-                self.finish(i, place, unit_at, stages, block, first, sums, D, lane)
+                self.finish(i, place, unit_at, stages, block, first, sums, lane)
 
     @cute.jit
-    def write_tiles(self, place, unit_at, stages, block, D, state_scale, rand_seed, store, ts, tg, lane):
+    def write_tiles(self, place, unit_at, stages, block, state_scale, rand_seed, store, ts, tg, lane):
         """All tiles of this consumer in a unit whose state is replaced."""
         k, _, slot, head, column = place
         _, empty, _, w = stages
@@ -150,9 +150,9 @@ class Consumer:
             s = self.wait_tile(i, stages)
             at = [pointer + s * self.layout.tile_bytes for pointer in pointers]
             if const_expr(self.once):
-                self.finish(i, place, unit_at, stages, block, 0, self.tile.product(at, block[1]), D, lane)
+                self.finish(i, place, unit_at, stages, block, 0, self.tile.product(at, block[1]), lane)
             else:
-                self.token_blocks(i, place, unit_at, stages, at, D, lane)
+                self.token_blocks(i, place, unit_at, stages, at, lane)
             if held >= 0:
                 self.release(empty, held, lane)
             held = Int32(-1)
@@ -206,13 +206,15 @@ class Consumer:
         live = cutlass.min(k + n, k + (first + TOKENS))
         raw = []
         for base in cutlass.range_constexpr(0, layout.rows, STEP):
+            sums, new = [Float32(0.0)] * 4, [Float32(0.0)] * 4
             if const_expr(base == 0):
-                raw.append(self.raw_products(units, b_rows, live, base, natural, lane))
-            else:
-                sums = [Float32(0.0)] * 4
-                if live > base:
-                    sums = self.raw_products(units, b_rows, live, base, natural, lane)
-                raw.append(sums)
+                sums = self.raw_products(units, b_rows, live, base, natural, lane)
+            elif live > base:
+                sums = self.raw_products(units, b_rows, live, base, natural, lane)
+            for e in cutlass.range_constexpr(4):
+                j = base + 2 * (lane % 4) + (e % 2 + e // 2 * 8)
+                new[e] = Float32(1.0) if j == k + t else Float32(0.0)
+            raw.append((sums, new))
         return raw, self.tile.projection(natural, row, lane)
 
     def row_words(self, units, rows, count, first, lane):
@@ -246,9 +248,9 @@ class Consumer:
         return tile, tile // self.half.d_split, tile * (self.layout.tile_rows * 2)
 
     @cute.jit
-    def finish(self, i, place, unit_at, stages, block, first: cutlass.Constexpr, sums, D, lane):
+    def finish(self, i, place, unit_at, stages, block, first: cutlass.Constexpr, sums, lane):
         """Outputs of eight tokens for the rows of a tile, from S0 C^T: into the rows of z."""
-        k, n, _, head, _ = place
+        k, n, _, _, _ = place
         units, here, _ = unit_at
         layout = self.layout
         raw, (_, _, factors) = block
@@ -260,7 +262,8 @@ class Consumer:
         columns = [cutlass.min(k + (first + 2 * p + c), last) for c in range(2)]
         scale = [math.power_of_two(self.load_float(record + t * 8)) * f for t, f in zip(columns, factors)]
         diagonal = k + (first + g)
-        decays = (record, self.load_float(record + cutlass.min(diagonal, last) * 8), diagonal, self.skip(D, head + h))
+        skip = self.load_float(record + layout.skip) if const_expr(self.spec.D_dtype is not None) else None
+        decays = (record, self.load_float(record + cutlass.min(diagonal, last) * 8), diagonal, skip)
         scales = units + (here + layout.scales + tile * (layout.tile_rows * 4) + g * 4)
         for block_row in cutlass.range_constexpr(self.tile.blocks):
             c = sums[block_row]
@@ -282,16 +285,14 @@ class Consumer:
         parts = self.tokens.coefficients(self.scaled_products(decays, raw, step, lane))
         return [self.tokens.multiply(mma.load_matrices(at + m * 32, 4), parts, c) for m, c in enumerate(sums)]
 
-    def skip(self, D, head):
-        """D of a head, or None."""
-        if D is None:
-            return None
-        return memory.load_scalar(memory.address(D, head, 0), convert.DTYPES[self.spec.D_dtype])
-
     @cute.jit
     def scaled_products(self, decays, raw, step: cutlass.Constexpr, lane):
-        """This lane's four of CB^T at a step: of token ``lane // 4`` of the block, D included."""
+        """This lane's four of CB^T at a step: of token ``lane // 4`` of the block, D included.
+
+        `raw` are the products, and 1 where a position is that of the token, else 0.
+        """
         record, c_t, diagonal, skip = decays
+        raw, new = raw
         p = lane % 4
         f = self.load_decays(record, step, p)
         values = [Float32(0.0)] * 4
@@ -300,7 +301,7 @@ class Consumer:
             value = raw[e] * (math.power_of_two(c_t - f[2 * e]) * f[2 * e + 1])
             value = value if j <= diagonal else Float32(0.0)
             if const_expr(skip is not None):
-                value += skip if j == diagonal else Float32(0.0)
+                value = cute.math.fma(new[e], skip, value)
             values[e] = value
         return values
 

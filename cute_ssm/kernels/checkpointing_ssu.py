@@ -266,12 +266,12 @@ class Steps:
         if warp == 0:
             cpasync.prefetch_descriptor(load)
             inputs = (x, B, C, z, state_scale)
-            self.produce(walk, where, history, inputs, (dt, A, dt_bias), load, load_view, tiles, units, barriers)
+            self.produce(walk, where, history, inputs, (dt, A, dt_bias, D), load, load_view, tiles, units, barriers)
         elif warp >= half.helpers:
-            outputs = (D, out, state_scale, rand_seed)
+            outputs = (out, state_scale, rand_seed)
             self.consumer.run(warp - half.helpers, walk, outputs, store, store_view, tiles, ring, units, barriers)
         else:
-            self.prepare(walk, where, history, (dt, A, dt_bias), units, barriers)
+            self.prepare(walk, where, history, (dt, A, dt_bias, D), units, barriers)
 
     # ----------------------------------------------------------------------------------------------------------- units
     @cute.jit
@@ -510,7 +510,7 @@ class Steps:
         """The records of 16 positions, given the sums before them: over all positions, and over new tokens alone."""
         b, start, n, slot, cursor, k, head, column, _ = place
         _, _, dt_cache, sum_cache = history
-        dt, A, dt_bias = steps
+        dt, A, dt_bias, D = steps
         spec, layout = self.spec, self.layout
         j, side = base + lane % 16, lane // 16
         rows = self.history.capacity(dt_cache)
@@ -520,7 +520,7 @@ class Steps:
         old = self.history.old(cursor, j, rows)
         new = self.history.new(cursor, k, t, write, rows)
         kept = is_new and t < self.history.kept(spec) and column == 0  # the first part of a head speaks for all
-        heads = [cutlass.min(2 * i + side, layout.heads - 1) for i in range(len(total))]
+        heads = [2 * i + side if 2 * i + 1 < layout.heads else Int32(2 * i) for i in range(len(total))]
         # all loads of the block before the first use
         seen = [self.load_if(is_old, self.history.dt(dt_cache, slot, old, head + h)) for h in heads]
         given = [
@@ -530,6 +530,10 @@ class Steps:
         if const_expr(dt_bias is not None):
             kind = convert.DTYPES[spec.dt_bias_dtype]
             given = [v + memory.load_scalar(memory.address(dt_bias, head + h, 0), kind) for v, h in zip(given, heads)]
+        skips = [Float32(0.0)] * len(heads)
+        if const_expr(D is not None and base == 0):
+            kind = convert.DTYPES[spec.D_dtype]
+            skips = [memory.load_scalar(memory.address(D, head + h, 0), kind) for h in heads]
         taken, sums = [], []
         for i in cutlass.range_constexpr(len(heads)):
             step = softplus(given[i]) if const_expr(spec.dt_softplus) else given[i]
@@ -549,6 +553,9 @@ class Steps:
             if side == 0 or const_expr(2 * i + 1 < layout.heads):
                 record = cute.recast_ptr(at + (layout.records + heads[i] * layout.record + j * 8), dtype=Float32)
                 memory.store(record, [sums[i] * LOG2E, taken[i]], Float32, 8)
+                if const_expr(D is not None and base == 0):
+                    if j == 0:
+                        memory.store_scalar(record + layout.skip // 4, skips[i], Float32)
                 if kept:
                     memory.store_scalar(self.history.dt(dt_cache, slot, new, head + heads[i]), taken[i], Float32)
                     if const_expr(not self.history.ring):

@@ -29,6 +29,7 @@ SM_SHARED = 228 * 1024
 CTA_RESERVED = 1024
 FLIGHT = 40 * 1024  # bytes of states that an SM keeps in flight where there is work
 CONSUMERS = 4  # of an SM: one for each of its schedulers
+FEW_CONSUMERS = 2  # of a CTA that has an SM, and time for a single unit: its bytes take longer to come than two need
 SPLITS = (1, 2, 4, 8)
 UNEVEN = 1.1  # how much longer the busiest SM may take for the sake of larger units
 PAIR_UNITS = 4  # units per SM from which two launches cost less than the code for both kinds of steps at once
@@ -168,8 +169,8 @@ class UnitLayout:
         Positions, history first and then new tokens, and products that cover them.
     width, x_pitch, column_pitch : int
         Bytes of a row of x, z or out; distance of two; distance of two rows of B or C.
-    record : int
-        Bytes of a head's decays: (running sum in powers of two, dt') of every position.
+    record, skip : int
+        Bytes of a head's decays: (running sum in powers of two, dt') of every position; where D follows them.
     x, z, b, c, records, scales, meta : int
         Offsets.
     unit_bytes, zero_bytes : int
@@ -185,6 +186,7 @@ class UnitLayout:
     x_pitch: int
     column_pitch: int
     record: int
+    skip: int
     x: int
     z: int
     b: int
@@ -206,7 +208,8 @@ def unit_layout(spec: CheckpointingSSUSpec, part: str, tiles: int, d_split: int)
     width, columns = tiles * tile_rows * 2, spec.dstate * 2
     x_pitch, column_pitch = width + ROW_PAD, columns + ROW_PAD
     token_rows = -(-spec.tokens // TOKENS) * TOKENS
-    record = steps * STEP * 8
+    skip = steps * STEP * 8
+    record = skip + 16
     scale_bytes = tiles * tile_rows * 4 if spec.scaled else 0
     sizes = (rows * x_pitch, token_rows * x_pitch, rows * column_pitch, spec.tokens * column_pitch)
     sizes += (heads * record, scale_bytes, 32)
@@ -217,7 +220,7 @@ def unit_layout(spec: CheckpointingSSUSpec, part: str, tiles: int, d_split: int)
     zero = -(-(112 + max(width, columns)) // 128) * 128
     tile_bytes = tile_rows * spec.dstate * ITEMSIZE[spec.state_dtype]
     return UnitLayout(
-        tile_rows, tile_bytes, heads, rows, steps, width, x_pitch, column_pitch, record, *offsets, end, zero
+        tile_rows, tile_bytes, heads, rows, steps, width, x_pitch, column_pitch, record, skip, *offsets, end, zero
     )
 
 
@@ -266,7 +269,7 @@ def _choose(
                 half = config.halves[0]
                 ctas = min(config.ctas_per_sm, -(-units // sm_count))
                 flight = ctas * consumers * config.depth * half.layout(spec).tile_bytes
-                wanted = CONSUMERS if units > sm_count else min(CONSUMERS, heads)
+                wanted = CONSUMERS if units > sm_count else min(FEW_CONSUMERS, heads)
                 lacking = abs(wanted - ctas * consumers)
                 order = (lacking, flight < FLIGHT and units > sm_count, -heads, split, -flight)
                 found.append((busiest, order, config, units))
