@@ -155,6 +155,10 @@ def checkpointing_ssu(
     The contents of tensors on a GPU are never read by the host.  A sequence whose slot, k, active buffer or length is
     out of range is skipped there; on the CPU it is an error.
 
+    The kernel multiplies by tensor core and sums in float32.  Coefficients of tokens are sums of two bfloat16, or for
+    float16 inputs of two numbers of 11 bits; of one, where new states are bfloat16, int8 or float8.  Outputs read a
+    float32 state as numbers of 11 bits.  Everything else is float32.
+
     The signature follows ``flashinfer.mamba.checkpointing_ssu`` of FlashInfer 0.6; there, the kernel starts running
     sums anew where a step appends to a history.  The recurrence is that of Dao and Gu, "Transformers are SSMs" (2024).
     """
