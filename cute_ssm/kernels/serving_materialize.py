@@ -6,7 +6,8 @@ Per (row of the batch, head), with the state S0 [dim, dstate] of the slot that i
     c_i = sum_{l <= i} A dt'_l;   S = e^{c_{j-1}} S0 + sum_{i < j} e^{c_{j-1} - c_i} dt'_i x_i B_i^T
 
 A warp works on 8 rows of a head for each of its segments of lanes, and a lane on 8 columns of them: 64 float32
-registers, to which a token adds one product of 8 x and 8 B.  Lane t of a warp computes the weight of the tokens t and
+registers, to which a token adds one product of 8 x and 8 B.  The columns are one vector, or, where a pool is float32,
+two, so that neighbouring lanes access neighbouring bytes.  Lane t of a warp computes the weight of the tokens t and
 t + 32.  With j = 0, if both pools have the same type, the bytes of state and scales are copied.
 
 Rounding is that of `cute_ssm.reference.rounding`, by its map of rows, with j - 1 as the token.  A slot or cursor out of
@@ -40,6 +41,7 @@ class MaterializeState:
         self.scaled, self.out_scaled = spec.state_dtype in QUANTISED, spec.out_dtype in QUANTISED
         self.ring = spec.history == "ring"
         self.lanes = 1 << (spec.dstate // COLUMNS - 1).bit_length()  # of a segment
+        self.vector = 4 if "float32" in (spec.state_dtype, spec.out_dtype) else COLUMNS
         self.unit_rows = WARP // self.lanes * ROWS
         self.chunks = -(-spec.dim // self.unit_rows)
 
@@ -160,7 +162,7 @@ class MaterializeState:
                 live = pending >= 0 and pending <= rows and place >= 0 and place < places
                 if live and count >= 0 and count <= pending:
                     first = (unit - head * self.chunks) * self.unit_rows + lane // self.lanes * ROWS
-                    where = (source, target, h, first, lane % self.lanes * COLUMNS)
+                    where = (source, target, h, first, lane % self.lanes)
                     pools = (state, state_scale, out, out_scale)
                     group, _ = divmod(h, per_group)
                     if const_expr(self.spec.state_dtype == self.spec.out_dtype):
@@ -174,37 +176,41 @@ class MaterializeState:
                         self.fold(pools, history, A, rand_seed, Int32(count), where, lane)
 
     # ----------------------------------------------------------------------------------------------------------- parts
-    @cute.jit
-    def inside(self, where):
-        """Whether a lane has rows and columns of its own."""
-        return Boolean(where[3] < self.spec.dim and where[4] < self.spec.dstate)
+    def columns(self, where):
+        """First columns of a lane's vectors."""
+        return [(where[4] + i * self.lanes) * self.vector for i in range(COLUMNS // self.vector)]
 
-    def own(self, where):
-        """(first row, first column) of a lane; those of the last rows and columns where it has none of its own."""
-        return cutlass.min(where[3], self.spec.dim - ROWS), cutlass.min(where[4], self.spec.dstate - COLUMNS)
+    @cute.jit
+    def inside(self, where, column):
+        """Whether a lane has these rows and columns, or only computes what another has."""
+        return Boolean(where[3] < self.spec.dim and column < self.spec.dstate)
 
     def access_bytes(self, dtype):
-        """Bytes of one access to a lane's columns of a row."""
-        return min(MOST_BYTES, COLUMNS * dtype.width // 8)
+        """Bytes of a vector."""
+        return self.vector * dtype.width // 8
+
+    def load(self, pointers):
+        """A lane's columns of a row, from pointers to its vectors."""
+        dtype = pointers[0].dtype
+        vectors = [memory.load(pointer, dtype, self.vector, self.access_bytes(dtype)) for pointer in pointers]
+        return [value for vector in vectors for value in vector]
 
     @cute.jit
     def copy(self, pools, where):
         """The bytes of a lane's rows and of their scales."""
         state, state_scale, out, out_scale = pools
-        source, target, h, first, column = where
-        if self.inside(where):
-            per_access = self.access_bytes(self.state_dtype) * 8 // self.state_dtype.width
-            for r in cutlass.range_constexpr(ROWS):
-                for i in cutlass.range_constexpr(0, COLUMNS, per_access):
-                    words = memory.load_words(
-                        memory.address(state, source, h, first + r, column + i),
-                        self.access_bytes(self.state_dtype) // 4,
-                    )
-                    memory.store_words(memory.address(out, target, h, first + r, column + i), words)
-                if const_expr(self.scaled):
-                    if column == 0:
-                        word = memory.load_words(memory.address(state_scale, source, h, first + r), 1)
-                        memory.store_words(memory.address(out_scale, target, h, first + r), word)
+        source, target, h, first, lane = where
+        count = self.access_bytes(self.state_dtype) // 4
+        for i in cutlass.range_constexpr(COLUMNS // self.vector):
+            column = self.columns(where)[i]
+            if self.inside(where, column):
+                for r in cutlass.range_constexpr(ROWS):
+                    words = memory.load_words(memory.address(state, source, h, first + r, column), count)
+                    memory.store_words(memory.address(out, target, h, first + r, column), words)
+                    if const_expr(self.scaled and i == 0):
+                        if lane == 0:
+                            word = memory.load_words(memory.address(state_scale, source, h, first + r), 1)
+                            memory.store_words(memory.address(out_scale, target, h, first + r), word)
 
     @cute.jit
     def row_of(self, history, token):
@@ -220,13 +226,19 @@ class MaterializeState:
         dt, place = history[2], history[3]
         return memory.address(dt, source, h, row) if self.ring else memory.address(dt, source, place, h, row)
 
-    def inputs_at(self, history, source, h, row, first, column):
-        """Pointers to x and B of a row."""
-        x, B, _, place, group, _ = history
+    def x_at(self, history, source, h, row, first):
+        """Pointer to x of a row."""
+        x, _, _, place, _, _ = history
         if self.ring:
-            return memory.address(x, source, h, row, first), memory.address(B, source, group, row, column)
-        x_at = (source, place, row, h, first) if self.spec.history == "double_x" else (source, row, h, first)
-        return memory.address(x, *x_at), memory.address(B, source, place, row, group, column)
+            return memory.address(x, source, h, row, first)
+        at = (source, place, row, h, first) if self.spec.history == "double_x" else (source, row, h, first)
+        return memory.address(x, *at)
+
+    def B_at(self, history, source, row, column):
+        """Pointer to B of a row."""
+        _, B, _, place, group, _ = history
+        at = (source, group, row, column) if self.ring else (source, place, row, group, column)
+        return memory.address(B, *at)
 
     @cute.jit
     def weights(self, history, rate, source, h, count, lane):
@@ -256,14 +268,14 @@ class MaterializeState:
         """A lane's rows and columns of the state after `count` tokens."""
         state, state_scale, out, out_scale = pools
         source, target, h, _, _ = where
-        first, column = self.own(where)
+        first = cutlass.min(where[3], self.spec.dim - ROWS)
+        columns = [cutlass.min(column, self.spec.dstate - self.vector) for column in self.columns(where)]
         rate = memory.load_scalar(memory.address(A, h, 0, 0), self.A_dtype)
         carry, low, high = self.weights(history, rate, source, h, count, lane)
 
         held = cute.make_rmem_tensor((ROWS * COLUMNS,), Float32)
         for r in cutlass.range_constexpr(ROWS):
-            pointer = memory.address(state, source, h, first + r, column)
-            values = memory.load(pointer, self.state_dtype, COLUMNS, self.access_bytes(self.state_dtype))
+            values = self.load([memory.address(state, source, h, first + r, column) for column in columns])
             scale = None
             if const_expr(self.scaled):
                 scale = memory.load_scalar(memory.address(state_scale, source, h, first + r), Float32)
@@ -273,9 +285,9 @@ class MaterializeState:
         for token in cutlass.range(count, unroll=2):
             chosen = low if token < WARP else high
             weight = cute.arch.shuffle_sync(chosen, token & (WARP - 1))
-            x_at, B_at = self.inputs_at(history, source, h, self.row_of(history, token), first, column)
-            x = memory.load(x_at, self.input_dtype, ROWS, MOST_BYTES)
-            B = memory.load(B_at, self.input_dtype, COLUMNS, MOST_BYTES)
+            row = self.row_of(history, token)
+            x = memory.load(self.x_at(history, source, h, row, first), self.input_dtype, ROWS, MOST_BYTES)
+            B = self.load([self.B_at(history, source, row, column) for column in columns])
             for r in cutlass.range_constexpr(ROWS):
                 gain = weight * x[r]
                 for c in cutlass.range_constexpr(COLUMNS):
@@ -288,29 +300,32 @@ class MaterializeState:
             random = (philox.round_keys(seed, self.spec.philox_rounds), philox.place(target, h, count - 1))
         for r in cutlass.range_constexpr(ROWS):
             values = [held[r * COLUMNS + c] for c in range(COLUMNS)]
-            self.store(out, out_scale, values, random, (target, h, first + r, column), self.inside(where))
+            self.store(out, out_scale, values, random, (target, h, first + r), columns, where)
 
     @cute.jit
-    def store(self, out, out_scale, values, random, at, inside):
+    def store(self, out, out_scale, values, random, at, columns, where):
         """Round a lane's columns of a row into memory, and the row's scale."""
-        target, h, row, column = at
-        keys, place = random
-        words, scale = None, None
-        if const_expr(self.spec.philox_rounds > 0):
-            words = philox.words(keys, place, row, column, COLUMNS, self.spec.dstate)
+        encode = None
         if const_expr(self.out_scaled):
             largest = convert.max_abs(values, self.arch)
             for distance in cutlass.range_constexpr(self.lanes.bit_length() - 1):
                 largest = math.larger(largest, math.exchanged(largest, 1 << distance))
             scale, encode = convert.row_scale(largest, self.out_dtype)
-            packed = convert.pack_quantised(values, encode, self.out_dtype, words)
-        elif const_expr(self.spec.philox_rounds > 0):
-            packed = convert.pack_stochastic(values, words, self.out_dtype, self.arch)
-        else:
-            packed = convert.pack(values, self.out_dtype)
-        if inside:
-            pointer = memory.address(out, target, h, row, column)
-            memory.store_packed(pointer, packed, self.out_dtype, self.access_bytes(self.out_dtype))
-            if const_expr(self.out_scaled):
-                if column == 0:
-                    memory.store_scalar(memory.address(out_scale, target, h, row), scale, Float32)
+            if self.inside(where, where[4] * self.vector) and where[4] == 0:
+                memory.store_scalar(memory.address(out_scale, *at), scale, Float32)
+        for i in cutlass.range_constexpr(COLUMNS // self.vector):
+            packed = self.rounded(values[i * self.vector : (i + 1) * self.vector], encode, random, at[2], columns[i])
+            if self.inside(where, self.columns(where)[i]):
+                pointer = memory.address(out, *at, columns[i])
+                memory.store_packed(pointer, packed, self.out_dtype, self.access_bytes(self.out_dtype))
+
+    def rounded(self, values, encode, random, row, column):
+        """Words of a vector of a row."""
+        words = None
+        if self.spec.philox_rounds:
+            words = philox.words(*random, row, column, self.vector, self.spec.dstate)
+        if self.out_scaled:
+            return convert.pack_quantised(values, encode, self.out_dtype, words)
+        if self.spec.philox_rounds:
+            return convert.pack_stochastic(values, words, self.out_dtype, self.arch)
+        return convert.pack(values, self.out_dtype)

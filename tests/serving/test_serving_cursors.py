@@ -52,7 +52,7 @@ def arguments(case: Case, seed: int = 0) -> tuple[dict, torch.Tensor]:
     for row, slot in enumerate(order):
         if case.indexed and row % 7 == 3:
             order[row] = case.pad
-        elif counts[row]:
+        elif counts[row] or row % 2:  # of empty rows some have cursors that look right
             pending = g.choice((0, 1, case.window, g.randrange(case.window + 1)))
             ends = (places - pending) % places  # where a ring's pending tokens end with its last row
             pnat[slot], place[slot] = pending, g.choice((ends if case.ring else 0, g.randrange(places)))
