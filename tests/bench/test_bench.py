@@ -134,14 +134,14 @@ def test_absent_peers_say_why(monkeypatch):
 @pytest.fixture(scope="module")
 def modelled(tmp_path_factory):
     path = tmp_path_factory.mktemp("lines") / "modelled.jsonl"
-    arguments = ["--model", "--ops", "selective_state_update", "--models", "nemotron-nano", "--batches", "1", "8"]
+    arguments = ["--model", "--ops", "selective_state_update", "--models", "nemotron-nano", "--batches", "1"]
     assert run.main([*arguments, "--machines", "H200", "--out", str(path)]) == 0
     return path, arguments
 
 
 def test_modelled_lines_say_that_they_are(modelled):
     lines = report.read([modelled[0]])
-    assert [line["batch"] for line in lines] == [1, 1, 8, 8]
+    assert [line["keys"].get("state_dtype", "float16") for line in lines] == ["float16", "float32"]
     for line in lines:
         assert (line["how"], line["fitted"], line["device"], line["arch"]) == ("modelled", False, "H200", "sm_90a")
         assert 0 < line["of_copy"] < 1
@@ -152,13 +152,13 @@ def test_modelled_lines_say_that_they_are(modelled):
 def test_resume_leaves_out_what_is_done(modelled, capsys):
     path, arguments = modelled
     before = path.read_text()
-    first = "".join(before.splitlines(keepends=True)[:3])
+    first = "".join(before.splitlines(keepends=True)[:1])
     path.write_text(first)
     assert run.main([*arguments, "--machines", "H200", "--out", str(path), "--resume"]) == 0
     after = path.read_text()
     path.write_text(before)
     assert after.startswith(first)
-    assert len(after.splitlines()) == 4
+    assert len(after.splitlines()) == 2
     assert capsys.readouterr().out.count("modelled") == 1
 
 
