@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import pytest
 
+from cute_ssm.tuning import tables
 from cute_ssm.tuning.selective_step import SelectiveStepConfig
 
 count = pytest.importorskip("count", reason="tools/ is not on the path")
+
+
+@pytest.fixture(autouse=True)
+def _rule_alone(monkeypatch):
+    """Budgets are those of the rules' configs: a tuned one may spend instructions to have more warps."""
+    monkeypatch.setattr(tables, "rows", functools.cache(lambda: ()))
+    tables.forget()
+    yield
+    monkeypatch.undo()
+    tables.forget()
+
 
 HAS_MATMUL = "matmul" in {field.name for field in dataclasses.fields(SelectiveStepConfig)}
 BASE = {"batch": "8", "nheads": "16", "dim": "64", "dstate": "128", "ngroups": "1", "state_dtype": "float16"}

@@ -64,13 +64,16 @@ class Problem:
         return dataclasses.replace(self.lookup.rule, **fields)
 
     def valid(self, fields: Mapping[str, int | str]) -> bool:
-        """Whether the kernel can run with these fields, and fields that mean nothing are those of the rule."""
+        """Whether the kernel can run so, the GPU can hold it, and fields that mean nothing are those of the rule."""
         config = self.config(fields)
         try:
             config.check(self.lookup.spec, self.arch)  # type: ignore[attr-defined]
         except UnsupportedSpecError:
             return False
-        inert: Callable[[Config], tuple[str, ...]] = getattr(_module(config), "inert", lambda _: ())
+        module, spec = _module(config), self.lookup.spec
+        if config != self.lookup.rule and hasattr(module, "fits") and not module.fits(config, spec, self.arch):
+            return False
+        inert: Callable[[Config], tuple[str, ...]] = getattr(module, "inert", lambda _: ())
         return all(getattr(config, name) == getattr(self.lookup.rule, name) for name in inert(config))
 
     def kernels(self, fields: Mapping[str, int | str]) -> list[Kernel]:

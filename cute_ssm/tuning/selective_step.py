@@ -198,6 +198,12 @@ def space(spec: SelectiveStateUpdateSpec, arch: Arch) -> dict[str, tuple[int, ..
     }
 
 
+def fits(config: SelectiveStepConfig, spec: SelectiveStateUpdateSpec, arch: Arch) -> bool:
+    """Whether an SM holds as many CTAs as a persistent grid has for it; more would wait for their turn."""
+    resident = config.ctas_per_sm * (config.shared_bytes(spec) + CTA_BYTES)
+    return config.stages == 1 or resident <= arch.shared_bytes
+
+
 def inert(config: SelectiveStepConfig) -> tuple[str, ...]:
     """Return the fields that mean nothing beside the others: the tuner leaves them as they are."""
     return ("ctas_per_sm",) if config.stages == 1 else ()
