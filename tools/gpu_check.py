@@ -218,7 +218,6 @@ def compare(path: Path, quick: bool) -> int:
 
     import ptxsim
     from cute_ssm import arch as archs
-    from cute_ssm import tuning
     from cute_ssm.workloads import plan
 
     device = torch.device("cuda")
@@ -228,7 +227,7 @@ def compare(path: Path, quick: bool) -> int:
         for keys in [{}] if quick else [{}, *MORE_CALLS.get(op, [])]:
             keys = {**smallest(op), **keys}
             here, there = workloads.build(op, keys), on_device(workloads.build(op, keys), device)
-            with ptxsim.emulate(arch=target.name, sm_count=sms), tuning.override():
+            with ptxsim.emulate(arch=target.name, sm_count=sms):
                 here.run()
             there.run()
             torch.cuda.synchronize()

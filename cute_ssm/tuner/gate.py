@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ class Gate:
     call : Call
         Its written arguments are overwritten.
     rule : mapping
-        Fields of the rule's config.
+        Fields of the rule's config; none: what the operator chooses, by a memorised plan from the second call on.
     way : callable, optional
         Context in which the call runs, e.g. that of the emulator.
     """
@@ -30,7 +30,7 @@ class Gate:
     def __init__(
         self, call: Call, rule: Mapping[str, int | str], way: Callable[[], AbstractContextManager[Any]] | None = None
     ):
-        self.call, self.way = call, way
+        self.call, self.way = call, way or nullcontext
         self.before = {name: value.clone() for name, value in call.results().items()}
         self.expected = self._run(rule)
 
@@ -62,12 +62,8 @@ class Gate:
 
     def _run(self, fields: Mapping[str, int | str]) -> dict[str, torch.Tensor]:
         self.restore()
-        with tuning.override(**fields):
-            if self.way is None:
-                self.call.run()
-            else:
-                with self.way():
-                    self.call.run()
+        with self.way(), tuning.override(**fields) if fields else nullcontext():
+            self.call.run()
         return {name: value.clone() for name, value in self.call.results().items()}
 
 
