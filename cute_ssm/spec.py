@@ -224,7 +224,7 @@ class SelectiveScanSpec(Spec):
             raise UnsupportedSpecError(describe("dstate", "1 to 256", self.dstate))
 
 
-TOKEN_BUCKETS = (4, 8, 16)
+TOKEN_BUCKETS = (1, 2, 4, 8, 16)
 
 
 def token_bucket(tokens: int) -> int:

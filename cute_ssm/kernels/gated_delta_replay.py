@@ -333,10 +333,6 @@ class GatedDeltaRuleReplay(GatedDeltaRows):
             beta = memory.load_scalar(memory.address(rings[3], slot, h, row), Float32)
         return alpha, beta
 
-    def widen(self, words):
-        """Four elements of a state as words of float32."""
-        return convert.pack(convert.unpack(words, self.state_dtype), Float32)
-
     def advance(self, tile, shared, c, column, lane):
         """The tile after the pending tokens of chunk c; those past the last one change nothing, by a step of 0."""
         places = self.pending_places(shared, c)

@@ -12,7 +12,7 @@ from cutlass.cute.runtime import make_fake_tensor
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, memory, mma
 from cute_ssm.kernels.gated_delta_coefficients import BLOCK, TokenChunk, row_of
-from cute_ssm.tuning.gated_delta_rule import KEY_PAD, VALUE_PAD, WARP, GatedDeltaRuleConfig
+from cute_ssm.tuning.gated_delta_rule import KEY_PAD, VALUE_PAD, WARP, GatedDeltaRuleConfig, chunk_tokens
 
 
 def fake(dtype, shape, inner=(), align=1):
@@ -32,7 +32,7 @@ class GatedDeltaRows:
         self.output_dtype = convert.DTYPES[spec.output_dtype]
         self.gate_dtype = convert.DTYPES[spec.gate_dtype]
         self.dt_bias_dtype = convert.DTYPES[spec.dt_bias_dtype]
-        self.chunk = TokenChunk(spec.tokens, spec.K, spec.l2norm)
+        self.chunk = TokenChunk(chunk_tokens(spec), spec.K, spec.l2norm)
         self.blocks = spec.K // BLOCK
         self.key_pitch = spec.K + KEY_PAD
         self.value_pitch = config.rows + VALUE_PAD
@@ -59,6 +59,10 @@ class GatedDeltaRows:
 
     def load_tile(self, corner):
         return [self.load_block(corner, j) for j in range(self.blocks)]
+
+    def widen(self, words):
+        """Four elements of a state as words of float32."""
+        return convert.pack(convert.unpack(words, self.state_dtype), Float32)
 
     # ------------------------------------------------------------------------------------------------- keys and values
     def stage_keys(self, source, rows, live, target, thread, used=None):
@@ -129,6 +133,7 @@ class GatedDeltaRows:
                 words = convert.pack(pairs, self.output_dtype)
                 mma.store_matrices(self.value_rows(values, column, lane, n, 8), words)
         else:
+            i = memory.pinned(Int32(i))  # or the compiler computes all addresses early, and keeps them
             t, r = lane & 3, row + (lane >> 2)
             for n in cutlass.range_constexpr(self.chunk.key_groups):
                 for e in cutlass.range_constexpr(len(O[n])):

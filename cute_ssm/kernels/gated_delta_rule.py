@@ -20,6 +20,8 @@ In shared memory, row r of keys and queries is token r; queries follow keys.  Co
 8 banks apart, neither kind of access to keys meets a bank twice.  Up to 4 tokens, keys and queries share one group:
 even columns belong to keys, odd ones to queries, and the odd half of every operand is free for low parts.
 
+One token or two are passed by `kernels.gated_delta_sequential` instead.
+
 PDL: everything is read and written after `griddepcontrol.wait`, because the state's last writer may be the upstream
 kernel; dependents are released at once, and must wait likewise before they read.
 """
@@ -35,14 +37,15 @@ from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, math, memory
-from cute_ssm.kernels.gated_delta_rows import GatedDeltaRows, fake
+from cute_ssm.kernels.gated_delta_rows import fake
+from cute_ssm.kernels.gated_delta_sequential import GatedDeltaSequential
 from cute_ssm.spec import GatedDeltaRuleSpec
 from cute_ssm.tuning.gated_delta_rule import TILE, WARP, GatedDeltaRuleConfig, choose, shared_parts
 
 PART = 8  # blocks of a state that are written at a time
 
 
-class GatedDeltaRule(GatedDeltaRows):
+class GatedDeltaRule(GatedDeltaSequential):
     """The kernel of a `GatedDeltaRuleSpec`; batch, tokens, heads, slots, strides and scale are dynamic."""
 
     def __init__(self, spec: GatedDeltaRuleSpec, config: GatedDeltaRuleConfig, arch: Arch):
@@ -119,6 +122,7 @@ class GatedDeltaRule(GatedDeltaRows):
         ).launch(
             grid=[batch * value_heads * chunks, 1, 1],
             block=[self.threads, 1, 1],
+            min_blocks_per_mp=1,  # or ptxas may bound registers for the sake of more CTAs, and spill
             use_pdl=True,
             stream=stream,
         )  # fmt: skip
@@ -146,7 +150,8 @@ class GatedDeltaRule(GatedDeltaRows):
         per_key: cute.FastDivmodDivisorV2,
     ):
         smem = SmemAllocator()
-        shared = {name: smem.allocate(size, 128) for name, size in shared_parts(self.spec, self.config.rows).items()}
+        parts = {} if self.config.sequential else shared_parts(self.spec, self.config.rows)
+        shared = {name: smem.allocate(size, 128) for name, size in parts.items()}
         shared = {name: cute.recast_ptr(p, dtype=Float32) if name != "values" else p for name, p in shared.items()}
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
@@ -158,8 +163,11 @@ class GatedDeltaRule(GatedDeltaRows):
         slot = Int64(src[i])  # 64 bits: its product with the slot's stride passes 2^31 elements
         if slot >= 0:
             key_head, _ = divmod(h, per_key)
-            self.work((q, k, v, state, A_log, a, dt_bias, b, out), (buffer, scatter, dst, accepted), shared, scale,
-                      (i, h, key_head, first, slot))  # fmt: skip
+            tensors, targets = (q, k, v, state, A_log, a, dt_bias, b, out), (buffer, scatter, dst, accepted)
+            if const_expr(self.config.sequential):
+                self.walk(tensors, targets, scale, (i, h, key_head, first, slot))
+            else:
+                self.work(tensors, targets, shared, scale, (i, h, key_head, first, slot))
         elif const_expr(self.spec.zero_padding):
             self.clear_outputs(out, i, h, first, q.shape[1])
 

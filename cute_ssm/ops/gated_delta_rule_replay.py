@@ -15,7 +15,7 @@ from cute_ssm.ops import _gated_delta_arguments as checks
 from cute_ssm.ops import _library
 from cute_ssm.reference.gated_delta_rule import gated_delta_rule_replay as reference
 from cute_ssm.reference.gated_delta_rule import gates
-from cute_ssm.spec import WINDOW_BUCKETS, GatedDeltaRuleReplaySpec, window_bucket
+from cute_ssm.spec import WINDOW_BUCKETS, GatedDeltaRuleReplaySpec, token_bucket, window_bucket
 from cute_ssm.tuning import gated_delta_rule as tuning
 from cute_ssm.tuning import overridden
 
@@ -269,7 +269,8 @@ def _check(given: dict[str, Tensor], window: int, use_qk_l2norm: bool, zero_padd
     for name in ("initial_state", *RINGS, "output"):
         arguments.check_writable(name, given[name])
     spec = GatedDeltaRuleReplaySpec(
-        **checks.spec_fields(given, use_qk_l2norm, zero_padding), window=window_bucket(window)
+        **{**checks.spec_fields(given, use_qk_l2norm, zero_padding), "tokens": token_bucket(max(tokens, 4))},
+        window=window_bucket(window),
     )
     spec.check()
     return spec

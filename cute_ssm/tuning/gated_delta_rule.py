@@ -1,6 +1,7 @@
 """The config of the kernels of the gated delta rule, and the choice of one.
 
-The bits of a result depend on the spec alone: both fields only move rows of the state between warps.
+The bits of a result depend on the spec alone: it decides `sequential`, and the other fields only move rows of the state
+between warps.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 from cute_ssm.arch import Arch
 from cute_ssm.errors import UnsupportedSpecError
-from cute_ssm.spec import Config, GatedDeltaRuleReplaySpec, GatedDeltaSpec
+from cute_ssm.spec import Config, GatedDeltaRuleReplaySpec, GatedDeltaRuleSpec, GatedDeltaSpec
 from cute_ssm.tuning import apply_override, tables
 
 FREE = ("rows", "warps")  # fields that change no result
@@ -21,6 +22,7 @@ KEY_PAD = 8  # floats between rows of keys in shared memory: no access to them m
 VALUE_PAD = 8  # elements between rows of values
 MAX_TILES = 4  # of a warp
 MOST_ROWS = 128  # of a CTA
+SEQUENTIAL_TOKENS = 2  # most tokens of a call that are passed one after the other
 PENDING = 8  # tokens of a ring that are passed at once
 
 
@@ -34,10 +36,13 @@ class GatedDeltaRuleConfig(Config):
         Rows of one head's state that a CTA works on: a divisor of V.
     warps : int
         Warps of a CTA, which share the rows.
+    sequential : int
+        1: one token after the other, by `GatedDeltaRule` alone, up to 2 of them.  0: all tokens by products.
     """
 
     rows: int
     warps: int
+    sequential: int = 0
 
     def tiles(self) -> int:
         """Tiles of rows of each warp."""
@@ -45,7 +50,7 @@ class GatedDeltaRuleConfig(Config):
 
     def shared_bytes(self, spec: GatedDeltaSpec) -> int:
         """Shared memory of one CTA."""
-        return sum(shared_parts(spec, self.rows).values())
+        return 0 if self.sequential else sum(shared_parts(spec, self.rows).values())
 
     def check(self, spec: GatedDeltaSpec, arch: Arch) -> None:
         """Raise `UnsupportedSpecError` if the kernel cannot run so."""
@@ -53,10 +58,17 @@ class GatedDeltaRuleConfig(Config):
             "rows": self.rows >= TILE and spec.V % self.rows == 0,
             "warps": 1 <= self.warps <= 8 and self.rows % (TILE * self.warps) == 0 and self.tiles() <= MAX_TILES,
             "shared memory": self.shared_bytes(spec) <= arch.shared_bytes,
+            "sequential": not self.sequential
+            or (isinstance(spec, GatedDeltaRuleSpec) and spec.tokens <= SEQUENTIAL_TOKENS),
         }
         bad = [name for name, good in problems.items() if not good]
         if bad:
             raise UnsupportedSpecError(f"config: {', '.join(bad)} of {self} do not fit {spec.text()} on {arch.name}")
+
+
+def chunk_tokens(spec: GatedDeltaSpec) -> int:
+    """Return the tokens of a chunk: the smallest has four."""
+    return max(spec.tokens, 4)
 
 
 def shared_parts(spec: GatedDeltaSpec, rows: int) -> dict[str, int]:
@@ -64,13 +76,13 @@ def shared_parts(spec: GatedDeltaSpec, rows: int) -> dict[str, int]:
 
     Pending tokens come before new ones.
     """
-    pending = spec.window if isinstance(spec, GatedDeltaRuleReplaySpec) else 0
+    tokens, pending = chunk_tokens(spec), spec.window if isinstance(spec, GatedDeltaRuleReplaySpec) else 0
     tables = sum(table_parts(PENDING, queries=False).values())
     return {
-        "keys": (pending + 2 * spec.tokens) * (spec.K + KEY_PAD) * 4,
-        "values": (pending + max(spec.tokens, 8)) * (rows + VALUE_PAD) * 2,
+        "keys": (pending + 2 * tokens) * (spec.K + KEY_PAD) * 4,
+        "values": (pending + max(tokens, 8)) * (rows + VALUE_PAD) * 2,
         **({"pending": pending // PENDING * tables} if pending else {}),
-        **table_parts(spec.tokens),
+        **table_parts(tokens),
     }
 
 
@@ -101,9 +113,12 @@ def space(spec: GatedDeltaSpec, arch: Arch) -> dict[str, tuple[int, ...]]:
 def _choose(spec: GatedDeltaSpec, heads: int, sm_count: int) -> GatedDeltaRuleConfig:
     """128 rows if there are two such parts for every SM; else fewer, down to a tile for each of two warps.
 
-    A warp has two tiles, of which one arrives while the other is multiplied, or one of 256 columns.
+    A warp has two tiles, of which one arrives while the other is multiplied, or one of 256 columns.  Up to two tokens
+    are passed one after the other: a call with few requests, which the length of the longest chain decides, is faster
+    then, and one with many has time for the instructions that it takes more.
     """
     rows = min(spec.V, MOST_ROWS)
     while rows > 2 * TILE and heads * (spec.V // rows) < 2 * sm_count:
         rows //= 2
-    return GatedDeltaRuleConfig(rows, warps=min(8 if spec.K == 256 else 4, rows // TILE))
+    alone = isinstance(spec, GatedDeltaRuleSpec) and spec.tokens <= SEQUENTIAL_TOKENS
+    return GatedDeltaRuleConfig(rows, warps=min(8 if spec.K == 256 else 4, rows // TILE), sequential=int(alone))

@@ -46,12 +46,17 @@ CASES = [
     Case(tokens=8),
     Case(tokens=7, regime="cut", mode="buffer_update", state="bf16"),
     Case(tokens=5, regime="collinear", mode="accepted", out=None, strided=True),
+    *vary(Case(tokens=1), mode=[mode for mode in MODES if mode != "update"], state=("bf16", "f16"), io=("f16",)),
+    *vary(Case(tokens=2), mode=[mode for mode in MODES if mode != "update"], regime=REGIMES[1:], out=(None, "bf16")),
+    Case(tokens=2, state="bf16", strided=True, l2norm=False, regime="fast", mode="buffer_update"),
     Case(tokens=16, K=64, out=None),
     Case(tokens=11, K=64, regime="fast", mode="scatter"),
 ]
 SIZES = [
     Case(K=64, V=64, batch=1, pads=(), tokens=6, mode="buffer_update"),
     Case(K=256, V=64, batch=1, pads=(), out=None),
+    Case(K=256, V=64, batch=1, pads=(), tokens=2, mode="accepted"),
+    Case(K=256, V=256, batch=1, pads=(), tokens=1, out=None),
     Case(K=64, V=256, batch=1, pads=(), mode="verify", out=None),
     Case(K=128, V=128, batch=1, pads=(), tokens=8, state="f16", io="f16", out=None),
 ]
@@ -99,7 +104,7 @@ def test_products_are_the_recurrence(tokens, regime):
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("tokens", [4, 8])
+@pytest.mark.parametrize("tokens", [2, 4, 8])
 def test_error_is_that_of_sequential_float32(tokens, regime):
     """Average errors over many heads, without the allowance that `within` makes."""
     call = arguments(Case(tokens=tokens, regime=regime, pads=(), batch=4, heads=16, ratio=1))
@@ -116,7 +121,7 @@ def test_error_is_that_of_sequential_float32(tokens, regime):
         assert error <= 1.5 * allowed, error / allowed
 
 
-@pytest.mark.parametrize("tokens", [3, 8])
+@pytest.mark.parametrize("tokens", [2, 3, 8])
 def test_bits_do_not_depend_on_batch_tiling_or_repetition(tokens):
     """A request gives the same bits alone, in any order of a batch, in any slot, and whatever the config."""
     call = arguments(Case(tokens=tokens, batch=4, K=64, pads=(), out=None))

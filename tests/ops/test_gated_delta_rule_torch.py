@@ -14,6 +14,7 @@ import cute_ssm
 import ptxsim
 from cute_ssm import arch as archs
 from cute_ssm import runtime, tuning
+from cute_ssm.errors import UnsupportedSpecError
 from cute_ssm.ops import gated_delta_rule as module
 from cute_ssm.spec import GatedDeltaRuleSpec
 from cute_ssm.tuning.gated_delta_rule import GatedDeltaRuleConfig, choose
@@ -156,6 +157,10 @@ def replaced(**fields):
 
 WRITE = {"write_final": True, "write_buffer": True, "accepted_dtype": "int32"}
 SPECS = {
+    "1-bf16": replaced(tokens=1, state_dtype="bfloat16", **WRITE),
+    "2": replaced(tokens=2),
+    "2-write": replaced(tokens=2, **WRITE),
+    "2-256": replaced(tokens=2, K=256, V=256, **WRITE),
     "4": BASE,
     "8": replaced(tokens=8),
     "8-write": replaced(tokens=8, **WRITE),
@@ -179,7 +184,7 @@ def test_no_spills(name, arch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-@pytest.mark.parametrize(("tokens", "K", "V"), list(itertools.product((4, 8, 16), (64, 128, 256), (64, 256))))
+@pytest.mark.parametrize(("tokens", "K", "V"), list(itertools.product((1, 2, 4, 8, 16), (64, 128, 256), (64, 256))))
 def test_no_spills_in_any_size(tokens, K, V, arch):
     target = archs.by_name(arch)
     for state, write in itertools.product(("float32", "bfloat16"), ({}, WRITE)):
@@ -197,10 +202,14 @@ def test_bundle_entry_for_the_gpu(tmp_path):
 
 def test_configs_fit():
     for arch, tokens, K, V, heads in itertools.product(
-        archs.ARCHS.values(), (4, 8, 16), (64, 128, 256), (64, 128, 256), (1, 64, 10**5)
+        archs.ARCHS.values(), (1, 2, 4, 8, 16), (64, 128, 256), (64, 128, 256), (1, 64, 10**5)
     ):
         spec = replaced(tokens=tokens, K=K, V=V)
-        choose(spec, arch, heads, arch.sm_count).check(spec, arch)
+        config = choose(spec, arch, heads, arch.sm_count)
+        config.check(spec, arch)
+        assert config.sequential == (tokens <= 2), "chosen by the number of tokens alone, as bits depend on it"
+    with pytest.raises(UnsupportedSpecError, match="config: sequential of"):
+        GatedDeltaRuleConfig(128, 4, sequential=1).check(BASE, archs.SM_90A)
     assert choose(BASE, archs.SM_90A, 512, 132) == GatedDeltaRuleConfig(128, 4)
 
 
