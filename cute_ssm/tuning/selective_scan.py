@@ -24,12 +24,19 @@ MAX_WARPS = 8  # of a CTA
 LANES = 8  # of a channel, at most
 LANE_STATES = 16  # of a lane, unless all lanes are in use: they and their rates take two registers each
 COLUMN_PIECES = 4  # blocks of B and C that a thread holds while they travel, at most
-BUSY_WARPS = 8  # per SM: with fewer, channels are shared by more lanes, sequences are split, and CTAs are smaller
-MAX_SPLITS = 32  # of a sequence: the last part folds what as many carry
-PART_TOKENS = 256  # of a part, at least: folding 32 rows costs about as much as scanning 16 tokens
-SPLIT_GAIN = 1.25  # by which the model must favour splits, for a second launch and bits that depend on them
-# Instructions of a lane per token and channel, as counted: (per state, fixed, per lane that shares the channel)
-SCAN_WORK, CARRY_WORK = (5.7, 18.0, 13.5), (4.6, 9.0, 9.0)
+BUSY_WARPS = 8  # per SM: with fewer, CTAs are smaller
+MAX_SPLITS = 32  # of a sequence
+PART_TOKENS = 128  # of a part, at least
+SPLIT_GAIN = 1.3  # by which `duration` must favour splits: more than it errs, for bits that depend on them
+# Of a channel and a token: instructions as counted, per state and beside them; more of each lane that takes part;
+# functions of the special unit beside one per state.  The unit takes 8 clocks for one of a warp.
+SCAN_WORK, CARRY_WORK = (5.7, 18.0, 13.5, 3), (4.6, 9.0, 9.0, 1)
+SPECIAL_CLOCKS = 8
+# The rest makes `duration` agree with `tools/machine`, which was fitted to no measurement, to 20 %
+LATENCY, STALLS = 80, 1.15  # clocks of a token that a warp waits; what waits add to its instructions
+PART_CLOCKS = 4000  # of a part before its first token
+ROW_CLOCKS = 150  # of folding what a part carries: a quarter of a trip to L2, as four travel together
+LAUNCH_CLOCKS = 3000  # of a second launch
 
 
 @dataclass(frozen=True)
@@ -107,23 +114,39 @@ def carried_columns(spec: SelectiveScanSpec) -> int:
     return -(-spec.dstate // QUAD) * QUAD + QUAD
 
 
-def duration(spec: SelectiveScanSpec, lanes: int, splits: int, channels: int, sm_count: int) -> float:
-    """What a call takes, up to a factor: instructions over the share of the GPU that executes them.
+def room(spec: SelectiveScanSpec, lanes: int, splits: int) -> int:
+    """Warps that an SM's registers hold; a fold, whose rows travel together, takes some."""
+    return 8 if padded_states(spec) * (2 if splits > 1 else 1) >= LANE_STATES * lanes else 12
 
-    Every part but the last is scanned twice, the first time without outputs.  An SM with fewer than `BUSY_WARPS` warps
-    is taken to be as busy as it has warps.
+
+def duration(spec: SelectiveScanSpec, lanes: int, splits: int, channels: int, length: int, sm_count: int) -> float:
+    """Clocks that a call takes, about.
+
+    A warp takes `LATENCY` and its instructions, or its use of the special unit, for a token, and as often the latter as
+    other warps share its quarter of an SM.  Every part but a sequence's last is scanned twice, the first time without
+    outputs; the busiest SM has no such part.  Bytes do not matter: at 16 states instructions take twice their time, and
+    splits add 70 to 90 % of the former and half of the latter.
     """
-    scan, carry = (per_state * spec.dstate + fixed + per_lane * lanes
-                   for per_state, fixed, per_lane in (SCAN_WORK, CARRY_WORK))  # fmt: skip
-    busy = min(1.0, channels * lanes * splits / (BUSY_WARPS * WARP * sm_count))
-    return (scan + carry * (splits - 1) / splits) / busy
+    warps = max(1.0, channels * lanes * splits / (WARP * 4 * sm_count))  # of a quarter
+    at_once = min(warps, room(spec, lanes, splits) / 4)
+
+    def of_token(per_state: float, fixed: float, per_lane: float, functions: int) -> float:
+        instructions = (per_state * spec.dstate + fixed) / lanes + per_lane
+        special = SPECIAL_CLOCKS * (spec.dstate + functions) / lanes
+        return (LATENCY + STALLS * max(instructions, special) * at_once) * warps / at_once
+
+    tokens = length / splits
+    if splits == 1:
+        return of_token(*SCAN_WORK) * tokens + PART_CLOCKS
+    both = of_token(*SCAN_WORK) + of_token(*CARRY_WORK)
+    return both * tokens + 2 * PART_CLOCKS + ROW_CLOCKS * splits + LAUNCH_CLOCKS
 
 
 def parallelism(spec: SelectiveScanSpec, channels: int, length: int, sm_count: int) -> tuple[int, int]:
     """Return (lanes, splits): what takes least, unsplit unless splits gain enough."""
 
     def time(choice: tuple[int, int]) -> float:
-        return duration(spec, *choice, channels, sm_count)
+        return duration(spec, *choice, channels, length, sm_count)
 
     whole = [(lanes, 1) for lanes in lane_choices(spec)]
     counts = [2**i for i in range(1, 10) if 2**i <= MAX_SPLITS and length >= 2**i * PART_TOKENS]
@@ -177,5 +200,4 @@ def _choose(
     tokens = next((n for n in (32, 16) if rows * n <= pieces * BLOCK * WARP * warps), BLOCK)
     config = SelectiveScanConfig(lanes, warps, tokens, ctas_per_sm=1, splits=splits)
     fitting = arch.shared_bytes // (config.shared_bytes(spec) + 1024)
-    room = 8 if padded_states(spec) >= LANE_STATES * lanes else 12  # warps that an SM's registers hold
-    return replace(config, ctas_per_sm=max(1, min(fitting, room // warps)))
+    return replace(config, ctas_per_sm=max(1, min(fitting, room(spec, lanes, splits) // warps)))

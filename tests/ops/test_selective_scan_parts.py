@@ -229,13 +229,14 @@ SPEC = SelectiveScanSpec(
 @pytest.mark.parametrize(
     ("channels", "length", "splits"),
     [
-        (1536, 4096, 16),  # Mamba-130m, one sequence
-        (1536, 1 << 17, 32),
-        (5120, 4096, 8),  # Mamba-2.8b
-        (8192, 4096, 1),  # more channels: what is gained does not pay for the second pass
+        (1536, 4096, 32),  # Mamba-130m, one sequence
+        (1536, 1024, 8),
+        (2048, 4096, 16),  # Mamba-790m, one of two GPUs
+        (5120, 4096, 1),  # Mamba-2.8b: what is gained does not pay for the second pass
+        (8192, 1 << 17, 1),
         (1 << 16, 4096, 1),  # a full GPU
-        (1, 511, 1),  # too short for two parts
-        (1, 512, 2),
+        (1, 255, 1),  # too short for two parts
+        (1, 512, 4),
         (1 << 20, 1 << 17, 1),
     ],
 )
@@ -255,9 +256,18 @@ def test_splits_pay_by_the_model_and_parts_are_long():
                     config = choices.choose(spec, arch, channels, channels, length, arch.sm_count)
                     config.check(spec, arch)
                     found.add(config.splits)
-                    work = (channels, arch.sm_count)
+                    work = (channels, length, arch.sm_count)
                     whole = min(choices.duration(spec, n, 1, *work) for n in choices.lane_choices(spec))
                     if config.splits > 1:
                         assert length >= config.splits * choices.PART_TOKENS
-                        assert choices.duration(spec, config.lanes, config.splits, *work) * 1.25 <= whole
-    assert {1, 4, 16, 32} <= found
+                        assert choices.duration(spec, config.lanes, config.splits, *work) * 1.3 <= whole
+    assert {1, 8, 16, 32} <= found
+
+
+@pytest.mark.slow
+def test_few_channels_take_less_in_parts_by_an_independent_model():
+    """`tools/machine` replays the kernels' instructions on a model of an SM; it knows nothing of `duration`."""
+    model = pytest.importorskip("machine.model", reason="tools/ is not on the path")
+    keys = {"batch": 1, "dim": 768, "length": 256}
+    parts, whole = (model.time_op("selective_scan", keys, "H200", {"splits": n}) for n in (4, 1))
+    assert parts.us < whole.us
