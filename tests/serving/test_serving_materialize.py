@@ -210,6 +210,8 @@ CASES = [
         rate=(0.001, 100.0),
         place=(True,),
     ),
+    Case(rows=64, counts=False),  # more tokens than a warp has lanes
+    Case(rows=40, counts=False, history="ring"),
     Case(state="i8", out="f32"),
     Case(state="f32", out="i8", history="ring"),
     Case(state="i16", out="f16", counts=False),
