@@ -210,6 +210,7 @@ CASES = [
         rate=(0.001, 100.0),
         place=(True,),
     ),
+    Case(dim=80, dstate=64),  # rows that only some segments of a warp have
     Case(rows=64, counts=False),  # more tokens than a warp has lanes
     Case(rows=40, counts=False, history="ring"),
     Case(state="i8", out="f32"),
