@@ -81,7 +81,9 @@ def _text(facts: doctor.Facts, found: list[doctor.Problem]) -> str:
     state = "writable" if facts.cache_writable else "not writable"
     size = _size(sum(item.size for item in items))
     folder = "off" if facts.cache_dir is None else f"{facts.cache_dir} ({state}): {len(items)} kernels, {size}"
-    lines += ["", "cache", *_table({"folder": folder}), "", "environment"]
+    lines += ["", "cache", *_table({"folder": folder})]
+    lines += [f"  bundle  {path}: {count} kernels" for path, count in facts.bundles.items()]
+    lines += ["", "environment"]
     lines += _table(
         {row.name: facts.variables.get(row.name, f"- (default: {row.default}): {row.meaning}") for row in env.VARIABLES}
     )

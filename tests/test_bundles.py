@@ -15,6 +15,7 @@ import pytest
 from tiny_spec import TinyConfig, TinySpec
 
 from cute_ssm import arch, runtime
+from cute_ssm.__main__ import main
 from cute_ssm.errors import CuteSsmError
 from cute_ssm.runtime import bundles, compiler, shelves, toolchain
 from cute_ssm.runtime.store import Key
@@ -34,6 +35,7 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 from tiny_spec import TinyConfig, TinySpec
 from cute_ssm import arch, runtime
+from cute_ssm.__main__ import main
 from cute_ssm.kernels import registry
 from cute_ssm.runtime import toolchain
 toolchain.sources_digest = lambda: sys.argv[1]  # the same for all, even if somebody edits the sources meanwhile
@@ -184,3 +186,16 @@ def test_build_aot_makes_a_bundle_and_a_wheel(folder, tmp_path, capsys):
         archive.extractall(site)
     done = without_compiler("", extra=(str(site),))
     assert done.stdout.startswith("callable"), done.stderr
+
+
+def test_env_lists_bundles_and_warns_of_empty_ones(folder, settings, capsys):
+    settings(AOT_DIR=folder)
+    main(["env"])
+    printed = capsys.readouterr().out
+    assert f"bundle  {folder}: 0 kernels" in printed
+    assert f"note: the bundle {folder} holds no kernels" in printed
+    runtime.compile_to(folder, *KEY)
+    main(["env", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["bundles"] == {str(folder): 1}
+    assert not any("bundle" in problem["what"] for problem in report["problems"])

@@ -15,7 +15,7 @@ import cute_ssm
 from cute_ssm import arch as archs
 from cute_ssm import env
 from cute_ssm.errors import UnsupportedArchError
-from cute_ssm.runtime import shelves, toolchain
+from cute_ssm.runtime import bundles, shelves, toolchain
 
 TORCH_RANGE = ((2, 11), (2, 14))
 PIP = f"{sys.executable} -m pip install"
@@ -56,6 +56,7 @@ class Facts:
     settings_error: str = ""
     cache_dir: Path | None = None
     cache_writable: bool = False
+    bundles: dict[str, int] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
 
 
@@ -73,6 +74,8 @@ def gather() -> Facts:
         facts.cache_dir = env.settings().cache_dir
     except ValueError as error:
         facts.settings_error = str(error)
+    if not facts.settings_error:
+        facts.bundles = {str(folder): len(shelves.listing(folder)) for folder in bundles.folders()}
     facts.cache_writable = facts.cache_dir is not None and writable(facts.cache_dir)
     if facts.torch is not None:
         facts.torch_cuda, facts.gpus = _gpus()
@@ -142,6 +145,7 @@ def as_dict(facts: Facts) -> dict[str, object]:
             "objects": len(shelf),
             "bytes": sum(item.size for item in shelf),
         },
+        "bundles": facts.bundles,
         "environment": facts.variables,
         "problems": [vars(problem) for problem in problems(facts)],
     }
@@ -235,6 +239,11 @@ def _setting_problems(facts: Facts) -> list[Problem]:
     known = {variable.name for variable in env.VARIABLES}
     for name in facts.variables.keys() - known:
         found.append(Problem(False, f"{name} is no variable of this package: misspelt?", f"unset {name}"))
+    for folder, kernels in facts.bundles.items():
+        if not kernels:
+            what = f"the bundle {folder} holds no kernels: nothing is loaded from it"
+            fix = f"python tools/build_aot.py --out {folder}, or name another folder in CUTE_SSM_AOT_DIR"
+            found.append(Problem(False, what, fix))
     if facts.cache_dir is not None and not facts.cache_writable:
         what = f"the kernel cache {facts.cache_dir} cannot be written: every process compiles anew"
         found.append(Problem(False, what, "export CUTE_SSM_CACHE_DIR=<a writable folder>"))
