@@ -234,6 +234,23 @@ def test_a_perturbed_history_is_noticed():
         loop.step()
 
 
+def test_materialize_in_place_leaves_nothing_pending():
+    loop = Loop("ring", False, False, seed=4, bound=EXACT)
+    loop.start()
+    while not loop.live or loop.live[0].pending < 3 or not loop.writes:
+        loop.step()
+    pool, slot = loop.pool, loop.live[0].slot
+    other = pool.allocate()
+    pool.materialize(loop.rates(), slot, other)
+    pool.materialize(loop.rates(), slot, slot)
+    assert not pool._cursors[:, slot].any() and torch.equal(pool.state[:, slot], pool.state[:, other])
+    assert torch.equal(pool.conv_state[:, slot], pool.conv_state[:, other])
+    loop.live[0].pending, loop.live[0].past = 0, [[] for _ in range(LAYERS)]
+    for _ in range(3):
+        loop.step()
+        loop.verify()
+
+
 # ---------------------------------------------------------------------------------------------------------------- slots
 def test_slots_are_taken_and_given_back():
     pool = make(slots=3)
