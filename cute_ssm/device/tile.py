@@ -23,6 +23,7 @@ from cute_ssm.device import convert, memory, mma, philox
 from cute_ssm.device.asm import pure
 
 ROWS = 16  # of a product
+HELD_QUADS = 16  # of C in float32, that registers hold
 _BYTE_SHIFT = 1024.0 + 128.0  # of a signed byte below the exponent of float16's 1024
 _LOW_SHIFT = 1024.0  # of an unsigned one
 
@@ -168,14 +169,17 @@ class StateTile:
         return operand, (start, low), factors
 
     def _wide_projection(self, natural, row, p):
-        """C in float32: of columns (p, p + 4) of each 8, or (2 p, 2 p + 1) where states come in pairs."""
+        """C in float32, by what `_wide_pair` takes: the values, or where they are if they would not fit registers."""
         if self.dtype is not Float32:
             return [convert.unpack([word], self.inputs) for pair in natural for word in pair]
-        operand = []
-        for quad in range(self.quads):
-            at = [cute.recast_ptr(row, dtype=self.inputs) + (quad * 8 + p + i) for i in (0, 4)]
-            operand.append([memory.load_scalar(pointer, self.inputs) for pointer in at])
-        return operand
+        at = cute.recast_ptr(row, dtype=self.inputs) + p
+        return at if self.quads > HELD_QUADS else [self._wide_pair(at, quad) for quad in range(self.quads)]
+
+    def _wide_pair(self, operand, quad):
+        """C of columns (p, p + 4) of each 8, or (2 p, 2 p + 1) where states come in pairs."""
+        if isinstance(operand, list):
+            return operand[quad]
+        return [memory.load_scalar(operand + (quad * 8 + i), self.inputs) for i in (0, 4)]
 
     def _normalise(self, operand, lane):
         """bfloat16 / 2^e as float16 with 2^e <= max < 2^(e + 1) of a token, exact down to 2^-24 of it; and 2^e of the
@@ -200,11 +204,12 @@ class StateTile:
         sums = [start] * self.blocks
         low = [low_start] * self.blocks
         for quad in range(self.quads):
+            column = self._wide_pair(operand, quad) if self.dtype is Float32 else None
             for block in range(self.blocks):
                 words = mma.load_matrices(self.quad_at(pointers, quad, block), 4, transposed=False)
                 if self.dtype is Float32:
                     a = mma.rounded([convert.as_float(word) for word in words])
-                    sums[block] = mma.mma_tf32(a, operand[quad], sums[block])
+                    sums[block] = mma.mma_tf32(a, column, sums[block])
                 elif self.wide:
                     for i in range(2):
                         (a0, a2), (a1, a3) = (convert.unpack([word], BFloat16) for word in words[2 * i : 2 * i + 2])

@@ -24,6 +24,7 @@ from cute_ssm.tuning.checkpointing_ssu import STEP, TOKENS
 
 UNROLLED = 4  # tiles of a consumer and unit that are unrolled: more do not fit the code cache, or wide ones registers
 SMALLEST_UNIT = 2.0**-90  # of a quantised row's sums: its inverse times an input stays finite
+HELD_COLUMNS = 128  # of 16 quantised rows that registers hold until their scales are known
 HELD = 32  # registers that may hold the history's B for all tiles of a unit
 
 
@@ -160,7 +161,8 @@ class Consumer:
                 self.fold(i, place, unit_at, stages, at, history, state_scale, random, lane)
                 cute.arch.fence_proxy("async.shared", space="cta")
                 cute.arch.sync_warp()
-                cute.copy(store, ts[(None, s)], tg[(None, first_tile + i, slot)])
+                if lane == 0:  # copies from a tensor map elect a lane by themselves, copies to one do not
+                    cute.copy(store, ts[(None, s)], tg[(None, first_tile + i, slot)])
                 cute.arch.cp_async_bulk_commit_group()
                 if const_expr(self.half.depth > 1):
                     held = s
@@ -390,7 +392,8 @@ class Consumer:
             self.fold_rows(at, m, row, x, history, identity, unit, k, (slot, head + h), state_scale, random, lane)
 
     def fold_rows(self, at, m, row, x, history, identity, unit, k, owner, state_scale, random, lane):
-        """The new state of 16 rows.  Quantised rows are computed before the first of their elements is rounded."""
+        """The new state of 16 rows.  Quantised rows are computed before the first of their elements is rounded, and
+        again where registers cannot hold them."""
         quads = range(self.tile.quads)
         if not self.tile.scaled:
             bits = []
@@ -398,9 +401,13 @@ class Consumer:
                 results = self.new_quad(at, m, quad, x, history, identity, k, lane)
                 bits = self.put_quad(at, m, quad, row, results, None, owner, random, bits, lane)
             return
-        results = [self.new_quad(at, m, quad, x, history, identity, k, lane) for quad in quads]
-        rows = [[value for quad in results for c in quad for value in c[2 * r : 2 * r + 2]] for r in range(2)]
-        largest = [convert.max_abs(values, self.tile.arch) for values in rows]
+        largest, results = [None, None], []
+        for quad in quads:
+            result = self.new_quad(at, m, quad, x, history, identity, k, lane)
+            for r in range(2):
+                values = [value for c in result for value in c[2 * r : 2 * r + 2]]
+                largest[r] = convert.max_abs(values, self.tile.arch, largest[r])
+            results.append(result if self.spec.dstate <= HELD_COLUMNS else None)
         for distance in (1, 2):
             largest = [math.larger(value, math.exchanged(value, distance)) for value in largest]
         encode = []
@@ -410,8 +417,9 @@ class Consumer:
             self.store_scale(memory.address(state_scale, owner[0], owner[1], row + 8 * r), scale, lane)
             encode.append(factor)
         bits = []
-        for quad in quads:
-            bits = self.put_quad(at, m, quad, row, results[quad], encode, owner, random, bits, lane)
+        for quad, result in zip(quads, results):
+            result = result or self.new_quad(at, m, quad, x, history, identity, k, lane)
+            bits = self.put_quad(at, m, quad, row, result, encode, owner, random, bits, lane)
 
     @cute.jit
     def store_scale(self, pointer, scale, lane):
