@@ -397,6 +397,13 @@ def within(got, want, limit, what):
         raise AssertionError(f"{what}{list(at)}: got {got[at]:.6g}, want {want[at]:.6g}, limit {limit[at]:.3g}")
 
 
+def check_rms(got, want, rounded, more, what):
+    """The error is, in root mean square, about that of rounding what is right: ``1.5 * more`` times that."""
+    error, least = (np.sqrt(np.mean(np.square(values - want))) for values in (got, rounded))
+    limit = 1.5 * more * least + 2.0**-13 * np.sqrt(np.mean(np.square(want))) + 1e-30
+    assert error <= limit, f"{what}: rms error is {error:.3g}, that of rounding {least:.3g}"
+
+
 def check_outputs(case: Case, got: torch.Tensor, step: Step, b: int, compiled: bool) -> None:
     values = numpy(got)
     rms = np.sqrt(np.mean([np.square(y.value) for y in step.outputs]))
@@ -406,6 +413,8 @@ def check_outputs(case: Case, got: torch.Tensor, step: Step, b: int, compiled: b
         within(
             values[t], y.value, CLOSE[case.io] * (np.abs(y.value) + rms) + 1e-30, f"out of sequence {b}, token {t}, "
         )
+    wanted = np.stack([y.value for y in step.outputs])
+    check_rms(values, wanted, numpy(torch.from_numpy(wanted).to(got.dtype)), 1.0, f"out of sequence {b}")
 
 
 def check_state(case: Case, call: dict, slot: int, want: Value, compiled: bool) -> None:
@@ -423,6 +432,12 @@ def check_state(case: Case, call: dict, slot: int, want: Value, compiled: bool) 
     else:
         step = np.maximum(np.abs(want.value) * ULP[case.state], SUBNORMAL[case.state])
     within(got, want.value, 1.01 * share * step + unrounded, f"state of slot {slot}, ")
+    unit = scale if case.state in LARGEST else 1.0
+    exact = torch.from_numpy(want.value / unit)
+    nearest = exact.round() if case.state in ("i16", "i8") else exact.float().to(STATES[case.state]).double()
+    # a stochastic rounding errs by the square root of two more; few rounds of Philox are not random
+    more = 1.0 if not case.rounds else 1.5 if case.rounds >= 5 else 2.5
+    check_rms(got, want.value, nearest.numpy() * unit, more, f"state of slot {slot}")
 
 
 def check(case: Case, before: dict, after: dict, sequences: list[Sequence | None], compiled: bool) -> list[Step | None]:
