@@ -20,7 +20,7 @@ In shared memory, row r of keys and queries is token r; queries follow keys.  Co
 8 banks apart, neither kind of access to keys meets a bank twice.  Up to 4 tokens, keys and queries share one group:
 even columns belong to keys, odd ones to queries, and the odd half of every operand is free for low parts.
 
-One token or two are passed by `kernels.gated_delta_sequential` instead.
+A single token is passed by `kernels.gated_delta_sequential` instead, unless the config says otherwise; two may be.
 
 PDL: everything is read and written after `griddepcontrol.wait`, because the state's last writer may be the upstream
 kernel; dependents are released at once, and must wait likewise before they read.

@@ -113,12 +113,13 @@ def space(spec: GatedDeltaSpec, arch: Arch) -> dict[str, tuple[int, ...]]:
 def _choose(spec: GatedDeltaSpec, heads: int, sm_count: int) -> GatedDeltaRuleConfig:
     """128 rows if there are two such parts for every SM; else fewer, down to a tile for each of two warps.
 
-    A warp has two tiles, of which one arrives while the other is multiplied, or one of 256 columns.  Up to two tokens
-    are passed one after the other: a call with few requests, which the length of the longest chain decides, is faster
-    then, and one with many has time for the instructions that it takes more.
+    A warp has two tiles, of which one arrives while the other is multiplied, or one of 256 columns.  A single
+    token is passed by itself: a call with few requests, which the length of the longest chain decides, is faster then,
+    and one with many, which the memory decides, has time for the instructions that it takes more.  Two tokens would
+    take thrice those of products.
     """
     rows = min(spec.V, MOST_ROWS)
     while rows > 2 * TILE and heads * (spec.V // rows) < 2 * sm_count:
         rows //= 2
-    alone = isinstance(spec, GatedDeltaRuleSpec) and spec.tokens <= SEQUENTIAL_TOKENS
+    alone = isinstance(spec, GatedDeltaRuleSpec) and spec.tokens == 1
     return GatedDeltaRuleConfig(rows, warps=min(8 if spec.K == 256 else 4, rows // TILE), sequential=int(alone))

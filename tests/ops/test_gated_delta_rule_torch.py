@@ -158,9 +158,9 @@ def replaced(**fields):
 WRITE = {"write_final": True, "write_buffer": True, "accepted_dtype": "int32"}
 SPECS = {
     "1-bf16": replaced(tokens=1, state_dtype="bfloat16", **WRITE),
-    "2": replaced(tokens=2),
-    "2-write": replaced(tokens=2, **WRITE),
-    "2-256": replaced(tokens=2, K=256, V=256, **WRITE),
+    "1": replaced(tokens=1),
+    "2": replaced(tokens=2, **WRITE),
+    "1-256": replaced(tokens=1, K=256, V=256, **WRITE),
     "4": BASE,
     "8": replaced(tokens=8),
     "8-write": replaced(tokens=8, **WRITE),
@@ -207,7 +207,7 @@ def test_configs_fit():
         spec = replaced(tokens=tokens, K=K, V=V)
         config = choose(spec, arch, heads, arch.sm_count)
         config.check(spec, arch)
-        assert config.sequential == (tokens <= 2), "chosen by the number of tokens alone, as bits depend on it"
+        assert config.sequential == (tokens == 1), "chosen by the number of tokens alone, as bits depend on it"
     with pytest.raises(UnsupportedSpecError, match="config: sequential of"):
         GatedDeltaRuleConfig(128, 4, sequential=1).check(BASE, archs.SM_90A)
     assert choose(BASE, archs.SM_90A, 512, 132) == GatedDeltaRuleConfig(128, 4)
