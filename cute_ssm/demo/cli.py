@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cute_ssm.demo import DRAFT
 from cute_ssm.errors import CuteSsmError, UnsupportedArchError, describe
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ STATE_DTYPES = ("float32", "float16", "bfloat16")
 PROMPT = "The import statement"
 TOKENS = {"reference": 200, "emulate": 100, "cuda": 200}
 MAX_TOKENS = 10_000
-DRAFT = 3
 MOST_DRAFT = 15
 TEMPERATURE = 0.5
 EMULATED_ARCH = "sm_90a"

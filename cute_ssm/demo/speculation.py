@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cute_ssm.demo import DRAFT
 from cute_ssm.demo.loop import TOLERANCES, Deviation, LayerRecord, Run, worst
 from cute_ssm.demo.model import LanguageModel, Verification, operator
 from cute_ssm.demo.sampling import Sampler
 from cute_ssm.errors import describe
 
-__all__ = ["DRAFT", "WINDOW", "Drafter", "Speculation", "Step"]
+__all__ = ["WINDOW", "Drafter", "Speculation", "Step"]
 
-DRAFT = 3  # tokens to draft for a step
 WINDOW = 16  # accepted tokens that may await their state
 
 
