@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cute_ssm import workloads
+from cute_ssm.tuner import cli
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "gpu_check.py"
 sys.modules["gpu_check"] = check = importlib.util.module_from_spec(
@@ -124,6 +125,9 @@ def test_steps_cover_what_a_gpu_can_show(tmp_path):
     assert {"memcheck", "racecheck", "benchmarks"} < set(names)
     for op in workloads.OPERATORS:
         assert f"tune {op}" in names
+        tune = next(step for step in found if step.name == f"tune {op}").command
+        shapes = tune[tune.index("--shapes") + 1 : tune.index("--minutes")]
+        assert len(cli.shapes(op, shapes)) == 2
         assert all(op in step.command for step in found if step.name in ("memcheck", "racecheck"))
     tests = next(step for step in found if step.name == "tests")
     assert "--gpu" in tests.command

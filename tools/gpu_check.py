@@ -127,8 +127,12 @@ def steps(out: Path, minutes: float, quick: bool, jobs: int) -> list[Step]:
     bench = [python, str(ROOT / "tools" / "bench" / "run.py"), "--quick", "--out", str(out / "bench.jsonl")]
     found.append(Step("benchmarks", [*bench, "--minutes", f"{minutes * 0.3:.2f}"], 3.0))
     for op in workloads.OPERATORS if not quick else workloads.OPERATORS[:1]:
-        tune = [python, "-m", "cute_ssm", "tune", op, "--out", str(out / "tuned.json"), "--batches", "1,16,256"]
-        tune += ["--minutes", f"{minutes * 0.12:.2f}", "--journal", str(out / f"tune-{op}.jsonl")]
+        first = workloads.of_operator(op)[0]
+        third = len(first.batches) // 3
+        shapes = [f"{key}={value}" for key, value in first.keys]
+        shapes.append(f"{workloads.batch_key(op)}={first.batches[third]},{first.batches[2 * third]}")
+        tune = [python, "-m", "cute_ssm", "tune", op, "--out", str(out / "tuned.json"), "--shapes", *shapes]
+        tune += ["--minutes", f"{minutes * 0.1:.2f}", "--journal", str(out / f"tune-{op}.jsonl")]
         found.append(Step(f"tune {op}", tune, 1.0, last=r"rows"))
     return found
 
