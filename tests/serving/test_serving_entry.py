@@ -1,0 +1,93 @@
+"""What the kernels' entries for the GPU check before they launch: TVM-FFI with the kernels' fakes, on the CPU.
+
+The memory space of the fakes is changed so that an entry takes CPU tensors; its body does nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import cutlass.cute as cute
+import pytest
+import torch
+from cutlass.cute.runtime import make_fake_tensor
+from test_serving_materialize import Case
+from test_serving_materialize import random as states
+
+from cute_ssm import arch as archs
+from cute_ssm.kernels import serving_commit, serving_materialize, serving_rows, serving_work_items
+from cute_ssm.spec import CommitSpec, MaterializeSpec, WorkItemsSpec
+
+
+@cute.jit
+def entry(tensors: list, scalars: list):
+    """Nothing."""
+
+
+def compiled(module, kernel, spec, monkeypatch):
+    on_cpu = functools.partial(make_fake_tensor, memspace=cute.AddressSpace.generic)
+    for each in (module, serving_rows):
+        monkeypatch.setattr(each, "make_fake_tensor", on_cpu)
+    made = kernel(spec, kernel.default_config(spec, archs.SM_90A), archs.SM_90A)
+    fakes = made.fakes()[:-1]
+    count = sum(fake is None or hasattr(fake, "shape") for fake in fakes)
+    function = cute.compile(entry, list(fakes[:count]), list(fakes[count:]), options="--enable-tvm-ffi")
+    return function.__tvm_ffi_object__()
+
+
+def check(function, tensors, scalars, wrong):
+    function(list(tensors.values()), scalars)
+    for name, value in wrong.items():
+        with pytest.raises((TypeError, ValueError)):
+            function(list({**tensors, name: value}.values()), scalars)
+    function(list(tensors.values()), scalars)
+
+
+def integers(*shape):
+    return torch.zeros(*shape, dtype=torch.int32)
+
+
+def test_commit(monkeypatch):
+    spec = CommitSpec(True, "int64", None, "int32", True)
+    function = compiled(serving_commit, serving_commit.CommitCursors, spec, monkeypatch)
+    tensors = {"pnat": integers(7), "place": integers(7), "accepted": integers(3), "src": integers(3).long()}
+    tensors |= {"cu": None, "seeds": torch.zeros(2, 7, dtype=torch.int64)}
+    wrong = {"pnat": integers(8), "place": integers(7).long(), "accepted": integers(4), "src": integers(3)}
+    wrong |= {"cu": integers(4), "seeds": torch.zeros(2, 6, dtype=torch.int64)}
+    check(function, tensors, [-1, 6, 16, 22], wrong)
+
+
+def test_work_items(monkeypatch):
+    spec = WorkItemsSpec(False, "int32", "int32")
+    function = compiled(serving_work_items, serving_work_items.BuildWorkItems, spec, monkeypatch)
+    tensors = {"pnat": integers(7), "place": integers(7), "src": integers(3), "cu": integers(4)}
+    tensors |= {"items": integers(3, 4), "count": integers(1)}
+    wrong = {"place": integers(6), "src": integers(2), "cu": None, "count": integers(2)}
+    wrong |= {"items": integers(3, 8)[:, :4]}
+    check(function, tensors, [-1, 0, 16, 2], wrong)
+
+
+def test_materialize(monkeypatch):
+    spec = MaterializeSpec("int8", "int8", "bfloat16", "float32", 64, 128, "ring", "int32", "int32", "int32")
+    function = compiled(serving_materialize, serving_materialize.MaterializeState, spec, monkeypatch)
+    call = states(Case(state="i8", history="ring"), 0)["call"]
+    names = (
+        "state", "state_scale", "x_history", "B_history", "dt_history", "ring_start", "prev_num_accepted_tokens", "A",
+    )  # fmt: skip
+    tensors = {name: call[name] for name in names}
+    tensors |= {"out": call["state"], "out_scale": call["state_scale"]}
+    tensors |= {name: call[name] for name in ("state_batch_indices", "dst_state_batch_indices", "num_tokens")}
+    tensors["rand_seed"] = None
+    wrong = {
+        "state": call["state"].half(),
+        "state_scale": None,
+        "x_history": call["x_history"].half(),
+        "B_history": call["B_history"][:, :, :8],
+        "dt_history": call["dt_history"][:, :1],
+        "ring_start": call["ring_start"][:3],
+        "A": call["A"].contiguous(),
+        "out": call["state"][:, :, :, :64],
+        "dst_state_batch_indices": call["dst_state_batch_indices"][:2],
+        "num_tokens": None,
+    }
+    check(function, tensors, [-1], wrong)
