@@ -185,6 +185,46 @@ def test_budget_of_a_scan_in_parts(splits):
     assert all(kernel["spill_bytes"] == 0 for kernel in got["kernels"])
 
 
+GATED = {"B": "4", "config.rows": "128", "config.warps": "4"}  # the config of calls that fill a GPU
+
+
+@pytest.mark.parametrize(
+    ("op", "keys", "slots"),
+    [
+        ("gated_delta_rule_mtp", {"T": "1", "verify": "0"}, 5700),
+        ("gated_delta_rule_mtp", {"T": "2"}, 3100),
+        ("gated_delta_rule_mtp", {"T": "4"}, 3100),
+        ("gated_delta_rule_mtp", {"T": "8"}, 4300),
+        ("gated_delta_rule_mtp", {"T": "4", "verify": "0", "buffer": "1"}, 8500),
+        ("gated_delta_rule_mtp", {"T": "4", "state_dtype": "bfloat16"}, 2400),
+        ("gated_delta_rule_replay", {"T": "4"}, 9500),
+        ("gated_delta_rule_replay", {"T": "4", "pnat": "0"}, 3700),
+        ("gated_delta_rule_replay", {"T": "4", "pnat": "16"}, 11500),
+        ("gated_delta_rule_replay", {"T": "4", "state_dtype": "bfloat16"}, 10200),
+        pytest.param("gated_delta_rule_replay", {"T": "8", "W": "24"}, 11700, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_budgets_of_the_gated_delta_rule(op, keys, slots):
+    got = count.count(op, {**GATED, **keys})
+    assert got["issue_slots_per_unit"] <= slots
+    assert got["dram_over_floor"] <= 1.02
+    assert got["l2_over_floor"] <= 1.1
+    assert got["smem_excess_fraction"] <= 0.05
+    assert got["launches"] == 1
+    assert got["kernels"]
+    assert all(kernel["spill_bytes"] == 0 for kernel in got["kernels"])
+
+
+def test_floor_of_a_replay():
+    """Flushes are counted by the rows that do so, rings by what is pending and what is appended."""
+    got = count.count("gated_delta_rule_replay", {"B": "2", "H": "1", "HV": "2", "K": "64", "V": "64", "pnat": "13"})
+    states, row = 2 * 2 * 64 * 64 * 4, (64 + 2 * 64) * 2 + 2 * 8
+    tokens = 2 * 4 * (2 * 64 + 2 * 2 * 64 + 2 * 2) * 2  # q, k; v, output; a, b
+    assert got["floor_bytes"] == 2 * states + tokens + 2 * (13 + 4) * row + 2 * 2 * 4 + 2 * 4 + 2 * 8
+    assert got["tensors"]["state"]["dram_write_bytes"] == states
+
+
 def test_floor_of_a_scan():
     """Tokens of u, delta, z, out; B and C; weights; the slot's state, read and written; its index and its flag."""
     got = count.count("selective_scan", {"batch": "2", "dim": "64", "length": "64", "ngroups": "2"})
@@ -192,3 +232,39 @@ def test_floor_of_a_scan():
     assert got["units"] == 2 * 64 * 64 * 16 / 32
     assert got["floor_bytes"] == rows + columns + 64 * 16 * 4 + 2 * 64 * 4 + 2 * states + 2 * (4 + 1)
     assert got["tensors"]["ssm_states"]["dram_write_bytes"] == states
+
+
+REPLAY = {"batch": "16", "nheads": "16", "T": "6", "W": "16", "z": "1"}
+WHOLE_GROUP = {"config.tiles": "16", "config.consumers": "2", "config.depth": "2"}
+
+
+@pytest.mark.parametrize(
+    ("state", "pnat", "rounding", "slots"),
+    [
+        ("bfloat16", 8, "nearest", 450),
+        ("float16", 8, "nearest", 500),
+        pytest.param("float32", 8, "nearest", 1000, marks=pytest.mark.slow),
+        ("int8", 8, "nearest", 700),
+        pytest.param("float8_e4m3fn", 8, "nearest", 700, marks=pytest.mark.slow),
+        ("float16", 12, "nearest", 1650),
+        ("float16", 12, "stochastic", 3500),
+        ("int8", 12, "nearest", 2500),
+        pytest.param("float8_e4m3fn", 12, "nearest", 2500, marks=pytest.mark.slow),
+    ],
+)
+def test_budget_of_a_checkpointed_step(state, pnat, rounding, slots):
+    """Units of all heads of a group, as calls choose that fill a GPU; PNAT 8 keeps the state, 12 writes it."""
+    keys = {**REPLAY, **(WHOLE_GROUP if state != "float32" else {}), "state_dtype": state}
+    got = count.count("checkpointing_ssu", {**keys, "pnat": str(pnat), "rounding": rounding}, "sm_90a")
+    assert got["issue_slots_per_unit"] <= slots
+    assert got["dram_over_floor"] <= 1.02
+    assert got["l2_over_floor"] <= 1.25
+    assert got["smem_excess_fraction"] <= 0.05
+    assert got["launches"] == 1
+    assert all(kernel["spill_bytes"] == 0 for kernel in got["kernels"])
+
+
+def test_one_sequence_keeps_as_many_ctas_at_work_as_it_has_heads():
+    got = count.count("checkpointing_ssu", {**REPLAY, "batch": "1", "pnat": "8", "state_dtype": "bfloat16"}, "sm_90a")
+    assert got["issue_slots_per_unit"] <= 1000
+    assert got["launches"] == 1

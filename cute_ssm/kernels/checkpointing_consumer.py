@@ -42,6 +42,9 @@ class Consumer:
         self.zero_x = owner.zero + 7 * self.layout.x_pitch % 128
         self.zero_column = owner.zero + 7 * self.layout.column_pitch % 128
         self.history_steps = -(-self.spec.window // STEP)
+        # float16 inputs become float32 on their way to quantised sums: no room for what is shared between tiles
+        crowded = self.tile.scaled and self.spec.input_dtype == "float16"
+        self.holds = not crowded and self.history_steps * self.spec.dstate // 4 <= HELD
 
     # ------------------------------------------------------------------------------------------------------------ unit
     @cute.jit
@@ -143,8 +146,9 @@ class Consumer:
         first_tile = head * self.half.d_split + column // self.layout.tile_rows + w * self.own
         random = None
         if const_expr(self.tile.rounds > 0):
-            seed = rand_seed[slot if const_expr(self.spec.seed_per_slot) else 0]
-            random = philox.round_keys(seed, self.tile.rounds)
+            random = rand_seed[slot if const_expr(self.spec.seed_per_slot) else 0]
+            if const_expr(not self.tile.scaled):
+                random = philox.round_keys(random, self.tile.rounds)
         history = self.history_columns(place, unit_at, lane)
         held = Int32(-1)  # the stage whose new state is leaving
         for i in cutlass.range(self.own, unroll=1):
@@ -350,14 +354,12 @@ class Consumer:
                 at = here + self.layout.b + j * self.layout.column_pitch
                 rows.append(units + cutlass.select_(j < k, at, Int32(self.zero_column)))
             steps.append(rows)
-        if self.history_steps * self.spec.dstate // 4 > HELD:
+        if not self.holds:
             return steps
         return [[self.tile.history_operand(rows, quad, lane) for quad in range(self.tile.quads)] for rows in steps]
 
     def columns_of(self, history, step, quad, lane):
-        if self.history_steps * self.spec.dstate // 4 > HELD:
-            return self.tile.history_operand(history[step], quad, lane)
-        return history[step][quad]
+        return history[step][quad] if self.holds else self.tile.history_operand(history[step], quad, lane)
 
     @cute.jit
     def fold(self, i, place, unit_at, stages, at, history, state_scale, random, lane):
@@ -416,6 +418,8 @@ class Consumer:
             scale = math.larger(scale * unit[r], Float32(convert.SMALLEST_SCALE))
             self.store_scale(memory.address(state_scale, owner[0], owner[1], row + 8 * r), scale, lane)
             encode.append(factor)
+        if random is not None:  # only now: while sums grow, registers are short
+            random = philox.round_keys(memory.pinned(random), self.tile.rounds)
         bits = []
         for quad, result in zip(quads, results):
             result = result or self.new_quad(at, m, quad, x, history, identity, k, lane)

@@ -14,8 +14,10 @@ from cute_ssm.errors import UnsupportedSpecError
 from cute_ssm.spec import ITEMSIZE, CheckpointingSSUSpec, Config
 from cute_ssm.tuning import apply_override, tables
 
-FREE = ("form", "d_split", "tiles", "consumers", "depth", "unit_stages", "ctas_per_sm")
-FREE += ("write_tiles", "write_consumers", "write_depth", "write_ctas_per_sm")
+FREE = (
+    "form", "d_split", "tiles", "consumers", "depth", "unit_stages", "ctas_per_sm",
+    "write_tiles", "write_consumers", "write_depth", "write_ctas_per_sm",
+)  # fmt: skip
 KEY = ("state_dtype", "heads", "groups", "dim", "dstate", "tokens", "window", "history", "work_items", "philox_rounds")
 WARP = 32
 ROWS = 16  # of a matrix product: what a tile is made of
@@ -210,17 +212,33 @@ def unit_layout(spec: CheckpointingSSUSpec, part: str, tiles: int, d_split: int)
     token_rows = -(-spec.tokens // TOKENS) * TOKENS
     skip = steps * STEP * 8
     record = skip + 16
-    scale_bytes = tiles * tile_rows * 4 if spec.scaled else 0
-    sizes = (rows * x_pitch, token_rows * x_pitch, rows * column_pitch, spec.tokens * column_pitch)
-    sizes += (heads * record, scale_bytes, 32)
-    offsets, end = [], 0
-    for size in sizes:
-        offsets.append(end)
+    sizes = {
+        "x": rows * x_pitch,
+        "z": token_rows * x_pitch,
+        "b": rows * column_pitch,
+        "c": spec.tokens * column_pitch,
+        "records": heads * record,
+        "scales": tiles * tile_rows * 4 if spec.scaled else 0,
+        "meta": 32,
+    }
+    offsets, end = {}, 0
+    for name, size in sizes.items():
+        offsets[name] = end
         end += -(-size // 128) * 128
-    zero = -(-(112 + max(width, columns)) // 128) * 128
-    tile_bytes = tile_rows * spec.dstate * ITEMSIZE[spec.state_dtype]
     return UnitLayout(
-        tile_rows, tile_bytes, heads, rows, steps, width, x_pitch, column_pitch, record, skip, *offsets, end, zero
+        tile_rows=tile_rows,
+        tile_bytes=tile_rows * spec.dstate * ITEMSIZE[spec.state_dtype],
+        heads=heads,
+        rows=rows,
+        steps=steps,
+        width=width,
+        x_pitch=x_pitch,
+        column_pitch=column_pitch,
+        record=record,
+        skip=skip,
+        **offsets,
+        unit_bytes=end,
+        zero_bytes=-(-(112 + max(width, columns)) // 128) * 128,
     )
 
 

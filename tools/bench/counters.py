@@ -21,6 +21,8 @@ BEGIN, END = "<!-- counters:begin -->", "<!-- counters:end -->"
 MAMBA1 = {"nheads": 1, "dim": 4096, "dstate": 16, "state_dtype": "float32", "layout": "dense"}
 SCAN = {"dstate": 16, "config.lanes": 1, "config.warps": 4, "config.splits": 1}
 STEP = {"nheads": 16, "dim": 64, "dstate": 128, "ngroups": 1, "state_dtype": "float16"}
+REPLAY = {"nheads": 16, "dim": 64, "dstate": 128, "ngroups": 1, "T": 6, "W": 16, "z": 1}
+WHOLE_GROUP = {"config.tiles": 16, "config.consumers": 2, "config.depth": 2}  # as calls choose that fill a GPU
 CASES = [  # (operator, keys)
     ("selective_state_update", {"batch": 8, **STEP}),
     ("selective_state_update", {"batch": 64, **STEP}),
@@ -49,10 +51,30 @@ CASES = [  # (operator, keys)
     )),
     ("selective_state_update", {"batch": 64, **STEP, "T": 6, "config.matmul": 0}),
     ("selective_state_update", {"batch": 16, "T": 6, **MAMBA1}),
+    *(("checkpointing_ssu", {"batch": 64, **REPLAY, "state_dtype": dtype, "pnat": pnat})
+        for pnat in (8, 12)
+        for dtype in ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn", "int16")),
+    ("checkpointing_ssu", {"batch": 64, **REPLAY, "pnat": 12, "rounding": "stochastic"}),
+    ("checkpointing_ssu", {"batch": 64, **REPLAY, "pnat": 12, "state_dtype": "int8", "rounding": "stochastic"}),
+    *(("checkpointing_ssu", {"batch": 64, **REPLAY, "state_dtype": dtype, "pnat": 8, **WHOLE_GROUP})
+        for dtype in ("bfloat16", "float16", "int8")),
+    ("checkpointing_ssu", {"batch": 1, **REPLAY, "pnat": 8, "state_dtype": "bfloat16"}),
+    ("checkpointing_ssu", {"batch": 1, **REPLAY, "pnat": 8}),
     ("gated_delta_rule_mtp", {"B": 16, "T": 4}),
     ("gated_delta_rule_mtp", {"B": 16, "T": 8}),
     ("gated_delta_rule_mtp", {"B": 16, "T": 4, "verify": 0}),
     ("gated_delta_rule_mtp", {"B": 16, "T": 4, "state_dtype": "bfloat16"}),
+    ("gated_delta_rule_mtp", {"B": 16, "T": 4, "verify": 0, "buffer": 1}),
+    ("gated_delta_rule_mtp", {"B": 16, "T": 1, "verify": 0}),
+    ("gated_delta_rule_mtp", {"B": 16, "T": 1, "verify": 0, "config.sequential": 0}),
+    ("gated_delta_rule_mtp", {"B": 16, "T": 2}),
+    ("gated_delta_rule_mtp", {"B": 16, "T": 2, "config.sequential": 1}),
+    ("gated_delta_rule_mtp", {"B": 1, "T": 1, "verify": 0}),
+    ("gated_delta_rule_mtp", {"B": 1, "T": 1, "verify": 0, "config.sequential": 0}),
+    ("gated_delta_rule_replay", {"B": 16, "T": 4}),
+    ("gated_delta_rule_replay", {"B": 16, "T": 4, "pnat": 0}),
+    ("gated_delta_rule_replay", {"B": 16, "T": 4, "state_dtype": "bfloat16"}),
+    ("gated_delta_rule_replay", {"B": 16, "T": 8, "W": 24}),
     ("selective_scan", {"batch": 1, "dim": 128, "length": 1024, **SCAN}),
     ("selective_scan", {"batch": 2, "dim": 128, "length": 1024, "varlen": 1, **SCAN}),
     ("selective_scan", {"batch": 1, "dim": 128, "length": 4096, **SCAN}),
