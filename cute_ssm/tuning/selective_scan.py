@@ -25,7 +25,7 @@ LANES = 8  # of a channel, at most
 LANE_STATES = 16  # of a lane, unless all lanes are in use: they and their rates take two registers each
 COLUMN_PIECES = 4  # blocks of B and C that a thread holds while they travel, at most
 BUSY_WARPS = 8  # per SM: with fewer, CTAs are smaller
-MAX_SPLITS = 32  # of a sequence
+SPLITS = (1, 2, 4, 8, 16, 32)  # of a sequence
 PART_TOKENS = 128  # of a part, at least
 SPLIT_GAIN = 1.3  # by which `duration` must favour splits: more than it errs, for bits that depend on them
 # Of a channel and a token: instructions as counted, per state and beside them; more of each lane that takes part;
@@ -142,17 +142,21 @@ def duration(spec: SelectiveScanSpec, lanes: int, splits: int, channels: int, le
     return both * tokens + 2 * PART_CLOCKS + ROW_CLOCKS * splits + LAUNCH_CLOCKS
 
 
-def parallelism(spec: SelectiveScanSpec, channels: int, length: int, sm_count: int) -> tuple[int, int]:
-    """Return (lanes, splits): what takes least, unsplit unless splits gain enough."""
+def parallelism(
+    spec: SelectiveScanSpec, channels: int, length: int, sm_count: int, splits: int | None = None
+) -> tuple[int, int]:
+    """Return (lanes, splits): what takes least, unsplit unless splits gain enough or are given."""
 
     def time(choice: tuple[int, int]) -> float:
         return duration(spec, *choice, channels, length, sm_count)
 
-    whole = [(lanes, 1) for lanes in lane_choices(spec)]
-    counts = [2**i for i in range(1, 10) if 2**i <= MAX_SPLITS and length >= 2**i * PART_TOKENS]
-    best = min(whole, key=time)
-    split = min([best, *((lanes, n) for n in counts for lanes in lane_choices(spec))], key=time)
-    return split if time(split) * SPLIT_GAIN <= time(best) else best
+    def best(counts: list[int]) -> tuple[int, int]:
+        return min(((lanes, n) for n in counts for lanes in lane_choices(spec)), key=time)
+
+    if splits is not None:
+        return best([splits])
+    whole, split = best([1]), best([n for n in SPLITS if n == 1 or length >= n * PART_TOKENS])
+    return split if time(split) * SPLIT_GAIN <= time(whole) else whole
 
 
 def choose(
@@ -169,7 +173,11 @@ def choose(
     length : int
         Tokens of a sequence, on average.
     """
-    rule = _choose(spec, arch, channels, per_group, length, sm_count)
+    args = (spec, arch, channels, per_group, length, sm_count)
+    rule = _choose(*args)
+    asked = apply_override(rule).splits
+    if asked != rule.splits and asked > 0:  # then other lanes may be better
+        rule = _choose(*args, splits=asked)
     return apply_override(tables.tuned(rule, spec, arch, channels, FREE))
 
 
@@ -185,10 +193,16 @@ def space(spec: SelectiveScanSpec, arch: Arch) -> dict[str, tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=4096)
 def _choose(
-    spec: SelectiveScanSpec, arch: Arch, channels: int, per_group: int, length: int, sm_count: int
+    spec: SelectiveScanSpec,
+    arch: Arch,
+    channels: int,
+    per_group: int,
+    length: int,
+    sm_count: int,
+    splits: int | None = None,
 ) -> SelectiveScanConfig:
     """As few lanes a channel, as few parts, and as many warps a CTA, as keep every SM busy."""
-    lanes, splits = parallelism(spec, channels, length, sm_count)
+    lanes, splits = parallelism(spec, channels, length, sm_count, splits)
     resident = channels * lanes * splits / (WARP * sm_count)
     warps = 4 if resident >= BUSY_WARPS else 2 if resident >= BUSY_WARPS / 2 else 1
     while warps > 1 and WARP * (warps // 2) >= per_group * lanes:

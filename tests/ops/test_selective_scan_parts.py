@@ -246,6 +246,16 @@ def test_who_is_split(channels, length, splits):
     config.check(SPEC, SM_90A)
 
 
+def test_a_number_of_parts_that_is_asked_for_gets_lanes_of_its_own():
+    args = (SPEC, SM_90A, 1536, 1536, 4096, SM_90A.sm_count)
+    natural = choices.choose(*args)
+    with tuning.override(splits=1):
+        whole = choices.choose(*args)
+    with tuning.override(splits=1, lanes=2):
+        both = choices.choose(*args)
+    assert [(c.lanes, c.splits) for c in (natural, whole, both)] == [(1, 32), (4, 1), (2, 1)]
+
+
 def test_splits_pay_by_the_model_and_parts_are_long():
     found = set()
     for dstate in (1, 16, 64, 256):
