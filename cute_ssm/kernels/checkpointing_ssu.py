@@ -64,6 +64,11 @@ class CheckpointingSSU:
         batch = 1 << 16 if units is None else -(-units // spec.heads)
         return choose(spec, arch, batch, arch.sm_count)
 
+    @staticmethod
+    def roles(_: CheckpointingSSUSpec, config: CheckpointingSSUConfig) -> tuple[str, ...]:
+        """Names of the warps of a CTA; the last is that of all further ones."""
+        return ("producer", "consumer") if config.form == FUSED else ("producer", "prep", "consumer")
+
     # ------------------------------------------------------------------------------------------------------------ host
     def fakes(self):
         """Arguments of `__call__` as the compiler sees them: what is static, and which sizes are equal."""
