@@ -131,6 +131,8 @@ def plots(lines: Sequence[Line], folder: Path) -> list[Path]:
                     left.plot(*zip(*timed), ":", color=colour, marker="xv^s"[n % 4], ms=4, label=f"{rival}: {case}")
         for axis, label in ((left, "microseconds"), (right, "% of a copy's bandwidth")):
             axis.set_xscale("log", base=2)
+            batches = sorted({line["batch"] for line in mine})
+            axis.set_xticks(batches, [str(b) for b in batches])
             axis.set_xlabel("batch")
             axis.set_ylabel(label)
             axis.grid(alpha=0.3)
@@ -141,7 +143,7 @@ def plots(lines: Sequence[Line], folder: Path) -> list[Path]:
         chart.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
         chart.tight_layout()
         path = folder / f"{how}-{device.lower().replace(' ', '-')}-{op}.png"
-        chart.savefig(path, dpi=110, bbox_inches="tight")
+        chart.savefig(path, dpi=85, bbox_inches="tight")
         pyplot.close(chart)
         written.append(path)
     return written
