@@ -26,27 +26,23 @@ from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
+from cutlass import Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
-from cute_ssm.device import convert, math, memory
+from cute_ssm.device import convert, memory
 from cute_ssm.device.history import HistoryView
-from cute_ssm.device.scan import softplus
 from cute_ssm.device.tile import StateTile
 from cute_ssm.kernels.checkpointing_consumer import Consumer
+from cute_ssm.kernels.checkpointing_prep import Prep
 from cute_ssm.spec import CheckpointingSSUSpec
-from cute_ssm.tuning.checkpointing_ssu import FUSED, STEP, WARP, CheckpointingSSUConfig, Half, choose
-
-LOG2E = 1.44269502162933349609375  # log2(e), rounded to float32
+from cute_ssm.tuning.checkpointing_ssu import FUSED, WARP, CheckpointingSSUConfig, Half, choose
 
 
 class CheckpointingSSU:
     """The kernels of a `CheckpointingSSUSpec`; batch, slots, rows of caches and outer strides are dynamic."""
-
-    ROLES = ("producer", "prep", "consumer")  # of warps 0, 1 and all further ones
 
     def __init__(self, spec: CheckpointingSSUSpec, config: CheckpointingSSUConfig, arch: Arch):
         config.check(spec, arch)
@@ -94,10 +90,9 @@ class CheckpointingSSU:
             return tensor(dtype, shape, tuple(inner), align)
 
         lead = (batch, spec.tokens) if spec.cu_dtype is None else (1, total)
-        row = tensor(self.input_dtype, (*lead, heads, dim), (dim, 1), 8)
-        column = tensor(self.input_dtype, (*lead, groups, dstate), (dstate, 1), 8)
+        row = (self.input_dtype, (*lead, heads, dim), (dim, 1), 8)
+        column = (self.input_dtype, (*lead, groups, dstate), (dstate, 1), 8)
         x_cache, B_cache, dt_cache = self.history.shapes(spec, slots, rows)
-        dt_cache = cache(Float32, dt_cache, 1)
         per_head = (heads, dim)
         return (
             tensor(
@@ -105,19 +100,19 @@ class CheckpointingSSU:
             ),
             cache(self.input_dtype, x_cache, 8),
             cache(self.input_dtype, B_cache, 8),
-            dt_cache,
-            None if self.history.ring else dt_cache,
+            cache(Float32, dt_cache, 1),
+            None if self.history.ring else cache(Float32, dt_cache, 1),
             tensor("int32", (slots,), (1,)),
             tensor("int32", (slots,), (1,)),
-            row,
+            tensor(*row),
             tensor(spec.dt_dtype, (*lead, heads, dim), (0,)),
             tensor(spec.A_dtype, (heads, dim, dstate), (0, 0)),
-            column,
-            column,
+            tensor(*column),
+            tensor(*column),
             when(spec.D_dtype, spec.D_dtype, per_head, (0,)),
-            when(spec.has_z, self.input_dtype, (*lead, heads, dim), (dim, 1), 8),
+            when(spec.has_z, *row),
             when(spec.dt_bias_dtype, spec.dt_bias_dtype, per_head, (0,)),
-            row,
+            tensor(*row),
             when(spec.scaled, "float32", (slots, heads, dim), (dim, 1), 4),
             when(spec.src_dtype, spec.src_dtype, (batch,)),
             when(spec.cu_dtype, spec.cu_dtype, (cute.sym_int32(),)),
@@ -200,6 +195,7 @@ class Steps:
         self.per_group = self.spec.heads // self.spec.groups
         self.zero = half.unit_stages * self.layout.unit_bytes
         self.head_width = min(self.spec.dim, half.tiles * self.layout.tile_rows)  # columns of one head in a unit
+        self.prep = Prep(self)
         self.consumer = Consumer(self)
 
     @cute.kernel
@@ -361,13 +357,13 @@ class Steps:
             elif lane == 0:
                 cute.arch.mbarrier_arrive(bar)
             if const_expr(half.merged):
-                self.prepare_unit(place, history, steps, at, bar, phase, lane)
+                self.prep.begin(place, history, steps, at, bar, phase, lane)
             if live:
                 for i in cutlass.range(ahead, self.own, unroll=1):
                     self.request(copies, rounds, i)
                 rounds += self.own
             if const_expr(half.merged):
-                self.append_unit(place, history, at, bar, unit_empty + stage, phase, lane)
+                self.prep.append_tokens(place, history, at, bar, unit_empty + stage, phase, lane)
             it += 1
         if const_expr(self.spec.pdl):
             cute.arch.griddepcontrol_launch_dependents()
@@ -468,138 +464,7 @@ class Steps:
             stage, phase = self.stage(it)
             at, bar = units + stage * layout.unit_bytes, unit_full + stage
             cute.arch.mbarrier_wait(unit_empty + stage, phase ^ 1)
-            self.prepare_unit(place, history, steps, at, bar, phase, lane)
-            self.append_unit(place, history, at, bar, unit_empty + stage, phase, lane)
+            self.prep.begin(place, history, steps, at, bar, phase, lane)
+            self.prep.append_tokens(place, history, at, bar, unit_empty + stage, phase, lane)
             it += 1
         cute.arch.cp_async_bulk_wait_group(0)
-
-    @cute.jit
-    def prepare_unit(self, place, history, steps, at, bar, phase, lane):
-        """Tell consumers what a unit is, and its decays."""
-        b, start, n, slot, _, k, head, column, live = place
-        if lane == 0:
-            meta = cute.recast_ptr(at + self.layout.meta, dtype=Int32)
-            memory.store_words(meta, [k if live else Int32(-1), n, b, start])
-            memory.store_words(meta + 4, [Int32(slot), head, column, Int32(0)])
-        if live:
-            self.decays(place, history, steps, at, lane)
-        cute.arch.sync_warp()
-        if lane == 0:
-            cute.arch.mbarrier_arrive(bar)
-
-    @cute.jit
-    def append_unit(self, place, history, at, bar, empty, phase, lane):
-        """Append a unit's tokens once they are there, and give its buffer back."""
-        if place[8]:
-            cute.arch.mbarrier_wait(bar, phase)
-            self.append(place, history, at, lane)
-            cute.arch.cp_async_bulk_wait_group(0, read=True)
-            cute.arch.sync_warp()
-        if lane == 0:
-            cute.arch.mbarrier_arrive(empty)
-
-    @cute.jit
-    def decays(self, place, history, steps, at, lane):
-        """Records of all heads of a unit: two heads at once, half a warp each, 16 positions at a time."""
-        _, _, n, _, _, k, _, _, _ = place
-        pairs = -(-self.layout.heads // 2)
-        total, fresh = [Float32(0.0)] * pairs, [Float32(0.0)] * pairs
-        for base in cutlass.range_constexpr(0, self.layout.rows, STEP):
-            if const_expr(base == 0):
-                total, fresh = self.decay_block(place, history, steps, at, lane, base, total, fresh)
-            elif k + n > base:
-                total, fresh = self.decay_block(place, history, steps, at, lane, base, total, fresh)
-
-    @cute.jit
-    def decay_block(self, place, history, steps, at, lane, base: cutlass.Constexpr, total, fresh):
-        """The records of 16 positions, given the sums before them: over all positions, and over new tokens alone."""
-        b, start, n, slot, cursor, k, head, column, _ = place
-        _, _, dt_cache, sum_cache = history
-        dt, A, dt_bias, D = steps
-        spec, layout = self.spec, self.layout
-        j, side = base + lane % 16, lane // 16
-        rows = self.history.capacity(dt_cache)
-        is_old, is_new = j < k, j >= k and j < k + n
-        t = cutlass.max(cutlass.min(j - k, n - 1), 0)
-        write = k + n > spec.window
-        old = self.history.old(cursor, j, rows)
-        new = self.history.new(cursor, k, t, write, rows)
-        kept = is_new and t < self.history.kept(spec) and column == 0  # the first part of a head speaks for all
-        heads = [2 * i + side if 2 * i + 1 < layout.heads else Int32(2 * i) for i in range(len(total))]
-        # all loads of the block before the first use
-        seen = [self.load_if(is_old, self.history.dt(dt_cache, slot, old, head + h)) for h in heads]
-        given = [
-            memory.load_scalar(self.token(dt, b, start, t, head + h, 0), convert.DTYPES[spec.dt_dtype]) for h in heads
-        ]
-        rates = [memory.load_scalar(memory.address(A, head + h, 0, 0), convert.DTYPES[spec.A_dtype]) for h in heads]
-        if const_expr(dt_bias is not None):
-            kind = convert.DTYPES[spec.dt_bias_dtype]
-            given = [v + memory.load_scalar(memory.address(dt_bias, head + h, 0), kind) for v, h in zip(given, heads)]
-        skips = [Float32(0.0)] * len(heads)
-        if const_expr(D is not None and base == 0):
-            kind = convert.DTYPES[spec.D_dtype]
-            skips = [memory.load_scalar(memory.address(D, head + h, 0), kind) for h in heads]
-        taken, sums = [], []
-        for i in cutlass.range_constexpr(len(heads)):
-            step = softplus(given[i]) if const_expr(spec.dt_softplus) else given[i]
-            step = step if is_new else Float32(0.0)
-            step = seen[i] if is_old else step
-            taken.append(step)
-            sums.append(total[i] + math.running_sum(rates[i] * step))
-            total[i] = cute.arch.shuffle_sync(sums[i], lane | 15)
-        stored = list(sums)
-        if const_expr(not self.history.ring):  # sums of a buffer that a step begins start from zero
-            if write:
-                for i in cutlass.range_constexpr(len(heads)):
-                    step = taken[i] if is_new else Float32(0.0)
-                    stored[i] = fresh[i] + math.running_sum(rates[i] * step)
-                    fresh[i] = cute.arch.shuffle_sync(stored[i], lane | 15)
-        for i in cutlass.range_constexpr(len(heads)):
-            if side == 0 or const_expr(2 * i + 1 < layout.heads):
-                record = cute.recast_ptr(at + (layout.records + heads[i] * layout.record + j * 8), dtype=Float32)
-                memory.store(record, [sums[i] * LOG2E, taken[i]], Float32, 8)
-                if const_expr(D is not None and base == 0):
-                    if j == 0:
-                        memory.store_scalar(record + layout.skip // 4, skips[i], Float32)
-                if kept:
-                    memory.store_scalar(self.history.dt(dt_cache, slot, new, head + heads[i]), taken[i], Float32)
-                    if const_expr(not self.history.ring):
-                        memory.store_scalar(self.history.dt(sum_cache, slot, new, head + heads[i]), stored[i], Float32)
-        return total, fresh
-
-    @cute.jit
-    def load_if(self, wanted: Boolean, pointer):
-        """A float32, or zero: nothing is read that another CTA may write."""
-        value = Float32(0.0)
-        if wanted:
-            value = memory.load_scalar(pointer, Float32)
-        return value
-
-    @cute.jit
-    def append(self, place, history, at, lane):
-        """Copy new rows of x, and of B once per group, to the history: half a warp each."""
-        _, _, n, slot, cursor, k, head, column, _ = place
-        x_cache, B_cache, dt_cache, _ = history
-        spec, layout = self.spec, self.layout
-        rows = self.history.capacity(dt_cache)
-        write = k + n > spec.window
-        leader = head % self.per_group == 0 and column == 0
-        for base in cutlass.range_constexpr(0, self.history.kept(spec), WARP // 2):
-            t = base + lane % 16
-            new = self.history.new(cursor, k, t, write, rows)
-            if t < n and t < self.history.kept(spec):
-                if lane < 16:
-                    source = at + (layout.x + (k + t) * layout.x_pitch)
-                    if const_expr(self.history.ring):
-                        piece = self.head_width * 2
-                        for h in cutlass.range_constexpr(layout.heads):
-                            to = self.history.x(x_cache, slot, new, head + h, column).toint()
-                            memory.bulk_store(memory.global_bytes(to), source + h * piece, piece)
-                    else:
-                        to = self.history.x(x_cache, slot, new, head, column).toint()
-                        memory.bulk_store(memory.global_bytes(to), source, layout.width)
-                elif leader:
-                    source = at + (layout.b + (k + t) * layout.column_pitch)
-                    to = self.history.B(B_cache, slot, new, head // self.per_group).toint()
-                    memory.bulk_store(memory.global_bytes(to), source, spec.dstate * 2)
-        cute.arch.cp_async_bulk_commit_group()
