@@ -22,8 +22,8 @@ They are the half ``column % 2`` (0: low) of the word ``column % 8 // 2`` of its
 of a buffer of intermediate states, that is written.  Nothing else enters: no tiling, algorithm, or order in the batch.
 See `random_bits`.
 
-**By fragments.**  `checkpointing_ssu` computes new states by tensor core, where a thread has the same columns of two rows
-that are 8 apart, and draws once for sixteen elements.  They take their bits with the same key and the counter ::
+**By fragments.**  `checkpointing_ssu` computes new states by tensor core, where a thread has the same columns of two
+rows that are 8 apart, and draws once for sixteen elements.  They take their bits with the same key and the counter ::
 
     ((row // 16 * 8 + row % 8) * (dstate / 8) + block,   head,   slot mod 2^32,   2^16 * (slot // 2^32))
 
