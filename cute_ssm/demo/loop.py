@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -100,7 +101,7 @@ class Deviation:
         return cls(float(difference.max()), float(expected.abs().max()))
 
 
-class Run:
+class Run(ABC):
     """One sequence on its way: what generating token by token and speculating have in common.
 
     Every token is the one that the logits in float64 would choose, as long as those that were computed are within
@@ -155,17 +156,17 @@ class Run:
         """The tokens after the prompt."""
         return self.tokens[self.prompt_length :]
 
+    @abstractmethod
     def warm_up(self) -> float:
         """Run one step on another slot, so that compilation is over before the time is taken; returns its seconds."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self) -> Iterator[int]:
         """Prefill, then yield the tokens as they are made; decisions in float64 do not count in ``seconds``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ssm_deviation(self) -> Deviation:
         """Compare the outputs of all state updates with the float64 recurrence on the same inputs and first states."""
-        raise NotImplementedError
 
     def logits_deviation(self) -> Deviation:
         """Compare the logits with those of the whole model in float64 on the same text."""

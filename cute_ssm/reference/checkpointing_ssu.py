@@ -19,6 +19,7 @@ With k = 0 that is S0 itself, and nothing is written.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from cute_ssm.spec import CheckpointingSSUSpec
 
 
-class History:
+class History(ABC):
     """Tokens that were accepted but are not in the state yet; subclasses say in which rows they lie."""
 
     @staticmethod
@@ -40,13 +41,14 @@ class History:
         """Return the view of a double buffer, or of a ring if there are no `sums`."""
         return Ring(x, B, dt) if sums is None else DoubleBuffer(x, B, dt, sums)
 
+    @abstractmethod
     def read(self, slot: int, cursor: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return x (count, nheads, dim), B (count, ngroups, dstate) and dt' (nheads, count) of a slot, oldest first.
 
         ``cursor`` is the index of the active buffer, or the first row of the ring.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def append(
         self, slot: int, cursor: int, count: int, writes: bool, x: Tensor, B: Tensor, dt: Tensor, sums: Tensor
     ) -> None:
@@ -54,7 +56,6 @@ class History:
 
         ``sums`` (nheads, tokens) are the running sums of A dt' since the start of the buffer that takes the tokens.
         """
-        raise NotImplementedError
 
 
 class DoubleBuffer(History):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -47,7 +48,7 @@ class Objective(Protocol):
         ...
 
 
-class _Emulated:
+class _Emulated(ABC):
     """Base of the objectives that need no GPU: the gate, and the rule's cost once."""
 
     how = "modelled"
@@ -65,9 +66,9 @@ class _Emulated:
             return Measurement(None, error=problem)
         return Measurement(self._cost(case, fields), self._cost(case, rule))
 
+    @abstractmethod
     def microseconds(self, case: Case, fields: Fields) -> float:
         """Return the cost of a config."""
-        raise NotImplementedError
 
     @contextmanager
     def _emulate(self, arch: str) -> Iterator[None]:

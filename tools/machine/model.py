@@ -91,7 +91,7 @@ def of_one_sm(machine: Machine) -> Callable:
 
     def pick(launch):
         if launch.cluster_size > 1:
-            raise NotImplementedError("clusters: the model knows CTAs that share nothing")
+            raise ValueError("clusters: expected none, got some; the model knows CTAs that share nothing")
         return np.arange(0, int(np.prod(launch.grid)), machine.sms)
 
     return pick
