@@ -84,23 +84,41 @@ CASES = [  # (operator, keys)
 ARCHS = ("sm_90a", "sm_100a")
 
 
-def record() -> dict:
-    """Count every case on every target."""
+def record(only: list[str]) -> dict:
+    """Count every case of the operators `only`, or of all, on every target; rows of others stay as they are."""
     sys.path.insert(0, str(ROOT / "tools"))
     from count import count
 
-    rows = [count(op, {k: str(v) for k, v in keys.items()}, arch) for op, keys in CASES for arch in ARCHS]
-    for row in rows:  # names and per-tensor bytes can be had again from tools/count.py
-        row.pop("tensors")
-        for kernel in row["kernels"]:
-            kernel.pop("name")
+    known = {identity(row["op"], row["keys"], row["arch"]): row for row in known_rows()} if only else {}
+    now, rows = commit(), []
+    for op, keys in CASES:
+        for arch in ARCHS:
+            keys = {k: str(v) for k, v in keys.items()}
+            row = known.get(identity(op, keys, arch))
+            if not only or op in only:
+                row = count(op, keys, arch) | {"commit": now}
+                row.pop("tensors")  # names and per-tensor bytes can be had again from tools/count.py
+                for kernel in row["kernels"]:
+                    kernel.pop("name")
+            if row is not None:
+                rows.append(row)
     versions = {name: metadata.version(name) for name in ("nvidia-cutlass-dsl", "torch", "numpy")}
     return {
         "method": "tools/count.py: PTX warp instructions and 32-byte sectors in the emulator; nothing here is a time",
-        "commit": commit(),
         "versions": {"python": platform.python_version(), **versions},
         "rows": rows,
     }
+
+
+def known_rows() -> list[dict]:
+    """Rows of the results, each with the commit that was counted."""
+    results = json.loads(RESULTS.read_text())
+    return [{"commit": results.get("commit")} | row for row in results["rows"]]
+
+
+def identity(op: str, keys: dict, arch: str) -> tuple:
+    """What makes a row: the same call of the same operator for the same target."""
+    return op, arch, *sorted((k, str(v)) for k, v in keys.items())
 
 
 def commit() -> str:
@@ -155,10 +173,11 @@ def main(argv: list[str] | None = None) -> int:
     """Count unless told not to, then rewrite the README's table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", action="store_true", help="only rewrite the README's table from the results")
+    parser.add_argument("--only", nargs="+", metavar="OP", default=[], help="count the cases of these operators alone")
     options = parser.parse_args(argv)
     if not options.table:
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(record(), indent=1) + "\n")
+        RESULTS.write_text(json.dumps(record(options.only), indent=1) + "\n")
     rewrite(ROOT / "README.md", table(json.loads(RESULTS.read_text())))
     return 0
 
