@@ -147,6 +147,15 @@ def test_sizes_and_strides_of_a_step_arrive(case, monkeypatch):
     assert report.tolist() == [*wanted, -1, 132]
 
 
+@pytest.mark.parametrize("name", ["x", "B", "C", "z", "out", "cum_history"])
+def test_tensors_of_a_step_have_strides_of_their_own(name, monkeypatch):
+    function, operands = compiled_checkpointing(checkpointing_cases.Case(ngroups=2), monkeypatch)
+    plain = getattr(operands, name)
+    roomy = torch.zeros(plain.shape[0], plain.shape[1] + 1, *plain.shape[2:], dtype=plain.dtype)[:, :-1]
+    function(torch.zeros(200, dtype=torch.int64), list(operands._replace(**{name: roomy})), -1, 132)
+    assert roomy.stride(0) != plain.stride(0)
+
+
 @pytest.mark.parametrize("history", ["double", "ring"])
 def test_what_checkpointing_ssu_leaves_to_the_entry(history, monkeypatch):
     """What the key of plans does not hold: strides, types, alignment, absence, and sizes that several tensors have."""
