@@ -349,10 +349,10 @@ class Steps:
                 for i in cutlass.range_constexpr(ahead):
                     self.request(copies, rounds, i)
             cute.arch.mbarrier_wait(unit_empty + stage, phase ^ 1)
+            if const_expr(self.spec.pdl):
+                if it == 0:  # also where there is nothing to do: the next unit does not wait
+                    cute.arch.griddepcontrol_wait()
             if live:
-                if const_expr(self.spec.pdl):
-                    if it == 0:
-                        cute.arch.griddepcontrol_wait()
                 self.request_rows(place, history, inputs, at, bar, lane)
             elif lane == 0:
                 cute.arch.mbarrier_arrive(bar)
