@@ -235,7 +235,14 @@ def test_floor_of_a_scan():
 
 
 REPLAY = {"batch": "16", "nheads": "16", "T": "6", "W": "16", "z": "1"}
-WHOLE_GROUP = {"config.tiles": "16", "config.consumers": "2", "config.depth": "2"}
+WHOLE_GROUP = {
+    "config.form": "0",
+    "config.d_split": "1",
+    "config.tiles": "16",
+    "config.consumers": "2",
+    "config.depth": "2",
+}
+WHOLE_GROUP |= {"config.unit_stages": "1", "config.ctas_per_sm": "1"}
 
 
 @pytest.mark.parametrize(
