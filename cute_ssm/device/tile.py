@@ -264,8 +264,9 @@ class StateTile:
         """What `accumulators` multiplies old states by: a decay, or one where states are quantised.
 
         The lane's words of a matrix [16, 8] with that on a diagonal: the upper one for the first eight columns of an
-        operand, the lower one for the others.  A decay is the sum of two such matrices, of as many bits as float32
-        has, or 16 for bfloat16 states.
+        operand, the lower one for the others.  A decay is the sum of two such matrices: right to 2^-17 of itself for
+        bfloat16 states, to 2^-22 of itself or 2^-25 for float16 states, whose decay below 2^-13 counts less than inputs
+        that are rounded like them.  What is not finite spreads over 16 columns of its row.
         """
         if self.dtype is Float32:
             return decay

@@ -262,7 +262,7 @@ class Steps:
         elif const_expr(half.part == "keep"):
             first = cutlass.max(num_writes[0], 0)
         walk = (first * self.chunks + cute.arch.block_idx()[0], last * self.chunks, cute.arch.grid_dim()[0])
-        where = (state, dt_cache, cursor, accepted, indices, cu_seqlens, work_items, batch, pad_slot)
+        where = (state, dt_cache, cursor, accepted, indices, cu_seqlens, work_items, batch, x.shape[1], pad_slot)
         history = (x_cache, B_cache, dt_cache, sum_cache)
         if warp == 0:
             cpasync.prefetch_descriptor(load)
@@ -281,7 +281,7 @@ class Steps:
 
         Contents that contradict the contract make a unit one of nothing to do, before anything is addressed by them.
         """
-        state, dt_cache, cursors, accepted, indices, cu_seqlens, work_items, batch, pad_slot = where
+        state, dt_cache, cursors, accepted, indices, cu_seqlens, work_items, batch, total, pad_slot = where
         spec, half = self.spec, self.half
         item = Int32(Uint32(unit) // self.chunks)
         tile = Uint32(unit - item * self.chunks) * half.tiles
@@ -303,9 +303,9 @@ class Steps:
             k, cursor = accepted[slot], cursors[slot]
         start, n = Int32(0), Int32(spec.tokens)
         if const_expr(cu_seqlens is not None):
-            start = Int32(cu_seqlens[b])
-            n = Int32(cu_seqlens[b + 1]) - start
-            live = live and n > 0 and n <= spec.tokens
+            first, last = Int64(cu_seqlens[b]), Int64(cu_seqlens[b + 1])
+            live = live and first >= 0 and last <= total and last > first and last - first <= spec.tokens
+            start, n = Int32(first), Int32(last - first)
         bound = self.history.cursors(dt_cache)
         live = live and Uint32(k) <= Uint32(spec.window) and Uint32(cursor) < Uint32(bound)
         if const_expr(half.part == "write"):

@@ -24,7 +24,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, math, memory, philox
 from cute_ssm.spec import QUANTISED, MaterializeSpec
-from cute_ssm.tuning.serving import WARP, MaterializeConfig, choose_materialize
+from cute_ssm.tuning.serving import MOST_PENDING, WARP, MaterializeConfig, choose_materialize
 
 ROWS = COLUMNS = 8  # of a lane
 MOST_BYTES = 16  # of an access
@@ -159,7 +159,7 @@ class MaterializeState:
                     count = Int64(counts[b])
                 rows = dt.shape[len(dt.shape) - 1]
                 places = rows if const_expr(self.ring) else Int32(2)
-                live = pending >= 0 and pending <= rows and place >= 0 and place < places
+                live = pending >= 0 and pending <= cutlass.min(rows, MOST_PENDING) and place >= 0 and place < places
                 if live and count >= 0 and count <= pending:
                     first = (unit - head * self.chunks) * self.unit_rows + lane // self.lanes * ROWS
                     where = (source, target, h, first, lane % self.lanes)

@@ -389,6 +389,9 @@ def _check_strides(given: dict[str, Tensor], settings: Settings, names: dict[str
             got = f"address {tensor.data_ptr():#x} and strides {tensor.stride()} of {tensor.element_size()} bytes"
             expected = f"an address, and strides but the last, of multiples of {ROW_BYTES} bytes"
             raise ValueError(describe(name, expected, got, "pad its rows or slots"))
+    if "work_items" in given and given["work_items"].data_ptr() % ROW_BYTES:
+        expected = f"an address that is a multiple of {ROW_BYTES} bytes"
+        raise ValueError(describe("work_items", expected, f"{given['work_items'].data_ptr():#x}", "clone it"))
     for field in WRITTEN:
         if field in given:
             arguments.check_writable(names.get(field, field), given[field])

@@ -61,11 +61,11 @@ def materialize(
         ``old_x`` and ``old_B``, or ``x_cache`` and ``B_cache``.  Stride 1 in the last dimension; the address and other
         strides are multiples of 16 bytes.
     dt_history : Tensor, (slots, 2, nheads, W) or (slots, nheads, L), float32
-        ``old_dt`` or ``dt_cache``; at most 64 rows.  Stride 1 in the last dimension.
+        ``old_dt`` or ``dt_cache``; W is at most 64, L at most 128.  Stride 1 in the last dimension.
     A : Tensor, (nheads, dim, dstate), float32/bfloat16/float16
         One value per head, by stride 0 in the last two dimensions.
     prev_num_accepted_tokens : Tensor, (slots,), int32
-        Pending tokens of each slot.
+        Pending tokens of each slot, at most 64.
     state_batch_indices, dst_state_batch_indices : Tensor, (batch,), int32/int64
         Slots that are read, and those of ``out`` that are written: distinct, and none that another row reads.  They
         may be the same: then pending tokens are folded in place.
@@ -314,8 +314,9 @@ def _check_shapes(given: dict[str, Tensor], ring: bool) -> None:
     batch = given["state_batch_indices"].shape[0]
     if groups < 1 or nheads % groups:
         raise ValueError(describe("B_history", f"ngroups that divides nheads = {nheads}", f"ngroups = {groups}"))
-    if rows > 2 * tuning.WARP:
-        raise ValueError(describe("x_history", f"at most {2 * tuning.WARP} rows of a slot", rows))
+    most = tuning.MOST_PENDING * (2 if ring else 1)  # a ring has rows for new tokens too
+    if rows > most:
+        raise ValueError(describe("x_history", f"at most {most} rows of a slot", rows))
     two = (2,) if given["x_history"].dim() == 5 else ()
     history = {
         "x_history": (slots, *two, rows, nheads, dim),
@@ -355,7 +356,7 @@ def _rows(o: _Operands, ring: bool, pad_slot_id: int) -> list[tuple[int, int, in
     arguments.check_slots("dst_state_batch_indices", dst, live, o.out.shape[0], pad_slot_id)
     rows = o.dt_history.shape[-1]
     bounds = (
-        ("prev_num_accepted_tokens", o.prev_num_accepted_tokens, rows),
+        ("prev_num_accepted_tokens", o.prev_num_accepted_tokens, min(rows, tuning.MOST_PENDING)),
         ("ring_start" if ring else "cache_buf_idx", o.cursor, rows - 1 if ring else 1),
     )
     for name, values, most in bounds:
