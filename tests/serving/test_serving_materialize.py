@@ -54,7 +54,8 @@ def random(case: Case, seed: int) -> dict:
     """Random arguments; rows of the history that are not pending, and slots that are not read, hold NaN or garbage."""
     g = torch.Generator().manual_seed(seed)
     ring, slots, spread = case.history == "ring", 11, 9 if case.out else 11
-    pending = torch.tensor([0, 1, case.rows, case.rows // 2, case.rows - 1, 3 % case.rows])
+    most = min(case.rows, 64)  # a ring has rows for new tokens too
+    pending = torch.tensor([0, 1, most, most // 2, most - 1, 3 % most])
     batch = len(pending)
     order = torch.randperm(slots - 1, generator=g)[:batch] + (case.pad == 0)
     to = torch.randperm(spread - 1, generator=g)[:batch] + (case.pad == 0)
@@ -118,7 +119,7 @@ def random(case: Case, seed: int) -> dict:
         call["state_scale"] = scale
     counts = pending.clone()
     if case.counts:
-        counts = torch.tensor([0, 1, case.rows // 3, 0, 0, 2 % case.rows])
+        counts = torch.tensor([0, 1, most // 3, 0, 0, 2 % most])
         call["num_tokens"] = counts.to(case.indices)
     if case.out:
         call["out"], out_scale = rounding.store(torch.full((spread, *values.shape[1:]), 7.0), DTYPES[case.out])
@@ -220,6 +221,7 @@ CASES = [
     Case(state="f8", place=True, counts=False, history="ring"),
     Case(state="i8", dim=80, dstate=96, place=True, counts=False),
     Case(state="f16", seeds="slots", history="ring", rows=22),
+    Case(history="ring", rows=72, counts=False),  # a window of 64, and 8 new tokens
     Case(state="bf16", seeds="one", rounds=7),
     Case(state="i8", seeds="slots", counts=False),
     Case(state="f8", seeds="one", dstate=96),
