@@ -69,11 +69,6 @@ def running_sum(x):
     return x
 
 
-def power_of_two(x):
-    """2^x to a relative error of about 2^-22; below 2^-126 zero."""
-    return _approx("ex2", x)
-
-
 def exchanged(value, distance):
     """The value of the lane whose number differs by an exclusive or with `distance`, a Python int."""
     return value if distance == 0 else cute.arch.shuffle_sync_bfly(value, distance)

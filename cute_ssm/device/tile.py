@@ -29,32 +29,33 @@ _LOW_SHIFT = 1024.0  # of an unsigned one
 
 
 @dsl_user_op
-def _bytes_to_float16(word, *, loc=None, ip=None):
+def _spread(word, text, *, loc=None, ip=None):
+    """The two words that an instruction sequence makes of one."""
+    words = pure(llvm.StructType.get_literal([T.i32()] * 2), [word], text, "=&r,=r,r", loc, ip)
+    return [Int32(llvm.extractvalue(T.i32(), words, [i], loc=loc, ip=ip)) for i in range(2)]
+
+
+def _bytes_to_float16(word):
     """Signed bytes (0, 1) and (2, 3) as float16, each 1152 more."""
     text = (
         "{ .reg .b32 t; xor.b32 t, $2, 0x80808080; prmt.b32 $0, t, 0x64646464, 0x4140; "
         "prmt.b32 $1, t, 0x64646464, 0x4342; }"
     )
-    both = pure(llvm.StructType.get_literal([T.i32()] * 2), [word], text, "=&r,=r,r", loc, ip)
-    return [Int32(llvm.extractvalue(T.i32(), both, [i], loc=loc, ip=ip)) for i in range(2)]
+    return _spread(word, text)
 
 
-@dsl_user_op
-def _float8_to_float16(word, *, loc=None, ip=None):
+def _float8_to_float16(word):
     text = "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }"
-    both = pure(llvm.StructType.get_literal([T.i32()] * 2), [word], text, "=&r,=r,r", loc, ip)
-    return [Int32(llvm.extractvalue(T.i32(), both, [i], loc=loc, ip=ip)) for i in range(2)]
+    return _spread(word, text)
 
 
-@dsl_user_op
-def _int16_to_float16(word, *, loc=None, ip=None):
+def _int16_to_float16(word):
     """Upper bytes as float16, 1152 more, and lower bytes, 1024 more."""
     text = (
         "{ .reg .b32 t; xor.b32 t, $2, 0x80808080; prmt.b32 $0, t, 0x64646464, 0x4341; "
         "prmt.b32 $1, $2, 0x64646464, 0x4240; }"
     )
-    both = pure(llvm.StructType.get_literal([T.i32()] * 2), [word], text, "=&r,=r,r", loc, ip)
-    return [Int32(llvm.extractvalue(T.i32(), both, [i], loc=loc, ip=ip)) for i in range(2)]
+    return _spread(word, text)
 
 
 @dsl_user_op

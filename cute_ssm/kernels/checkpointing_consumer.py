@@ -17,7 +17,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 
 from cute_ssm.device import convert, math, memory, mma, philox
-from cute_ssm.device.scan import silu
+from cute_ssm.device.scan import power_of_two, silu
 from cute_ssm.device.tile import ROWS
 from cute_ssm.device.tokens import TokenOperands
 from cute_ssm.tuning.checkpointing_ssu import STEP, TOKENS
@@ -94,8 +94,7 @@ class Consumer:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
                 rounds += self.own
             cute.arch.sync_warp()
-            if lane == 0:
-                cute.arch.mbarrier_arrive(unit_empty + stage)
+            self.arrive(unit_empty + stage, lane)
             it += 1
         cute.arch.cp_async_bulk_wait_group(0)
 
@@ -118,14 +117,12 @@ class Consumer:
         if const_expr(self.once):
             sums = self.tile.product(at, block[1])
             cute.arch.sync_warp()
-            if lane == 0:
-                cute.arch.mbarrier_arrive(empty + s)  # before the rest: the next tile may come
+            self.arrive(empty + s, lane)  # before the rest: the next tile may come
             self.finish(i, place, unit_at, stages, block, 0, sums, lane)
         else:
             self.token_blocks(i, place, unit_at, stages, at, lane)
             cute.arch.sync_warp()
-            if lane == 0:
-                cute.arch.mbarrier_arrive(empty + s)
+            self.arrive(empty + s, lane)
 
     @cute.jit
     def token_blocks(self, i, place, unit_at, stages, at, lane):
@@ -174,8 +171,7 @@ class Consumer:
                     self.release(empty, s, lane)
             else:
                 cute.arch.sync_warp()
-                if lane == 0:
-                    cute.arch.mbarrier_arrive(empty + s)
+                self.arrive(empty + s, lane)
         if held >= 0:
             self.release(empty, held, lane)
 
@@ -266,7 +262,7 @@ class Consumer:
         last = k + n - 1
         # e^{c_{k+t}} of this lane's two columns
         columns = [cutlass.min(k + (first + 2 * p + c), last) for c in range(2)]
-        scale = [math.power_of_two(self.load_float(record + t * 8)) * f for t, f in zip(columns, factors)]
+        scale = [power_of_two(self.load_float(record + t * 8)) * f for t, f in zip(columns, factors)]
         diagonal = k + (first + g)
         skip = self.load_float(record + layout.skip) if const_expr(self.spec.D_dtype is not None) else None
         decays = (record, self.load_float(record + cutlass.min(diagonal, last) * 8), diagonal, skip)
@@ -304,7 +300,7 @@ class Consumer:
         values = [Float32(0.0)] * 4
         for e in cutlass.range_constexpr(4):
             j = step * STEP + 2 * p + (e % 2 + e // 2 * 8)
-            value = raw[e] * (math.power_of_two(c_t - f[2 * e]) * f[2 * e + 1])
+            value = raw[e] * (power_of_two(c_t - f[2 * e]) * f[2 * e + 1])
             value = value if j <= diagonal else Float32(0.0)
             if const_expr(skip is not None):
                 value = cute.math.fma(new[e], skip, value)
@@ -371,7 +367,7 @@ class Consumer:
         g = lane // 4
         record = units + (here + layout.records + h * layout.record)
         end = self.load_float(record + (k - 1) * 8)
-        decay = math.power_of_two(end)
+        decay = power_of_two(end)
         weights = [self.weights(record, step, end, k, lane) for step in range(self.history_steps)]
         x_at = [
             self.x_words(units, here + layout.x, k, step * STEP, offset, lane) for step in range(self.history_steps)
@@ -476,6 +472,6 @@ class Consumer:
         values = [Float32(0.0)] * 4
         for e in cutlass.range_constexpr(4):
             j = step * STEP + 2 * p + (e % 2 + e // 2 * 8)
-            value = math.power_of_two(end - f[2 * e]) * f[2 * e + 1]
+            value = power_of_two(end - f[2 * e]) * f[2 * e + 1]
             values[e] = value if j < k else Float32(0.0)
         return values

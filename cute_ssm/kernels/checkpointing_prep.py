@@ -8,10 +8,8 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 
 from cute_ssm.device import convert, math, memory
-from cute_ssm.device.scan import softplus
+from cute_ssm.device.scan import LOG2E, softplus
 from cute_ssm.tuning.checkpointing_ssu import STEP, WARP
-
-LOG2E = 1.44269502162933349609375  # log2(e), rounded to float32
 
 
 class Prep:
