@@ -17,6 +17,7 @@ class HistoryView:
     def __init__(self, kind):
         self.kind = kind
         self.ring = kind == "ring"
+        self.dt_heads = 1 if self.ring else 2  # the mode of dt' that counts heads
 
     def shapes(self, spec, slots, rows):
         """Shapes of (x, B, dt'), with the number of leading dimensions whose strides are free."""

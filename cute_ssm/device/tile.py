@@ -60,9 +60,14 @@ def _int16_to_float16(word):
 
 @dsl_user_op
 def _larger_pair(most, pair, *, loc=None, ip=None):
-    """Magnitudes of two bfloat16, where they are larger."""
-    text = "{ .reg .b32 t; abs.bf16x2 t, $2; max.bf16x2 $0, $1, t; }"
-    return Int32(pure(T.i32(), [most, pair], text, "=r,r,r", loc, ip))
+    """The larger magnitudes of two pairs of bfloat16, of any sign."""
+    return Int32(pure(T.i32(), [most, pair], "max.xorsign.abs.bf16x2 $0, $1, $2;", "=r,r,r", loc, ip))
+
+
+@dsl_user_op
+def _times(pair, factor, *, loc=None, ip=None):
+    """A pair of bfloat16 by another."""
+    return Int32(pure(T.i32(), [pair, factor], "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", loc, ip))
 
 
 @dsl_user_op
@@ -189,13 +194,14 @@ class StateTile:
         for pair in operand:
             for word in pair:
                 top = _larger_pair(top, word)
-        most = cute.arch.fmax(*convert.unpack([top], BFloat16))
+        most = cute.arch.fmax(*convert.unpack([top & 0x7FFF7FFF], BFloat16))
         for distance in (1, 2):
             most = cute.arch.fmax(most, cute.arch.shuffle_sync_bfly(most, distance))
         up, down = _power_of_two(most), _inverse_power_of_two(most)
+        (down,) = convert.pack([down, down], BFloat16)  # a power of two: exact, and so are products that float16 holds
         scaled = []
         for pair in operand:
-            values = [value * down for value in convert.unpack(pair, BFloat16)]
+            values = convert.unpack([_times(word, down) for word in pair], BFloat16)
             scaled.append(convert.pack(values, Float16))
         return scaled, [cute.arch.shuffle_sync(up, lane % 4 * 8 + 4 * i) for i in range(2)]
 

@@ -38,6 +38,8 @@ class Consumer:
         self.blocks = -(-self.spec.tokens // TOKENS)
         self.once = self.blocks == 1
         self.unrolled = self.once and self.own <= UNROLLED and not self.tile.wide and self.spec.dstate <= 128
+        # whether a stage of a ring is used again
+        self.again = not self.half.single or self.own > self.half.depth
         self.parts = 1 if self.spec.state_dtype in ("bfloat16", "int8", "float8_e4m3fn") else 2
         self.zero_x = owner.zero + 7 * self.layout.x_pitch % 128
         self.zero_column = owner.zero + 7 * self.layout.column_pitch % 128
@@ -49,54 +51,65 @@ class Consumer:
     # ------------------------------------------------------------------------------------------------------------ unit
     @cute.jit
     def run(self, w, walk, outputs, store, store_view, tiles, ring, units, barriers):
-        layout, part = self.layout, self.half.part
         first, total, stride = walk
+        lane = cute.arch.lane_idx()
+        copies = (store, *self.owner.tile_copies(store, store_view, tiles))
+        base_pointers = self.tile.pointers(ring, lane)
+        if const_expr(self.half.single):
+            self.unit(w, Int32(0), Int32(0), outputs, copies, base_pointers, units, barriers, lane)
+        else:
+            it, rounds = Int32(0), Int32(0)
+            for _ in cutlass.range(first, total, stride):
+                k = self.unit(w, it, rounds, outputs, copies, base_pointers, units, barriers, lane)
+                rounds += self.own if k >= 0 else 0
+                it += 1
+        cute.arch.cp_async_bulk_wait_group(0)
+
+    @cute.jit
+    def unit(self, w, it, rounds, outputs, copies, base_pointers, units, barriers, lane):
+        """This consumer's tiles of a CTA's it-th unit; returns k, or -1 where there was nothing to do."""
+        layout, part = self.layout, self.half.part
         out, state_scale, rand_seed = outputs
         full, empty, unit_full, unit_empty = barriers
-        lane = cute.arch.lane_idx()
-        ts, tg = self.owner.tile_copies(store, store_view, tiles)
-        base_pointers = self.tile.pointers(ring, lane)
-        it, rounds = Int32(0), Int32(0)
-        for _ in cutlass.range(first, total, stride):
-            stage, phase = self.owner.stage(it)
-            here = stage * layout.unit_bytes
-            cute.arch.mbarrier_wait(unit_full + stage, phase)
-            meta = cute.recast_ptr(units + (here + layout.meta), dtype=Int32)
-            k, n, b, start = memory.load_words(meta, 4)
-            slot, head, column, _ = memory.load_words(meta + 4, 4)
-            if k >= 0:
-                place = (k, n, slot, head, column)
-                # opaque: the compiler would keep every address of a tile in a register of its own
-                pointers = [pointer + memory.pinned(Int32(0)) for pointer in base_pointers]
-                stages = (full, empty, rounds, w)
-                unit_at = (units, here, pointers)
-                block = self.token_block(place, unit_at, lane, 0) if const_expr(self.once) else None
-                writes = Boolean(part == "write")
-                if const_expr(part == "all"):
-                    writes = k + n > self.spec.window
-                if const_expr(part != "keep"):
-                    if writes:
-                        self.write_tiles(place, unit_at, stages, block, state_scale, rand_seed, store, ts, tg, lane)
-                if const_expr(part != "write"):
-                    if not writes:
-                        self.keep_tiles(place, unit_at, stages, block, lane)
-                # rows of out, in place of z, leave by one copy each
-                cute.arch.fence_proxy("async.shared", space="cta")
-                cute.arch.sync_warp()
-                width = self.own * layout.tile_rows * 2
-                for base in cutlass.range_constexpr(0, self.spec.tokens, 32):
-                    t = base + lane
-                    if t < n:
-                        to = self.owner.token(out, b, start, t, head, column).toint() + Int64(w * width)
-                        source = units + (here + layout.z + t * layout.x_pitch + w * width)
-                        memory.bulk_store(memory.global_bytes(to), source, width)
-                cute.arch.cp_async_bulk_commit_group()
+        stage, phase = self.owner.stage(it)
+        here = stage * layout.unit_bytes
+        cute.arch.mbarrier_wait(unit_full + stage, phase)
+        meta = cute.recast_ptr(units + (here + layout.meta), dtype=Int32)
+        k, n, b, start = memory.load_words(meta, 4)
+        slot, head, column, _ = memory.load_words(meta + 4, 4)
+        if k >= 0:
+            place = (k, n, slot, head, column)
+            # opaque: the compiler would keep every address of a tile in a register of its own
+            pointers = [pointer + memory.pinned(Int32(0)) for pointer in base_pointers]
+            stages = (full, empty, rounds, w)
+            unit_at = (units, here, pointers)
+            block = self.token_block(place, unit_at, lane, 0) if const_expr(self.once) else None
+            writes = Boolean(part == "write")
+            if const_expr(part == "all"):
+                writes = k + n > self.spec.window
+            if const_expr(part != "keep"):
+                if writes:
+                    self.write_tiles(place, unit_at, stages, block, state_scale, rand_seed, copies, lane)
+            if const_expr(part != "write"):
+                if not writes:
+                    self.keep_tiles(place, unit_at, stages, block, lane)
+            # rows of out, in place of z, leave by one copy each
+            cute.arch.fence_proxy("async.shared", space="cta")
+            cute.arch.sync_warp()
+            width = self.own * layout.tile_rows * 2
+            for base in cutlass.range_constexpr(0, self.spec.tokens, 32):
+                t = base + lane
+                if t < n:
+                    to = self.owner.token(out, b, start, t, head, column).toint() + Int64(w * width)
+                    source = units + (here + layout.z + t * layout.x_pitch + w * width)
+                    memory.bulk_store(memory.global_bytes(to), source, width)
+            cute.arch.cp_async_bulk_commit_group()
+            if const_expr(not self.half.single):
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
-                rounds += self.own
+        if const_expr(not self.half.single):
             cute.arch.sync_warp()
             self.arrive(unit_empty + stage, lane)
-            it += 1
-        cute.arch.cp_async_bulk_wait_group(0)
+        return k
 
     @cute.jit
     def keep_tiles(self, place, unit_at, stages, block, lane):
@@ -116,13 +129,11 @@ class Consumer:
         at = [pointer + s * self.layout.tile_bytes for pointer in pointers]
         if const_expr(self.once):
             sums = self.tile.product(at, block[1])
-            cute.arch.sync_warp()
-            self.arrive(empty + s, lane)  # before the rest: the next tile may come
+            self.leave(empty, s, lane)  # before the rest: the next tile may come
             self.finish(i, place, unit_at, stages, block, 0, sums, lane)
         else:
             self.token_blocks(i, place, unit_at, stages, at, lane)
-            cute.arch.sync_warp()
-            self.arrive(empty + s, lane)
+            self.leave(empty, s, lane)
 
     @cute.jit
     def token_blocks(self, i, place, unit_at, stages, at, lane):
@@ -134,11 +145,12 @@ class Consumer:
                 self.finish(i, place, unit_at, stages, block, first, sums, lane)
 
     @cute.jit
-    def write_tiles(self, place, unit_at, stages, block, state_scale, rand_seed, store, ts, tg, lane):
+    def write_tiles(self, place, unit_at, stages, block, state_scale, rand_seed, copies, lane):
         """All tiles of this consumer in a unit whose state is replaced."""
         k, _, slot, head, column = place
         _, empty, _, w = stages
         _, _, pointers = unit_at
+        store, ts, tg = copies
         lane = memory.pinned(lane)  # opaque: what only these steps need is not computed, or kept, for the others
         first_tile = head * self.half.d_split + column // self.layout.tile_rows + w * self.own
         random = None
@@ -170,16 +182,21 @@ class Consumer:
                 else:
                     self.release(empty, s, lane)
             else:
-                cute.arch.sync_warp()
-                self.arrive(empty + s, lane)
+                self.leave(empty, s, lane)
         if held >= 0:
             self.release(empty, held, lane)
 
+    def leave(self, empty, stage, lane):
+        """Give a stage back that all lanes have read."""
+        if self.again:
+            cute.arch.sync_warp()
+            self.arrive(empty + stage, lane)
+
     def release(self, empty, stage, lane):
         """Give a stage back once its new state has been read."""
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
-        cute.arch.sync_warp()
-        self.arrive(empty + stage, lane)
+        if self.again:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+            self.leave(empty, stage, lane)
 
     @cute.jit
     def arrive(self, bar, lane):

@@ -19,7 +19,7 @@ class Prep:
         self.owner, self.spec, self.layout, self.history = owner, owner.spec, owner.layout, owner.history
 
     @cute.jit
-    def begin(self, place, history, steps, at, bar, phase, lane):
+    def begin(self, place, history, steps, at, bar, lane):
         """Tell consumers what a unit is, and its decays."""
         b, start, n, slot, _, k, head, column, live = place
         if lane == 0:
@@ -33,15 +33,13 @@ class Prep:
             cute.arch.mbarrier_arrive(bar)
 
     @cute.jit
-    def append_tokens(self, place, history, at, bar, empty, phase, lane):
-        """Append a unit's tokens once they are there, and give its buffer back."""
+    def append_tokens(self, place, history, at, bar, phase, lane):
+        """Append a unit's tokens once they are there; they have been read when this returns."""
         if place[8]:
             cute.arch.mbarrier_wait(bar, phase)
             self.append(place, history, at, lane)
             cute.arch.cp_async_bulk_wait_group(0, read=True)
             cute.arch.sync_warp()
-        if lane == 0:
-            cute.arch.mbarrier_arrive(empty)
 
     @cute.jit
     def decays(self, place, history, steps, at, lane):
@@ -72,19 +70,19 @@ class Prep:
         kept = is_new and t < self.history.kept(spec) and column == 0  # the first part of a head speaks for all
         heads = [2 * i + side if 2 * i + 1 < layout.heads else Int32(2 * i) for i in range(len(total))]
         # all loads of the block before the first use
-        seen = [self.load_if(is_old, self.history.dt(dt_cache, slot, old, head + h)) for h in heads]
-        given = [
-            memory.load_scalar(self.owner.token(dt, b, start, t, head + h, 0), convert.DTYPES[spec.dt_dtype])
-            for h in heads
-        ]
-        rates = [memory.load_scalar(memory.address(A, head + h, 0, 0), convert.DTYPES[spec.A_dtype]) for h in heads]
+        first = head + heads[0]
+        cached = self.of_pairs(
+            self.history.dt(dt_cache, slot, old, first), dt_cache.stride[self.history.dt_heads], side
+        )
+        seen = [self.load_if(is_old, pointer) for pointer in cached]
+        given = self.load_pairs(self.owner.token(dt, b, start, t, first, 0), dt.stride[2], spec.dt_dtype, side)
+        rates = self.load_pairs(memory.address(A, first, 0, 0), A.stride[0], spec.A_dtype, side)
         if const_expr(dt_bias is not None):
-            kind = convert.DTYPES[spec.dt_bias_dtype]
-            given = [v + memory.load_scalar(memory.address(dt_bias, head + h, 0), kind) for v, h in zip(given, heads)]
+            biases = self.load_pairs(memory.address(dt_bias, first, 0), dt_bias.stride[0], spec.dt_bias_dtype, side)
+            given = [v + bias for v, bias in zip(given, biases)]
         skips = [Float32(0.0)] * len(heads)
         if const_expr(D is not None and base == 0):
-            kind = convert.DTYPES[spec.D_dtype]
-            skips = [memory.load_scalar(memory.address(D, head + h, 0), kind) for h in heads]
+            skips = self.load_pairs(memory.address(D, first, 0), D.stride[0], spec.D_dtype, side)
         taken, sums = [], []
         for i in cutlass.range_constexpr(len(heads)):
             step = softplus(given[i]) if const_expr(spec.dt_softplus) else given[i]
@@ -112,6 +110,19 @@ class Prep:
                     if const_expr(not self.history.ring):
                         memory.store_scalar(self.history.dt(sum_cache, slot, new, head + heads[i]), stored[i], Float32)
         return total, fresh
+
+    def of_pairs(self, first, stride, side):
+        """Pointers for all pairs of heads, from that of the first: heads are `stride` elements apart."""
+        heads = self.layout.heads
+        pointers = [first]
+        for _ in range(1, -(-heads // 2)):
+            pointers.append(pointers[-1] + 2 * stride)
+        if heads > 1 and heads % 2:
+            pointers[-1] = pointers[-1] - side * stride  # the last head has no other beside it
+        return pointers
+
+    def load_pairs(self, first, stride, kind, side):
+        return [memory.load_scalar(pointer, convert.DTYPES[kind]) for pointer in self.of_pairs(first, stride, side)]
 
     @cute.jit
     def load_if(self, wanted: Boolean, pointer):

@@ -247,11 +247,8 @@ class Steps:
                 cute.arch.mbarrier_init(unit_full + s, 2)  # producer (bytes) and prep
                 cute.arch.mbarrier_init(unit_empty + s, 1 + half.consumers)  # prep and consumers
             cute.arch.mbarrier_init_fence()
-        zeros = cute.make_tensor(
-            cute.recast_ptr(units + self.zero, dtype=Int32), cute.make_layout(layout.zero_bytes // 4)
-        )
-        for i in range(tid, layout.zero_bytes // 4, half.threads):
-            zeros[i] = Int32(0)
+        for i in range(tid, layout.zero_bytes // 16, half.threads):
+            memory.store_words(cute.recast_ptr(units + (self.zero + i * 16), dtype=Int32), [Int32(0)] * 4)
         cute.arch.sync_threads()
 
         shared_layout = self.tile.shared_layout(stages)
@@ -331,44 +328,55 @@ class Steps:
     # -------------------------------------------------------------------------------------------------------- producer
     @cute.jit
     def produce(self, walk, where, history, inputs, steps, load, load_view, tiles, units, barriers):
-        half, layout = self.half, self.layout
         first, total, stride = walk
-        full, empty, unit_full, unit_empty = barriers
-        ahead = min(half.depth, self.own)
-        ts, tg = self.tile_copies(load, load_view, tiles)
-        lane = cute.arch.lane_idx()
-        it, rounds = Int32(0), Int32(0)
-        for unit in cutlass.range(first, total, stride):
-            place = self.place(unit, where)
-            _, _, _, slot, _, _, head, column, live = place
-            stage, phase = self.stage(it)
-            at, bar = units + stage * layout.unit_bytes, unit_full + stage
-            first_tile = head * half.d_split + column // layout.tile_rows
-            copies = (load, ts, tg, full, empty, first_tile, slot)
-            if live:
-                for i in cutlass.range_constexpr(ahead):
-                    self.request(copies, rounds, i)
-            cute.arch.mbarrier_wait(unit_empty + stage, phase ^ 1)
-            if const_expr(self.spec.pdl):
-                if it == 0:  # also where there is nothing to do: the next unit does not wait
-                    cute.arch.griddepcontrol_wait()
-            if live:
-                self.request_rows(place, history, inputs, at, bar, lane)
-            elif lane == 0:
-                cute.arch.mbarrier_arrive(bar)
-            if const_expr(half.merged):
-                self.prep.begin(place, history, steps, at, bar, phase, lane)
-            if live:
-                for i in cutlass.range(ahead, self.own, unroll=1):
-                    self.request(copies, rounds, i)
-                rounds += self.own
-            if const_expr(half.merged):
-                self.prep.append_tokens(place, history, at, bar, unit_empty + stage, phase, lane)
-            it += 1
+        sources = (where, history, inputs, steps)
+        copies = (load, *self.tile_copies(load, load_view, tiles))
+        if const_expr(self.half.single):
+            self.produce_unit(first, Int32(0), Int32(0), sources, copies, units, barriers)
+        else:
+            it, rounds = Int32(0), Int32(0)
+            for unit in cutlass.range(first, total, stride):
+                live = self.produce_unit(unit, it, rounds, sources, copies, units, barriers)
+                rounds += self.own if live else 0
+                it += 1
         if const_expr(self.spec.pdl):
             cute.arch.griddepcontrol_launch_dependents()
-        if const_expr(half.merged):
+        if const_expr(self.half.single):
             cute.arch.cp_async_bulk_wait_group(0)
+
+    @cute.jit
+    def produce_unit(self, unit, it, rounds, sources, copies, units, barriers):
+        """Request, and where no other warp does, prepare, a CTA's it-th unit; whether there is anything to do."""
+        half, layout = self.half, self.layout
+        where, history, inputs, steps = sources
+        full, empty, unit_full, unit_empty = barriers
+        ahead = min(half.depth, self.own)
+        lane = cute.arch.lane_idx()
+        place = self.place(unit, where)
+        _, _, _, slot, _, _, head, column, live = place
+        stage, phase = self.stage(it)
+        at, bar = units + stage * layout.unit_bytes, unit_full + stage
+        tiles = (*copies, full, empty, head * half.d_split + column // layout.tile_rows, slot)
+        if live:
+            for i in cutlass.range_constexpr(ahead):
+                self.request(tiles, rounds, i, half.single, lane)
+        if const_expr(not half.single):
+            cute.arch.mbarrier_wait(unit_empty + stage, phase ^ 1)
+        if const_expr(self.spec.pdl):
+            if it == 0:  # also where there is nothing to do: the next unit does not wait
+                cute.arch.griddepcontrol_wait()
+        if live:
+            self.request_rows(place, history, inputs, at, bar, lane)
+        elif lane == 0:
+            cute.arch.mbarrier_arrive(bar)
+        if const_expr(half.single):
+            self.prep.begin(place, history, steps, at, bar, lane)
+        if live:
+            for i in cutlass.range(ahead, self.own, unroll=1):
+                self.request(tiles, rounds, i, False, lane)
+        if const_expr(half.single):
+            self.prep.append_tokens(place, history, at, bar, phase, lane)
+        return live
 
     def stage(self, it):
         """(buffer, phase) of a CTA's it-th unit."""
@@ -377,16 +385,20 @@ class Steps:
         return it & 1, it >> 1 & 1
 
     @cute.jit
-    def request(self, copies, rounds, i):
-        """Ask for the i-th tile of every consumer; each has a contiguous share of the unit's tiles."""
-        load, ts, tg, full, empty, first_tile, slot = copies
-        half = self.half
+    def request(self, tiles, rounds, i, fresh: cutlass.Constexpr, lane):
+        """Ask for the i-th tile of every consumer; each has a contiguous share of the unit's tiles.
+
+        `fresh`: no stage has been used before.
+        """
+        load, ts, tg, full, empty, first_tile, slot = tiles
         ring, phase = self.ring_stage(rounds + i)
-        for w in cutlass.range_constexpr(half.consumers):
+        if lane < self.half.consumers:  # a stage each
+            if const_expr(not fresh):
+                cute.arch.mbarrier_wait(empty + (ring + lane), phase ^ 1)
+            cute.arch.mbarrier_arrive_and_expect_tx(full + (ring + lane), self.layout.tile_bytes)
+        cute.arch.sync_warp()
+        for w in cutlass.range_constexpr(self.half.consumers):
             s = ring + w
-            cute.arch.mbarrier_wait(empty + s, phase ^ 1)
-            if cute.arch.lane_idx() == 0:
-                cute.arch.mbarrier_arrive_and_expect_tx(full + s, self.layout.tile_bytes)
             cute.copy(
                 load, tg[(None, first_tile + (w * self.own + i), Int32(slot))], ts[(None, s)], tma_bar_ptr=full + s
             )
@@ -464,7 +476,9 @@ class Steps:
             stage, phase = self.stage(it)
             at, bar = units + stage * layout.unit_bytes, unit_full + stage
             cute.arch.mbarrier_wait(unit_empty + stage, phase ^ 1)
-            self.prep.begin(place, history, steps, at, bar, phase, lane)
-            self.prep.append_tokens(place, history, at, bar, unit_empty + stage, phase, lane)
+            self.prep.begin(place, history, steps, at, bar, lane)
+            self.prep.append_tokens(place, history, at, bar, phase, lane)
+            if lane == 0:
+                cute.arch.mbarrier_arrive(unit_empty + stage)
             it += 1
         cute.arch.cp_async_bulk_wait_group(0)

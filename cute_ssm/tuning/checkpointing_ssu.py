@@ -119,12 +119,12 @@ class Half:
     depth: int
     ctas_per_sm: int
     unit_stages: int
-    merged: bool = False  # the producer is the prep warp as well
+    single: bool = False  # a CTA has one unit, and its producer is the prep warp as well
 
     @property
     def helpers(self) -> int:
         """Warps that are no consumers."""
-        return 1 if self.merged else 2
+        return 1 if self.single else 2
 
     @property
     def threads(self) -> int:

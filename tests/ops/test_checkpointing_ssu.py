@@ -162,8 +162,26 @@ def test_every_number_of_accepted_tokens_of_the_kernel(tokens, window, history):
 @pytest.mark.parametrize("history", HISTORIES)
 def test_forms_on_one_multiprocessor(form, history, mode):
     """Persistent CTAs take every stage of their rings more than once."""
-    case = Case(batch=6, nheads=4, ngroups=2, history=history, accepted=(16, 2, 13, 9, 14, 0), pads=(3,), items=True)
+    case = Case(batch=6, nheads=6, ngroups=2, history=history, accepted=(16, 2, 13, 9, 14, 0), pads=(3,), items=True)
     with emulate(sm_count=1, **mode), tuning.override(form=form):
+        verify(case)
+
+
+@kernel
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"tiles": 3, "consumers": 1, "depth": 1},
+        {"tiles": 3, "consumers": 3, "depth": 1},
+        {"d_split": 2, "tiles": 6, "consumers": 2, "depth": 2},
+    ],
+    ids=str,
+)
+def test_units_of_three_heads(knobs):
+    """With stages that are used again in a unit, and without."""
+    case = dataclasses.replace(BASE, nheads=6, ngroups=2)
+    config = {"form": FUSED, "d_split": 1, "unit_stages": 1, "ctas_per_sm": 1, **knobs}
+    with emulate(), tuning.override(**config):
         verify(case)
 
 

@@ -30,7 +30,7 @@ _TABLE = {
     "div": f"{INT} f32 f64 {ROUND} approx full",
     "rem": INT,
     "abs neg": f"{INT} {FLOAT} ftz",
-    "min max": f"{INT} {FLOAT} ftz NaN relu",
+    "min max": f"{INT} {FLOAT} ftz NaN relu xorsign abs",
     "copysign": "f32 f64",
     "rcp sqrt rsqrt sin cos lg2 ex2 tanh": f"{FLOAT} {ROUND} approx",
     "testp": "finite infinite number notanumber normal subnormal f32 f64",
