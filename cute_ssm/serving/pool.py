@@ -315,12 +315,21 @@ class StatePool:
             rand_seed=self.rand_seed,
         )
         if self.conv_state is not None:
-            kept = self._conv_width - 1
-            slots = state_batch_indices.long()
-            inputs = self.conv_state[:, slots]  # (layers, batch, channels, kept + tokens)
-            columns = num_accepted_tokens.long().clamp(min=0)[:, None] + torch.arange(kept, device=slots.device)
-            columns = columns[None, :, None].expand(*inputs.shape[:3], kept)
-            self.conv_state[:, slots, :, :kept] = inputs.gather(3, columns)
+            self._shift_conv(state_batch_indices.long(), num_accepted_tokens.long(), cu_seqlens)
+
+    def _shift_conv(self, slots: Tensor, accepted: Tensor, cu_seqlens: Tensor | None) -> None:
+        """Move accepted inputs of convolutions behind the older ones, of the rows whose cursors `commit` advances."""
+        if self.conv_state is None:
+            return
+        kept = self._conv_width - 1
+        inside = (slots >= 0) & (slots < self.slots)
+        slots = slots.where(inside, self.slots - 1)
+        counts = torch.full_like(accepted, self.tokens) if cu_seqlens is None else cu_seqlens.long().diff()
+        moves = inside & (accepted >= 0) & (accepted <= counts.clamp(max=min(self.tokens, self.window)))
+        inputs = self.conv_state[:, slots]  # (layers, batch, channels, kept + tokens)
+        columns = accepted.where(moves, 0)[:, None] + torch.arange(kept, device=slots.device)
+        columns = columns[None, :, None].expand(*inputs.shape[:3], kept)
+        self.conv_state[:, slots, :, :kept] = inputs.gather(3, columns)
 
     # ------------------------------------------------------------------------------------------------------------ slots
     @property

@@ -1,4 +1,4 @@
-"""Times on a GPU: CUDA graphs over rotated arguments that no cache holds, the rule's config interleaved."""
+"""`Gpu`: configs timed on a GPU, the rule's interleaved."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from cute_ssm import tuning, workloads
 from cute_ssm.errors import CuteSsmError
+from cute_ssm.tuner import timing
 from cute_ssm.tuner.gate import Gate
 from cute_ssm.tuner.journal import Measurement
 from cute_ssm.tuner.problems import Case
@@ -18,10 +19,7 @@ from cute_ssm.workloads import Call
 from cute_ssm.workloads.maker import moved
 
 Fields = Mapping[str, "int | str"]
-TIMES_L2 = 3  # what a pass over the rotated arguments moves, at least
-MOST_SETS, LEAST_SETS = 128, 4
-MEMORY_SHARE = 0.4  # of what is free
-WARM_UP, REPLAYS = 3, 15
+REPLAYS = 15
 
 
 @dataclass
@@ -61,28 +59,17 @@ class Gpu:
         if problem:
             return Measurement(None, error=problem)
         graph = bench.rule if dict(fields) == dict(rule) else capture(bench.calls, fields)
-        own, other = interleaved([graph, bench.rule], len(bench.calls), rounds * REPLAYS)
-        return Measurement(own, other)
+        passes = {"own": (graph, len(bench.calls)), "rule": (bench.rule, len(bench.calls))}
+        times = timing.alternate(passes, rounds * REPLAYS)
+        return Measurement(statistics.median(times["own"]), statistics.median(times["rule"]))
 
     def _prepare(self, case: Case, rule: Fields) -> _Bench:
         if self._bench is None or self._bench.case != case:
             self._bench = None  # frees its memory before the next one takes more
             self._check_rule(case, rule)
-            first = workloads.build(case.op, dict(case.keys), self.device)
-            gate = Gate(first, rule)
-            calls = [first, *self._more(case, first)]
-            self._bench = _Bench(case, calls, gate, capture(calls, rule))
+            calls = timing.rotated(case.op, dict(case.keys), self.device)
+            self._bench = _Bench(case, calls, Gate(calls[0], rule), capture(calls, rule))
         return self._bench
-
-    def _more(self, case: Case, first: Call) -> list[Call]:
-        """Further sets of arguments, so that a pass over all of them moves more than caches hold."""
-        properties = torch.cuda.get_device_properties(self.device)
-        cache = getattr(properties, "L2_cache_size", 64 << 20)
-        size = sum(v.untyped_storage().nbytes() for v in first.arguments.values() if isinstance(v, torch.Tensor))
-        wanted = max(LEAST_SETS, -(-TIMES_L2 * cache // first.floor_bytes))
-        fitting = int(MEMORY_SHARE * torch.cuda.mem_get_info(self.device)[0] // size)
-        count = max(2, min(MOST_SETS, wanted, fitting))
-        return [workloads.build(case.op, dict(case.keys), self.device, seed=i) for i in range(1, count)]
 
     def _check_rule(self, case: Case, rule: Fields) -> None:
         """Compare the rule's results with those of the reference, on few requests."""
@@ -100,27 +87,6 @@ class Gpu:
 
 
 def capture(calls: Sequence[Call], fields: Fields) -> torch.cuda.CUDAGraph:
-    """Return the graph of a pass over the calls with a config; what must be compiled is compiled before."""
+    """Return the graph of a pass over the calls with a config."""
     with tuning.override(**fields):
-        calls[0].run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call.run()
-    return graph
-
-
-def interleaved(graphs: Sequence[torch.cuda.CUDAGraph], calls: int, replays: int) -> list[float]:
-    """Return the median microseconds of a call in each graph; the graphs take turns."""
-    times: list[list[float]] = [[] for _ in graphs]
-    for i in range(WARM_UP + replays):
-        for graph, found in zip(graphs, times):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if i >= WARM_UP:
-                found.append(start.elapsed_time(end) * 1e3 / calls)
-    return [statistics.median(found) for found in times]
+        return timing.capture([call.run for call in calls])

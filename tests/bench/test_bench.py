@@ -13,9 +13,10 @@ from cute_ssm import workloads
 from cute_ssm.compat import fla as compat_fla
 from cute_ssm.compat.flashinfer import gdn_decode, mamba
 from cute_ssm.errors import CuteSsmError
+from cute_ssm.tuner import timing
 
 pytest.importorskip("bench", reason="tools/ is not on the path")
-from bench import cases, peers, report, run, timing
+from bench import cases, peers, report, roof, run
 
 STEP = {"batch": 3, "nheads": 4, "dim": 16, "dstate": 32, "state_dtype": "float32"}
 
@@ -54,8 +55,8 @@ def test_sets_that_do_not_fit_are_refused():
 
 
 def test_summary_of_samples():
-    assert timing.summary(list(range(1, 12))) == {"median": 6, "p10": 2, "p90": 10}
-    assert timing.summary([3.0]) == {"median": 3.0, "p10": 3.0, "p90": 3.0}
+    assert roof.summary(list(range(1, 12))) == {"median": 6, "p10": 2, "p90": 10}
+    assert roof.summary([3.0]) == {"median": 3.0, "p10": 3.0, "p90": 3.0}
 
 
 # ---------------------------------------------------------------------------------------------------------------- peers
@@ -194,7 +195,7 @@ def test_gate_lets_right_results_pass_and_no_others(monkeypatch):
 
 
 def line(batch, us, how="measured", **rivals):
-    found = {name: {"us": timing.summary([us * ratio]), "ratio": ratio} for name, ratio in rivals.items()}
+    found = {name: {"us": roof.summary([us * ratio]), "ratio": ratio} for name, ratio in rivals.items()}
     return {
         "op": "selective_state_update", "case": "Some-Model T=1", "device": "GPU", "how": how, "batch": batch,
         "us": {"median": us, "p10": us * 0.9, "p90": us * 1.1}, "of_copy": 0.5, "commit": "0" * 40,

@@ -317,6 +317,19 @@ def test_commit_advances_the_seeds_of_the_batch():
     assert (pool.rand_seed - before).tolist() == [[0, 1, 0, 0, 1, 0, 0]] * LAYERS
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_inputs_of_convolutions_move_for_rows_alone_whose_cursors_do(packed):
+    """Slots and counts that the host looks at only where it can: on a CPU, `commit` refuses them before."""
+    pool = make()
+    pool.conv_state.random_(1, 100)
+    before = pool.conv_state.clone()
+    slots, accepted = torch.tensor([0, 1, 2, 3, 9, -5]), torch.tensor([-1, TOKENS + 1, 2, 0, 1, 1])
+    lengths = torch.tensor([0, 1, 6, 8, 11, 13, 15]) if packed else None
+    pool._shift_conv(slots, accepted, lengths)
+    before[:, 2, :, : WIDTH - 1] = before[:, 2, :, 2 : WIDTH + 1]
+    assert torch.equal(pool.conv_state, before)
+
+
 def test_a_pool_for_gated_delta_nets():
     pool = serving.StatePool.gated_delta(2, 3, heads=1, value_heads=2, K=64, V=64, window=8, tokens=3)
     names = ("initial_state", "k_cache", "v_cache", "g_cache", "beta_cache", "ring_start", "prev_num_accepted_tokens")

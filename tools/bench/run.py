@@ -30,9 +30,10 @@ if __package__ in (None, ""):  # run as a file
 
 import torch
 
-from bench import cases, peers, triton_peers
+from bench import cases, peers, roof, triton_peers
 from bench.cases import Case
 from bench.counters import commit
+from cute_ssm.tuner import timing
 
 RESULTS = Path(__file__).with_name("results")
 SAMPLES = {False: 40, True: 12}  # by --quick
@@ -105,10 +106,8 @@ class Bench:
     """Measures on one GPU."""
 
     def __init__(self, device: torch.device, samples: int):
-        from bench import timing
-
-        self.timing, self.device, self.samples = timing, device, samples
-        self.copy = timing.copy_bandwidth(device)
+        self.device, self.samples = device, samples
+        self.copy = roof.copy_bandwidth(device)
         properties = torch.cuda.get_device_properties(device)
         self.about = {
             "device": properties.name,
@@ -118,11 +117,10 @@ class Bench:
 
     def line(self, case: Case, batch: int) -> dict[str, Any]:
         """Measure a call and its peers, in turns."""
-        timing = self.timing
         calls = timing.rotated(case.op, case.call(batch), self.device)
         rivals, absent = peers.of(case.op, [call.arguments for call in calls])
         rivals = {"cute_ssm": [call.run for call in calls], **rivals}
-        rivals["copy"] = timing.copies(calls[0].floor_bytes, self.device)
+        rivals["copy"] = roof.copies(calls[0].floor_bytes, self.device)
         passes = {}
         for name, made in rivals.items():
             try:
@@ -131,14 +129,14 @@ class Bench:
                 if name == "cute_ssm":
                     raise
                 absent[name] = f"{type(error).__name__}: {str(error)[:200]}"
-        times = {name: timing.summary(found) for name, found in timing.alternate(passes, self.samples).items()}
+        times = {name: roof.summary(found) for name, found in timing.alternate(passes, self.samples).items()}
         ours = times.pop("cute_ssm")
         found = {name: {"us": us, "ratio": round(us["median"] / ours["median"], 3)} for name, us in times.items()}
         found |= {name: {"absent": reason} for name, reason in absent.items()}
         n_bytes = calls[0].floor_bytes
         speed = n_bytes / (ours["median"] * 1e-6)
         return line_of(
-            case, batch, how="measured", **self.about, clocks=timing.clocks(self.device.index or 0), us=ours,
+            case, batch, how="measured", **self.about, clocks=roof.clocks(self.device.index or 0), us=ours,
             sets=len(calls), bytes=n_bytes, gbs=round(speed / 1e9, 1), of_copy=round(speed / self.copy, 4), peers=found,
         )  # fmt: skip
 
