@@ -133,7 +133,8 @@ class GatedDeltaRows:
                 words = convert.pack(pairs, self.output_dtype)
                 mma.store_matrices(self.value_rows(values, column, lane, n, 8), words)
         else:
-            i = memory.pinned(Int32(i))  # or the compiler computes all addresses early, and keeps them
+            # or the compiler computes all addresses early, and keeps them
+            i, row, lane = (memory.pinned(Int32(value)) for value in (i, row, lane))
             t, r = lane & 3, row + (lane >> 2)
             for n in cutlass.range_constexpr(self.chunk.key_groups):
                 for e in cutlass.range_constexpr(len(O[n])):

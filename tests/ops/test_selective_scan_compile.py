@@ -58,9 +58,16 @@ def resources(spec, work, arch):
     return config, compiled.kernels
 
 
-@pytest.mark.parametrize("work", WORK, ids=str)
+@pytest.mark.parametrize(
+    ("name", "work"),
+    [
+        pytest.param(name, work, marks=() if name == "base" or work in WORK[2:] else pytest.mark.slow)
+        for name in SPECS
+        for work in WORK
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-@pytest.mark.parametrize("name", SPECS)
 def test_no_spills_and_the_resident_ctas_fit(name, arch, work):
     config, kernels = resources(SPECS[name], work, arch)
     for kernel in kernels:
