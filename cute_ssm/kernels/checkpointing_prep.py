@@ -5,7 +5,7 @@ Half a warp works on 16 positions of one head, history first and then new tokens
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass import Float32, Int32, const_expr
 
 from cute_ssm.device import convert, math, memory
 from cute_ssm.device.scan import LOG2E, softplus
@@ -21,13 +21,18 @@ class Prep:
     @cute.jit
     def begin(self, place, history, steps, at, bar, lane):
         """Tell consumers what a unit is, and its decays."""
+        if place[8]:
+            self.decays(place, history, steps, self.fetch(place, history, steps, 0, lane), at, lane)
+        self.announce(place, at, bar, lane)
+
+    @cute.jit
+    def announce(self, place, at, bar, lane):
+        """Tell consumers what a unit is, after its decays."""
         b, start, n, slot, _, k, head, column, live = place
         if lane == 0:
             meta = cute.recast_ptr(at + self.layout.meta, dtype=Int32)
             memory.store_words(meta, [k if live else Int32(-1), n, b, start])
             memory.store_words(meta + 4, [Int32(slot), head, column, Int32(0)])
-        if live:
-            self.decays(place, history, steps, at, lane)
         cute.arch.sync_warp()
         if lane == 0:
             cute.arch.mbarrier_arrive(bar)
@@ -42,47 +47,79 @@ class Prep:
             cute.arch.sync_warp()
 
     @cute.jit
-    def decays(self, place, history, steps, at, lane):
-        """Records of all heads of a unit: two heads at once, half a warp each, 16 positions at a time."""
+    def decays(self, place, history, steps, words, at, lane):
+        """Records of all heads of a unit: two heads at once, half a warp each, 16 positions at a time.
+
+        `words` are those that `fetch` has for the first 16.
+        """
         _, _, n, _, _, k, _, _, _ = place
         pairs = -(-self.layout.heads // 2)
         total, fresh = [Float32(0.0)] * pairs, [Float32(0.0)] * pairs
         for base in cutlass.range_constexpr(0, self.layout.rows, STEP):
             if const_expr(base == 0):
-                total, fresh = self.decay_block(place, history, steps, at, lane, base, total, fresh)
+                total, fresh = self.decay_block(place, history, words, at, lane, base, total, fresh)
             elif k + n > base:
-                total, fresh = self.decay_block(place, history, steps, at, lane, base, total, fresh)
+                more = self.fetch(place, history, steps, base, lane)
+                total, fresh = self.decay_block(place, history, more, at, lane, base, total, fresh)
 
     @cute.jit
-    def decay_block(self, place, history, steps, at, lane, base: cutlass.Constexpr, total, fresh):
-        """The records of 16 positions, given the sums before them: over all positions, and over new tokens alone."""
-        b, start, n, slot, cursor, k, head, column, _ = place
-        _, _, dt_cache, sum_cache = history
+    def positions(self, place, base: cutlass.Constexpr, lane):
+        """(position of a lane, its half of the warp, whether it is old, or new, its token) of 16 from `base` on."""
+        _, _, n, _, _, k, _, _, _ = place
+        j = base + lane % 16
+        return j, lane // 16, j < k, j >= k and j < k + n, cutlass.max(cutlass.min(j - k, n - 1), 0)
+
+    @cute.jit
+    def fetch(self, place, history, steps, base: cutlass.Constexpr, lane):
+        """What decays at 16 positions are computed from, for each pair of heads, as words that nothing waits for."""
+        b, start, _, slot, cursor, _, head, _, _ = place
+        dt_cache, spec = history[2], self.spec
         dt, A, dt_bias, D = steps
-        spec, layout = self.spec, self.layout
-        j, side = base + lane % 16, lane // 16
-        rows = self.history.capacity(dt_cache)
-        is_old, is_new = j < k, j >= k and j < k + n
-        t = cutlass.max(cutlass.min(j - k, n - 1), 0)
-        write = k + n > spec.window
-        old = self.history.old(cursor, j, rows)
-        new = self.history.new(cursor, k, t, write, rows)
-        kept = is_new and t < self.history.kept(spec) and column == 0  # the first part of a head speaks for all
-        heads = [2 * i + side if 2 * i + 1 < layout.heads else Int32(2 * i) for i in range(len(total))]
-        # all loads of the block before the first use
-        first = head + heads[0]
-        cached = self.of_pairs(
-            self.history.dt(dt_cache, slot, old, first), dt_cache.stride[self.history.dt_heads], side
-        )
-        seen = [self.load_if(is_old, pointer) for pointer in cached]
+        j, side, is_old, _, t = self.positions(place, base, lane)
+        first = head + (side if const_expr(self.layout.heads > 1) else 0)
+        old = self.history.old(cursor, j, self.history.capacity(dt_cache))
+        cached = self.history.dt(dt_cache, slot, old, first)
+        seen = [Int32(0)] * -(-self.layout.heads // 2)
+        if is_old:  # nothing is read that another CTA may write
+            seen = self.load_pairs(cached, dt_cache.stride[self.history.dt_heads], "float32", side)
         given = self.load_pairs(self.owner.token(dt, b, start, t, first, 0), dt.stride[2], spec.dt_dtype, side)
         rates = self.load_pairs(memory.address(A, first, 0, 0), A.stride[0], spec.A_dtype, side)
+        biases, skips = None, None
         if const_expr(dt_bias is not None):
             biases = self.load_pairs(memory.address(dt_bias, first, 0), dt_bias.stride[0], spec.dt_bias_dtype, side)
-            given = [v + bias for v, bias in zip(given, biases)]
-        skips = [Float32(0.0)] * len(heads)
         if const_expr(D is not None and base == 0):
             skips = self.load_pairs(memory.address(D, first, 0), D.stride[0], spec.D_dtype, side)
+        return seen, given, rates, biases, skips
+
+    def load_pairs(self, first, stride, kind, side):
+        """Elements for all pairs of heads, from the address for the first: heads are `stride` elements apart."""
+        heads, pointers = self.layout.heads, [first]
+        for _ in range(1, -(-heads // 2)):
+            pointers.append(pointers[-1] + 2 * stride)
+        if heads > 1 and heads % 2:
+            pointers[-1] = pointers[-1] - side * stride  # the last head has no other beside it
+        return [memory.load_words(pointer, 1, convert.DTYPES[kind].width)[0] for pointer in pointers]
+
+    @staticmethod
+    def floats(words, kind):
+        return [convert.widen(word, convert.DTYPES[kind]) for word in words]
+
+    @cute.jit
+    def decay_block(self, place, history, words, at, lane, base: cutlass.Constexpr, total, fresh):
+        """The records of 16 positions, given the sums before them: over all positions, and over new tokens alone."""
+        _, _, n, slot, cursor, k, head, column, _ = place
+        _, _, dt_cache, sum_cache = history
+        spec, layout = self.spec, self.layout
+        j, side, is_old, is_new, t = self.positions(place, base, lane)
+        write = k + n > spec.window
+        new = self.history.new(cursor, k, t, write, self.history.capacity(dt_cache))
+        kept = is_new and t < self.history.kept(spec) and column == 0  # the first part of a head speaks for all
+        heads = [2 * i + side if 2 * i + 1 < layout.heads else Int32(2 * i) for i in range(len(total))]
+        seen, given, rates, biases, skips = words
+        seen, given = self.floats(seen, "float32"), self.floats(given, spec.dt_dtype)
+        rates = self.floats(rates, spec.A_dtype)
+        if const_expr(biases is not None):
+            given = [v + bias for v, bias in zip(given, self.floats(biases, spec.dt_bias_dtype))]
         taken, sums = [], []
         for i in cutlass.range_constexpr(len(heads)):
             step = softplus(given[i]) if const_expr(spec.dt_softplus) else given[i]
@@ -102,35 +139,15 @@ class Prep:
             if side == 0 or const_expr(2 * i + 1 < layout.heads):
                 record = cute.recast_ptr(at + (layout.records + heads[i] * layout.record + j * 8), dtype=Float32)
                 memory.store(record, [sums[i] * LOG2E, taken[i]], Float32, 8)
-                if const_expr(D is not None and base == 0):
+                if const_expr(skips is not None):
                     if j == 0:
-                        memory.store_scalar(record + layout.skip // 4, skips[i], Float32)
+                        skip = self.floats([skips[i]], spec.D_dtype)[0]
+                        memory.store_scalar(record + layout.skip // 4, skip, Float32)
                 if kept:
                     memory.store_scalar(self.history.dt(dt_cache, slot, new, head + heads[i]), taken[i], Float32)
                     if const_expr(not self.history.ring):
                         memory.store_scalar(self.history.dt(sum_cache, slot, new, head + heads[i]), stored[i], Float32)
         return total, fresh
-
-    def of_pairs(self, first, stride, side):
-        """Pointers for all pairs of heads, from that of the first: heads are `stride` elements apart."""
-        heads = self.layout.heads
-        pointers = [first]
-        for _ in range(1, -(-heads // 2)):
-            pointers.append(pointers[-1] + 2 * stride)
-        if heads > 1 and heads % 2:
-            pointers[-1] = pointers[-1] - side * stride  # the last head has no other beside it
-        return pointers
-
-    def load_pairs(self, first, stride, kind, side):
-        return [memory.load_scalar(pointer, convert.DTYPES[kind]) for pointer in self.of_pairs(first, stride, side)]
-
-    @cute.jit
-    def load_if(self, wanted: Boolean, pointer):
-        """A float32, or zero: nothing is read that another CTA may write."""
-        value = Float32(0.0)
-        if wanted:
-            value = memory.load_scalar(pointer, Float32)
-        return value
 
     @cute.jit
     def append(self, place, history, at, lane):

@@ -9,9 +9,9 @@ over both, the equations of `cute_ssm.reference.checkpointing_ssu`:
 Outputs come by the same formula whether the step writes the state or not.  A state is cut into *tiles* of rows, and a
 *unit* is some tiles of one sequence and group.  CTAs walk their units, by three roles of warps that meet at mbarriers:
 
-- the *producer* asks for tiles of the state (a tensor map, one instruction each) before anything else of a unit, for as
-  many as the rings hold, then for rows of x, B, C and z (bulk copies, one lane a row); rows of the history from k on
-  are never read;
+- the *producer* asks for tiles of the state (a tensor map, one instruction each) as long as the rings hold more, and
+  for rows of x, B, C and z (bulk copies, one lane a row), which a unit starts with; rows of the history from k on are
+  never read;
 - the *prep* warp computes dt' and its sums into shared memory, and appends the new tokens to the history; where every
   unit has a CTA, the producer does that too, after its requests;
 - each *consumer* takes its share of the tiles, through a ring of its own, so that no two of them ever wait for each
@@ -346,37 +346,61 @@ class Steps:
 
     @cute.jit
     def produce_unit(self, unit, it, rounds, sources, copies, units, barriers):
-        """Request, and where no other warp does, prepare, a CTA's it-th unit; whether there is anything to do."""
+        """Request, and where no other warp does, prepare, a CTA's it-th unit; whether there is anything to do.
+
+        Tiles keep memory busy and rows are waited for first: so a round of tiles comes before rows, and others behind
+        them.  Before an upstream kernel is waited for, all are requested that rings hold; and where rows must wait for
+        the buffer of the unit before.
+        """
         half, layout = self.half, self.layout
         where, history, inputs, steps = sources
         full, empty, unit_full, unit_empty = barriers
         ahead = min(half.depth, self.own)
+        early = ahead if self.spec.pdl else 0
         lane = cute.arch.lane_idx()
         place = self.place(unit, where)
         _, _, _, slot, _, _, head, column, live = place
         stage, phase = self.stage(it)
         at, bar = units + stage * layout.unit_bytes, unit_full + stage
         tiles = (*copies, full, empty, head * half.d_split + column // layout.tile_rows, slot)
-        if live:
-            for i in cutlass.range_constexpr(ahead):
-                self.request(tiles, rounds, i, half.single, lane)
-        if const_expr(not half.single):
+        asked = Int32(ahead)
+        if const_expr(half.single):
+            self.request_fresh(tiles, 0, early, live, lane)
+        else:
+            asked = max(early, 1) if it == 0 else (ahead if const_expr(half.unit_stages == 1) else 0)
+            if live:
+                for i in cutlass.range(asked, unroll=1):
+                    self.request(tiles, rounds, i, False, lane)
             cute.arch.mbarrier_wait(unit_empty + stage, phase ^ 1)
         if const_expr(self.spec.pdl):
             if it == 0:  # also where there is nothing to do: the next unit does not wait
                 cute.arch.griddepcontrol_wait()
         if live:
-            self.request_rows(place, history, inputs, at, bar, lane)
+            if const_expr(half.single):
+                self.request_fresh(tiles, early, max(early, 1), live, lane)
+                words = self.prep.fetch(place, history, steps, 0, lane)  # on their way while requests are made
+                self.request_rows(place, history, inputs, at, bar, lane)
+                self.request_fresh(tiles, max(early, 1), ahead, live, lane)
+                self.prep.decays(place, history, steps, words, at, lane)
+            else:
+                self.request_rows(place, history, inputs, at, bar, lane)
         elif lane == 0:
             cute.arch.mbarrier_arrive(bar)
         if const_expr(half.single):
-            self.prep.begin(place, history, steps, at, bar, lane)
+            self.prep.announce(place, at, bar, lane)
         if live:
-            for i in cutlass.range(ahead, self.own, unroll=1):
+            for i in cutlass.range(asked, self.own, unroll=1):
                 self.request(tiles, rounds, i, False, lane)
         if const_expr(half.single):
             self.prep.append_tokens(place, history, at, bar, phase, lane)
         return live
+
+    @cute.jit
+    def request_fresh(self, tiles, first: cutlass.Constexpr, last: cutlass.Constexpr, live, lane):
+        """Ask for rounds of tiles whose stages nothing has used."""
+        if live:
+            for i in cutlass.range_constexpr(first, last):
+                self.request(tiles, Int32(0), i, True, lane)
 
     def stage(self, it):
         """(buffer, phase) of a CTA's it-th unit."""
