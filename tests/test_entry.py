@@ -20,6 +20,7 @@ from cutlass.cute.runtime import make_fake_tensor
 
 from cute_ssm import arch as archs
 from cute_ssm.kernels import checkpointing_ssu, selective_step
+from cute_ssm.kernels import fakes as fakes_of_kernels
 from cute_ssm.ops import _step_arguments as arguments
 from cute_ssm.ops import checkpointing_ssu as checkpointing
 from cute_ssm.ops import selective_state_update as operator
@@ -51,7 +52,7 @@ def compiled(call: dict, monkeypatch):
     monkeypatch.setattr(operator, "_run_on_cpu", capture)
     operator.selective_state_update(**call)
     on_cpu = functools.partial(make_fake_tensor, memspace=cute.AddressSpace.generic)
-    monkeypatch.setattr(selective_step, "make_fake_tensor", on_cpu)
+    monkeypatch.setattr(fakes_of_kernels, "make_fake_tensor", on_cpu)
     config = choose(seen["spec"], archs.SM_90A, 8, 132, seen["bound"])
     *fakes, pad, tokens, ctas, _ = selective_step.SelectiveStep(seen["spec"], config, archs.SM_90A).fakes()
     report = on_cpu(Int64, (cute.sym_int32(),), (1,))
@@ -123,7 +124,7 @@ def compiled_checkpointing(case: checkpointing_cases.Case, monkeypatch):
     operator = checkpointing.checkpointing_ssu_ring if case.ring else checkpointing.checkpointing_ssu
     operator(**checkpointing_cases.arguments(case))
     on_cpu = functools.partial(make_fake_tensor, memspace=cute.AddressSpace.generic)
-    monkeypatch.setattr(checkpointing_ssu, "make_fake_tensor", on_cpu)
+    monkeypatch.setattr(fakes_of_kernels, "make_fake_tensor", on_cpu)
     config = choose_checkpointing(seen["spec"], archs.SM_90A, case.batch, 132)
     *fakes, pad, sm_count, _ = checkpointing_ssu.CheckpointingSSU(seen["spec"], config, archs.SM_90A).fakes()
     report = on_cpu(Int64, (cute.sym_int32(),), (1,))

@@ -28,7 +28,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import cpasync
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
@@ -37,6 +37,7 @@ from cute_ssm.device.history import HistoryView
 from cute_ssm.device.tile import StateTile
 from cute_ssm.kernels.checkpointing_consumer import Consumer
 from cute_ssm.kernels.checkpointing_prep import Prep
+from cute_ssm.kernels.fakes import fake
 from cute_ssm.spec import CheckpointingSSUSpec
 from cute_ssm.tuning.checkpointing_ssu import FUSED, WARP, CheckpointingSSUConfig, Half, choose
 
@@ -72,14 +73,8 @@ class CheckpointingSSU:
         batch, total, slots, rows = (cute.sym_int32() for _ in range(4))
         heads, groups, dim, dstate = spec.heads, spec.groups, spec.dim, spec.dstate
 
-        def tensor(dtype, shape, inner=(), align=1):
-            """Free strides but for the innermost ones given; accesses of `align` elements."""
-            dtype = convert.DTYPES[dtype] if isinstance(dtype, str) else dtype
-            outer = tuple(cute.sym_int64(divisibility=align) for _ in shape[len(inner) :])
-            return make_fake_tensor(dtype, shape, outer + inner, assumed_align=align * dtype.width // 8)
-
         def when(present, *args):
-            return tensor(*args) if present else None
+            return fake(*args) if present else None
 
         def cache(dtype, shape_free, align):
             """A cache of the history; the innermost dimensions, from the first that is not free on, are contiguous."""
@@ -87,7 +82,7 @@ class CheckpointingSSU:
             inner = [1]
             for size in reversed(shape[free + 1 :]):
                 inner.insert(0, inner[0] * size)
-            return tensor(dtype, shape, tuple(inner), align)
+            return fake(dtype, shape, tuple(inner), align)
 
         lead = (batch, spec.tokens) if spec.cu_dtype is None else (1, total)
         row = (self.input_dtype, (*lead, heads, dim), (dim, 1), 8)
@@ -95,24 +90,22 @@ class CheckpointingSSU:
         x_cache, B_cache, dt_cache = self.history.shapes(spec, slots, rows)
         per_head = (heads, dim)
         return (
-            tensor(
-                self.tile.dtype, (slots, heads, dim, dstate), (dim * dstate, dstate, 1), 128 // self.tile.dtype.width
-            ),
+            fake(self.tile.dtype, (slots, heads, dim, dstate), (dim * dstate, dstate, 1), 128 // self.tile.dtype.width),
             cache(self.input_dtype, x_cache, 8),
             cache(self.input_dtype, B_cache, 8),
             cache(Float32, dt_cache, 1),
             None if self.history.ring else cache(Float32, dt_cache, 1),
-            tensor("int32", (slots,), (1,)),
-            tensor("int32", (slots,), (1,)),
-            tensor(*row),
-            tensor(spec.dt_dtype, (*lead, heads, dim), (0,)),
-            tensor(spec.A_dtype, (heads, dim, dstate), (0, 0)),
-            tensor(*column),
-            tensor(*column),
+            fake("int32", (slots,), (1,)),
+            fake("int32", (slots,), (1,)),
+            fake(*row),
+            fake(spec.dt_dtype, (*lead, heads, dim), (0,)),
+            fake(spec.A_dtype, (heads, dim, dstate), (0, 0)),
+            fake(*column),
+            fake(*column),
             when(spec.D_dtype, spec.D_dtype, per_head, (0,)),
             when(spec.has_z, *row),
             when(spec.dt_bias_dtype, spec.dt_bias_dtype, per_head, (0,)),
-            tensor(*row),
+            fake(*row),
             when(spec.scaled, "float32", (slots, heads, dim), (dim, 1), 4),
             when(spec.src_dtype, spec.src_dtype, (batch,)),
             when(spec.cu_dtype, spec.cu_dtype, (cute.sym_int32(),)),

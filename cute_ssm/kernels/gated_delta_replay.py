@@ -25,8 +25,9 @@ from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, math, memory
+from cute_ssm.kernels.fakes import fake
 from cute_ssm.kernels.gated_delta_coefficients import TokenChunk
-from cute_ssm.kernels.gated_delta_rows import GatedDeltaRows, fake
+from cute_ssm.kernels.gated_delta_rows import GatedDeltaRows
 from cute_ssm.spec import GatedDeltaRuleReplaySpec
 from cute_ssm.tuning.gated_delta_rule import (
     PENDING,

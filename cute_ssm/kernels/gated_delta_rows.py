@@ -7,18 +7,11 @@ The layouts are those of `kernels.gated_delta_rule`.
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
-from cutlass.cute.runtime import make_fake_tensor
 
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, memory, mma
 from cute_ssm.kernels.gated_delta_coefficients import BLOCK, TokenChunk, row_of
 from cute_ssm.tuning.gated_delta_rule import KEY_PAD, VALUE_PAD, WARP, GatedDeltaRuleConfig, chunk_tokens
-
-
-def fake(dtype, shape, inner=(), align=1):
-    """A tensor as the compiler sees it: free strides but for the innermost ones given, accesses of `align` elements."""
-    outer = tuple(cute.sym_int64(divisibility=align) for _ in shape[len(inner) :])
-    return make_fake_tensor(dtype, shape, outer + inner, assumed_align=align * dtype.width // 8)
 
 
 class GatedDeltaRows:

@@ -37,7 +37,7 @@ from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, math, memory
-from cute_ssm.kernels.gated_delta_rows import fake
+from cute_ssm.kernels.fakes import fake
 from cute_ssm.kernels.gated_delta_sequential import GatedDeltaSequential
 from cute_ssm.spec import GatedDeltaRuleSpec
 from cute_ssm.tuning.gated_delta_rule import TILE, WARP, GatedDeltaRuleConfig, choose, shared_parts

@@ -35,11 +35,12 @@ from typing import Optional
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, memory, scan
+from cute_ssm.kernels.fakes import fake
 from cute_ssm.spec import SelectiveScanSpec
 from cute_ssm.tuning.selective_scan import (
     BLOCK,
@@ -96,50 +97,42 @@ class SelectiveScan:
         rows = cute.sym_int32()  # of u: sequences, or 1 if they are packed
         sequences = rows if spec.query_dtype is None else cute.sym_int32()
 
-        def tensor(dtype, shape, align=1):
-            """Stride 1 in the last dimension, free strides before; accesses of `align` elements."""
-            outer = tuple(cute.sym_int64(divisibility=align) for _ in shape[1:])
-            return make_fake_tensor(dtype, shape, (*outer, 1), assumed_align=align * dtype.width // 8)
+        def rows_of(dtype, shape, align=1):
+            return fake(dtype, shape, (1,), align)
 
-        def optional(wanted, dtype, shape, align=1):
-            return tensor(dtype, shape, align) if wanted else None
-
-        def vector():
-            return make_fake_tensor(Float32, (dim,), (cute.sym_int64(),), assumed_align=4)
+        def optional(wanted, *args):
+            return rows_of(*args) if wanted else None
 
         def indices(wanted):
-            index = convert.DTYPES.get(spec.cache_dtype)
-            return make_fake_tensor(index, (sequences,), (cute.sym_int64(),)) if wanted else None
+            return fake(spec.cache_dtype, (sequences,)) if wanted else None
 
         wide = 16 * 8 // self.dtype.width if spec.aligned else 1
         quad = QUAD if spec.aligned_states else 1
         channels, columns = (rows, dim, length), (rows, groups, spec.dstate, length)
         cache = indices(spec.cache_dtype is not None and not spec.blocks)
-        query = None
-        if spec.query_dtype is not None:
-            query = make_fake_tensor(convert.DTYPES[spec.query_dtype], (cute.sym_int32(),), (1,))
+        query = None if spec.query_dtype is None else rows_of(spec.query_dtype, (cute.sym_int32(),))
         if spec.blocks:
-            cache = tensor(convert.DTYPES[spec.cache_dtype], (sequences, cute.sym_int32()))
-        ends = make_fake_tensor(convert.DTYPES[spec.cache_dtype], (cute.sym_int32(),), (1,)) if spec.chunks else None
+            cache = rows_of(spec.cache_dtype, (sequences, cute.sym_int32()))
+        ends = optional(spec.chunks, spec.cache_dtype, (cute.sym_int32(),))
         return (
-            tensor(self.dtype, channels, wide),
+            rows_of(self.dtype, channels, wide),
             optional(spec.state_dtype is not None, self.state_dtype, (slots, dim, spec.dstate), quad),
-            tensor(self.dtype, channels, wide),
-            tensor(Float32, (dim, spec.dstate), quad),
-            tensor(self.dtype, columns, wide),
-            tensor(self.dtype, columns, wide),
-            vector() if spec.has_D else None,
+            rows_of(self.dtype, channels, wide),
+            rows_of(Float32, (dim, spec.dstate), quad),
+            rows_of(self.dtype, columns, wide),
+            rows_of(self.dtype, columns, wide),
+            fake(Float32, (dim,)) if spec.has_D else None,
             optional(spec.has_z, self.dtype, channels, wide),
-            vector() if spec.has_bias else None,
+            fake(Float32, (dim,)) if spec.has_bias else None,
             query,
             cache,
-            make_fake_tensor(cutlass.Uint8, (sequences,), (cute.sym_int64(),)) if spec.has_initial else None,
+            fake(cutlass.Uint8, (sequences,)) if spec.has_initial else None,
             indices(spec.blocks),
             indices(spec.blocks),
             indices(spec.blocks),
             ends,
             indices(spec.chunks),
-            tensor(self.dtype, channels, wide),
+            rows_of(self.dtype, channels, wide),
             optional(spec.ungated, self.dtype, channels, wide),
             optional(self.splits > 1, Float32, (sequences, self.splits, dim, carried_columns(spec)), QUAD),
             Int64(0),

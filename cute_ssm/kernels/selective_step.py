@@ -25,12 +25,13 @@ from typing import Optional
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, math, memory, philox
 from cute_ssm.device.state import WARP, StateView
+from cute_ssm.kernels.fakes import fake
 from cute_ssm.kernels.selective_columns import StagedColumns
 from cute_ssm.kernels.selective_products import TokenProducts
 from cute_ssm.spec import SelectiveStateUpdateSpec
@@ -86,34 +87,29 @@ class SelectiveStep:
         batch, tokens, total, nheads, ngroups, slots, rows, steps = (cute.sym_int32() for _ in range(8))
         dim, dstate = spec.dim, spec.dstate
 
-        def tensor(dtype, shape, inner=(), align=1):
-            """Free strides but for the innermost ones given; accesses of `align` elements."""
-            outer = tuple(cute.sym_int64(divisibility=align) for _ in shape[len(inner) :])
-            return make_fake_tensor(dtype, shape, outer + inner, assumed_align=align * dtype.width // 8)
-
-        def when(present, dtype, *args):
-            return tensor(convert.DTYPES[dtype] if isinstance(dtype, str) else dtype, *args) if present else None
+        def when(present, *args):
+            return fake(*args) if present else None
 
         token = {"one": (batch,), "batched": (batch, tokens), "packed": (total,)}[spec.tokens]
         row, column = (*token, nheads, dim), (*token, ngroups, dstate)
         bulk = 16 * 8 // view.dtype.width
         inner = {True: (0,), False: ()}
         A_layout = ((0, 0), 1) if spec.A_tied else ((1,), self.input_vector(self.A_dtype))
-        columns = tensor(self.input_dtype, column, (1,), self.input_vector(self.input_dtype))
+        columns = fake(self.input_dtype, column, (1,), self.input_vector(self.input_dtype))
         src = (batch, cute.sym_int32()) if spec.src_columns else (batch,)
         dst = (batch, cute.sym_int32()) if spec.dst_columns else (batch,)
         saved = spec.intermediates
         return (
-            tensor(view.dtype, (slots, nheads, dim, dstate), (dstate, 1), bulk),
-            tensor(self.input_dtype, row, (1,)),
-            tensor(self.dt_dtype, row, inner[spec.dt_tied]),
-            tensor(self.A_dtype, (nheads, dim, dstate), *A_layout),
+            fake(view.dtype, (slots, nheads, dim, dstate), (dstate, 1), bulk),
+            fake(self.input_dtype, row, (1,)),
+            fake(self.dt_dtype, row, inner[spec.dt_tied]),
+            fake(self.A_dtype, (nheads, dim, dstate), *A_layout),
             columns,
             columns,
             when(spec.D_dtype, spec.D_dtype, (nheads, dim), inner[spec.D_tied]),
             when(spec.has_z, self.input_dtype, row, (1,)),
             when(spec.dt_bias_dtype, spec.dt_bias_dtype, (nheads, dim), inner[spec.dt_tied]),
-            tensor(self.input_dtype, row, (1,)),
+            fake(self.input_dtype, row, (1,)),
             when(view.scaled, "float32", (slots, nheads, dim), (1,)),
             when(spec.src_dtype, spec.src_dtype, src),
             when(spec.dst_dtype, spec.dst_dtype, dst),

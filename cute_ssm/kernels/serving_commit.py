@@ -9,9 +9,10 @@ from typing import Optional
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.cute.runtime import make_fake_stream
 
 from cute_ssm.arch import Arch
+from cute_ssm.kernels.fakes import fake
 from cute_ssm.kernels.serving_rows import CursorRows
 from cute_ssm.spec import CommitSpec
 from cute_ssm.tuning.serving import WARP, CursorConfig, choose_commit
@@ -35,10 +36,10 @@ class CommitCursors:
         """Arguments of `__call__` as the compiler sees them."""
         batch, slots, layers = (cute.sym_int32() for _ in range(3))
         pnat, cursor, src, cu = self.rows.fakes(batch, slots)
-        accepted = self.rows.vector(self.spec.accepted_dtype, batch)
+        accepted = fake(self.spec.accepted_dtype, (batch,))
         seeds = None
         if self.spec.seeds:
-            seeds = make_fake_tensor(Int64, (layers, slots), (cute.sym_int64(), 1), assumed_align=8)
+            seeds = fake(Int64, (layers, slots), (1,))
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
         return pnat, cursor, accepted, src, cu, seeds, Int64(0), Int32(0), Int32(0), Int32(0), stream
 

@@ -19,10 +19,11 @@ from typing import Optional
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.cute.runtime import make_fake_stream
 
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, math, memory, philox
+from cute_ssm.kernels.fakes import fake
 from cute_ssm.spec import QUANTISED, MaterializeSpec
 from cute_ssm.tuning.serving import MOST_PENDING, WARP, MaterializeConfig, choose_materialize
 
@@ -55,18 +56,15 @@ class MaterializeState:
         spec = self.spec
         batch, slots, out_slots, heads, groups, rows = (cute.sym_int32() for _ in range(6))
 
-        def tensor(dtype, shape, inner=(), n_bytes=0):
-            """Free strides but for the innermost ones given; accesses of `n_bytes`, by default of one element."""
-            dtype = convert.DTYPES[dtype] if isinstance(dtype, str) else dtype
-            align = max(1, n_bytes * 8 // dtype.width)
-            outer = tuple(cute.sym_int64(divisibility=align) for _ in shape[len(inner) :])
-            return make_fake_tensor(dtype, shape, outer + inner, assumed_align=align * dtype.width // 8)
+        def rows_of(dtype, shape, inner=(1,)):
+            """Accesses of `MOST_BYTES`."""
+            return fake(dtype, shape, inner, MOST_BYTES * 8 // dtype.width)
 
         def pool(dtype, count):
-            return tensor(dtype, (count, heads, spec.dim, spec.dstate), (spec.dstate, 1), MOST_BYTES)
+            return rows_of(dtype, (count, heads, spec.dim, spec.dstate), (spec.dstate, 1))
 
         def scales(present, count):
-            return tensor(Float32, (count, heads, spec.dim), (1,)) if present else None
+            return fake(Float32, (count, heads, spec.dim), (1,)) if present else None
 
         two = {"double": (), "double_x": (2,), "ring": ()}[spec.history]
         x, B, dt = (slots, *two, rows, heads, spec.dim), (slots, 2, rows, groups, spec.dstate), (slots, 2, heads, rows)
@@ -75,18 +73,18 @@ class MaterializeState:
         return (
             pool(self.state_dtype, slots),
             scales(self.scaled, slots),
-            tensor(self.input_dtype, x, (1,), MOST_BYTES),
-            tensor(self.input_dtype, B, (1,), MOST_BYTES),
-            tensor(Float32, dt, (1,)),
-            tensor(Int32, (slots,)),
-            tensor(Int32, (slots,)),
-            tensor(self.A_dtype, (heads, spec.dim, spec.dstate), (0, 0)),
+            rows_of(self.input_dtype, x),
+            rows_of(self.input_dtype, B),
+            fake(Float32, dt, (1,)),
+            fake(Int32, (slots,)),
+            fake(Int32, (slots,)),
+            fake(self.A_dtype, (heads, spec.dim, spec.dstate), (0, 0)),
             pool(self.out_dtype, out_slots),
             scales(self.out_scaled, out_slots),
-            tensor(spec.src_dtype, (batch,)),
-            tensor(spec.dst_dtype, (batch,)),
-            None if spec.count_dtype is None else tensor(spec.count_dtype, (batch,)),
-            tensor("int64", (slots if spec.seed_per_slot else 1,), (1,)) if spec.philox_rounds else None,
+            fake(spec.src_dtype, (batch,)),
+            fake(spec.dst_dtype, (batch,)),
+            None if spec.count_dtype is None else fake(spec.count_dtype, (batch,)),
+            fake("int64", (slots if spec.seed_per_slot else 1,), (1,)) if spec.philox_rounds else None,
             Int64(0),
             make_fake_stream(use_tvm_ffi_env_stream=True),
         )

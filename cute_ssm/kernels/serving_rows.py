@@ -3,9 +3,8 @@
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64, const_expr
-from cutlass.cute.runtime import make_fake_tensor
 
-from cute_ssm.device import convert
+from cute_ssm.kernels.fakes import fake
 
 MOST_TOKENS = 1 << 20  # lengths are cut here: sums with them stay 32-bit integers
 
@@ -16,16 +15,11 @@ class CursorRows:
     def __init__(self, spec):
         self.spec = spec
 
-    def vector(self, dtype, size):
-        """A fake vector with any stride."""
-        dtype = convert.DTYPES[dtype] if isinstance(dtype, str) else dtype
-        return make_fake_tensor(dtype, (size,), (cute.sym_int64(),), assumed_align=dtype.width // 8)
-
     def fakes(self, batch, slots):
         """(PNAT, cursor, state_batch_indices, cu_seqlens)."""
-        src = None if self.spec.src_dtype is None else self.vector(self.spec.src_dtype, batch)
-        cu = None if self.spec.cu_dtype is None else self.vector(self.spec.cu_dtype, cute.sym_int32())
-        return self.vector(Int32, slots), self.vector(Int32, slots), src, cu
+        src = None if self.spec.src_dtype is None else fake(self.spec.src_dtype, (batch,))
+        cu = None if self.spec.cu_dtype is None else fake(self.spec.cu_dtype, (cute.sym_int32(),))
+        return fake(Int32, (slots,)), fake(Int32, (slots,)), src, cu
 
     @cute.jit
     def load(self, cursors, b, sizes):

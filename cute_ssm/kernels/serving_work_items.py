@@ -10,11 +10,12 @@ from typing import Optional
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
 from cute_ssm.device import memory
+from cute_ssm.kernels.fakes import fake
 from cute_ssm.kernels.serving_rows import CursorRows
 from cute_ssm.spec import WorkItemsSpec
 from cute_ssm.tuning.serving import WARP, CursorConfig, choose_work_items
@@ -36,8 +37,8 @@ class BuildWorkItems:
     def fakes(self):
         """Arguments of `__call__` as the compiler sees them."""
         batch, slots = cute.sym_int32(), cute.sym_int32()
-        items = make_fake_tensor(Int32, (batch, 4), (4, 1), assumed_align=16)
-        count = make_fake_tensor(Int32, (1,), (1,), assumed_align=4)
+        items = fake(Int32, (batch, 4), (4, 1), 4)
+        count = fake(Int32, (1,), (1,))
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
         return *self.rows.fakes(batch, slots), items, count, Int64(0), Int32(0), Int32(0), Int32(0), stream
 

@@ -15,7 +15,8 @@ from test_serving_materialize import Case
 from test_serving_materialize import random as states
 
 from cute_ssm import arch as archs
-from cute_ssm.kernels import serving_commit, serving_materialize, serving_rows, serving_work_items
+from cute_ssm.kernels import fakes as fakes_of_kernels
+from cute_ssm.kernels import serving_commit, serving_materialize, serving_work_items
 from cute_ssm.spec import CommitSpec, MaterializeSpec, WorkItemsSpec
 
 
@@ -24,10 +25,9 @@ def entry(tensors: list, scalars: list):
     """Nothing."""
 
 
-def compiled(module, kernel, spec, monkeypatch):
+def compiled(kernel, spec, monkeypatch):
     on_cpu = functools.partial(make_fake_tensor, memspace=cute.AddressSpace.generic)
-    for each in (module, serving_rows):
-        monkeypatch.setattr(each, "make_fake_tensor", on_cpu)
+    monkeypatch.setattr(fakes_of_kernels, "make_fake_tensor", on_cpu)
     made = kernel(spec, kernel.default_config(spec, archs.SM_90A), archs.SM_90A)
     fakes = made.fakes()[:-1]
     count = sum(fake is None or hasattr(fake, "shape") for fake in fakes)
@@ -49,7 +49,7 @@ def integers(*shape):
 
 def test_commit(monkeypatch):
     spec = CommitSpec(True, "int64", None, "int32", True)
-    function = compiled(serving_commit, serving_commit.CommitCursors, spec, monkeypatch)
+    function = compiled(serving_commit.CommitCursors, spec, monkeypatch)
     tensors = {"pnat": integers(7), "place": integers(7), "accepted": integers(3), "src": integers(3).long()}
     tensors |= {"cu": None, "seeds": torch.zeros(2, 7, dtype=torch.int64)}
     wrong = {"pnat": integers(8), "place": integers(7).long(), "accepted": integers(4), "src": integers(3)}
@@ -59,7 +59,7 @@ def test_commit(monkeypatch):
 
 def test_work_items(monkeypatch):
     spec = WorkItemsSpec(False, "int32", "int32")
-    function = compiled(serving_work_items, serving_work_items.BuildWorkItems, spec, monkeypatch)
+    function = compiled(serving_work_items.BuildWorkItems, spec, monkeypatch)
     tensors = {"pnat": integers(7), "place": integers(7), "src": integers(3), "cu": integers(4)}
     tensors |= {"items": integers(3, 4), "count": integers(1)}
     wrong = {"place": integers(6), "src": integers(2), "cu": None, "count": integers(2)}
@@ -69,7 +69,7 @@ def test_work_items(monkeypatch):
 
 def test_materialize(monkeypatch):
     spec = MaterializeSpec("int8", "int8", "bfloat16", "float32", 64, 128, "ring", "int32", "int32", "int32")
-    function = compiled(serving_materialize, serving_materialize.MaterializeState, spec, monkeypatch)
+    function = compiled(serving_materialize.MaterializeState, spec, monkeypatch)
     call = states(Case(state="i8", history="ring"), 0)["call"]
     names = (
         "state", "state_scale", "x_history", "B_history", "dt_history", "ring_start", "prev_num_accepted_tokens", "A",
