@@ -122,11 +122,14 @@ class StateTile:
         """Elements of a tile in the order of the tensor map: (piece, rows, pieces, 1)."""
         return self.piece * 8 // self.dtype.width, self.rows, self.pieces, 1
 
-    def shared_layout(self, stages):
-        """Tiles in shared memory: (box, stage)."""
+    def shared_layout(self, stages=None):
+        """Tiles in shared memory: (box, stage); or one: its box.  Not sliced off: the compiler dies of some strides."""
         row, rows, pieces, _ = box = self.tensor_box()
         size = row * rows * pieces
-        plain = cute.make_layout((*box, stages), stride=(1, row, row * rows, size, size))
+        shape, stride = box, (1, row, row * rows, size)
+        if stages is not None:
+            shape, stride = (*shape, stages), (*stride, size)
+        plain = cute.make_layout(shape, stride=stride)
         return cute.make_composed_layout(cute.make_swizzle(self.bits, 4, 3), 0, plain)
 
     def global_view(self, state):
@@ -189,7 +192,7 @@ class StateTile:
 
     def _normalise(self, operand, lane):
         """bfloat16 / 2^e as float16 with 2^e <= max < 2^(e + 1) of a token, exact down to 2^-24 of it; and 2^e of the
-        lane's two columns of results."""
+        lane's two columns of results.  The exponent is at most 126, and a token of subnormal numbers counts as zero."""
         top = Int32(0)
         for pair in operand:
             for word in pair:
@@ -197,6 +200,7 @@ class StateTile:
         most = cute.arch.fmax(*convert.unpack([top & 0x7FFF7FFF], BFloat16))
         for distance in (1, 2):
             most = cute.arch.fmax(most, cute.arch.shuffle_sync_bfly(most, distance))
+        most = cute.arch.fmin(most, Float32(2.0**126))  # whose inverse is still normal
         up, down = _power_of_two(most), _inverse_power_of_two(most)
         (down,) = convert.pack([down, down], BFloat16)  # a power of two: exact, and so are products that float16 holds
         scaled = []

@@ -76,9 +76,9 @@ class Consumer:
         cute.arch.mbarrier_wait(unit_full + stage, phase)
         meta = cute.recast_ptr(units + (here + layout.meta), dtype=Int32)
         k, n, b, start = memory.load_words(meta, 4)
-        slot, head, column, _ = memory.load_words(meta + 4, 4)
+        slot, head, column, first_tile = memory.load_words(meta + 4, 4)
         if k >= 0:
-            place = (k, n, slot, head, column)
+            place = (k, n, slot, head, column, first_tile)
             # opaque: the compiler would keep every address of a tile in a register of its own
             pointers = [pointer + memory.pinned(Int32(0)) for pointer in base_pointers]
             stages = (full, empty, rounds, w)
@@ -147,12 +147,12 @@ class Consumer:
     @cute.jit
     def write_tiles(self, place, unit_at, stages, block, state_scale, rand_seed, copies, lane):
         """All tiles of this consumer in a unit whose state is replaced."""
-        k, _, slot, head, column = place
+        k, _, slot, _, _, first_tile = place
         _, empty, _, w = stages
         _, _, pointers = unit_at
         store, ts, tg = copies
         lane = memory.pinned(lane)  # opaque: what only these steps need is not computed, or kept, for the others
-        first_tile = head * self.half.d_split + column // self.layout.tile_rows + w * self.own
+        first_tile += w * self.own
         random = None
         if const_expr(self.tile.rounds > 0):
             random = rand_seed[slot if const_expr(self.spec.seed_per_slot) else 0]
@@ -215,21 +215,21 @@ class Consumer:
     @cute.jit
     def token_block(self, place, unit_at, lane, first: cutlass.Constexpr):
         """What eight tokens from `first` on share between heads: (C . B by step of 16 positions, C for states)."""
-        k, n, _, _, _ = place
+        k, n = place[:2]
         units, here, _ = unit_at
         layout = self.layout
         c_rows, b_rows = here + layout.c, here + layout.b
         natural = self.row_words(units, c_rows, n, first, lane)
         t = first + lane // 4
         row = units + cutlass.select_(t < n, c_rows + t * layout.column_pitch, Int32(self.zero_column))
-        live = cutlass.min(k + n, k + (first + TOKENS))
+        count = cutlass.min(k + n, k + (first + TOKENS))
         raw = []
         for base in cutlass.range_constexpr(0, layout.rows, STEP):
             sums, new = [Float32(0.0)] * 4, [Float32(0.0)] * 4
             if const_expr(base == 0):
-                sums = self.raw_products(units, b_rows, live, base, natural, lane)
-            elif live > base:
-                sums = self.raw_products(units, b_rows, live, base, natural, lane)
+                sums = self.raw_products(units, b_rows, count, base, natural, lane)
+            elif count > base:
+                sums = self.raw_products(units, b_rows, count, base, natural, lane)
             for e in cutlass.range_constexpr(4):
                 j = base + 2 * (lane % 4) + (e % 2 + e // 2 * 8)
                 new[e] = Float32(1.0) if j == k + t else Float32(0.0)
@@ -246,11 +246,11 @@ class Consumer:
             words += mma.load_matrices(at + offset, 4, transposed=False)
         return [words[i : i + 2] for i in range(0, len(words), 2)]
 
-    def raw_products(self, units, rows, live, base, natural, lane):
+    def raw_products(self, units, rows, count, base, natural, lane):
         """C . B of token ``lane // 4`` and positions 2 p, 2 p + 1, 2 p + 8, 2 p + 9 from `base` on, p = lane % 4."""
         values = []
         for first in (base, base + 8):
-            words = self.row_words(units, rows, live, first, lane)
+            words = self.row_words(units, rows, count, first, lane)
             values += self.tokens.products(natural, words, [Float32(0.0)] * 4)[:2]
         return values
 
@@ -269,7 +269,7 @@ class Consumer:
     @cute.jit
     def finish(self, i, place, unit_at, stages, block, first: cutlass.Constexpr, sums, lane):
         """Outputs of eight tokens for the rows of a tile, from S0 C^T: into the rows of z."""
-        k, n, _, _, _ = place
+        k, n = place[:2]
         units, here, _ = unit_at
         layout = self.layout
         raw, (_, _, factors) = block
@@ -290,17 +290,17 @@ class Consumer:
                 low, high = (self.load_float(scales + (block_row * ROWS * 4 + r * 32)) for r in range(2))
                 c = [c[0] * low, c[1] * low, c[2] * high, c[3] * high]
             sums[block_row] = [c[0] * scale[0], c[1] * scale[1], c[2] * scale[0], c[3] * scale[1]]
-        live = cutlass.min(k + n, k + (first + TOKENS))
+        count = cutlass.min(k + n, k + (first + TOKENS))
         for step in cutlass.range_constexpr(len(raw)):
             if const_expr(step == 0):
-                sums = self.add_history(units, here, live, step, offset, decays, raw[step], sums, lane)
-            elif live > step * STEP:
-                sums = self.add_history(units, here, live, step, offset, decays, raw[step], sums, lane)
+                sums = self.add_history(units, here, count, step, offset, decays, raw[step], sums, lane)
+            elif count > step * STEP:
+                sums = self.add_history(units, here, count, step, offset, decays, raw[step], sums, lane)
         self.store_outputs(units, here, n, first, offset, sums, lane)
 
-    def add_history(self, units, here, live, step, offset, decays, raw, sums, lane):
+    def add_history(self, units, here, count, step, offset, decays, raw, sums, lane):
         """sums + x^T CB^T of 16 positions."""
-        at = self.x_words(units, here + self.layout.x, live, step * STEP, offset, lane)
+        at = self.x_words(units, here + self.layout.x, count, step * STEP, offset, lane)
         parts = self.tokens.coefficients(self.scaled_products(decays, raw, step, lane))
         return [self.tokens.multiply(mma.load_matrices(at + m * 32, 4), parts, c) for m, c in enumerate(sums)]
 
@@ -377,7 +377,7 @@ class Consumer:
     @cute.jit
     def fold(self, i, place, unit_at, stages, at, history, state_scale, random, lane):
         """Replace a tile by the state after the history, rounded: accumulated on the decayed old one."""
-        k, _, slot, head, column = place
+        k, _, slot, head, column, _ = place
         units, here, _ = unit_at
         layout = self.layout
         tile, h, offset = self.tile_offset(i, stages[3])

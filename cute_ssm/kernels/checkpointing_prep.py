@@ -19,62 +19,53 @@ class Prep:
         self.owner, self.spec, self.layout, self.history = owner, owner.spec, owner.layout, owner.history
 
     @cute.jit
-    def begin(self, place, history, steps, at, bar, lane):
-        """Tell consumers what a unit is, and its decays."""
-        if place[8]:
-            self.decays(place, history, steps, self.fetch(place, history, steps, 0, lane), at, lane)
-        self.announce(place, at, bar, lane)
-
-    @cute.jit
     def announce(self, place, at, bar, lane):
         """Tell consumers what a unit is, after its decays."""
-        b, start, n, slot, _, k, head, column, live = place
+        b, start, n, slot, _, k, head, column, tile, live = place
         if lane == 0:
             meta = cute.recast_ptr(at + self.layout.meta, dtype=Int32)
             memory.store_words(meta, [k if live else Int32(-1), n, b, start])
-            memory.store_words(meta + 4, [Int32(slot), head, column, Int32(0)])
+            memory.store_words(meta + 4, [Int32(slot), head, column, tile])
         cute.arch.sync_warp()
         if lane == 0:
             cute.arch.mbarrier_arrive(bar)
 
     @cute.jit
     def append_tokens(self, place, history, at, bar, phase, lane):
-        """Append a unit's tokens once they are there; they have been read when this returns."""
-        if place[8]:
+        """Append a unit's tokens once they are there."""
+        if place[9]:
             cute.arch.mbarrier_wait(bar, phase)
             self.append(place, history, at, lane)
-            cute.arch.cp_async_bulk_wait_group(0, read=True)
-            cute.arch.sync_warp()
 
     @cute.jit
-    def decays(self, place, history, steps, words, at, lane):
+    def decays(self, place, history, rates, words, at, lane):
         """Records of all heads of a unit: two heads at once, half a warp each, 16 positions at a time.
 
         `words` are those that `fetch` has for the first 16.
         """
-        _, _, n, _, _, k, _, _, _ = place
+        n, k = place[2], place[5]
         pairs = -(-self.layout.heads // 2)
         total, fresh = [Float32(0.0)] * pairs, [Float32(0.0)] * pairs
         for base in cutlass.range_constexpr(0, self.layout.rows, STEP):
             if const_expr(base == 0):
                 total, fresh = self.decay_block(place, history, words, at, lane, base, total, fresh)
             elif k + n > base:
-                more = self.fetch(place, history, steps, base, lane)
+                more = self.fetch(place, history, rates, base, lane)
                 total, fresh = self.decay_block(place, history, more, at, lane, base, total, fresh)
 
     @cute.jit
     def positions(self, place, base: cutlass.Constexpr, lane):
         """(position of a lane, its half of the warp, whether it is old, or new, its token) of 16 from `base` on."""
-        _, _, n, _, _, k, _, _, _ = place
+        n, k = place[2], place[5]
         j = base + lane % 16
         return j, lane // 16, j < k, j >= k and j < k + n, cutlass.max(cutlass.min(j - k, n - 1), 0)
 
     @cute.jit
-    def fetch(self, place, history, steps, base: cutlass.Constexpr, lane):
+    def fetch(self, place, history, rates, base: cutlass.Constexpr, lane):
         """What decays at 16 positions are computed from, for each pair of heads, as words that nothing waits for."""
-        b, start, _, slot, cursor, _, head, _, _ = place
+        b, start, _, slot, cursor, _, head, _, _, _ = place
         dt_cache, spec = history[2], self.spec
-        dt, A, dt_bias, D = steps
+        dt, A, dt_bias, D = rates
         j, side, is_old, _, t = self.positions(place, base, lane)
         first = head + (side if const_expr(self.layout.heads > 1) else 0)
         old = self.history.old(cursor, j, self.history.capacity(dt_cache))
@@ -107,7 +98,7 @@ class Prep:
     @cute.jit
     def decay_block(self, place, history, words, at, lane, base: cutlass.Constexpr, total, fresh):
         """The records of 16 positions, given the sums before them: over all positions, and over new tokens alone."""
-        _, _, n, slot, cursor, k, head, column, _ = place
+        _, _, n, slot, cursor, k, head, column, _, _ = place
         _, _, dt_cache, sum_cache = history
         spec, layout = self.spec, self.layout
         j, side, is_old, is_new, t = self.positions(place, base, lane)
@@ -152,7 +143,7 @@ class Prep:
     @cute.jit
     def append(self, place, history, at, lane):
         """Copy new rows of x, and of B once per group, to the history: half a warp each."""
-        _, _, n, slot, cursor, k, head, column, _ = place
+        _, _, n, slot, cursor, k, head, column, _, _ = place
         x_cache, B_cache, dt_cache, _ = history
         spec, layout = self.spec, self.layout
         rows = self.history.capacity(dt_cache)

@@ -10,16 +10,16 @@ Outputs come by the same formula whether the step writes the state or not.  A st
 *unit* is some tiles of one sequence and group.  CTAs walk their units, by three roles of warps that meet at mbarriers:
 
 - the *producer* asks for tiles of the state (a tensor map, one instruction each) as long as the rings hold more, and
-  for rows of x, B, C and z (bulk copies, one lane a row), which a unit starts with; rows of the history from k on are
-  never read;
+  for rows of x, B, C and z (bulk copies, one lane a row); rows of the history from k on are never read;
 - the *prep* warp computes dt' and its sums into shared memory, and appends the new tokens to the history; where every
   unit has a CTA, the producer does that too, after its requests;
 - each *consumer* takes its share of the tiles, through a ring of its own, so that no two of them ever wait for each
   other: `checkpointing_consumer`.
 
-PDL: states, histories, cursors and slots are read before `griddepcontrol.wait`, so their last writers must be complete
-when the upstream kernel starts; x, dt, B, C and z, which that kernel may write, after it, and whatever is written
-follows it too.  Dependents are released once everything is requested, and must wait likewise before they read outputs.
+PDL: states, cursors, slots, lists of work and bounds of sequences are read before `griddepcontrol.wait`, so their last
+writers must be complete when the upstream kernel starts; x, dt, B, C and z, which that kernel may write, and histories
+after it, and whatever is written follows it too.  Dependents are released once everything is requested, and must wait
+likewise before they read outputs.
 """
 
 from typing import Optional
@@ -150,7 +150,7 @@ class CheckpointingSSU:
         spec, tile = self.spec, self.tile
         batch = cu_seqlens.shape[0] - 1 if const_expr(spec.cu_dtype is not None) else x.shape[0]
         view, box = tile.global_view(state), tile.tensor_box()
-        one = cute.slice_(tile.shared_layout(1), (None, None, None, None, 0))
+        one = tile.shared_layout()
         load = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), view, one, box)
         store = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), view, one, box)
         history = (x_cache, B_cache, dt_cache, sum_cache)
@@ -248,9 +248,9 @@ class Steps:
         tiles = cute.make_tensor(cute.recast_ptr(ring, shared_layout.inner, dtype=self.tile.dtype), shared_layout.outer)
         first, last = Int32(0), batch
         if const_expr(half.part == "write"):
-            last = cutlass.min(num_writes[0], batch)
+            last = cutlass.min(cutlass.max(num_writes[0], 0), batch)
         elif const_expr(half.part == "keep"):
-            first = cutlass.max(num_writes[0], 0)
+            first = cutlass.min(cutlass.max(num_writes[0], 0), batch)
         walk = (first * self.chunks + cute.arch.block_idx()[0], last * self.chunks, cute.arch.grid_dim()[0])
         where = (state, dt_cache, cursor, accepted, indices, cu_seqlens, work_items, batch, x.shape[1], pad_slot)
         history = (x_cache, B_cache, dt_cache, sum_cache)
@@ -267,7 +267,7 @@ class Steps:
     # ----------------------------------------------------------------------------------------------------------- units
     @cute.jit
     def place(self, unit, where):
-        """(sequence, its first token, n, slot, cursor, k, head, column, whether there is anything to do) of a unit.
+        """(sequence, its first token, n, slot, cursor, k, head, column, tile of the slot, whether live) of a unit.
 
         Contents that contradict the contract make a unit one of nothing to do, before anything is addressed by them.
         """
@@ -302,7 +302,7 @@ class Steps:
             live = live and k + n > spec.window
         elif const_expr(half.part == "keep"):
             live = live and k + n <= spec.window
-        return b, start, n, slot, cursor, k, head, column, live
+        return b, start, n, slot, cursor, k, head, column, Int32(tile), live
 
     def token(self, tensor, b, start, t, *coord):
         """Address of an element of token t of sequence b."""
@@ -320,80 +320,94 @@ class Steps:
 
     # -------------------------------------------------------------------------------------------------------- producer
     @cute.jit
-    def produce(self, walk, where, history, inputs, steps, load, load_view, tiles, units, barriers):
+    def produce(self, walk, where, history, inputs, rates, load, load_view, tiles, units, barriers):
         first, total, stride = walk
-        sources = (where, history, inputs, steps)
         copies = (load, *self.tile_copies(load, load_view, tiles))
         if const_expr(self.half.single):
-            self.produce_unit(first, Int32(0), Int32(0), sources, copies, units, barriers)
+            self.produce_single(first, (where, history, inputs, rates), copies, units, barriers)
         else:
             it, rounds = Int32(0), Int32(0)
             for unit in cutlass.range(first, total, stride):
-                live = self.produce_unit(unit, it, rounds, sources, copies, units, barriers)
+                live = self.produce_unit(unit, it, rounds, (where, history, inputs), copies, units, barriers)
                 rounds += self.own if live else 0
                 it += 1
+            if const_expr(self.spec.pdl):
+                cute.arch.griddepcontrol_launch_dependents()
+
+    @cute.jit
+    def produce_single(self, unit, sources, copies, units, barriers):
+        """Request and prepare the only unit of a CTA.
+
+        One round of tiles comes before the rows, which all work waits for, and the others that the rings hold behind
+        them; before an upstream kernel is waited for, all of these.
+        """
+        where, history, inputs, rates = sources
+        full, empty, unit_full, _ = barriers
+        ring = min(self.half.depth, self.own)
+        before_wait = ring if self.spec.pdl else 0
+        before_rows = max(before_wait, 1)
+        lane = cute.arch.lane_idx()
+        place = self.place(unit, where)
+        slot, tile, live = place[3], place[8], place[9]
+        requests = (*copies, full, empty, tile, slot)
+        if live:
+            for i in cutlass.range_constexpr(before_wait):
+                self.request_fresh(requests, i, lane)
+        if const_expr(self.spec.pdl):
+            cute.arch.griddepcontrol_wait()
+        if live:
+            for i in cutlass.range_constexpr(before_wait, before_rows):
+                self.request_fresh(requests, i, lane)
+            words = self.prep.fetch(place, history, rates, 0, lane)  # on their way while requests are made
+            self.request_rows(place, history, inputs, units, unit_full, lane)
+            for i in cutlass.range_constexpr(before_rows, ring):
+                self.request_fresh(requests, i, lane)
+            self.prep.decays(place, history, rates, words, units, lane)
+        elif lane == 0:
+            cute.arch.mbarrier_arrive(unit_full)
+        self.prep.announce(place, units, unit_full, lane)
+        if live:
+            for i in cutlass.range(ring, self.own, unroll=1):
+                self.request(requests, Int32(0), i, lane)
         if const_expr(self.spec.pdl):
             cute.arch.griddepcontrol_launch_dependents()
-        if const_expr(self.half.single):
-            cute.arch.cp_async_bulk_wait_group(0)
+        self.prep.append_tokens(place, history, units, unit_full, Int32(0), lane)
+        cute.arch.cp_async_bulk_wait_group(0)
 
     @cute.jit
     def produce_unit(self, unit, it, rounds, sources, copies, units, barriers):
-        """Request, and where no other warp does, prepare, a CTA's it-th unit; whether there is anything to do.
+        """Request a CTA's it-th unit; whether there is anything to do.
 
-        Tiles keep memory busy and rows are waited for first: so a round of tiles comes before rows, and others behind
-        them.  Before an upstream kernel is waited for, all are requested that rings hold; and where rows must wait for
-        the buffer of the unit before.
+        Rows come first, which all work waits for; but if they must wait for the buffer of the unit before, all tiles
+        that the rings hold.  Of a CTA's first unit one round of tiles comes before them, or, where an upstream kernel
+        must be waited for, all.
         """
         half, layout = self.half, self.layout
-        where, history, inputs, steps = sources
+        where, history, inputs = sources
         full, empty, unit_full, unit_empty = barriers
-        ahead = min(half.depth, self.own)
-        early = ahead if self.spec.pdl else 0
+        ring = min(half.depth, self.own)
+        at_first, later = ring if self.spec.pdl else 1, ring if half.unit_stages == 1 else 0
         lane = cute.arch.lane_idx()
         place = self.place(unit, where)
-        _, _, _, slot, _, _, head, column, live = place
+        slot, tile, live = place[3], place[8], place[9]
         stage, phase = self.stage(it)
-        at, bar = units + stage * layout.unit_bytes, unit_full + stage
-        tiles = (*copies, full, empty, head * half.d_split + column // layout.tile_rows, slot)
-        asked = Int32(ahead)
-        if const_expr(half.single):
-            self.request_fresh(tiles, 0, early, live, lane)
-        else:
-            asked = max(early, 1) if it == 0 else (ahead if const_expr(half.unit_stages == 1) else 0)
-            if live:
-                for i in cutlass.range(asked, unroll=1):
-                    self.request(tiles, rounds, i, False, lane)
-            cute.arch.mbarrier_wait(unit_empty + stage, phase ^ 1)
+        bar = unit_full + stage
+        requests = (*copies, full, empty, tile, slot)
+        before_rows = at_first if it == 0 else later
+        if live:
+            for i in cutlass.range(before_rows, unroll=1):
+                self.request(requests, rounds, i, lane)
+        cute.arch.mbarrier_wait(unit_empty + stage, phase ^ 1)
         if const_expr(self.spec.pdl):
             if it == 0:  # also where there is nothing to do: the next unit does not wait
                 cute.arch.griddepcontrol_wait()
         if live:
-            if const_expr(half.single):
-                self.request_fresh(tiles, early, max(early, 1), live, lane)
-                words = self.prep.fetch(place, history, steps, 0, lane)  # on their way while requests are made
-                self.request_rows(place, history, inputs, at, bar, lane)
-                self.request_fresh(tiles, max(early, 1), ahead, live, lane)
-                self.prep.decays(place, history, steps, words, at, lane)
-            else:
-                self.request_rows(place, history, inputs, at, bar, lane)
+            self.request_rows(place, history, inputs, units + stage * layout.unit_bytes, bar, lane)
+            for i in cutlass.range(before_rows, self.own, unroll=1):
+                self.request(requests, rounds, i, lane)
         elif lane == 0:
             cute.arch.mbarrier_arrive(bar)
-        if const_expr(half.single):
-            self.prep.announce(place, at, bar, lane)
-        if live:
-            for i in cutlass.range(asked, self.own, unroll=1):
-                self.request(tiles, rounds, i, False, lane)
-        if const_expr(half.single):
-            self.prep.append_tokens(place, history, at, bar, phase, lane)
         return live
-
-    @cute.jit
-    def request_fresh(self, tiles, first: cutlass.Constexpr, last: cutlass.Constexpr, live, lane):
-        """Ask for rounds of tiles whose stages nothing has used."""
-        if live:
-            for i in cutlass.range_constexpr(first, last):
-                self.request(tiles, Int32(0), i, True, lane)
 
     def stage(self, it):
         """(buffer, phase) of a CTA's it-th unit."""
@@ -402,23 +416,31 @@ class Steps:
         return it & 1, it >> 1 & 1
 
     @cute.jit
-    def request(self, tiles, rounds, i, fresh: cutlass.Constexpr, lane):
-        """Ask for the i-th tile of every consumer; each has a contiguous share of the unit's tiles.
-
-        `fresh`: no stage has been used before.
-        """
-        load, ts, tg, full, empty, first_tile, slot = tiles
-        ring, phase = self.ring_stage(rounds + i)
+    def request_fresh(self, requests, i: cutlass.Constexpr, lane):
+        """Ask for the i-th tile of every consumer, into stages that nothing has used."""
+        full = requests[3]
+        first, _ = self.ring_stage(i)
         if lane < self.half.consumers:  # a stage each
-            if const_expr(not fresh):
-                cute.arch.mbarrier_wait(empty + (ring + lane), phase ^ 1)
-            cute.arch.mbarrier_arrive_and_expect_tx(full + (ring + lane), self.layout.tile_bytes)
+            cute.arch.mbarrier_arrive_and_expect_tx(full + (first + lane), self.layout.tile_bytes)
         cute.arch.sync_warp()
         for w in cutlass.range_constexpr(self.half.consumers):
-            s = ring + w
-            cute.copy(
-                load, tg[(None, first_tile + (w * self.own + i), Int32(slot))], ts[(None, s)], tma_bar_ptr=full + s
-            )
+            self.copy_tile(requests, first + w, w * self.own + i)
+
+    @cute.jit
+    def request(self, requests, rounds, i, lane):
+        """Ask for the i-th tile of every consumer, each as soon as its stage is free."""
+        full, empty = requests[3:5]
+        first, phase = self.ring_stage(rounds + i)
+        for w in cutlass.range_constexpr(self.half.consumers):
+            cute.arch.mbarrier_wait(empty + (first + w), phase ^ 1)
+            if lane == 0:
+                cute.arch.mbarrier_arrive_and_expect_tx(full + (first + w), self.layout.tile_bytes)
+            self.copy_tile(requests, first + w, w * self.own + i)
+
+    def copy_tile(self, requests, stage, i):
+        """Copy a tile of the unit to a stage; consumers have contiguous shares of a unit's tiles."""
+        load, ts, tg, full, _, first_tile, slot = requests
+        cute.copy(load, tg[(None, first_tile + i, Int32(slot))], ts[(None, stage)], tma_bar_ptr=full + stage)
 
     def ring_stage(self, r):
         """(first consumer's stage, phase) of all consumers' r-th tiles."""
@@ -428,7 +450,7 @@ class Steps:
     @cute.jit
     def request_rows(self, place, history, inputs, at, bar, lane):
         """Ask for what a unit needs besides tiles: positions of x and B in order, rows of C and z, scales."""
-        b, start, n, slot, cursor, k, head, column, _ = place
+        b, start, n, slot, cursor, k, head, column, _, _ = place
         x_cache, B_cache, dt_cache, _ = history
         x, B, C, z, state_scale = inputs
         spec, layout = self.spec, self.layout
@@ -436,7 +458,7 @@ class Steps:
         scale_bytes = layout.width * 2 if const_expr(spec.scaled) else 0
         group = head // self.per_group
         rows = self.history.capacity(dt_cache)
-        live = k + n
+        positions = k + n
         if lane == 0:
             per_token = width * 2 + columns * 2 if const_expr(spec.has_z) else width + columns * 2
             cute.arch.mbarrier_arrive_and_expect_tx(bar, k * (width + columns) + n * per_token + scale_bytes)
@@ -445,7 +467,7 @@ class Steps:
                 memory.bulk_load(at + layout.scales, memory.global_bytes(source), scale_bytes, bar)
         for base in cutlass.range_constexpr(0, layout.rows, WARP):
             j = base + lane
-            if j < live:
+            if j < positions:
                 t, old = cutlass.max(j - k, 0), self.history.old(cursor, cutlass.min(j, k), rows)
                 from_B = self.token(B, b, start, t, group, 0).toint()
                 if j < k:
@@ -480,7 +502,7 @@ class Steps:
 
     # ------------------------------------------------------------------------------------------------------------ prep
     @cute.jit
-    def prepare(self, walk, where, history, steps, units, barriers):
+    def prepare(self, walk, where, history, rates, units, barriers):
         layout = self.layout
         first, total, stride = walk
         _, _, unit_full, unit_empty = barriers
@@ -493,8 +515,13 @@ class Steps:
             stage, phase = self.stage(it)
             at, bar = units + stage * layout.unit_bytes, unit_full + stage
             cute.arch.mbarrier_wait(unit_empty + stage, phase ^ 1)
-            self.prep.begin(place, history, steps, at, bar, lane)
+            if place[9]:
+                words = self.prep.fetch(place, history, rates, 0, lane)
+                self.prep.decays(place, history, rates, words, at, lane)
+            self.prep.announce(place, at, bar, lane)
             self.prep.append_tokens(place, history, at, bar, phase, lane)
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+            cute.arch.sync_warp()
             if lane == 0:
                 cute.arch.mbarrier_arrive(unit_empty + stage)
             it += 1

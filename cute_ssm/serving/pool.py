@@ -318,7 +318,7 @@ class StatePool:
             self._shift_conv(state_batch_indices.long(), num_accepted_tokens.long(), cu_seqlens)
 
     def _shift_conv(self, slots: Tensor, accepted: Tensor, cu_seqlens: Tensor | None) -> None:
-        """Move accepted inputs of convolutions behind the older ones, of the rows whose cursors `commit` advances."""
+        """Move accepted inputs of convolutions behind the older ones, of rows whose slot and count `commit` takes."""
         if self.conv_state is None:
             return
         kept = self._conv_width - 1

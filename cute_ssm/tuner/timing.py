@@ -48,7 +48,7 @@ def rotated(op: str, keys: dict[str, int | str], device: torch.device) -> list[C
 
 
 def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """Return the graph of a pass over the calls; each is made twice before, so that it has compiled and allocated."""
+    """Return the graph of a pass over the calls, of which two are made before: all has compiled and allocated then."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -24,7 +24,7 @@ ROWS = 16  # of a matrix product: what a tile is made of
 TOKENS = 8  # columns of a matrix product: new tokens are taken so many at a time
 STEP = 16  # positions of a product over the history
 ROW_PAD = 16  # bytes after a row of inputs: eight of them then meet every bank once
-BARRIERS = 1024  # and slack for alignment
+ALIGNMENT = 1024  # of a ring; slack for it
 SM_REGISTERS = 65536
 REGISTERS = 224  # of a thread: what the consumers need
 SM_SHARED = 228 * 1024
@@ -154,7 +154,8 @@ class Half:
         """Shared memory of one CTA."""
         layout = self.layout(spec)
         ring = self.consumers * self.depth * layout.tile_bytes
-        return ring + self.unit_stages * layout.unit_bytes + layout.zero_bytes + BARRIERS
+        barriers = 16 * (self.consumers * self.depth + self.unit_stages)
+        return ring + self.unit_stages * layout.unit_bytes + layout.zero_bytes + barriers + ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,8 @@ class UnitLayout:
         Of a tile of the state.
     heads : int
         Heads that a unit has tiles of.
-    rows, steps : int
-        Positions, history first and then new tokens, and products that cover them.
+    rows : int
+        Positions, history first and then new tokens.
     width, x_pitch, column_pitch : int
         Bytes of a row of x, z or out; distance of two; distance of two rows of B or C.
     record, skip : int
@@ -183,7 +184,6 @@ class UnitLayout:
     tile_bytes: int
     heads: int
     rows: int
-    steps: int
     width: int
     x_pitch: int
     column_pitch: int
@@ -206,11 +206,10 @@ def unit_layout(spec: CheckpointingSSUSpec, part: str, tiles: int, d_split: int)
     tile_rows = spec.dim // d_split
     heads = max(1, tiles // d_split)
     rows = spec.window + (0 if part == "keep" else spec.tokens)
-    steps = -(-rows // STEP)
     width, columns = tiles * tile_rows * 2, spec.dstate * 2
     x_pitch, column_pitch = width + ROW_PAD, columns + ROW_PAD
     token_rows = -(-spec.tokens // TOKENS) * TOKENS
-    skip = steps * STEP * 8
+    skip = -(-rows // STEP) * STEP * 8
     record = skip + 16
     sizes = {
         "x": rows * x_pitch,
@@ -230,7 +229,6 @@ def unit_layout(spec: CheckpointingSSUSpec, part: str, tiles: int, d_split: int)
         tile_bytes=tile_rows * spec.dstate * ITEMSIZE[spec.state_dtype],
         heads=heads,
         rows=rows,
-        steps=steps,
         width=width,
         x_pitch=x_pitch,
         column_pitch=column_pitch,
@@ -244,6 +242,11 @@ def unit_layout(spec: CheckpointingSSUSpec, part: str, tiles: int, d_split: int)
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def inert(config: CheckpointingSSUConfig) -> tuple[str, ...]:
+    """Return the fields that mean nothing beside the others: the tuner leaves them as they are."""
+    return ("unit_stages", "ctas_per_sm") if config.form == FUSED else ()
 
 
 def choose(

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from checkpointing_cases import COARSE, Case, arguments, copy, run, storage, verify
+from checkpointing_cases import COARSE, Case, Sequence, arguments, check, copy, run, slots_of, storage, verify
 
 import ptxsim
 from cute_ssm import tuning
@@ -63,6 +63,7 @@ FACTORS = [
     dataclasses.replace(BASE, nheads=4, ngroups=2),
     dataclasses.replace(BASE, nheads=4, ngroups=4),
     *vary(RING, slack=(5,), items=(True,), fill=("garbage",), strided=(True,), state=("f32", "i8"), nheads=(3,)),
+    dataclasses.replace(BASE, state="f32", dim=16, dstate=96),
     # sizes of window and step: a step that fits none, exactly, and all of a window
     *(
         Case(tokens=tokens, window=window, history=history, accepted=(0, window, max(window - tokens, 0)), pads=())
@@ -108,6 +109,7 @@ QUICK = [
     dataclasses.replace(PACKED, history="ring"),
     Case(tokens=20, window=8, history="ring", accepted=(0, 8, 0), pads=()),
     Case(tokens=6, window=24, accepted=(0, 24, 18), pads=()),
+    dataclasses.replace(BASE, state="f32", dim=16, dstate=96),
 ]
 
 
@@ -183,6 +185,33 @@ def test_units_of_three_heads(knobs):
     config = {"form": FUSED, "d_split": 1, "unit_stages": 1, "ctas_per_sm": 1, **knobs}
     with emulate(), tuning.override(**config):
         verify(case)
+
+
+def check_any_size_of_C(state):
+    """A token of zeros, of nearly the smallest numbers, of the largest: products are made of C by powers of two."""
+    case = dataclasses.replace(BASE, state=state, D=None, pads=())
+    call = arguments(case)
+    for name in ("x", "old_x", "B", "old_B", "state_scale" if "state_scale" in call else "state"):
+        call[name] *= 2.0**-12
+    for token, largest in enumerate((0.0, 2.0**-120, 2.0**127 * 1.75)):
+        C = call["C"][:, token]
+        C *= largest / C.abs().amax(-1, keepdim=True)
+    before = copy(call)
+    sequences = [Sequence.of(case, before, *each) for each in slots_of(case, before)]
+    check(case, before, call, sequences, run(case, call))
+    assert (call["out"][:, 0].abs() < 1).all() and (call["out"][:, 2].abs() > 2.0**100).any()
+
+
+@pytest.mark.parametrize("state", ["f16", "i8"])
+def test_any_size_of_C(state):
+    check_any_size_of_C(state)
+
+
+@kernel
+@pytest.mark.parametrize("state", ["f16", pytest.param("i16", marks=pytest.mark.slow), "i8"])
+def test_any_size_of_C_in_the_kernel(state):
+    with emulate():
+        check_any_size_of_C(state)
 
 
 def flat(tensor):
