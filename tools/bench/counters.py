@@ -22,8 +22,6 @@ MAMBA1 = {"nheads": 1, "dim": 4096, "dstate": 16, "state_dtype": "float32", "lay
 SCAN = {"dstate": 16, "config.lanes": 1, "config.warps": 4, "config.splits": 1}
 STEP = {"nheads": 16, "dim": 64, "dstate": 128, "ngroups": 1, "state_dtype": "float16"}
 REPLAY = {"nheads": 16, "dim": 64, "dstate": 128, "ngroups": 1, "T": 6, "W": 16, "z": 1}
-WHOLE_GROUP = {"config.form": 0, "config.d_split": 1, "config.tiles": 16, "config.consumers": 2, "config.depth": 2}
-WHOLE_GROUP |= {"config.unit_stages": 1, "config.ctas_per_sm": 1}  # as calls choose that fill a GPU
 CASES = [  # (operator, keys)
     ("selective_state_update", {"batch": 8, **STEP}),
     ("selective_state_update", {"batch": 64, **STEP}),
@@ -57,8 +55,7 @@ CASES = [  # (operator, keys)
         for dtype in ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn", "int16")),
     ("checkpointing_ssu", {"batch": 64, **REPLAY, "pnat": 12, "rounding": "stochastic"}),
     ("checkpointing_ssu", {"batch": 64, **REPLAY, "pnat": 12, "state_dtype": "int8", "rounding": "stochastic"}),
-    *(("checkpointing_ssu", {"batch": 64, **REPLAY, "state_dtype": dtype, "pnat": 8, **WHOLE_GROUP})
-        for dtype in ("bfloat16", "float16", "int8")),
+    ("checkpointing_ssu", {"batch": 512, **REPLAY, "pnat": 8}),
     ("checkpointing_ssu", {"batch": 1, **REPLAY, "pnat": 8, "state_dtype": "bfloat16"}),
     ("checkpointing_ssu", {"batch": 1, **REPLAY, "pnat": 8}),
     ("gated_delta_rule_mtp", {"B": 16, "T": 4}),
