@@ -57,19 +57,11 @@ def test_every_operator_declares_calls_that_its_builder_takes(op):
     assert workloads.description(op)
 
 
-# kernels that have neither a choice of configs nor a cost worth a declared call
-UNDECLARED = {
-    "CommitSpec",
-    "MaterializeSpec",
-    "WorkItemsSpec",
-}
-
-
 def test_every_kernel_can_be_reached_by_a_declared_call():
     """A spec that has a kernel but no calls would be left out of warm-up, bundles, tuning and the checks on a GPU."""
     own = {kind.__name__ for kind, path in registry.KERNELS.items() if path.startswith("cute_ssm.")}
     kernels = plan.read("all", [arch.SM_90A], [2])
-    assert own - UNDECLARED <= {type(spec).__name__ for spec, _, _ in kernels}
+    assert own <= {type(spec).__name__ for spec, _, _ in kernels}
 
 
 def test_planning_touches_nothing_and_agrees_with_the_operator():

@@ -22,7 +22,7 @@ class CommitCursors:
     """The kernel of a `CommitSpec`; everything but types is dynamic."""
 
     def __init__(self, spec: CommitSpec, config: CursorConfig, arch: Arch):
-        config.check()
+        config.check(spec, arch)
         self.spec = spec
         self.threads = WARP * config.warps
         self.rows = CursorRows(spec)

@@ -35,7 +35,7 @@ class MaterializeState:
     """The kernel of a `MaterializeSpec`; batch, heads, groups, slots, rows of the history and strides are dynamic."""
 
     def __init__(self, spec: MaterializeSpec, config: MaterializeConfig, arch: Arch):
-        config.check()
+        config.check(spec, arch)
         self.spec, self.arch, self.warps = spec, arch, config.warps
         self.state_dtype, self.out_dtype = convert.DTYPES[spec.state_dtype], convert.DTYPES[spec.out_dtype]
         self.input_dtype, self.A_dtype = convert.DTYPES[spec.input_dtype], convert.DTYPES[spec.A_dtype]

@@ -25,7 +25,7 @@ class BuildWorkItems:
     """The kernel of a `WorkItemsSpec`; everything but types is dynamic."""
 
     def __init__(self, spec: WorkItemsSpec, config: CursorConfig, arch: Arch):
-        config.check()
+        config.check(spec, arch)
         self.spec, self.warps = spec, config.warps
         self.rows = CursorRows(spec)
 

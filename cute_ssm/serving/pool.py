@@ -36,6 +36,8 @@ class StatePool:
         Largest number of pending tokens, and of new tokens of a step.
     pad_slot_id : int
         What a row of a batch that is padding has in ``state_batch_indices``.
+    state_name : str
+        What the operator calls it: ``state`` or ``initial_state``.
     state : Tensor, (layers, slots, ...)
     state_scale : Tensor, (layers, slots, ...), float32, or None
     history : dict of str to Tensor, (layers, slots, ...)
@@ -118,7 +120,7 @@ class StatePool:
             self._draws = torch.zeros(self.slots, dtype=torch.int64, device=self.state.device)
             self._draw(torch.arange(self.slots, device=self.state.device))
         self._free = list(range(slots - 1, -1, -1))
-        self._state_name = "state"
+        self.state_name = "state"
         self._arguments = [self._arguments_of(layer) for layer in range(layers)]
 
     @classmethod
@@ -232,7 +234,7 @@ class StatePool:
         state = (value_heads, V, K), state_dtype
         pool = cls(layers, slots, window, tokens, state, entries, ring=True, conv=conv, device=device)
         pool.pad_slot_id = -1
-        pool._state_name = "initial_state"
+        pool.state_name = "initial_state"
         pool._arguments = [pool._arguments_of(layer) for layer in range(layers)]
         return pool
 
@@ -246,14 +248,14 @@ class StatePool:
         return dict(self._arguments[layer])
 
     def _arguments_of(self, layer: int) -> dict[str, Any]:
-        views: dict[str, Any] = {self._state_name: self.state[layer]}
+        views: dict[str, Any] = {self.state_name: self.state[layer]}
         views |= {name: tensor[layer] for name, tensor in self.history.items()}
         views["prev_num_accepted_tokens"] = self.prev_num_accepted_tokens
         if self.cache_buf_idx is not None:
             views["cache_buf_idx"] = self.cache_buf_idx
         else:
             views |= {"ring_start": self.ring_start, "window": self.window}
-        if self._state_name == "state":
+        if self.state_name == "state":
             views["pad_slot_id"] = self.pad_slot_id
         if self.state_scale is not None:
             views["state_scale"] = self.state_scale[layer]

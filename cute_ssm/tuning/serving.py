@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cute_ssm.arch import Arch
 from cute_ssm.errors import UnsupportedSpecError
-from cute_ssm.spec import Config
+from cute_ssm.spec import Config, Spec
 from cute_ssm.tuning import apply_override
 
 WARP = 32
@@ -26,7 +27,7 @@ class CursorConfig(Config):
 
     warps: int
 
-    def check(self) -> None:
+    def check(self, spec: Spec, arch: Arch) -> None:
         """Raise `UnsupportedSpecError` if the kernel cannot run so."""
         if not 1 <= self.warps <= MOST_WARPS:
             raise UnsupportedSpecError(f"config: warps of {self} are not 1 to {MOST_WARPS}")
@@ -54,7 +55,7 @@ class MaterializeConfig(Config):
 
     warps: int
 
-    def check(self) -> None:
+    def check(self, spec: Spec, arch: Arch) -> None:
         """Raise `UnsupportedSpecError` if the kernel cannot run so."""
         if not 1 <= self.warps <= 8:
             raise UnsupportedSpecError(f"config: warps of {self} are not 1 to 8")

@@ -7,6 +7,7 @@ of its name here, with
   flags, integers and strings with defaults;
 - ``BATCH``: the parameter that grows with the number of requests, and ``BATCHES``: its usual values;
 - ``MODELS``: calls by name of model, each a dict of parameters other than `BATCH`;
+- ``pool(...) -> StatePool``, where an engine keeps one for it: with one slot, from the parameters of ``build``;
 
 and by a module in `cute_ssm.tuning` that `cute_ssm.tuner.spaces` names, with ``space`` and ``FREE``.
 """
@@ -24,6 +25,8 @@ from cute_ssm.errors import describe
 
 if TYPE_CHECKING:
     import torch
+
+    from cute_ssm.serving import StatePool
 
 OPERATORS = (
     "selective_state_update", "checkpointing_ssu", "selective_scan", "gated_delta_rule_mtp", "gated_delta_rule_replay",
@@ -115,6 +118,12 @@ def build(op: str, keys: Keys, device: torch.device | str = "cpu", fill: bool = 
             raise ValueError(describe(key, type(known[key]).__name__, repr(value))) from None
     call: Call = _module(op).build(Maker(device, fill, seed), **values)
     return call
+
+
+def pool(op: str, keys: Keys) -> StatePool | None:
+    """Return the pool that an engine would keep for these calls, with a single slot; None if it keeps none."""
+    make = getattr(_module(op), "pool", None)
+    return make(**{**parameters(op), **keys}) if make is not None else None
 
 
 def parameters(op: str) -> dict[str, int | str]:

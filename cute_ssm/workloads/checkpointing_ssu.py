@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from cute_ssm.serving import StatePool
 from cute_ssm.workloads import Call, phases
 from cute_ssm.workloads.maker import Maker, dtype, stored_bytes
 
@@ -80,6 +81,18 @@ def build(
     written = ("out", "state", "state_scale", "old_x", "old_B", "old_dt", "old_cumAdt")
     return Call(
         "checkpointing_ssu", {**history, **arguments, "dt_softplus": True}, written, batch * nheads, floor
+    )  # fmt: skip
+
+
+def pool(
+    W: int, T: int, nheads: int, dim: int, dstate: int, ngroups: int, state_dtype: str, input_dtype: str, rounding: str,
+    **_: int | str,
+) -> StatePool:  # fmt: skip
+    """As `workloads.pool`."""
+    return StatePool.mamba2(
+        1, 1, nheads=nheads, dim=dim, dstate=dstate, ngroups=ngroups, window=W, tokens=T,
+        state_dtype=dtype(state_dtype), input_dtype=dtype(input_dtype), history="double",
+        seed=0 if rounding == "stochastic" else None,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from cute_ssm.serving import StatePool
 from cute_ssm.workloads import Call, phases
 from cute_ssm.workloads.maker import Maker, dtype, stored_bytes
 
@@ -61,6 +62,16 @@ def build(
 def _heads(HV: int) -> list[dict[str, int | str]]:
     """The verification of four drafted tokens, by 16 heads."""
     return [{"H": 16, "HV": HV, "T": 4, "state_dtype": state} for state in ("float32", "bfloat16")]
+
+
+def pool(
+    W: int, T: int, H: int, HV: int, K: int, V: int, state_dtype: str, input_dtype: str, **_: int | str
+) -> StatePool:
+    """As `workloads.pool`."""
+    return StatePool.gated_delta(
+        1, 1, heads=H, value_heads=HV, K=K, V=V, window=W, tokens=T, state_dtype=dtype(state_dtype),
+        input_dtype=dtype(input_dtype),
+    )  # fmt: skip
 
 
 MODELS: dict[str, list[dict[str, int | str]]] = {"qwen3-next": _heads(32), "qwen3.5": _heads(64)}

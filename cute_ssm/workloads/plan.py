@@ -10,6 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cute_ssm import arch as archs
 from cute_ssm import runtime, tuning, workloads
 from cute_ssm.arch import Arch
@@ -38,15 +40,32 @@ def of_call(op: str, keys: Keys, arch: Arch, sm_count: int | None = None) -> lis
     return plan.kernels
 
 
+def around(workload: Workload, arch: Arch, sm_count: int | None = None) -> list[Kernel]:
+    """Return the kernels that an engine runs around declared calls: those of its `serving.StatePool`, with 32-bit
+    indices."""
+    pool = workloads.pool(workload.op, dict(workload.keys))
+    if pool is None:
+        return []
+    one = torch.zeros(1, dtype=torch.int32)
+    with runtime.planned(arch, sm_count) as plan:
+        pool.commit(one, one)
+        if pool.state_name == "state":  # that of Mamba-2
+            for batch in workload.batches:
+                pool.build_work_items(torch.full((batch,), pool.pad_slot_id, dtype=torch.int32))
+            A = torch.zeros(pool.state.shape[2], 1, 1).expand(pool.state.shape[2:])
+            for count in (None, one):
+                pool.materialize([A], one, one, num_tokens=count)
+    return plan.kernels
+
+
 def of_workloads(declared: Iterable[Workload], targets: Sequence[Arch], sm_count: int | None = None) -> list[Kernel]:
-    """Return the distinct kernels of declared calls for some targets."""
-    found = (
-        kernel
-        for workload in declared
-        for keys in workload.calls()
-        for arch in targets
-        for kernel in of_call(workload.op, keys, arch, sm_count)
-    )
+    """Return the distinct kernels of declared calls, and of what is `around` them, for some targets."""
+    found: list[Kernel] = []
+    for workload in declared:
+        for arch in targets:
+            for keys in workload.calls():
+                found += of_call(workload.op, keys, arch, sm_count)
+            found += around(workload, arch, sm_count)
     return list(dict.fromkeys(found))
 
 
