@@ -75,7 +75,7 @@ class Consumer:
         here = stage * layout.unit_bytes
         cute.arch.mbarrier_wait(unit_full + stage, phase)
         meta = cute.recast_ptr(units + (here + layout.meta), dtype=Int32)
-        k, n, _, _ = memory.load_words(meta, 4)
+        k, n, b, start = memory.load_words(meta, 4)
         slot, head, column, first_tile = memory.load_words(meta + 4, 4)
         if k >= 0:
             place = (k, n, slot, head, column, first_tile)
@@ -96,8 +96,9 @@ class Consumer:
             # rows of out, in place of z, leave by one copy each
             cute.arch.fence_proxy("async.shared", space="cta")
             cute.arch.sync_warp()
-            _, _, b, start = memory.load_words(meta, 4)  # not kept: registers are short while states are written
-            _, head, column, _ = memory.load_words(meta + 4, 4)
+            if const_expr(self.half.single):  # again: 12 bytes spilled of stochastic int8; in a loop, 32 of int16 would
+                _, _, b, start = memory.load_words(meta, 4)
+                _, head, column, _ = memory.load_words(meta + 4, 4)
             width = self.own * layout.tile_rows * 2
             for base in cutlass.range_constexpr(0, self.spec.tokens, 32):
                 t = base + lane
