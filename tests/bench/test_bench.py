@@ -16,9 +16,16 @@ from cute_ssm.errors import CuteSsmError
 from cute_ssm.tuner import timing
 
 pytest.importorskip("bench", reason="tools/ is not on the path")
-from bench import cases, peers, report, roof, run
+from bench import cases, counters, peers, report, roof, run
 
 STEP = {"batch": 3, "nheads": 4, "dim": 16, "dstate": 32, "state_dtype": "float32"}
+
+
+# ------------------------------------------------------------------------------------------------------------- counters
+def test_counting_one_operator_leaves_the_rows_of_others(monkeypatch):
+    monkeypatch.setattr(counters, "commit", lambda: "none")
+    known = json.loads(counters.RESULTS.read_text())["rows"]
+    assert counters.record(["an operator without cases"])["rows"] == known
 
 
 # ------------------------------------------------------------------------------------------------------------ the cases

@@ -115,8 +115,10 @@ def known_rows() -> list[dict]:
 
 
 def identity(op: str, keys: dict, arch: str) -> tuple:
-    """What makes a row: the same call of the same operator for the same target."""
-    return op, arch, *sorted((k, str(v)) for k, v in keys.items())
+    """What makes a row: the same call of the same operator for the same target, whatever is left to its defaults."""
+    from cute_ssm import workloads
+
+    return op, arch, *sorted((k, str(v)) for k, v in {**workloads.parameters(op), **keys}.items())
 
 
 def commit() -> str:
