@@ -25,6 +25,7 @@ from cute_ssm.tuning.checkpointing_ssu import STEP, TOKENS
 UNROLLED = 4  # tiles of a consumer and unit that are unrolled: more do not fit the code cache, or wide ones registers
 SMALLEST_UNIT = 2.0**-90  # of a quantised row's sums: its inverse times an input stays finite
 HELD_COLUMNS = 128  # of 16 quantised rows that registers hold until their scales are known
+IN_FLIGHT = 4  # quads of a new state whose products overlap
 HELD = 32  # registers that may hold the history's B for all tiles of a unit
 
 
@@ -415,9 +416,11 @@ class Consumer:
         quads = range(self.tile.quads)
         if not self.tile.scaled:
             bits = []
-            for quad in quads:
-                results = self.new_quad(at, m, quad, x, history, identity, k, lane)
-                bits = self.put_quad(at, m, quad, row, results, None, owner, random, bits, lane)
+            for first in range(0, self.tile.quads, IN_FLIGHT):  # loads do not pass stores: products overlap before one
+                some = quads[first : first + IN_FLIGHT]
+                results = [self.new_quad(at, m, quad, x, history, identity, k, lane) for quad in some]
+                for quad, result in zip(some, results):
+                    bits = self.put_quad(at, m, quad, row, result, None, owner, random, bits, lane)
             return
         largest, results = [None, None], []
         for quad in quads:
