@@ -172,7 +172,7 @@ def test_resume_leaves_out_what_is_done(modelled, capsys):
 
 def test_a_run_stops_when_its_time_is_up(modelled, tmp_path):
     path = tmp_path / "some.jsonl"
-    assert run.main([*modelled[1], "--out", str(path), "--minutes", "0.000001"]) == 3
+    assert run.main([*modelled[1], "--out", str(path), "--minutes", "1e-12"]) == 3
     assert path.read_text() == ""
 
 
