@@ -119,8 +119,8 @@ def _choose(spec: GatedDeltaSpec, heads: int, sm_count: int) -> GatedDeltaRuleCo
     take thrice those of products.
     """
     rows = min(spec.V, MOST_ROWS)
-    if isinstance(spec, GatedDeltaRuleReplaySpec) and spec.K == 256:
-        rows = min(rows, 4 * TILE)  # with eight warps of a tile each, sm_100a spills
+    if isinstance(spec, GatedDeltaRuleReplaySpec) and spec.K == 256 and spec.tokens <= 8:
+        rows = min(rows, 4 * TILE)  # with eight warps of a tile each, sm_100a spills; with four and more tokens, sm_90a
     while rows > 2 * TILE and heads * (spec.V // rows) < 2 * sm_count:
         rows //= 2
     alone = isinstance(spec, GatedDeltaRuleSpec) and spec.tokens == 1
