@@ -87,7 +87,8 @@ def record(only: list[str]) -> dict:
     sys.path.insert(0, str(ROOT / "tools"))
     from count import count
 
-    known = {identity(row["op"], row["keys"], row["arch"]): row for row in known_rows()} if only else {}
+    kept = json.loads(RESULTS.read_text())["rows"] if only else []
+    known = {identity(row["op"], row["keys"], row["arch"]): row for row in kept}
     now, rows = commit(), []
     for op, keys in CASES:
         for arch in ARCHS:
@@ -106,12 +107,6 @@ def record(only: list[str]) -> dict:
         "versions": {"python": platform.python_version(), **versions},
         "rows": rows,
     }
-
-
-def known_rows() -> list[dict]:
-    """Rows of the results, each with the commit that was counted."""
-    results = json.loads(RESULTS.read_text())
-    return [{"commit": results.get("commit")} | row for row in results["rows"]]
 
 
 def identity(op: str, keys: dict, arch: str) -> tuple:
