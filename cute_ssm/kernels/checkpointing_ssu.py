@@ -33,6 +33,7 @@ from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, memory
+from cute_ssm.device.bounds import in_range
 from cute_ssm.device.history import HistoryView
 from cute_ssm.device.tile import StateTile
 from cute_ssm.kernels.checkpointing_consumer import Consumer
@@ -284,9 +285,9 @@ class Steps:
             slot = Int64(found)
         elif const_expr(indices is not None):
             slot = Int64(indices[item])
-        live = slot != pad_slot and slot >= 0 and slot < state.shape[0]
+        live = slot != pad_slot and in_range(slot, state.shape[0])
         if const_expr(spec.work_items):
-            live = live and Uint32(b) < Uint32(batch)
+            live = live and in_range(b, batch)
             b = b if live else Int32(0)
         slot = slot if live else Int64(0)
         if const_expr(not spec.work_items):
@@ -297,7 +298,7 @@ class Steps:
             live = live and first >= 0 and last <= total and last > first and last - first <= spec.tokens
             start, n = Int32(first), Int32(last - first)
         bound = self.history.cursors(dt_cache)
-        live = live and Uint32(k) <= Uint32(spec.window) and Uint32(cursor) < Uint32(bound)
+        live = live and in_range(k, spec.window + 1) and in_range(cursor, bound)
         if const_expr(half.part == "write"):
             live = live and k + n > spec.window
         elif const_expr(half.part == "keep"):

@@ -83,11 +83,10 @@ class CommitCursors:
             slot, count, kept, place, live = self.rows.load((pnat, cursor, src, cu), b, sizes)
             taken = Int64(accepted[b])
             if live and taken >= 0 and taken <= cutlass.min(count, window):
-                if kept + count > window:
+                if self.rows.writes(kept, count, window):
                     if const_expr(self.spec.ring):
-                        place += kept
-                        if place >= places:
-                            place -= places
+                        behind = places - place  # place + kept may not fit 32 bits
+                        place = kept - behind if kept >= behind else place + kept
                     else:
                         place = 1 - place
                     cursor[slot] = place

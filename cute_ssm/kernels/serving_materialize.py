@@ -23,6 +23,7 @@ from cutlass.cute.runtime import make_fake_stream
 
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, math, memory, philox
+from cute_ssm.device.bounds import in_range
 from cute_ssm.kernels.fakes import fake
 from cute_ssm.spec import QUANTISED, MaterializeSpec
 from cute_ssm.tuning.serving import MOST_PENDING, WARP, MaterializeConfig, choose_materialize
@@ -148,8 +149,8 @@ class MaterializeState:
             head = unit // self.chunks
             b, h = divmod(head, heads)
             source, target = Int64(src[b]), Int64(dst[b])
-            live = source != pad_slot and source >= 0 and source < state.shape[0]
-            live = live and target != pad_slot and target >= 0 and target < out.shape[0]
+            live = source != pad_slot and in_range(source, state.shape[0])
+            live = live and target != pad_slot and in_range(target, out.shape[0])
             if live:
                 pending, place = pnat[source], cursor[source]
                 count = Int64(pending)
@@ -157,8 +158,8 @@ class MaterializeState:
                     count = Int64(counts[b])
                 rows = dt.shape[len(dt.shape) - 1]
                 places = rows if const_expr(self.ring) else Int32(2)
-                live = pending >= 0 and pending <= cutlass.min(rows, MOST_PENDING) and place >= 0 and place < places
-                if live and count >= 0 and count <= pending:
+                live = pending <= cutlass.min(rows, MOST_PENDING) and in_range(place, places)
+                if live and count >= 0 and count <= pending:  # pending is then not negative either
                     first = (unit - head * self.chunks) * self.unit_rows + lane // self.lanes * ROWS
                     where = (source, target, h, first, lane % self.lanes)
                     pools = (state, state_scale, out, out_scale)

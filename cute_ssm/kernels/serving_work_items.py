@@ -118,7 +118,7 @@ class BuildWorkItems:
         """(slot, PNAT, cursor, whether live, whether its step writes); a row that is not live has the pad's slot."""
         pad_slot, _, window, _ = sizes
         slot, count, kept, place, live = self.rows.load(cursors, cutlass.min(b, batch - 1), sizes)
-        writes = live and b < batch and kept + count > window
+        writes = live and b < batch and self.rows.writes(kept, count, window)
         name = Int32(slot) if live else Int32(pad_slot)
         kept = kept if live else Int32(0)
         place = place if live else Int32(0)

@@ -184,8 +184,8 @@ def _places(
     if (tokens is None) == (cu_seqlens is None):
         got: object = "neither" if tokens is None else "both"
         raise ValueError(describe("tokens", "a number, or cu_seqlens instead", got))
-    if tokens is not None and tokens < 1:
-        raise ValueError(describe("tokens", "at least 1", tokens))
+    if tokens is not None and not 1 <= tokens <= tuning.MOST_TOKENS:
+        raise ValueError(describe("tokens", f"at least 1, at most {tuning.MOST_TOKENS}", tokens))
     if ring_start is None:
         if ring_length is not None:
             raise ValueError(describe("ring_length", "None without ring_start", ring_length))
@@ -263,8 +263,11 @@ class _Rows(NamedTuple):
         """The rows of tensors on the CPU; raise if what they hold does not fit."""
         slots = torch.arange(batch) if self.src is None else self.src.long()
         counts = torch.full((batch,), self.tokens) if self.cu_seqlens is None else self.cu_seqlens.long().diff()
-        if bool((counts < 0).any()):
-            raise ValueError(describe("cu_seqlens", "rising offsets", self.cu_seqlens))
+        if self.cu_seqlens is not None and (bool((counts < 0).any()) or bool((self.cu_seqlens < 0).any())):
+            raise ValueError(describe("cu_seqlens", "rising offsets from 0 on", self.cu_seqlens.tolist()))
+        if bool((counts > tuning.MOST_TOKENS).any()):
+            expected = f"at most {tuning.MOST_TOKENS} tokens of a row"
+            raise ValueError(describe("cu_seqlens", expected, int(counts.max())))
         live = (slots != self.pad_slot_id) & (counts > 0)
         arguments.check_slots("state_batch_indices", slots, live, self.pnat.shape[0], self.pad_slot_id)
         used = slots[live]

@@ -11,6 +11,7 @@ from cute_ssm.tuning import apply_override
 
 WARP = 32
 MOST_PENDING = 2 * WARP  # tokens that a lane of a warp holds two of
+MOST_TOKENS = 1 << 20  # new tokens of a row: more are offsets that hold something else
 MOST_WARPS = 32  # of a CTA
 FEW_ROWS = 128  # of a batch, for which a small CTA is enough
 
