@@ -47,6 +47,11 @@ class Spec:
 class Config:
     """Base of all configs: what may change a kernel's speed and nothing else."""
 
+    @property
+    def launches(self) -> int:
+        """Kernels that one call launches."""
+        return 1
+
 
 def digest(*parts: object, length: int = 12) -> str:
     """Return a hexadecimal digest of frozen dataclasses, strings and numbers that is stable between processes."""

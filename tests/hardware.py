@@ -19,6 +19,7 @@ import torch
 import ptxsim
 from cute_ssm import arch as archs
 from cute_ssm import runtime
+from cute_ssm.kernels import registry
 from cute_ssm.runtime import emulation
 
 _open = threading.local()  # .sessions: those that this thread has open
@@ -78,10 +79,12 @@ def emulated(spec: Any, config: Any = None, arch: Any = None) -> Any:
     sessions = _open.__dict__.get("sessions")
     if not sessions or isinstance(_real_emulator(), emulation.Plan):
         return _real_emulated(spec, config, arch)
-    function = runtime.get(spec, config, arch or archs.by_name(sessions[-1].arch))
+    arch = arch or archs.by_name(sessions[-1].arch)
+    chosen = config if config is not None else registry.default_config(spec, arch)
+    function = runtime.get(spec, chosen, arch)
 
     def run(*arguments: Any) -> None:
-        sessions[-1].launches.append(Known())
+        sessions[-1].launches += [Known() for _ in range(chosen.launches)]
         round_trip(function, arguments, torch.device("cuda"))
 
     return run

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hardware
 import pytest
+import scan_cases
 import step_cases
 import torch
 
 import ptxsim
-from cute_ssm import arch, runtime
+from cute_ssm import arch, runtime, tuning
 
 
 @pytest.fixture
@@ -68,3 +69,19 @@ def test_plans_are_plans_still(pretended):
     with ptxsim.emulate(arch="sm_90a") as session:
         assert len(plan.of_call("selective_state_update", {"batch": 2}, arch.SM_90A)) == 1
         assert session.launches == []
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_a_session_counts_the_kernels_of_a_call(pretended, splits):
+    call = scan_cases.arguments(scan_cases.Case(lengths=(64,), nulls=()))
+    with ptxsim.emulate(arch="sm_90a") as session, tuning.override(splits=splits):
+        step_cases.cute_ssm.selective_scan(**call)
+        assert len(session.launches) == splits
+
+
+def test_copies_of_a_call_stay_on_its_device():
+    value = torch.empty(4, 4, dtype=torch.float16, device="meta")[:, 1:3]
+    twin = step_cases.copy({"x": value})["x"]
+    assert (twin.device, twin.stride(), twin.storage_offset()) == (value.device, value.stride(), 1)
+    assert step_cases.storage(value).device == value.device
+    assert step_cases.storage(value).numel() == 32

@@ -89,6 +89,11 @@ class CheckpointingSSUConfig(Config):
         """The kernels that are launched, in order."""
         return tuple(self.half(part) for part in (PARTS[2:0:-1] if self.form == PAIR else PARTS[:1]))
 
+    @property
+    def launches(self) -> int:
+        """Kernels that one call launches."""
+        return len(self.halves)
+
     def check(self, spec: CheckpointingSSUSpec, arch: Arch) -> None:
         """Raise `UnsupportedSpecError` if the kernel cannot run so."""
         problems = {

@@ -63,6 +63,11 @@ class SelectiveScanConfig(Config):
     ctas_per_sm: int
     splits: int = 1
 
+    @property
+    def launches(self) -> int:
+        """Kernels that one call launches: two where sequences are scanned in parts."""
+        return 1 if self.splits == 1 else 2
+
     def channels(self) -> int:
         """Channels of a CTA."""
         return WARP * self.warps // self.lanes

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+from step_cases import copy as copy
+from step_cases import storage as storage
 
 import cute_ssm
 from cute_ssm.reference.gated_delta_rule import gated_delta_rule as mathematics
@@ -131,23 +133,6 @@ def arguments(case: Case, seed: int = 0) -> dict:
     if case.mode == "scatter":
         call["ssm_state_indices"] = scatter.to(case.indices)
     return call
-
-
-def storage(tensor: torch.Tensor) -> torch.Tensor:
-    """All bytes of a tensor's memory, gaps included."""
-    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-
-
-def copy(call: dict) -> dict:
-    """The same call on copies of everything, memory between the elements included."""
-
-    def duplicate(value):
-        if not isinstance(value, torch.Tensor):
-            return value
-        twin = torch.empty(0, dtype=value.dtype)
-        return twin.set_(value.untyped_storage().clone(), value.storage_offset(), value.shape, value.stride())
-
-    return {name: duplicate(value) for name, value in call.items()}
 
 
 def expected(call: dict, compute_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -114,7 +114,7 @@ def arguments(case: Case, seed: int = 0) -> dict:
 
 def storage(tensor: torch.Tensor) -> torch.Tensor:
     """All bytes of a tensor's memory, gaps included."""
-    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def copy(call: dict) -> dict:
@@ -123,7 +123,7 @@ def copy(call: dict) -> dict:
     def duplicate(value):
         if not isinstance(value, torch.Tensor):
             return value
-        twin = torch.empty(0, dtype=value.dtype).set_(
+        twin = torch.empty(0, dtype=value.dtype, device=value.device).set_(
             value.untyped_storage().clone(), value.storage_offset(), value.shape, value.stride()
         )
         return twin
