@@ -15,6 +15,13 @@ class UnsupportedSpecError(CuteSsmError, ValueError):
     """A legal call that no kernel of this version implements."""
 
 
+class GradientError(CuteSsmError, ValueError, RuntimeError):
+    """Grad mode is on, and an argument of an operator, none of which has gradients, requires grad.
+
+    A `ValueError` like every refused argument, and a `RuntimeError` like what PyTorch's autograd raises.
+    """
+
+
 class CompileError(CuteSsmError, RuntimeError):
     """The compiler refused a kernel; the message carries the spec, the config and the compiler's words."""
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cute_ssm.errors import UnsupportedSpecError, describe
+from cute_ssm.ops._gradients import refuse
 from cute_ssm.ops.gated_delta_rule import gated_delta_rule_mtp
 
 
@@ -64,6 +65,7 @@ def fused_recurrent_gated_delta_rule(
     for name, value in (("q", q), ("v", v)):
         if not isinstance(value, Tensor) or value.dim() != 4:
             raise ValueError(describe(name, "a tensor of 4 dimensions", type(value).__name__))
+    refuse("fused_recurrent_gated_delta_rule", q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
     batch, tokens, value_heads, V = v.shape
     K = q.shape[-1]
     for name, value in (("g", g), ("beta", beta)):

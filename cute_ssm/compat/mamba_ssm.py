@@ -1,4 +1,4 @@
-"""Functions with the signatures and conventions of ``mamba_ssm``; forward only."""
+"""Functions with the signatures and conventions of ``mamba_ssm``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cute_ssm.errors import UnsupportedSpecError, describe
+from cute_ssm.ops._gradients import requires_grad
 from cute_ssm.ops.selective_scan import selective_scan
 from cute_ssm.ops.selective_state_update import selective_state_update as _update
+from cute_ssm.reference.selective_scan import selective_scan_gradients
 
 PAD_SLOT_ID = -1
 
@@ -105,7 +108,10 @@ def selective_scan_fn(
 
     Notes
     -----
-    No argument is modified, and there is no gradient.
+    No argument is modified.  As in mamba_ssm there are gradients, of all arguments, and of ``last_state`` too: with
+    grad mode on, and if an argument requires grad.  Outputs are those of the operator on every path; the backward pass
+    recomputes the scan in float32, token by token, by PyTorch.  That is for fine-tuning and tests: training at speed
+    has kernels of its own in mamba_ssm.
     """
     for name, tensor in (("B", B), ("C", C)):
         if isinstance(tensor, Tensor) and tensor.dim() == 2:
@@ -116,8 +122,33 @@ def selective_scan_fn(
         zeros = torch.zeros if u.shape[2] == 0 else torch.empty
         states = zeros(u.shape[0], u.shape[1], A.shape[1], dtype=torch.float32, device=u.device)
     D, delta_bias = (t.float() if isinstance(t, Tensor) else t for t in (D, delta_bias))
+    if torch.is_grad_enabled() and requires_grad((u, delta, A, B, C, D, z, delta_bias)):
+        return _Scan.apply(states, delta_softplus, u, delta, A, B, C, D, z, delta_bias)  # type: ignore[no-untyped-call, no-any-return]
     out = selective_scan(u, states, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return out if states is None else (out, states)
+
+
+class _Scan(torch.autograd.Function):
+    """The operator, with the gradients of its reference."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor | None, delta_softplus: bool, *tensors: Any) -> Any:
+        u, delta, A, B, C, D, z, delta_bias = tensors
+        ctx.softplus = delta_softplus
+        ctx.save_for_backward(*tensors)
+        out = selective_scan(u, states, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        if states is None:
+            return out
+        ctx.mark_dirty(states)
+        return out, states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_state: Tensor | None = None) -> Any:
+        tensors = list(ctx.saved_tensors)
+        grouped = [t.unsqueeze(1) if i in (3, 4) and t.dim() == 3 else t for i, t in enumerate(tensors)]
+        found = selective_scan_gradients(grouped, ctx.softplus, grad_out, grad_state)
+        return None, None, *(None if g is None else g.view(t.shape) for g, t in zip(found, tensors))
 
 
 def selective_state_update(

@@ -5,31 +5,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
+
+from cute_ssm.ops._gradients import constants, requires_grad
 
 NAMESPACE = "cute_ssm"
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def register(schema: str, implementation: Callable[..., None], fake: Callable[..., None]) -> Callable[..., None]:
-    """Define an operator that mutates arguments and returns nothing; give back its ``torch.ops`` overload.
+class Operator(NamedTuple):
+    """Two ways to call an operator; both keep to the policy of `_gradients`."""
+
+    eager: Callable[..., None]
+    """Straight to the implementation: for plain tensors that nothing traces."""
+    overload: Callable[..., None]
+    """Through PyTorch's dispatcher: ``torch.ops.cute_ssm.name.default``."""
+
+
+def register(
+    schema: str,
+    implementation: Callable[..., None],
+    fake: Callable[..., None],
+    *,
+    eager: Callable[..., None] | None = None,
+    names: Callable[[dict[str, Any]], Mapping[str, str]] | None = None,
+) -> Operator:
+    """Define an operator that mutates arguments and returns nothing.
 
     Parameters
     ----------
     schema : str
         ``"name(Tensor(a!) state, ...) -> ()"``.
     implementation : callable
-        Runs the operator on CPU and CUDA tensors alike.
+        Runs the operator on CPU and CUDA tensors alike; no tensor that it gets requires grad while grad mode is on.
     fake : callable
         Its shape function; returns None like the operator.
+    eager : callable, optional
+        Runs calls of plain tensors, with as many arguments; None: `implementation`.
+    names : callable, optional
+        Of the arguments of a call, what its caller calls those that the schema calls otherwise.
     """
     name = schema[: schema.index("(")]
     _library.define(schema)
     for key in ("CPU", "CUDA"):
         _library.impl(name, implementation, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    overload: Callable[..., None] = getattr(getattr(torch.ops, NAMESPACE), name).default
-    return overload
+    overload: Any = getattr(getattr(torch.ops, NAMESPACE), name).default
+    arguments = tuple(argument.name for argument in overload._schema.arguments)
+    run = eager or implementation
+
+    def checked(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not requires_grad(values):
+            return values
+        other = names(dict(zip(arguments, values))) if names else {}
+        return constants(name, [other.get(argument, argument) for argument in arguments], values)
+
+    def run_eagerly(*values: Any) -> None:
+        if torch.is_grad_enabled():
+            values = checked(values)
+        run(*values)
+
+    def run_below_autograd(*values: Any) -> None:
+        if torch.is_grad_enabled():
+            values = checked(values)
+        with torch._C._AutoDispatchBelowAutograd():
+            overload(*values)
+
+    _library.impl(name, run_below_autograd, "Autograd")
+    return Operator(run_eagerly, overload)

@@ -146,6 +146,8 @@ def checkpointing_ssu(
         A legal call that this version has no kernel for.
     UnsupportedArchError
         The tensors are on a GPU that the kernels are not compiled for.
+    GradientError
+        Grad mode is on, and an argument requires grad.  Weights that do are taken as constants, with one warning.
 
     Notes
     -----
@@ -262,7 +264,7 @@ def _call(x: object) -> Callable[..., None]:
     """Return what runs a call: the operator that PyTorch knows, or, as it costs less, what is behind it."""
     if not isinstance(x, Tensor):
         raise TypeError(describe("x", "a torch.Tensor", type(x).__name__))
-    return _run if type(x) is Tensor and not torch.compiler.is_compiling() else _traced
+    return _eager if type(x) is Tensor and not torch.compiler.is_compiling() else _traced
 
 
 # Steady state: everything a kernel is chosen by, and what its own entry does not check before it launches.  The entry
@@ -398,7 +400,7 @@ def _run_traced(*values: Any) -> None:
     _run(*call.values())
 
 
-_overload = _library.register(
+_eager, _overload = _library.register(
     "checkpointing_ssu(Tensor(a!) state, Tensor(b!) x_history, Tensor(c!) B_history, Tensor(d!) dt_history, "
     "Tensor(e!)? cum_history, Tensor cursor, Tensor prev_num_accepted_tokens, Tensor x, Tensor dt, Tensor A, Tensor B, "
     "Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor(f!) out, Tensor(g!)? state_scale, "
@@ -407,4 +409,6 @@ _overload = _library.register(
     "bool enable_pdl) -> ()",
     _run_traced,
     lambda *_: None,
+    eager=_run,
+    names=lambda call: arguments.RING if call["ring"] else arguments.DOUBLE,
 )

@@ -108,6 +108,8 @@ def gated_delta_rule_mtp(
         Sizes that no kernel is made for.
     UnsupportedArchError
         The tensors are on a GPU that the kernels are not compiled for.
+    GradientError
+        Grad mode is on, and an argument requires grad.  Weights that do are taken as constants, with one warning.
 
     Notes
     -----
@@ -126,7 +128,7 @@ def gated_delta_rule_mtp(
         output = torch.empty_like(v, dtype=q.dtype, memory_format=torch.contiguous_format)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    run = _run if type(q) is Tensor and not torch.compiler.is_compiling() else _overload
+    run = _eager if type(q) is Tensor and not torch.compiler.is_compiling() else _overload
     run(
         q, k, v, initial_state, initial_state_indices, A_log, a, dt_bias, b, scale, output,
         intermediate_states_buffer, ssm_state_indices, disable_state_update, use_qk_l2norm, output_state_indices,
@@ -376,7 +378,7 @@ def _reference(
     state[targets[kept]] = everything[_positions(count), count][kept]
 
 
-_overload = _library.register(
+_eager, _overload = _library.register(
     "gated_delta_rule_mtp(Tensor q, Tensor k, Tensor v, Tensor(a!) initial_state, Tensor initial_state_indices, "
     "Tensor A_log, Tensor a, Tensor dt_bias, Tensor b, float scale, Tensor(b!) output, "
     "Tensor(c!)? intermediate_states_buffer, Tensor? ssm_state_indices, bool disable_state_update, bool use_qk_l2norm, "

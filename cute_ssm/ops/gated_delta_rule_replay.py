@@ -127,6 +127,8 @@ def gated_delta_rule_replay(
         Sizes that no kernel is made for.
     UnsupportedArchError
         The tensors are on a GPU that the kernels are not compiled for.
+    GradientError
+        Grad mode is on, and an argument requires grad.  Weights that do are taken as constants, with one warning.
 
     Notes
     -----
@@ -146,7 +148,7 @@ def gated_delta_rule_replay(
         if q.dim() != 4 or k_cache.dim() != 4:
             raise ValueError(describe("k_cache", "4 dimensions like q, or a window", f"{k_cache.dim()} and {q.dim()}"))
         window = k_cache.shape[2] - q.shape[1]
-    run = _run if type(q) is Tensor and not torch.compiler.is_compiling() else _overload
+    run = _eager if type(q) is Tensor and not torch.compiler.is_compiling() else _overload
     run(
         q, k, v, initial_state, initial_state_indices, k_cache, v_cache, g_cache, beta_cache, ring_start,
         prev_num_accepted_tokens, A_log, a, dt_bias, b, scale, output, use_qk_l2norm, window, allocated,
@@ -318,7 +320,7 @@ def _reference(given: dict[str, Tensor], scale: float, window: int, use_qk_l2nor
         ring[slots[:, None], :, fresh] = rows_of_tokens
 
 
-_overload = _library.register(
+_eager, _overload = _library.register(
     "gated_delta_rule_replay(Tensor q, Tensor k, Tensor v, Tensor(a!) initial_state, Tensor initial_state_indices, "
     "Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor(d!) g_cache, Tensor(e!) beta_cache, Tensor ring_start, "
     "Tensor prev_num_accepted_tokens, Tensor A_log, Tensor a, Tensor dt_bias, Tensor b, float scale, "

@@ -56,7 +56,7 @@ def selective_scan(
 
     Sequences are equally long (*dense*), or packed one after another (*varlen*, with ``query_start_loc``).  Tensors on
     a GPU run the compiled kernel; tensors on the CPU run the PyTorch reference, or the same compiled kernel inside
-    ``ptxsim.emulate()``.  There is no gradient.
+    ``ptxsim.emulate()``.
 
     Parameters
     ----------
@@ -114,6 +114,8 @@ def selective_scan(
         A shape, type, stride, device, size or index is not as described above.  Nothing has been written.
     UnsupportedArchError
         The tensors are on a GPU that the kernels are not compiled for.
+    GradientError
+        Grad mode is on, and an argument requires grad.  Weights that do are taken as constants, with one warning.
 
     Notes
     -----
@@ -140,7 +142,7 @@ def selective_scan(
         partial = query_start_loc is not None or cache_indices is not None
         allocate = torch.zeros_like if partial else torch.empty_like
         out = allocate(u, memory_format=torch.contiguous_format)
-    run = _run if type(u) is Tensor and not torch.compiler.is_compiling() else _overload
+    run = _eager if type(u) is Tensor and not torch.compiler.is_compiling() else _overload
     run(*tensors, delta_softplus, null_block_id, block_size, out)
     return out
 
@@ -200,7 +202,7 @@ def selective_scan_fn(
         block_idx_first_scheduled_token, block_idx_last_scheduled_token, initial_state_idx, cu_chunk_seqlen,
         last_chunk_indices,
     )  # fmt: skip
-    run = _run_in_place if type(u) is Tensor and not torch.compiler.is_compiling() else _overload_in_place
+    run = _eager_in_place if type(u) is Tensor and not torch.compiler.is_compiling() else _overload_in_place
     if not isinstance(u, Tensor):
         raise TypeError(describe("u", "a torch.Tensor", type(u).__name__))
     run(*tensors, delta_softplus, null_block_id, block_size)
@@ -581,12 +583,12 @@ _INPUTS = (
     "Tensor? block_idx_last_scheduled_token, Tensor? initial_state_idx, Tensor? cu_chunk_seqlen, "
     "Tensor? last_chunk_indices, bool delta_softplus, int null_block_id, int block_size"
 )
-_overload = _library.register(
+_eager, _overload = _library.register(
     f"selective_scan(Tensor u, Tensor(a!)? ssm_states, Tensor delta, {_INPUTS.format(z='')}, Tensor(b!) out) -> ()",
     _run,
     lambda *_: None,
 )
-_overload_in_place = _library.register(
+_eager_in_place, _overload_in_place = _library.register(
     f"selective_scan_fn(Tensor u, Tensor(a!)? ssm_states, Tensor(b!) delta, {_INPUTS.format(z='(c!)')}) -> ()",
     _run_in_place,
     lambda *_: None,

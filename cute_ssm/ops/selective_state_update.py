@@ -137,6 +137,8 @@ def selective_state_update(
         A legal call that this version has no kernel for.
     UnsupportedArchError
         The tensors are on a GPU that the kernels are not compiled for.
+    GradientError
+        Grad mode is on, and an argument requires grad.  Weights that do are taken as constants, with one warning.
 
     Notes
     -----
@@ -166,7 +168,7 @@ def selective_state_update(
         src = src[:, 0]
     if dst is not None and x.dim() == 3 and cu_seqlens is None and _is_matrix("dst_state_batch_indices", dst):
         dst = dst[:, 0]
-    run = _run if type(x) is Tensor and not torch.compiler.is_compiling() else _overload
+    run = _eager if type(x) is Tensor and not torch.compiler.is_compiling() else _overload
     run(
         state, x, dt, A, B, C, D, z, dt_bias, written, state_scale, src, dst, num_accepted_tokens, cu_seqlens,
         intermediate_states_buffer, intermediate_state_indices, intermediate_state_scales, rand_seed,
@@ -353,7 +355,7 @@ def _run_on_cpu(spec: SelectiveStateUpdateSpec, operands: Operands, settings: Se
         kernel(*operands, settings.pad_slot_id, bound, sm_count * config.ctas_per_sm)
 
 
-_overload = _library.register(
+_eager, _overload = _library.register(
     "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
     "Tensor? dt_bias, Tensor(b!) out, Tensor(c!)? state_scale, Tensor? state_batch_indices, "
     "Tensor? dst_state_batch_indices, Tensor? num_accepted_tokens, Tensor? cu_seqlens, "

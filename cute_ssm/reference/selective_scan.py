@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+_WEIGHTS = (2, 5, 7)  # A, D, delta_bias among the tensors of a scan: they have no tokens
 
 
 def selective_scan(
@@ -68,3 +73,69 @@ def selective_scan(
     if D is not None:
         y = y + wide(D)[:, None] * inputs
     return y, y if z is None else y * torch.nn.functional.silu(wide(z)), h
+
+
+def selective_scan_gradients(
+    tensors: Sequence[Tensor | None],
+    delta_softplus: bool,
+    grad_out: Tensor,
+    grad_state: Tensor | None,
+    compute_dtype: torch.dtype = torch.float32,
+    segment: int = 64,
+) -> list[Tensor | None]:
+    """Return the gradients of all arguments of a scan from zero states, by recomputing it.
+
+    The scan is cut into segments.  Only the states between them are kept; from the last segment on, each is computed
+    once more, and differentiated.
+
+    Parameters
+    ----------
+    tensors : u, delta, A, B, C, D, z, delta_bias
+        As for `selective_scan`.
+    delta_softplus : bool
+    grad_out : Tensor, (batch, dim, length)
+        Gradient of `out`.
+    grad_state : Tensor, (batch, dim, dstate), optional
+        Gradient of `new_state`.
+    compute_dtype : torch.dtype
+    segment : int
+        Tokens of a segment: memory grows with the largest of its length and of the number of segments.
+
+    Returns
+    -------
+    list of Tensor or None
+        In the order, shapes and types of `tensors`.
+    """
+    u, A = tensors[0], tensors[2]
+    if u is None or A is None:
+        raise ValueError("u and A are required")
+    batch, dim, length = u.shape
+    parts = [slice(begin, begin + segment) for begin in range(0, length, segment)]
+
+    def of(part: slice) -> list[Tensor | None]:
+        return [t if t is None or i in _WEIGHTS else t[..., part] for i, t in enumerate(tensors)]
+
+    def scan(values: Sequence[Any], first: Tensor) -> tuple[Tensor, Tensor]:
+        u, delta, A, B, C, D, z, bias = values
+        return selective_scan(u, delta, A, B, C, D, z, bias, delta_softplus, first, compute_dtype)[1:]
+
+    carry = A.new_zeros(batch, dim, A.shape[1], dtype=compute_dtype)
+    states = [carry]
+    with torch.no_grad():
+        for part in parts[:-1]:
+            states.append(scan(of(part), states[-1])[1])
+    if grad_state is not None:
+        carry = grad_state.to(compute_dtype)
+    found = [None if t is None else torch.zeros_like(t) for t in tensors]
+    for part, state in zip(reversed(parts), reversed(states)):
+        with torch.enable_grad():
+            first = state.detach().requires_grad_()
+            leaves = [None if t is None else t.detach().requires_grad_() for t in of(part)]
+            results = scan(leaves, first)
+        wanted = [leaf for leaf in (*leaves, first) if leaf is not None]
+        grads = iter(torch.autograd.grad(results, wanted, (grad_out[..., part].to(compute_dtype), carry)))
+        for i, total in enumerate(found):
+            if total is not None:
+                (total if i in _WEIGHTS else total[..., part]).add_(next(grads))
+        carry = next(grads)
+    return found

@@ -446,11 +446,11 @@ _commit_overload = _library.register(
     "int window, int places) -> ()",
     _commit,
     lambda *_: None,
-)
+).overload
 _build_overload = _library.register(
     "serving_build_work_items(Tensor prev_num_accepted_tokens, Tensor place, Tensor? state_batch_indices, "
     "Tensor? cu_seqlens, Tensor(a!) work_items, Tensor(b!) num_writes, bool ring, int pad_slot_id, int tokens, "
     "int window, int places) -> ()",
     _build,
     lambda *_: None,
-)
+).overload

@@ -100,6 +100,8 @@ def materialize(
         a GPU hold is not looked at: there, rows with a slot, cursor or number out of range are skipped.
     UnsupportedSpecError, UnsupportedArchError
         Sizes, or a GPU, that the kernel is not made for.
+    GradientError
+        As for all operators.
 
     Notes
     -----
@@ -121,7 +123,7 @@ def materialize(
     )  # fmt: skip
     eager = type(state) is Tensor and not torch.compiler.is_compiling()
     if eager:
-        _run(*tensors, ring_start is not None, pad_slot_id, philox_rounds)
+        _eager(*tensors, ring_start is not None, pad_slot_id, philox_rounds)
     else:
         # PyTorch lets no operator write an argument that is passed twice
         given = (None, None) if out is None else (target, target_scale)
@@ -411,11 +413,12 @@ def _run_library(
     )  # fmt: skip
 
 
-_overload = _library.register(
+_eager, _overload = _library.register(
     "serving_materialize(Tensor(a!) state, Tensor(b!)? state_scale, Tensor x_history, Tensor B_history, "
     "Tensor dt_history, Tensor cursor, Tensor prev_num_accepted_tokens, Tensor A, Tensor(c!)? out, "
     "Tensor(d!)? out_scale, Tensor state_batch_indices, Tensor dst_state_batch_indices, Tensor? num_tokens, "
     "Tensor? rand_seed, bool ring, int pad_slot_id, int philox_rounds) -> ()",
     _run_library,
     lambda *_: None,
+    eager=_run,
 )

@@ -290,6 +290,32 @@ def test_gradients_run_as_before(calls, scans):
     assert not calls
 
 
+@pytest.mark.parametrize("argument", ["state", "hidden_states", "dt", "A", "B", "C", "D", "dt_bias", "z"])
+def test_any_tensor_alone_that_requires_grad_makes_a_step_run_as_before(argument):
+    """Also what no layer computes from activations, such as D."""
+    ran = []
+    step = integration._update(lambda *args, **kwargs: ran.append("original"))
+    call = {"state": torch.zeros(1, 2, 16, 16), "hidden_states": torch.zeros(1, 2, 16), "dt": torch.zeros(1, 2, 16)}
+    call |= {"A": torch.zeros(2, 16, 16), "B": torch.zeros(1, 1, 16), "C": torch.zeros(1, 1, 16)}
+    call |= {"D": torch.zeros(2, 16), "dt_bias": torch.zeros(2, 16), "z": torch.zeros(1, 2, 16)}
+    assert step(**call).shape == (1, 2, 16) and not ran
+    call[argument].requires_grad_()
+    step(**call)
+    assert ran == ["original"]
+
+
+@pytest.mark.parametrize("argument", range(8))
+def test_any_tensor_alone_that_requires_grad_makes_a_scan_run_as_before(argument):
+    ran = []
+    scan = integration._scan(lambda *args, **kwargs: ran.append("original"))
+    tokens, columns = (1, 4, 3), (1, 2, 3)
+    call = [torch.zeros(*size) for size in (tokens, tokens, (4, 2), columns, columns, (4,), tokens, (4,))]
+    assert scan(*call).shape == tokens and not ran
+    call[argument].requires_grad_()
+    scan(*call)
+    assert ran == ["original"]
+
+
 def test_the_package_does_not_load_transformers():
     code = "import sys, cute_ssm.integrations.transformers; assert 'transformers' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
