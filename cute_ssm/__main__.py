@@ -114,11 +114,12 @@ def _cache(options: argparse.Namespace) -> int:
     if options.json:
         parts = ("spec", "config", "arch")
         whole = [item.record for item in items if all(part in item.record for part in parts)]
-        print(json.dumps([{part: record[part] for part in parts} for record in whole], indent=1))
+        specs = {json.dumps({part: record[part] for part in parts}): None for record in whole}  # each once
+        print(json.dumps([json.loads(spec) for spec in specs], indent=1))
         return 0
     for item in items:
         where = f"{item.version} {item.arch} {item.stack}"
-        print(f"{where}  {item.created:20}  {_size(item.size):>9}  {item.path.stem}")
+        print(f"{where}  {item.created:20}  {_size(item.size):>9}  {item.name}")
     print(f"{root}: {len(items)} kernels, {_size(sum(item.size for item in items))}")
     return 0
 

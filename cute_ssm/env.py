@@ -30,7 +30,11 @@ VARIABLES = (
     Variable("CUTE_SSM_CACHE", "1", "0: neither read nor write compiled kernels on disk"),
     Variable("CUTE_SSM_ARCH", "that of the GPU", f"compile for this target: {', '.join(archs.ARCHS)}"),
     Variable("CUTE_SSM_AOT_DIR", "none", "folders of kernels compiled ahead of time, separated by colons"),
-    Variable("CUTE_SSM_LOG", "off", "off, compile (compilations and cache), calls (every call's arguments too)"),
+    Variable(
+        "CUTE_SSM_LOG",
+        "off",
+        "off, compile (compilations, cache, what runs by the reference), calls (every call's way and arguments too)",
+    ),
     Variable("CUTE_SSM_TUNING_DIR", "none", "folder of measured configs, preferred to the package's own"),
     Variable("VLLM_TUNED_CONFIG_FOLDER", "none", "vLLM's folder of tuned configs, which `cute_ssm.compat.vllm` reads"),
 )

@@ -14,12 +14,12 @@ from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops import _checkpointing_arguments as arguments
 from cute_ssm.ops import _library
 from cute_ssm.ops._checkpointing_arguments import TIED, Operands, Settings
+from cute_ssm.ops._plans import REFUSALS, Plans
 from cute_ssm.reference.checkpointing_ssu import update as reference
 from cute_ssm.spec import CheckpointingSSUSpec
 from cute_ssm.tuning import checkpointing_ssu as tuning
 from cute_ssm.tuning import overridden
 
-MOST_PLANS = 4096
 MOST_UNITS = 2**30  # the kernel counts in 32 bits, and one grid past the last
 NO_PAD = -1  # no sequence's number
 
@@ -271,7 +271,7 @@ def _call(x: object) -> Callable[..., None]:
 # checks types, strides, alignment, and the equality of sizes that several tensors have; if it refuses, the arguments
 # are examined one by one.
 _Plan = tuple[Callable[..., None], int]
-_plans: dict[tuple[object, ...] | None, _Plan] = {}
+_plans: Plans[_Plan] = Plans()
 
 
 def _run(
@@ -332,7 +332,7 @@ def _run(
         try:
             plan[0](*tensors, pad_slot_id, plan[1])
             return
-        except (TypeError, ValueError):
+        except REFUSALS:
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
     settings = Settings(ring, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, window, enable_pdl)
     operands, spec = arguments.check(Operands._make(tensors), settings)
@@ -344,10 +344,7 @@ def _run(
         sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
         config = _config(spec, operands, settings, sm_count, arch)
         plan = (runtime.get(spec, config, arch), sm_count)
-        if not overridden():
-            if len(_plans) >= MOST_PLANS:  # of sizes that come and go
-                _plans.clear()
-            _plans[key] = plan
+        _plans.remember(key, plan)
         plan[0](*operands, pad_slot_id, plan[1])
 
 
@@ -368,6 +365,7 @@ def _run_on_cpu(spec: CheckpointingSSUSpec, operands: Operands, settings: Settin
     arguments.check_contents(operands, settings, spec)
     emulator = runtime.emulator()
     if emulator is None:
+        runtime.by_reference(spec, operands)
         reference(operands, spec, settings.pad_slot_id)
     elif arguments.batch_of(operands) and operands.x.numel():
         arch = archs.by_name(emulator.arch)

@@ -15,6 +15,7 @@ from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
 from cute_ssm.ops import _gated_delta_arguments as checks
 from cute_ssm.ops import _library
+from cute_ssm.ops._plans import REFUSALS, Plans
 from cute_ssm.reference.gated_delta_rule import gated_delta_rule as reference
 from cute_ssm.spec import GatedDeltaRuleSpec
 from cute_ssm.tuning import gated_delta_rule as tuning
@@ -154,7 +155,7 @@ def _warn_of_default() -> None:
 
 # Steady state: everything a kernel is chosen by, but for strides and alignment.  Those, and the equality of sizes and
 # types, the kernel's own entry checks before it launches; if it refuses, the arguments are examined one by one.
-_plans: dict[tuple[object, ...] | None, Callable[..., None]] = {}
+_plans: Plans[Callable[..., None]] = Plans()
 
 
 def _dtype(tensor: Tensor | None) -> torch.dtype | None:
@@ -200,7 +201,7 @@ def _run(
         try:
             plan(*tensors, scale)
             return
-        except (TypeError, ValueError):
+        except REFUSALS:
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
     spec = _check(*tensors, flags)
     units = v.shape[0] * v.shape[2]
@@ -208,6 +209,7 @@ def _run(
         _check_indices(tensors, flags)
         emulator = runtime.emulator()
         if emulator is None:
+            runtime.by_reference(spec, tensors)
             _reference(*tensors, scale, flags)
         elif units:
             arch = archs.by_name(emulator.arch)
@@ -217,8 +219,7 @@ def _run(
         arch = runtime.target(q.device)
         config = tuning.choose(spec, arch, units, torch.cuda.get_device_properties(q.device).multi_processor_count)
         plan = runtime.get(spec, config, arch)
-        if not overridden():
-            _plans[key] = plan
+        _plans.remember(key, plan)
         plan(*tensors, scale)
 
 

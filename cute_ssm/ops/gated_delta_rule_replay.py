@@ -13,6 +13,7 @@ from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
 from cute_ssm.ops import _gated_delta_arguments as checks
 from cute_ssm.ops import _library
+from cute_ssm.ops._plans import REFUSALS, Plans
 from cute_ssm.reference.gated_delta_rule import gated_delta_rule_replay as reference
 from cute_ssm.reference.gated_delta_rule import gates
 from cute_ssm.spec import WINDOW_BUCKETS, GatedDeltaRuleReplaySpec, token_bucket, window_bucket
@@ -158,7 +159,7 @@ def gated_delta_rule_replay(
 
 # Steady state: everything a kernel is chosen by, but for strides and alignment.  Those, and the equality of sizes and
 # types, the kernel's own entry checks before it launches; if it refuses, the arguments are examined one by one.
-_plans: dict[tuple[object, ...] | None, Callable[..., None]] = {}
+_plans: Plans[Callable[..., None]] = Plans()
 
 
 def _run(
@@ -201,7 +202,7 @@ def _run(
         try:
             plan(*tensors, scale, window)
             return
-        except (TypeError, ValueError):
+        except REFUSALS:
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
     given = _named(*tensors)
     spec = _check(given, window, use_qk_l2norm, zero_padding)
@@ -210,6 +211,7 @@ def _run(
         _check_values(src, ring_start, counts, state.shape[0], k_cache.shape[2], window)
         emulator = runtime.emulator()
         if emulator is None:
+            runtime.by_reference(spec, tensors)
             _reference(given, scale, window, use_qk_l2norm, zero_padding)
         elif units:
             arch = archs.by_name(emulator.arch)
@@ -219,8 +221,7 @@ def _run(
         arch = runtime.target(q.device)
         config = tuning.choose(spec, arch, units, torch.cuda.get_device_properties(q.device).multi_processor_count)
         plan = runtime.get(spec, config, arch)
-        if not overridden():
-            _plans[key] = plan
+        _plans.remember(key, plan)
         plan(*tensors, scale, window)
 
 

@@ -14,6 +14,7 @@ from cute_ssm.arch import Arch
 from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
 from cute_ssm.ops import _library
+from cute_ssm.ops._plans import REFUSALS, Plans
 from cute_ssm.ops._scan_plan import Metadata, plan_on_cpu
 from cute_ssm.reference.selective_scan import selective_scan as reference
 from cute_ssm.spec import SelectiveScanSpec
@@ -248,8 +249,7 @@ class _Plan(NamedTuple):
         self.kernel(*args, carried, null_block_id, block_size, sequences, self.max_ctas)
 
 
-_plans: dict[tuple[object, ...], _Plan] = {}
-MOST_PLANS = 4096
+_plans: Plans[_Plan] = Plans()
 
 
 def _run(*args: Any) -> None:
@@ -284,7 +284,7 @@ def _scan(
         try:
             plan.run(_canonical(tensors, out, ungated), null_block_id, block_size, _sequences(tensors))
             return
-        except (TypeError, ValueError, IndexError, AttributeError):
+        except REFUSALS:
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
     _check(tensors, null_block_id, block_size, {out_name: out, ungated_name: ungated})
     copies = _unit_strides({**tensors._asdict(), "out": out, "ungated": ungated})
@@ -304,10 +304,7 @@ def _scan(
     elif u.numel() and sequences:
         sm_count = torch.cuda.get_device_properties(u.device).multi_processor_count
         plan = _plan(spec, args, sequences, runtime.target(u.device), sm_count, runtime.get)
-        if not overridden():
-            if len(_plans) >= MOST_PLANS:  # of sizes that come and go
-                _plans.clear()
-            _plans[key] = plan
+        _plans.remember(key, plan)
         plan.run(args, null_block_id, block_size, sequences)
 
 
@@ -417,6 +414,7 @@ def _run_on_cpu(
     segments = plan_on_cpu(Metadata(*args[9:17]), sequences, u.shape[2], slots, null_block_id, block_size)
     emulator = runtime.emulator()
     if emulator is None:
+        runtime.by_reference(spec, args)
         _reference(args, spec.delta_softplus, segments)
     elif u.numel() and sequences:
         arch = archs.by_name(emulator.arch)

@@ -13,13 +13,13 @@ from cute_ssm import runtime
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops import _library
 from cute_ssm.ops import _step_arguments as arguments
+from cute_ssm.ops._plans import REFUSALS, Plans
 from cute_ssm.ops._step_arguments import Operands, Settings
 from cute_ssm.reference.selective_state_update import update as reference
 from cute_ssm.spec import SelectiveStateUpdateSpec
 from cute_ssm.tuning import overridden
 from cute_ssm.tuning import selective_step as tuning
 
-MOST_PLANS = 4096
 MOST_UNITS = 2**30  # the kernel counts in 32 bits, and one grid past the last
 ALGORITHMS = ("auto", "simple", "vertical", "horizontal", "async_horizontal")
 
@@ -215,8 +215,8 @@ def _is_matrix(name: str, indices: Tensor) -> bool:
 # A kernel for tied and aligned arguments refuses all others; one for free strides would take tied ones too, slowly and
 # with other bits, and so is remembered with the layout it was chosen for.
 _Plan = tuple[Callable[..., None], int, int]
-_plans: dict[tuple[object, ...] | None, _Plan] = {}
-_loose_plans: dict[tuple[object, ...], _Plan] = {}
+_plans: Plans[_Plan] = Plans()
+_loose_plans: Plans[_Plan] = Plans()
 
 
 def _layout(tensors: tuple[Any, ...]) -> tuple[object, ...] | None:
@@ -230,14 +230,11 @@ def _layout(tensors: tuple[Any, ...]) -> tuple[object, ...] | None:
 
 
 def _memorise(plan: _Plan, key: Any, spec: SelectiveStateUpdateSpec, operands: Operands) -> None:
-    for plans in (_plans, _loose_plans):
-        if len(plans) >= MOST_PLANS:  # of sizes that come and go
-            plans.clear()
     tied = spec.A_tied and spec.dt_tied and (spec.D_tied or spec.D_dtype is None)
     if tied and spec.vector_inputs:
-        _plans[key] = plan
+        _plans.remember(key, plan)
     else:
-        _loose_plans[key, _layout(operands)] = plan
+        _loose_plans.remember((key, _layout(operands)), plan)
 
 
 def _run(
@@ -301,7 +298,7 @@ def _run(
         try:
             plan[0](*tensors, pad_slot_id, plan[1], plan[2])
             return
-        except (TypeError, ValueError):
+        except REFUSALS:
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
     operands = Operands._make(tensors)
     settings = Settings(dt_softplus, disable_state_update, zero_padding, philox_rounds, cache_steps, pad_slot_id)
@@ -315,8 +312,7 @@ def _run(
         bound = arguments.limit(operands, settings)
         config = _config(spec, operands, sm_count, bound, arch)
         plan = (runtime.get(spec, config, arch), bound, sm_count * config.ctas_per_sm)
-        if not overridden():
-            _memorise(plan, key, spec, operands)
+        _memorise(plan, key, spec, operands)
         plan[0](*operands, pad_slot_id, plan[1], plan[2])
 
 
@@ -345,6 +341,7 @@ def _run_on_cpu(spec: SelectiveStateUpdateSpec, operands: Operands, settings: Se
     arguments.check_contents(operands, settings)
     emulator = runtime.emulator()
     if emulator is None:
+        runtime.by_reference(spec, operands)
         reference(operands, settings, spec.philox_rounds)
     elif _heads(operands) and operands.x.numel():
         arch = archs.by_name(emulator.arch)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,8 +15,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cute_ssm import arch as archs
+from cute_ssm.env import logger, settings
 from cute_ssm.kernels import registry
 from cute_ssm.runtime import compiler, lookup
+from cute_ssm.runtime.store import EMULATED, Key, Store
 
 if TYPE_CHECKING:
     from cute_ssm.arch import Arch
@@ -68,7 +71,9 @@ def emulator() -> Any | None:
 
 
 def emulated(spec: Spec, config: Config | None = None, arch: Arch | None = None) -> Any:
-    """Return the kernel of a spec for CPU tensors inside ``ptxsim.emulate()``; like `get`, but in memory only.
+    """Return the kernel of a spec for CPU tensors inside ``ptxsim.emulate()``; like `get`, but for the emulator.
+
+    Kept in memory and in the cache on disk: another process starts it without the compiler's work.
 
     Parameters
     ----------
@@ -97,17 +102,52 @@ def emulated(spec: Spec, config: Config | None = None, arch: Arch | None = None)
         chosen = config if config is not None else registry.default_config(spec, arch)
         kernel = _memory.get((spec, chosen, arch.name))
         if kernel is None:
-            kernel = _memory[spec, chosen, arch.name] = _compile(spec, chosen, arch)
+            kernel = _memory[spec, chosen, arch.name] = _find(Key(spec, chosen, arch))
         _memory[spec, config, arch.name] = kernel
     return kernel
+
+
+def forget() -> None:
+    """Empty the memory, not the disk; the next `get` or `emulated` of each spec looks there."""
+    with compiler.LOCK:
+        lookup.forget()
+        _memory.clear()
 
 
 def _nothing(*_: Any) -> None:
     """Stand for a kernel in a plan."""
 
 
-def _compile(spec: Spec, config: Config, arch: Arch) -> Any:
+class _Logged:
+    """A kernel that logs its calls, otherwise as it is."""
+
+    def __init__(self, key: Key, kernel: Any):
+        self._key, self._kernel = key, kernel
+
+    def __call__(self, *arguments: Any) -> Any:
+        lookup.log_call(f"emulator {self._key.arch.name}", self._key.name, arguments)
+        return self._kernel(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernel, name)
+
+
+def _find(key: Key) -> Any:
     ptxsim = import_module("ptxsim")
-    with compiler.refusal(spec, config, arch):
-        kernel = registry.kernel_class(spec)(spec, config, arch)
-        return ptxsim.compile(kernel, *kernel.fakes(), arch=arch.name)
+
+    def make() -> lookup.Made:
+        start = time.perf_counter()
+        with compiler.refusal(key.spec, key.config, key.arch):
+            kernel = registry.kernel_class(key.spec)(key.spec, key.config, key.arch)
+            compiled = ptxsim.compile(kernel, *kernel.fakes(), arch=key.arch.name)
+        seconds = time.perf_counter() - start
+        logger().info("compiled %s for the emulator of %s in %.2f s", key.name, key.arch.name, seconds)
+        return lookup.Made(compiled, compiled.dump(), seconds)
+
+    folder = settings().cache_dir
+    if folder is None:
+        kernel = make().kernel
+    else:
+        kind = lookup.Kind(f".{ptxsim.image_format()}{EMULATED}", ptxsim.restore, make)
+        kernel = lookup.kept(Store(folder), key, kind)
+    return _Logged(key, kernel) if settings().log == "calls" else kernel

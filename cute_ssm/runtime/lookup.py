@@ -6,8 +6,9 @@ The compiler is imported when no bundle has a library of the kernel.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cute_ssm import arch as archs
 from cute_ssm.env import logger, settings
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _memory: dict[tuple[Spec, Config | None, str], Function] = {}
 _targets: dict[torch.device | None, Arch] = {}
+_referred: set[Spec] = set()  # specs that the log has said the reference runs
 
 
 def get(spec: Spec, config: Config | None = None, arch: Arch | None = None) -> Function:
@@ -127,8 +129,11 @@ def prepare(spec: Spec, config: Config, arch: Arch) -> bool:
         if _readable(store, key):
             return False
         with store.lock(key) as held:
-            if held and _readable(store, key):
-                return False
+            try:
+                if held and store.read(key) is not None:
+                    return False
+            except BadObjectError as error:
+                store.quarantine(key, error)
             data, seconds = _compile(key)
             if not (held and store.write(key, data, seconds)):
                 raise CuteSsmError(describe("CUTE_SSM_CACHE_DIR", "a folder that can be written", repr(str(folder))))
@@ -143,10 +148,11 @@ def _readable(store: Store, key: Key) -> bool:
 
 
 def forget() -> None:
-    """Empty the memory, not the disk; the next `get` of each spec looks there."""
+    """Empty the memory of `get`."""
     with compiler.LOCK:
         _memory.clear()
         _targets.clear()
+        _referred.clear()
 
 
 def _own_target(device: torch.device | None) -> Arch:
@@ -168,7 +174,7 @@ def _miss(spec: Spec, config: Config | None, arch: Arch) -> Function:
         function = _memory.get((spec, chosen, arch.name))
         if function is None:
             key = Key(spec, chosen, arch)
-            function = _logged(key.name, bundles.find(key) or _find(key))
+            function = _logged(key, bundles.find(key) or _find(key))
             _memory[spec, chosen, arch.name] = function
         _memory[spec, config, arch.name] = function
     return function
@@ -182,14 +188,14 @@ def _find(key: Key) -> Function:
         if function is not None:
             return function
     cache = settings().cache_dir
-    if cache is None:
-        return compiler.load(_compile(key)[0], key.function)
-    return _from_cache(Store(cache), key)
+    kind = _objects(key)
+    found: Function = kind.make().kernel if cache is None else kept(Store(cache), key, kind)
+    return found
 
 
 def _from_bundle(store: Store, key: Key) -> Function | None:
     try:
-        function = _stored(store, key)
+        function: Function | None = _stored(store, key, _objects(key))
     except BadObjectError as error:
         logger().warning("%s cannot be used: %s", store.path(key), error)
         return None
@@ -198,39 +204,69 @@ def _from_bundle(store: Store, key: Key) -> Function | None:
     return function
 
 
-def _from_cache(store: Store, key: Key) -> Function:
-    """Read without a lock, which a read-only disk allows; judge an object bad, or compile, only with the lock."""
+class Made(NamedTuple):
+    """A kernel that has just been compiled, what of it is stored, and how long that took."""
+
+    kernel: Any
+    data: bytes
+    seconds: float
+
+
+class Kind(NamedTuple):
+    """What is kept of a key: the suffix of the file, how bytes become a kernel, and how one is compiled."""
+
+    suffix: str
+    load: Callable[[bytes], Any]
+    make: Callable[[], Made]
+
+
+def kept(store: Store, key: Key, kind: Kind) -> Any:
+    """Return a kernel from the disk, or compile and store it.
+
+    Reads without a lock, which a read-only disk allows; judges an object bad, or compiles, only with the lock.
+    """
     try:
-        function = _stored(store, key)
+        kernel = _stored(store, key, kind)
     except BadObjectError:
-        function = None
-    if function is not None:
-        return function
+        kernel = None
+    if kernel is not None:
+        return kernel
     with store.lock(key) as held:
-        if held:
-            try:
-                function = _stored(store, key)
-            except BadObjectError as error:
-                store.quarantine(key, error)
-        if function is None:
-            data, seconds = _compile(key)
-            function = compiler.load(data, key.function)
+        try:
+            kernel = _stored(store, key, kind)
+        except BadObjectError as error:
             if held:
-                store.write(key, data, seconds)
-    return function
+                store.quarantine(key, error, kind.suffix)
+            else:
+                store.damaged(key, error, kind.suffix)
+        if kernel is None:
+            kernel, data, seconds = kind.make()
+            if held:
+                store.write(key, data, seconds, kind.suffix)
+    return kernel
 
 
-def _stored(store: Store, key: Key) -> Function | None:
+def _stored(store: Store, key: Key, kind: Kind) -> Any | None:
     start = time.perf_counter()
-    data = store.read(key)
+    data = store.read(key, kind.suffix)
     if data is None:
         return None
     try:
-        function = compiler.load(data, key.function)
+        kernel = kind.load(data)
     except Exception as error:
         raise BadObjectError(f"it does not load: {error}") from error
-    logger().info("loaded %s in %.1f ms", store.path(key), (time.perf_counter() - start) * 1e3)
-    return function
+    logger().info("loaded %s in %.1f ms", store.path(key, kind.suffix), (time.perf_counter() - start) * 1e3)
+    return kernel
+
+
+def _objects(key: Key) -> Kind:
+    """Kernels for GPUs."""
+
+    def make() -> Made:
+        data, seconds = _compile(key)
+        return Made(compiler.load(data, key.function), data, seconds)
+
+    return Kind(".o", lambda data: compiler.load(data, key.function), make)
 
 
 def _compile(key: Key) -> tuple[bytes, float]:
@@ -241,13 +277,29 @@ def _compile(key: Key) -> tuple[bytes, float]:
     return data, seconds
 
 
-def _logged(name: str, function: Function) -> Function:
+def by_reference(spec: Spec, arguments: Iterable[Any]) -> None:
+    """Log that a call is about to run by the reference in PyTorch, as CPU tensors without an emulator do."""
+    if settings().log == "off":
+        return
+    if spec not in _referred:
+        _referred.add(spec)
+        logger().info("no kernel for %s: the reference runs CPU tensors outside ptxsim.emulate()", spec.text())
+    if settings().log == "calls":
+        log_call("reference", spec.text(), arguments)
+
+
+def log_call(way: str, name: str, arguments: Iterable[Any]) -> None:
+    """Log a call, the way it runs, and its arguments."""
+    logger().debug("%s: %s(%s)", way, name, ", ".join(map(_brief, arguments)))
+
+
+def _logged(key: Key, function: Function) -> Function:
     """Wrap a function to log its arguments before it runs, if CUTE_SSM_LOG asks for it."""
     if settings().log != "calls":
         return function
 
     def logged(*arguments: Any) -> Any:
-        logger().debug("%s(%s)", name, ", ".join(map(_brief, arguments)))
+        log_call(f"cuda {key.arch.name}", key.name, arguments)
         return function(*arguments)
 
     return logged

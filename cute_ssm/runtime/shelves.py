@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from cute_ssm.arch import ARCHS
-from cute_ssm.runtime.store import BAD, META, TEMPORARY
+from cute_ssm.runtime.store import BAD, EMULATED, META, TEMPORARY, record_path
 
-_SUFFIXES = (".o", ".so", ".json", ".lock")
+_OBJECTS = (".o", ".so", EMULATED)
+_SUFFIXES = (*_OBJECTS, ".json", ".lock")
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,22 @@ class Item:
     stack: str
     record: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        """The kernel's readable name, and what it is for."""
+        stem = self.path.stem
+        return f"{stem.rpartition('.')[0]} (emulator)" if self.path.suffix == EMULATED else stem
+
 
 def listing(root: Path | None) -> list[Item]:
     """Return all objects under a cache folder or a bundle, in order of their paths."""
     found = []
     for folder in _folders(root):
-        for path in sorted([*folder.glob("*.o"), *folder.glob("*.so")]):
+        for path in sorted(path for suffix in _OBJECTS for path in folder.glob(f"*{suffix}")):
             if path.name.startswith("."):
                 continue
             try:
-                record = json.loads(path.with_suffix(".json").read_bytes())
+                record = json.loads(record_path(path).read_bytes())
                 size = path.stat().st_size
             except (OSError, ValueError):
                 continue

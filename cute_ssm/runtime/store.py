@@ -2,6 +2,7 @@
 
 Beside each object lies a record, ``.json``, with spec, config, date, size and SHA-256; in each digest's folder a
 ``meta.json`` with the versions behind the digest.  Files appear by atomic replacement while the key's lock is held.
+What the emulator compiled has the suffix ``.<digest of the emulator's format>.emulated``, and a record of its own.
 """
 
 from __future__ import annotations
@@ -30,10 +31,16 @@ BAD = ".bad-"
 TEMPORARY = ".tmp-"
 LOCK_TIMEOUT_S = 600.0  # a compile takes seconds; a process stopped by a debugger must not stop others for ever
 LOCK_POLL_S = 0.02
+EMULATED = ".emulated"
 
 
 class BadObjectError(Exception):
     """A stored object that is there and cannot be used."""
+
+
+def record_path(path: Path) -> Path:
+    """Return the path of the record of an object, a shared library, or an emulated kernel."""
+    return path.with_name(f"{path.name}.json") if path.suffix == EMULATED else path.with_suffix(".json")
 
 
 @dataclass(frozen=True)
@@ -76,21 +83,23 @@ class Store:
         """Return where a key's object, or shared library, lies or would lie."""
         return self.folder(key) / f"{key.name}{suffix}"
 
-    def read(self, key: Key) -> bytes | None:
+    def read(self, key: Key, suffix: str = ".o") -> bytes | None:
         """Return an object, or None if there is none for this tool-chain.
 
         Raises
         ------
         BadObjectError
-            If object and record do not fit together.
+            If object, record and folder do not fit together.
         """
-        path = self.path(key)
+        path = self.path(key, suffix)
         try:
-            if not self._described(path.parent):
-                return None
             data = path.read_bytes()
-            record = json.loads(path.with_suffix(".json").read_bytes())
+            if not self._described(path.parent):
+                raise BadObjectError(f"{META} beside it is missing or not that of this tool-chain")
+            record = json.loads(record_path(path).read_bytes())
         except (FileNotFoundError, NotADirectoryError):
+            if path.exists():
+                raise BadObjectError("it has no record") from None
             return None
         except OSError as error:
             self.trouble("read", error)
@@ -122,21 +131,25 @@ class Store:
             if not self._described(path.parent):
                 _replace(path.parent / META, _json(toolchain.description()))
             _replace(path, data)
-            _replace(path.with_suffix(".json"), _json(record))
+            _replace(record_path(path), _json(record))
         except OSError as error:
             self.trouble("write", error)
             return False
         return True
 
-    def quarantine(self, key: Key, reason: object) -> None:
+    def quarantine(self, key: Key, reason: object, suffix: str = ".o") -> None:
         """Move a bad object out of the way, with the lock held; the second bad one replaces the first."""
-        path = self.path(key)
-        logger().warning("%s cannot be used and is compiled again: %s", path, reason)
+        path = self.path(key, suffix)
+        self.damaged(key, reason, suffix)
         try:
             os.replace(path, path.with_name(BAD + path.name))
-            path.with_suffix(".json").unlink(missing_ok=True)
+            record_path(path).unlink(missing_ok=True)
         except OSError as error:
             self.trouble("move", error)
+
+    def damaged(self, key: Key, reason: object, suffix: str = ".o") -> None:
+        """Warn that an object is compiled again, and why."""
+        logger().warning("%s cannot be used and is compiled again: %s", self.path(key, suffix), reason)
 
     @contextlib.contextmanager
     def lock(self, key: Key) -> Iterator[bool]:
@@ -166,10 +179,7 @@ class Store:
             return False
         except ValueError:
             meta = None
-        if meta != toolchain.description():
-            logger().info("%s was not written by this tool-chain: its kernels are ignored", folder)
-            return False
-        return True
+        return bool(meta == toolchain.description())
 
     def _locked(self, path: Path) -> IO[bytes] | None:
         if self.root in self.warned:

@@ -80,18 +80,27 @@ def sources_digest() -> str:
 
 
 def sources_changed() -> bool:
-    """Say whether the sources have been edited since, so that what runs here is not what the digest stands for."""
-    return _hash_sources() != sources_digest()
+    """Say whether the sources have been edited, so that what runs here is not what the digest stands for.
+
+    Modules are read when they are imported, the digest later, and what is traced is read again: a file that is newer
+    than this package's import may be any of these.
+    """
+    newest = max(file.stat().st_mtime for file in _sources())
+    return newest > cute_ssm.IMPORTED or _hash_sources() != sources_digest()
+
+
+def _sources() -> list[Path]:
+    root = Path(cute_ssm.__file__).parent
+    tops = [root / top for top in _SOURCES]
+    return [file for top in tops for file in ([top] if top.is_file() else sorted(top.rglob("*.py")))]
 
 
 def _hash_sources() -> str:
     root = Path(cute_ssm.__file__).parent
     hasher = hashlib.sha256()
-    for top in _SOURCES:
-        path = root / top
-        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
-            hasher.update(f"{file.relative_to(root).as_posix()}\0".encode())
-            hasher.update(file.read_bytes() + b"\0")
+    for file in _sources():
+        hasher.update(f"{file.relative_to(root).as_posix()}\0".encode())
+        hasher.update(file.read_bytes() + b"\0")
     return hasher.hexdigest()[:16]
 
 

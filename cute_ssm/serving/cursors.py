@@ -13,6 +13,7 @@ from cute_ssm import runtime
 from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
 from cute_ssm.ops import _library
+from cute_ssm.ops._plans import REFUSALS, Plans
 from cute_ssm.reference import serving as reference
 from cute_ssm.spec import CommitSpec, WorkItemsSpec
 from cute_ssm.tuning import overridden
@@ -291,7 +292,7 @@ class _Rows(NamedTuple):
 
 # Steady state: all that a kernel is chosen by, and what its own entry does not check before it launches.  The entry
 # checks types, strides, alignment, and the equality of sizes; if it refuses, the arguments are examined one by one.
-_plans: dict[tuple[object, ...] | None, Callable[..., None]] = {}
+_plans: Plans[Callable[..., None]] = Plans()
 
 
 def _key(kind: type, rows: _Rows, listed: Tensor, *others: Tensor | None) -> tuple[object, ...] | None:
@@ -315,7 +316,7 @@ def _run_plan(key: tuple[object, ...] | None, arguments: tuple[Any, ...]) -> boo
         return False
     try:
         plan(*arguments)
-    except (TypeError, ValueError):
+    except REFUSALS:
         return False
     return True
 
@@ -360,14 +361,14 @@ def _commit(
     if pnat.is_cuda:
         if batch:
             plan = runtime.get(spec, tuning.choose_commit(), runtime.target(pnat.device))
-            if key is not None:
-                _plans[key] = plan
+            _plans.remember(key, plan)
             plan(*operands)
         return
     cursors = rows.cursors(batch)
     _check_accepted(accepted, cursors)
     emulator = runtime.emulator()
     if emulator is None:
+        runtime.by_reference(spec, operands)
         reference.commit(cursors, accepted, seeds)
     elif batch:
         arch = archs.by_name(emulator.arch)
@@ -426,13 +427,13 @@ def _build(
     spec, config = WorkItemsSpec(**rows.spec()), tuning.choose_work_items(batch)
     if pnat.is_cuda:
         plan = runtime.get(spec, config, runtime.target(pnat.device))
-        if key is not None:
-            _plans[key] = plan
+        _plans.remember(key, plan)
         plan(*operands)
         return
     cursors = rows.cursors(batch)
     emulator = runtime.emulator()
     if emulator is None:
+        runtime.by_reference(spec, operands)
         items, count = reference.work_items(cursors, pad_slot_id)
         work_items.copy_(items)
         num_writes.fill_(count)

@@ -13,6 +13,7 @@ from cute_ssm import runtime
 from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
 from cute_ssm.ops import _library
+from cute_ssm.ops._plans import REFUSALS, Plans
 from cute_ssm.reference import serving as reference
 from cute_ssm.reference.checkpointing_ssu import DoubleBuffer, History, Ring
 from cute_ssm.spec import QUANTISED, MaterializeSpec
@@ -152,7 +153,7 @@ class _Operands(NamedTuple):
 
 OPTIONAL = ("state_scale", "out_scale", "num_tokens", "rand_seed")
 # Steady state: all that a kernel is chosen by, and what its own entry does not check before it launches.
-_plans: dict[tuple[object, ...] | None, Callable[..., None]] = {}
+_plans: Plans[Callable[..., None]] = Plans()
 
 
 def _run(
@@ -191,7 +192,7 @@ def _run(
         try:
             plan(*tensors, pad_slot_id)
             return
-        except (TypeError, ValueError):
+        except REFUSALS:
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
     operands = _Operands(*tensors)
     spec = _check(operands, ring, philox_rounds)
@@ -199,13 +200,13 @@ def _run(
     if state.is_cuda:
         if work:
             function = runtime.get(spec, tuning.choose_materialize(), runtime.target(state.device))
-            if not overridden():
-                _plans[key] = function
+            _plans.remember(key, function)
             function(*operands, pad_slot_id)
         return
     rows = _rows(operands, ring, pad_slot_id)
     emulator = runtime.emulator()
     if emulator is None:
+        runtime.by_reference(spec, operands)
         pools = (state, state_scale), (out, out_scale)
         reference.materialize(pools[0], _history(operands, ring), A[:, 0, 0], pools[1], rows, seed, spec.philox_rounds)
     elif work:

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cute_ssm
 from cute_ssm.ops import selective_state_update as module
+from cute_ssm.ops._plans import Plans
 from cute_ssm.ops._step_arguments import Operands, Settings
 
 PACKED = Tokens(packed=True, lengths=(3, 0, 2), pads=(0,))
@@ -288,8 +289,8 @@ def test_packed_calls_differ_in_slots_and_rows_that_their_entry_cannot_compare(p
 
 def test_a_kernel_for_free_strides_does_not_take_tied_calls(monkeypatch):
     """Which kernel a tied call runs, and so its bits, does not depend on calls before it."""
-    monkeypatch.setattr(module, "_plans", {})
-    monkeypatch.setattr(module, "_loose_plans", {})
+    monkeypatch.setattr(module, "_plans", Plans())
+    monkeypatch.setattr(module, "_loose_plans", Plans())
     tied = step_cases.arguments(step_cases.Case())
     dense = {**tied, "dt": tied["dt"].contiguous()}
     kernels = {}
@@ -298,7 +299,7 @@ def test_a_kernel_for_free_strides_does_not_take_tied_calls(monkeypatch):
         seen = {}
         monkeypatch.setattr(module, "_run_on_cpu", lambda spec, operands, settings: seen.update(spec=spec, o=operands))
         key = key_of(call)
-        module._plans = {}
+        module._plans = Plans()
         kernels[name] = Recorder()
         module._memorise((kernels[name], 1, 528), key, seen["spec"], seen["o"])
         return key

@@ -9,6 +9,15 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, eq=False)
+class Symbol:
+    """A SymInt, by identity: one object per SymInt of a compile."""
+
+    width: int
+    divisibility: int
 
 
 class Symbols:
@@ -19,9 +28,8 @@ class Symbols:
 
     def bind(self, symbol, value, where):
         """Check divisibility, range and agreement of one symbolic integer."""
-        divisor = int(getattr(symbol, "divisibility", 1) or 1)
-        if value % divisor:
-            raise ValueError(f"{where} is {value}, which is not divisible by {divisor}")
+        if value % symbol.divisibility:
+            raise ValueError(f"{where} is {value}, which is not divisible by {symbol.divisibility}")
         if not -(1 << symbol.width - 1) <= value < 1 << symbol.width - 1:
             raise ValueError(f"{where} is {value}, which does not fit in {symbol.width} bits")
         known = self.values.setdefault(id(symbol), (value, where))
@@ -116,11 +124,12 @@ class TensorSpec(NoneSpec):
 
     optional = False
 
-    def __init__(self, name, fake):
+    def __init__(self, name, fake, symbols):
         self.name = name
         self.dtypes, self.bits = torch_dtypes(fake.element_type), fake.element_type.width
         self.kind = fake.element_type.__name__
-        self.shape, self.stride = tuple(fake.shape), tuple(fake.stride)
+        self.shape = tuple(_dimension(x, symbols) for x in fake.shape)
+        self.stride = tuple(_dimension(x, symbols) for x in fake.stride)
         self.align = int(fake._assumed_align or 1)
         symbolic = [[x for x in group if not isinstance(x, int)] for group in (self.shape, self.stride)]
         self.layout, self.size = "<q", 8
@@ -167,7 +176,7 @@ class TensorSpec(NoneSpec):
                     raise ValueError(f"{self.name}.stride[{i}] is {got}, compiled for {want}")
                 continue
             if free:
-                got = 0 if got % int(want.divisibility or 1) or got >> want.width - 1 else got
+                got = 0 if got % want.divisibility or got >> want.width - 1 else got
             else:
                 symbols.bind(want, got, f"{self.name}.stride[{i}]")
             dynamic.append(got)
@@ -209,8 +218,20 @@ def torch_dtypes(kind):
     return tuple(getattr(torch, n) for n in names if hasattr(torch, n))
 
 
-def describe(name, fake, annotation=None):
-    """The spec of one argument from what was passed at compile time."""
+def _dimension(value, symbols):
+    """A size or stride of a fake tensor: itself if static, else its Symbol."""
+    if isinstance(value, int):
+        return value
+    if id(value) not in symbols:  # the SymInt is kept, so that its id stays its own
+        symbols[id(value)] = Symbol(value.width, int(getattr(value, "divisibility", 1) or 1)), value
+    return symbols[id(value)][0]
+
+
+def describe(name, fake, annotation, symbols):
+    """The spec of one argument from what was passed at compile time.
+
+    ``symbols``: (Symbol, SymInt) of each SymInt met so far, by id, for all arguments of one compile.
+    """
     from cutlass import Float32, Int32, Int64
     from cutlass.base_dsl.typing import Numeric
     from cutlass.cute.typing import SymInt
@@ -222,10 +243,10 @@ def describe(name, fake, annotation=None):
     if hasattr(fake, "use_tvm_ffi_env_stream"):
         return StreamSpec(name)
     if hasattr(fake, "_typed_tensor"):
-        return TensorSpec(name, fake)
+        return TensorSpec(name, fake, symbols)
     numeric = annotation if isinstance(annotation, type) and issubclass(annotation, Numeric) else None
     if isinstance(fake, SymInt):
-        return ScalarSpec(name, numeric or (Int64 if fake.width == 64 else Int32), fake)
+        return ScalarSpec(name, numeric or (Int64 if fake.width == 64 else Int32), _dimension(fake, symbols))
     if isinstance(fake, Numeric):
         return ScalarSpec(name, numeric or type(fake))
     if isinstance(fake, (bool, int, float)):
@@ -234,7 +255,8 @@ def describe(name, fake, annotation=None):
         if hasattr(fake, "_fields"):
             kinds = getattr(type(fake), "__annotations__", {})
             return SequenceSpec(
-                name, [describe(f"{name}.{f}", v, kinds.get(f)) for f, v in zip(fake._fields, fake, strict=True)]
+                name,
+                [describe(f"{name}.{f}", v, kinds.get(f), symbols) for f, v in zip(fake._fields, fake, strict=True)],
             )
-        return SequenceSpec(name, [describe(f"{name}[{i}]", item) for i, item in enumerate(fake)])
+        return SequenceSpec(name, [describe(f"{name}[{i}]", item, None, symbols) for i, item in enumerate(fake)])
     raise TypeError(f"{name}: cannot compile for a {type(fake).__name__}; pass a fake tensor, a number or None")
