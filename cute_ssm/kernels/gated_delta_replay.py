@@ -25,6 +25,7 @@ from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, math, memory
+from cute_ssm.device.bounds import in_range
 from cute_ssm.kernels.fakes import fake
 from cute_ssm.kernels.gated_delta_coefficients import TokenChunk
 from cute_ssm.kernels.gated_delta_rows import GatedDeltaRows
@@ -157,9 +158,9 @@ class GatedDeltaRuleReplay(GatedDeltaRows):
         slot = Int64(src[i])  # 64 bits: its product with the slot's stride passes 2^31 elements
         slots, length = state.shape[0], k_cache.shape[2]
         start, count = Int32(0), Int32(-1)
-        if slot >= 0 and slot < slots:
+        if in_range(slot, slots):
             start, count = ring_start[slot], pending_counts[slot]
-        if count >= 0 and count <= window and start >= 0 and start < length:
+        if count >= 0 and count <= window and in_range(start, length):
             key_head, nth = divmod(h, per_key)
             new, rings = (q, k, v, A_log, a, dt_bias, b), (k_cache, v_cache, g_cache, beta_cache)
             self.work(new, rings, (state, out), shared, (scale, window), (i, h, key_head, first, slot, nth),

@@ -37,6 +37,7 @@ from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, math, memory
+from cute_ssm.device.bounds import in_range
 from cute_ssm.kernels.fakes import fake
 from cute_ssm.kernels.gated_delta_sequential import GatedDeltaSequential
 from cute_ssm.spec import GatedDeltaRuleSpec
@@ -161,7 +162,10 @@ class GatedDeltaRule(GatedDeltaSequential):
         first = (unit - pair * chunks) * self.config.rows
         i, h = divmod(pair, heads)
         slot = Int64(src[i])  # 64 bits: its product with the slot's stride passes 2^31 elements
-        if slot >= 0:
+        live = in_range(slot, state.shape[0])
+        if const_expr(accepted is not None):
+            live = live and in_range(Int64(accepted[i]), q.shape[1] + 1)
+        if live:
             key_head, _ = divmod(h, per_key)
             tensors, targets = (q, k, v, state, A_log, a, dt_bias, b, out), (buffer, scatter, dst, accepted)
             if const_expr(self.config.sequential):
@@ -243,7 +247,7 @@ class GatedDeltaRule(GatedDeltaSequential):
         if const_expr(scatter is not None):
             for t in cutlass.range(tokens, unroll=1):
                 target = Int64(scatter[i, t])
-                if target >= 0:
+                if in_range(target, state.shape[0]):
                     self.write_state(self.corner(state, (target, h), row, lane), sources, t, Boolean(True), lane)
         if const_expr(self.spec.write_final):
             target = slot
@@ -251,9 +255,9 @@ class GatedDeltaRule(GatedDeltaSequential):
                 target = Int64(dst[i])
             last, some = tokens - 1, Boolean(True)
             if const_expr(accepted is not None):
-                count = cutlass.min(Int32(accepted[i]), tokens)
+                count = Int32(accepted[i])
                 last, some = cutlass.max(count, 1) - 1, count > 0
-            if target >= 0:
+            if in_range(target, state.shape[0]):
                 self.write_state(self.corner(state, (target, h), row, lane), sources, last, some, lane)
 
     @cute.jit

@@ -15,6 +15,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 
 from cute_ssm.device import convert, math, memory
+from cute_ssm.device.bounds import in_range
 from cute_ssm.kernels.gated_delta_coefficients import BLOCK, EPSILON
 from cute_ssm.kernels.gated_delta_rows import GatedDeltaRows
 from cute_ssm.tuning.gated_delta_rule import TILE, WARP
@@ -135,17 +136,16 @@ class GatedDeltaSequential(GatedDeltaRows):
             self.store_tile(tile, self.corner(buffer, (i, t, h), row, lane))
         if const_expr(scatter is not None and t >= 0):
             target = Int64(scatter[i, t])
-            if target >= 0:
+            if in_range(target, state.shape[0]):
                 self.store_tile(tile, self.corner(state, (target, h), row, lane))
         if const_expr(self.spec.write_final):
             target, last = slot, Boolean(t + 1 == self.spec.tokens)
             if const_expr(dst is not None):
                 target = Int64(dst[i])
             if const_expr(accepted is not None):
-                count = cutlass.max(cutlass.min(Int32(accepted[i]), self.spec.tokens), 0)
-                last = count == t + 1
+                last = Int32(accepted[i]) == t + 1
             if const_expr(accepted is not None or t + 1 == self.spec.tokens):
-                if last and target >= 0:
+                if last and in_range(target, state.shape[0]):
                     self.store_tile(tile, self.corner(state, (target, h), row, lane))
 
     def store_tile(self, tile, corner):

@@ -34,13 +34,14 @@ from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, memory, scan
 from cute_ssm.kernels.fakes import fake
+from cute_ssm.kernels.selective_extents import Extents
 from cute_ssm.spec import SelectiveScanSpec
 from cute_ssm.tuning.selective_scan import (
     BLOCK,
@@ -82,6 +83,7 @@ class SelectiveScan:
         self.share = BLOCK // config.lanes  # tokens of a block whose scalars and outputs a lane owns
         self.tokens = config.tokens
         self.blocks = config.tokens // BLOCK
+        self.extents = Extents(self)
         self.pieces = -(-self.pitch * self.blocks // self.threads)  # blocks of B and C that a thread brings
 
     @staticmethod
@@ -252,7 +254,7 @@ class SelectiveScan:
             group = tile // tiles
             within = (tile - group * tiles) * (self.threads // self.lanes) + thread // self.lanes
             channel, valid = group * per_group + within, within < per_group
-            begin, end, slot, real, initial = self.extent(metadata, u, b, null_slot)
+            begin, end, slot, real, initial = self.extents.extent(metadata, u, states, b, null_slot)
             low, high = begin, end
             if const_expr(self.splits > 1):
                 low, high = self.part_extent(begin, end, part)
@@ -282,7 +284,10 @@ class SelectiveScan:
                         if initial and valid:
                             h = self.load_quads(memory.address(states, slot, known, 0), thread % self.lanes)
                     if const_expr(self.spec.blocks):
-                        self.segments(args, h, metadata, states, b, known, begin, end, low, high, null_slot, block_size)
+                        extent, cut = (begin, end), (low, high)
+                        self.extents.segments(
+                            args, h, metadata, states, b, known, extent, cut, null_slot, block_size
+                        )  # fmt: skip
                     elif low < high:
                         h = self.segment(args, h, low, high)
                         if const_expr(states is not None):
@@ -291,57 +296,6 @@ class SelectiveScan:
             unit += stride
 
     # ------------------------------------------------------------------------------------------------------- sequences
-    @cute.jit
-    def extent(self, metadata, u, b, null_slot):
-        """(first token, end, slot of the initial state, whether there is anything to do, whether to load the state)."""
-        query_start, cache, has_initial, _, _, initial_block, _, _ = metadata
-        begin, end = Int32(0), Int32(u.shape[2])
-        slot, real, initial = Int64(b), Boolean(True), Boolean(False)
-        if const_expr(query_start is not None):
-            begin, end = Int32(query_start[b]), Int32(query_start[b + 1])
-        if const_expr(cache is not None):
-            # 64 bits: the product of a slot with its stride passes 2^31 elements
-            slot = Int64(cache[b, initial_block[b]] if const_expr(self.spec.blocks) else cache[b])
-            real = slot != null_slot
-        if const_expr(has_initial is not None):
-            initial = has_initial[b] != 0
-        return begin, end, slot, real, initial
-
-    @cute.jit
-    def segments(self, args, h, metadata, states, b, channel, begin, end, low, high, null_slot, block_size):
-        """Scan part [low, high) of a sequence and save the states at the end of each of its blocks or chunks."""
-        _, cache, _, first_block, last_block, _, chunk_ends, last_chunk = metadata
-        thread, valid = args[5:]
-        first, count = Int32(0), (end - begin + block_size - 1) // block_size
-        tokens = cutlass.min(block_size, end - begin)  # of the first segment
-        if const_expr(self.spec.chunks):
-            if b > 0:
-                first = Int32(last_chunk[b - 1]) + 1
-            count = Int32(last_chunk[b]) - first + 1
-            tokens = Int32(chunk_ends[first + 1]) - Int32(chunk_ends[first])
-        position = Int32(first_block[b]) * block_size  # of the token at `begin`
-        if count > 1 and tokens < block_size:
-            position += block_size - tokens  # the first chunk completes a block
-        i, stop = Int32(0), begin
-        while i < count and low < high:
-            if const_expr(self.spec.chunks):
-                stop += Int32(chunk_ends[first + i + 1]) - Int32(chunk_ends[first + i])
-            else:
-                stop += block_size
-            stop = cutlass.min(stop, end)
-            i += 1
-            if stop > low:  # else it ends in an earlier part
-                cut = cutlass.min(stop, high)
-                h = self.segment(args, h, low, cut)
-                low = cut
-                if stop == cut:
-                    column = (position + (stop - begin) - 1) // block_size
-                    if i == count:
-                        column = Int32(last_block[b])
-                    slot = Int64(cache[b, column])
-                    if slot != null_slot and valid:
-                        self.store_quads(memory.address(states, slot, channel, 0), h, thread % self.lanes)
-
     @cute.jit
     def segment(self, args, h, begin, stop):
         """Scan tokens [begin, stop), not empty; returns the states after them."""

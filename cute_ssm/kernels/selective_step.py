@@ -30,6 +30,7 @@ from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, math, memory, philox
+from cute_ssm.device.bounds import in_range
 from cute_ssm.device.state import WARP, StateView
 from cute_ssm.kernels.fakes import fake
 from cute_ssm.kernels.selective_columns import StagedColumns
@@ -95,7 +96,7 @@ class SelectiveStep:
         bulk = 16 * 8 // view.dtype.width
         inner = {True: (0,), False: ()}
         A_layout = ((0, 0), 1) if spec.A_tied else ((1,), self.input_vector(self.A_dtype))
-        columns = fake(self.input_dtype, column, (1,), self.input_vector(self.input_dtype))
+        columns = (self.input_dtype, column, (1,), self.input_vector(self.input_dtype))
         src = (batch, cute.sym_int32()) if spec.src_columns else (batch,)
         dst = (batch, cute.sym_int32()) if spec.dst_columns else (batch,)
         saved = spec.intermediates
@@ -104,8 +105,8 @@ class SelectiveStep:
             fake(self.input_dtype, row, (1,)),
             fake(self.dt_dtype, row, inner[spec.dt_tied]),
             fake(self.A_dtype, (nheads, dim, dstate), *A_layout),
-            columns,
-            columns,
+            fake(*columns),
+            fake(*columns),
             when(spec.D_dtype, spec.D_dtype, (nheads, dim), inner[spec.D_tied]),
             when(spec.has_z, self.input_dtype, row, (1,)),
             when(spec.dt_bias_dtype, spec.dt_bias_dtype, (nheads, dim), inner[spec.dt_tied]),
@@ -228,7 +229,7 @@ class SelectiveStep:
         cute.arch.griddepcontrol_launch_dependents()
 
         unit, stride = cute.arch.block_idx()[0] * warps + warp, cute.arch.grid_dim()[0] * warps
-        where = (state, src, accepted, cu_seqlens, heads, pad_slot, max_tokens)
+        where = (state, src, accepted, cu_seqlens, heads, pad_slot, max_tokens, x.shape[0])
         inputs = (x, dt, A, B, C, D, z, dt_bias, out, per_group)
         pool = (state, state_scale, dst, saved, saved_rows, saved_scale, rand_seed, pad_slot)
         if unit < units:
@@ -253,8 +254,11 @@ class SelectiveStep:
     # ----------------------------------------------------------------------------------------------------------- units
     @cute.jit
     def place(self, unit, where):
-        """(sequence, its first token, its tokens, head, first row, slot, address, whether there is anything to do)."""
-        state, src, accepted, cu_seqlens, heads, pad_slot, max_tokens = where
+        """(sequence, its first token, its tokens, head, first row, slot, address, whether there is anything to do).
+
+        A sequence whose offsets, number of accepted tokens or slot are out of range has nothing to do, like padding.
+        """
+        state, src, accepted, cu_seqlens, heads, pad_slot, max_tokens, total = where
         chunks = self.spec.dim // self.config.rows
         head = unit // chunks
         row = (unit - head * chunks) * self.config.rows
@@ -262,17 +266,22 @@ class SelectiveStep:
         start, count = Int32(0), Int32(1)
         slot, real = Int64(b), Boolean(True)
         if const_expr(self.spec.tokens == "packed"):
-            start = Int32(cu_seqlens[b])
-            count = cutlass.min(Int32(cu_seqlens[b + 1]) - start, max_tokens)
+            first, last = Int64(cu_seqlens[b]), Int64(cu_seqlens[b + 1])
+            inside = first >= 0 and last > first and last <= total
+            start = Int32(first) if inside else Int32(0)
+            count = cutlass.min(Int32(last - first), max_tokens) if inside else Int32(0)
             real = count > 0
         if const_expr(src is not None):
             # 64 bits: the product with the slot's stride passes 2^31 elements
             if const_expr(self.spec.src_columns):
-                last = src.shape[1] - 1
-                slot = Int64(src[b, cutlass.max(cutlass.min(Int32(accepted[b]) - 1, last), 0)])
+                taken = Int64(accepted[b])
+                column = taken - 1 if taken > 0 else Int64(0)
+                slot = pad_slot
+                if in_range(column, src.shape[1]):
+                    slot = Int64(src[b, column])
             else:
                 slot = Int64(src[b])
-            real = real and slot != pad_slot
+            real = real and slot != pad_slot and in_range(slot, state.shape[0])
         return b, start, count, h, row, slot, memory.address(state, slot, h, row, 0).toint(), real
 
     @cute.jit
@@ -299,7 +308,7 @@ class SelectiveStep:
         if const_expr(self.final and dst is not None):
             if real:
                 target = Int64(dst[b])
-                kept = target != pad_slot
+                kept = target != pad_slot and in_range(target, state.shape[0])
         if real:
             if const_expr(self.one):
                 self.one_token(inputs, pool, place, target, kept, at, full, phase, lane)
@@ -461,15 +470,17 @@ class SelectiveStep:
         state, state_scale, dst, saved, saved_rows, saved_scale, _, pad_slot = pool
         rows = self.scaled_rows(held, carry)
         if const_expr(self.spec.intermediates):
-            line = slot
+            line, inside = slot, Boolean(True)
             if const_expr(saved_rows is not None):
                 line = Int64(saved_rows[b])
+                inside = in_range(line, saved.shape[0])
             to = memory.address(saved, line, t, h, first, 0)
-            self.leave(pool, rows, cell, to, saved_scale, (line, t, h, mine), line, slot, t, h, first, lane)
+            if inside:
+                self.leave(pool, rows, cell, to, saved_scale, (line, t, h, mine), line, slot, t, h, first, lane)
         if const_expr(self.spec.update_state and self.spec.dst_columns):
             line = Int64(dst[b, t])
             to = memory.address(state, line, h, first, 0)
-            if line != pad_slot:
+            if line != pad_slot and in_range(line, state.shape[0]):
                 self.leave(pool, rows, cell, to, state_scale, (line, h, mine), line, slot, t, h, first, lane)
 
     @cute.jit

@@ -105,6 +105,8 @@ def _ends(
         if sum(sizes) != end - begin or min(sizes, default=1) < 1:
             expected = f"chunks of {end - begin} tokens for sequence {b}, none empty"
             raise ValueError(describe("cu_chunk_seqlen", expected, f"chunks of {sizes}"))
+    if sizes:
+        _slot(lists, b, first_block, "block_idx_first_scheduled_token", None, null_block_id)
     position = first_block * block_size
     if len(sizes) > 1 and sizes[0] < block_size:
         position += block_size - sizes[0]

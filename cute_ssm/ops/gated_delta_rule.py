@@ -104,7 +104,9 @@ def gated_delta_rule_mtp(
     Raises
     ------
     ValueError, TypeError
-        A shape, type, stride, device or index is not as described above.  Nothing has been written.
+        A shape, type, stride, device or index is not as described above.  Nothing has been written.  What tensors on a
+        GPU hold is not looked at: there, a request whose ``initial_state_indices`` or ``accepted_steps`` are out of
+        range is treated as padding, and a destination out of range is not written.
     UnsupportedSpecError
         Sizes that no kernel is made for.
     UnsupportedArchError

@@ -112,7 +112,9 @@ def selective_scan(
     Raises
     ------
     ValueError, TypeError
-        A shape, type, stride, device, size or index is not as described above.  Nothing has been written.
+        A shape, type, stride, device, size or index is not as described above.  Nothing has been written.  What tensors
+        on a GPU hold is not looked at: there, a sequence whose offsets, slot, columns or chunks are out of range is
+        skipped like one whose slot is null, and a state whose own destination is out of range is not saved.
     UnsupportedArchError
         The tensors are on a GPU that the kernels are not compiled for.
     GradientError

@@ -145,7 +145,8 @@ def selective_state_update(
     A single head may be left out: state (slots, dim, dstate), x, dt, z, out (batch, dim), A (dim, dstate), B, C
     (batch, dstate), D, dt_bias (dim,); the shorthand is recognised by state, x, A or B, with one token or packed ones.
 
-    The contents of tensors on a GPU are never read by the host: indices out of range are undefined there, but no
+    The contents of tensors on a GPU are never read by the host.  There, a sequence whose slot, offsets or
+    ``num_accepted_tokens`` are out of range is treated as padding, a destination out of range is not written, and no
     sequence of ``cu_seqlens`` is followed past ``cache_steps``, or past the columns and steps of its destinations.
 
     The signature follows ``flashinfer.mamba.selective_state_update``; the recurrence is that of Dao and Gu,
