@@ -234,7 +234,7 @@ TOKEN_BUCKETS = (1, 2, 4, 8, 16)
 
 def token_bucket(tokens: int) -> int:
     """Return the number of tokens that the kernel for `tokens` (1 to 16) of them is made for."""
-    return next(bucket for bucket in TOKEN_BUCKETS if tokens <= bucket)
+    return _bucket("tokens", tokens, TOKEN_BUCKETS)
 
 
 WINDOW_BUCKETS = (8, 16, 32, 64)
@@ -242,7 +242,13 @@ WINDOW_BUCKETS = (8, 16, 32, 64)
 
 def window_bucket(window: int) -> int:
     """Return the number of pending tokens that the kernel for a window of 1 to 64 is made for."""
-    return next(bucket for bucket in WINDOW_BUCKETS if window <= bucket)
+    return _bucket("window", window, WINDOW_BUCKETS)
+
+
+def _bucket(name: str, number: int, buckets: tuple[int, ...]) -> int:
+    if not 1 <= number <= buckets[-1]:
+        raise UnsupportedSpecError(describe(name, f"1 to {buckets[-1]}", number))
+    return next(bucket for bucket in buckets if number <= bucket)
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,14 @@ def check_shapes(given: Mapping[str, Tensor], more: Shapes) -> None:
     for name, (shape, letters) in shapes.items():
         if name in given:
             arguments.check_shape(name, given[name], shape, letters)
+    check_heads("v", heads, value_heads)
+
+
+def check_heads(name: str, heads: int, value_heads: int) -> None:
+    """Raise unless every head has as many value heads."""
     if heads < 1 or value_heads % heads:
         expected = f"value_heads that is a multiple of heads = {heads}"
-        raise ValueError(describe("v", expected, f"value_heads = {value_heads}"))
+        raise ValueError(describe(name, expected, f"value_heads = {value_heads}"))
 
 
 def check_types(given: Mapping[str, Tensor]) -> None:

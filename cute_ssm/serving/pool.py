@@ -10,15 +10,24 @@ from torch import Tensor
 
 from cute_ssm.errors import describe
 from cute_ssm.ops._arguments import name_of
+from cute_ssm.ops._gated_delta_arguments import check_heads
+from cute_ssm.serving._pool_checks import check_equal, check_sizes, check_spec, check_types
 from cute_ssm.serving.cursors import build_work_items, commit
 from cute_ssm.serving.states import materialize
-from cute_ssm.spec import QUANTISED
+from cute_ssm.serving.storage import PoolStorage
+from cute_ssm.spec import (
+    QUANTISED,
+    CheckpointingSSUSpec,
+    GatedDeltaRuleReplaySpec,
+    token_bucket,
+    window_bucket,
+)
 
+_NO_PAD = -1  # of slots, which are not negative
 HISTORIES = ("double", "double_x", "ring")
-_SPLITMIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
-class StatePool:
+class StatePool(PoolStorage):
     """Slots for the sequences of a model: states, histories of pending tokens, inputs of convolutions, cursors, seeds.
 
     Made by `mamba2` or `gated_delta`.  All tensors are allocated once and start as zeros; their addresses never change.
@@ -27,6 +36,10 @@ class StatePool:
 
     The last slot is reserved for padding and never allocated: rows of a batch that are there to fill it use
     `pad_slot_id`, and any number of them may.
+
+    ``pickle``, ``torch.save`` and ``copy.deepcopy`` make pools of their own, with all slots, cursors and seeds, and
+    `to` one on another device.  `state_dict` and `load_state_dict` keep contents without code.  ``copy.copy`` makes
+    another name for the same memory and the same free slots.
 
     Attributes
     ----------
@@ -64,6 +77,7 @@ class StatePool:
         conv: tuple[tuple[int, int], torch.dtype] | None = None,
         seed: int | None = None,
         device: torch.device | str | None = None,
+        gated_delta: bool = False,
     ) -> None:
         """Allocate a pool; `mamba2` and `gated_delta` say what an operator needs.
 
@@ -82,19 +96,20 @@ class StatePool:
         seed : int, optional
             Round stochastically, with seeds drawn from this one.
         device : torch.device or str, optional
+        gated_delta : bool
+            The state is called ``initial_state``, and padding is negative.
 
         Raises
         ------
         ValueError
             If a number is not positive, or a seed is given for float32 states.
         """
-        for name, value in {"layers": layers, "slots": slots, "window": window, "tokens": tokens}.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(describe(name, "a positive integer", value))
+        check_sizes(layers=layers, slots=slots, window=window, tokens=tokens)
         if seed is not None and state[1] is torch.float32:
             raise ValueError(describe("seed", "None with float32 states, which are not rounded", seed))
         self.layers, self.slots, self.window, self.tokens = layers, slots + 1, window, tokens
-        self.pad_slot_id = slots
+        self.state_name, self.pad_slot_id = ("initial_state", -1) if gated_delta else ("state", slots)
+        self._ring = ring
 
         def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return torch.zeros(layers, self.slots, *shape, dtype=dtype, device=device)
@@ -108,20 +123,17 @@ class StatePool:
         if conv is not None:
             (channels, self._conv_width), dtype = conv
             self.conv_state = zeros((channels, self._conv_width - 1 + tokens), dtype)
-        self._cursors = torch.zeros(2, self.slots, dtype=torch.int32, device=self.state.device)
-        self.prev_num_accepted_tokens, place = self._cursors
-        self.cache_buf_idx: Tensor | None = None if ring else place
-        self.ring_start: Tensor | None = place if ring else None
-        self.ring_length = next(iter(self.history.values())).shape[3] if ring else None
-        self.rand_seed = None
+        device = self.state.device
+        self._cursors = torch.zeros(2, self.slots, dtype=torch.int32, device=device)
+        self._unallocated = torch.ones(self.slots, dtype=torch.bool, device=device)
+        self.rand_seed = self._draws = None
         self._root = seed
         if seed is not None:
-            self.rand_seed = torch.zeros(layers, self.slots, dtype=torch.int64, device=self.state.device)
-            self._draws = torch.zeros(self.slots, dtype=torch.int64, device=self.state.device)
-            self._draw(torch.arange(self.slots, device=self.state.device))
+            self.rand_seed = torch.zeros(layers, self.slots, dtype=torch.int64, device=device)
+            self._draws = torch.zeros(self.slots, dtype=torch.int64, device=device)
+            self._draw(torch.arange(self.slots, device=device))
         self._free = list(range(slots - 1, -1, -1))
-        self.state_name = "state"
-        self._arguments = [self._arguments_of(layer) for layer in range(layers)]
+        self._bind()
 
     @classmethod
     def mamba2(
@@ -171,13 +183,19 @@ class StatePool:
         ------
         ValueError
             If a size is not positive, or ``history`` is none of the above.
+        UnsupportedSpecError
+            If the operator refuses such sizes or types.
         """
-        sizes = {"nheads": nheads, "dim": dim, "dstate": dstate, "ngroups": ngroups}
-        for name, value in sizes.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(describe(name, "a positive integer", value))
+        check_sizes(nheads=nheads, dim=dim, dstate=dstate, ngroups=ngroups, window=window, tokens=tokens)
         if history not in HISTORIES:
             raise ValueError(describe("history", " or ".join(HISTORIES), repr(history)))
+        check_types(state_dtype, input_dtype, conv_shape, conv_dtype)
+        spec = CheckpointingSSUSpec(
+            state_dtype=name_of(state_dtype), input_dtype=name_of(input_dtype), A_dtype="float32", dt_dtype="float32",
+            D_dtype=None, dt_bias_dtype=None, heads=nheads, groups=ngroups, dim=dim, dstate=dstate, tokens=tokens,
+            window=window, history=history,
+        )  # fmt: skip
+        check_spec(spec, {"heads": "nheads"})
         rows = window + tokens
         if history == "ring":
             entries = {
@@ -220,9 +238,15 @@ class StatePool:
 
         `pad_slot_id` is negative then, as that operator has it.
         """
-        for name, value in {"heads": heads, "value_heads": value_heads, "K": K, "V": V}.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(describe(name, "a positive integer", value))
+        check_sizes(heads=heads, value_heads=value_heads, K=K, V=V, window=window, tokens=tokens)
+        check_heads("value_heads", heads, value_heads)
+        check_types(state_dtype, input_dtype, conv_shape, conv_dtype)
+        spec = GatedDeltaRuleReplaySpec(
+            state_dtype=name_of(state_dtype), input_dtype=name_of(input_dtype), output_dtype="float32",
+            gate_dtype="float32", dt_bias_dtype="float32", K=K, V=V, tokens=token_bucket(tokens), l2norm=True,
+            src_dtype="int32", zero_padding=False, vector_output=False, window=window_bucket(window),
+        )  # fmt: skip
+        check_spec(spec, {})
         rows = window + tokens
         entries = {
             "k_cache": ((heads, rows, K), input_dtype),
@@ -232,11 +256,9 @@ class StatePool:
         }
         conv = None if conv_shape is None else (conv_shape, conv_dtype or input_dtype)
         state = (value_heads, V, K), state_dtype
-        pool = cls(layers, slots, window, tokens, state, entries, ring=True, conv=conv, device=device)
-        pool.pad_slot_id = -1
-        pool.state_name = "initial_state"
-        pool._arguments = [pool._arguments_of(layer) for layer in range(layers)]
-        return pool
+        return cls(
+            layers, slots, window, tokens, state, entries, ring=True, conv=conv, device=device, gated_delta=True
+        )  # fmt: skip
 
     # ----------------------------------------------------------------------------------------------------- the operator
     def arguments(self, layer: int) -> dict[str, Any]:
@@ -247,28 +269,12 @@ class StatePool:
         """
         return dict(self._arguments[layer])
 
-    def _arguments_of(self, layer: int) -> dict[str, Any]:
-        views: dict[str, Any] = {self.state_name: self.state[layer]}
-        views |= {name: tensor[layer] for name, tensor in self.history.items()}
-        views["prev_num_accepted_tokens"] = self.prev_num_accepted_tokens
-        if self.cache_buf_idx is not None:
-            views["cache_buf_idx"] = self.cache_buf_idx
-        else:
-            views |= {"ring_start": self.ring_start, "window": self.window}
-        if self.state_name == "state":
-            views["pad_slot_id"] = self.pad_slot_id
-        if self.state_scale is not None:
-            views["state_scale"] = self.state_scale[layer]
-        if self.rand_seed is not None:
-            views["rand_seed"] = self.rand_seed[layer]
-        return views
-
     def _cursor_arguments(self, cu_seqlens: Tensor | None) -> dict[str, Any]:
         return {
             "window": self.window,
             "cache_buf_idx": self.cache_buf_idx,
             "ring_start": self.ring_start,
-            "ring_length": self.ring_length,
+            "ring_length": next(iter(self.history.values())).shape[3] if self._ring else None,
             "tokens": self.tokens if cu_seqlens is None else None,
             "cu_seqlens": cu_seqlens,
             "pad_slot_id": self.pad_slot_id,
@@ -303,12 +309,19 @@ class StatePool:
         Parameters
         ----------
         state_batch_indices : Tensor, (batch,), int32/int64
-            Slot of each row.
+            Slot of each row: allocated ones, or `pad_slot_id`.
         num_accepted_tokens : Tensor, (batch,), int32/int64
             How many of its new tokens each row keeps; a negative number leaves the row as it is.
         cu_seqlens : Tensor, (batch + 1,), int32/int64, optional
             As the step had it.
+
+        Raises
+        ------
+        ValueError, TypeError, UnsupportedArchError
+            As for `serving.commit`; and if a slot is not allocated, for pools on the CPU.  On a GPU, where the pool
+            keeps a mask of its slots, such a row stays as it is.
         """
+        num_accepted_tokens = self._of_allocated(state_batch_indices, num_accepted_tokens, cu_seqlens)
         commit(
             self.prev_num_accepted_tokens,
             num_accepted_tokens,
@@ -318,6 +331,25 @@ class StatePool:
         )
         if self.conv_state is not None:
             self._shift_conv(state_batch_indices.long(), num_accepted_tokens.long(), cu_seqlens)
+
+    def _of_allocated(self, slots: Tensor, accepted: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """The numbers of accepted tokens, on a GPU with -1 for slots that are not allocated; on a CPU, raise there."""
+        tensors = [slots, accepted] if cu_seqlens is None else [slots, accepted, cu_seqlens]
+        if not all(isinstance(t, Tensor) and t.dim() == 1 and t.device == self.state.device for t in tensors):
+            return accepted  # `commit` names what is wrong
+        if len(slots) != len(accepted) or slots.dtype not in (torch.int32, torch.int64):
+            return accepted
+        closed = self._unallocated.index_select(0, slots.clamp(0, self.slots - 1))
+        if slots.device.type != "cpu":
+            return accepted.masked_fill(closed, -1)
+        closed &= (slots != self.pad_slot_id) & (slots >= 0) & (slots < self.slots) & (accepted >= 0)
+        if cu_seqlens is not None and len(cu_seqlens) == len(slots) + 1:
+            closed &= cu_seqlens.diff() > 0
+        if bool(closed.any()):
+            at = int(closed.nonzero()[0])
+            fix = f"take slots by allocate(); rows that are padding have {self.pad_slot_id}"
+            raise ValueError(describe("state_batch_indices", "allocated slots", f"{int(slots[at])} at {at}", fix))
+        return accepted
 
     def _shift_conv(self, slots: Tensor, accepted: Tensor, cu_seqlens: Tensor | None) -> None:
         """Move accepted inputs of convolutions behind the older ones, of rows whose slot and count `commit` takes."""
@@ -351,6 +383,7 @@ class StatePool:
             raise ValueError(describe("slots", "a free one", f"{self.slots - 1} in use", "free one, or wait"))
         slot = self._free.pop()
         self.reset_slot(slot)
+        self._unallocated[slot] = False
         return slot
 
     def free(self, slot: int) -> None:
@@ -364,6 +397,7 @@ class StatePool:
         if not 0 <= slot < self.slots - 1 or slot in self._free:
             raise ValueError(describe("slot", "one that is allocated", slot))
         self._free.append(slot)
+        self._unallocated[slot] = True
 
     def reset_slot(self, slots: int | Tensor) -> None:
         """Make slots those of new sequences: zeroed states, convolutions and cursors, and fresh seeds.
@@ -383,35 +417,48 @@ class StatePool:
         if self.rand_seed is not None:
             self._draw(index)
 
-    def copy_slot(self, source: int | Tensor, destination: int | Tensor) -> None:
+    def copy_slot(
+        self, source: int | Tensor, destination: int | Tensor, *, destination_pool: StatePool | None = None
+    ) -> None:
         """Copy all that slots hold but their seeds, pending tokens included, so that both go on alike.
 
         Parameters
         ----------
         source, destination : int or Tensor, (n,), int32/int64
-            On the pool's device; destinations are distinct, and no sources.
+            On the device of their pool; destinations are distinct, and no sources of the same pool.
+        destination_pool : StatePool, optional
+            Where destinations lie: a pool that differs in its number of slots, its seeds and its device at most, such
+            as one on the CPU that sequences are swapped to.  None: this pool.
 
         Raises
         ------
         ValueError
-            If there are not as many of both, or one is out of range, as far as the host can see.
+            If there are not as many of both, one is out of range, as far as the host can see, or pools differ.
         """
-        read, written = self._index("source", source), self._index("destination", destination)
-        self._check_pairs(read, written)
-        tensors = (self.state, self.state_scale, self.conv_state, *self.history.values())
-        for tensor in tensors:
-            if tensor is not None:
-                _copy(tensor, read, written)
-        self._cursors[:, written] = self._cursors[:, read]
+        target = self if destination_pool is None else destination_pool
+        read, written = self._index("source", source), target._index("destination", destination)
+        self._check_pairs(read, written, target)
+        own, others = self._slotted(), target._slotted()
+        if target is not self:
+            for name in ("kind", "layers", "window", "tokens"):
+                check_equal(name, getattr(self, name), getattr(target, name))
+            check_equal("tensors", sorted(own), sorted(others))
+            for name, tensor in own.items():
+                check_equal(f"{name}.dtype", tensor.dtype, others[name].dtype)
+                check_equal(f"{name}.shape", (..., *tensor.shape[2:]), (..., *others[name].shape[2:]))
+        for name, tensor in own.items():
+            _copy(tensor, read, others[name], written)
+        target._cursors[:, written] = self._cursors[:, read].to(target._cursors.device)
 
     def materialize(
         self,
-        A: Sequence[Tensor],
+        A: Sequence[Tensor] | None,
         source: int | Tensor,
         destination: int | Tensor,
         *,
         num_tokens: Tensor | None = None,
         philox_rounds: int = 10,
+        destination_pool: StatePool | None = None,
     ) -> None:
         """Write the true states of slots, pending tokens folded in, to other slots, which have no pending tokens then.
 
@@ -426,44 +473,79 @@ class StatePool:
             Otherwise they are zero: of tokens before the last step the pool knows none.
         philox_rounds : int
             Rounds of the Philox generator, with seeds.
+        destination_pool : StatePool, optional
+            Where destinations lie: a pool of the same device, layers and sizes of states and convolutions.  Its types
+            of states, window, history and number of slots may be others.  None: this pool.
 
         Raises
         ------
         ValueError
-            If the pool is not one of `mamba2`, or as `serving.materialize` and `copy_slot` say.
+            If the pools do not fit, or as `serving.materialize` and `copy_slot` say.
+
+        Notes
+        -----
+        Where the states that are written are not float32, they are rounded stochastically if this pool has seeds, with
+        those of the sources.
         """
-        names = ("x_cache", "B_cache", "dt_cache") if self.ring_start is not None else ("old_x", "old_B", "old_dt")
-        if names[0] not in self.history:
+        target = self if destination_pool is None else destination_pool
+        read, written = self._index("source", source), target._index("destination", destination)
+        self._check_pairs(read, written, target, same=True)
+        if target is not self:
+            self._check_fits(target)
+        if self.kind != "mamba2":
             raise ValueError(describe("pool", "one for Mamba-2", "one for another recurrence"))
-        if len(A) != self.layers:
-            raise ValueError(describe("A", f"one tensor for each of {self.layers} layers", len(A)))
-        read, written = self._index("source", source), self._index("destination", destination)
-        self._check_pairs(read, written, same=True)
+        self._fold_mamba2(A, read, written, target, num_tokens, philox_rounds)
+        if self.conv_state is not None and target.conv_state is not None:
+            if num_tokens is None:
+                most = min(self.conv_state.shape[3], target.conv_state.shape[3])
+                _copy(self.conv_state[..., :most], read, target.conv_state[..., :most], written)
+            else:
+                _zero(target.conv_state, written)
+        target._cursors.index_fill_(1, written, 0)
+
+    def _fold_mamba2(
+        self,
+        A: Sequence[Tensor] | None,
+        read: Tensor,
+        written: Tensor,
+        target: StatePool,
+        num_tokens: Tensor | None,
+        philox_rounds: int,
+    ) -> None:
+        names = ("x_cache", "B_cache", "dt_cache") if self.ring_start is not None else ("old_x", "old_B", "old_dt")
+        if A is None or len(A) != self.layers:
+            got = None if A is None else len(A)
+            raise ValueError(describe("A", f"one tensor for each of {self.layers} layers", got))
+        seeds = None if target.state.dtype is torch.float32 else self.rand_seed
         for layer in range(self.layers):
             x, B, dt = (self.history[name][layer] for name in names)
+            scale, new_scale = (
+                None if pool.state_scale is None else pool.state_scale[layer] for pool in (self, target)
+            )  # fmt: skip
             materialize(
-                self.state[layer],
-                x,
-                B,
-                dt,
-                A[layer],
-                self.prev_num_accepted_tokens,
-                read,
-                written,
-                cache_buf_idx=self.cache_buf_idx,
-                ring_start=self.ring_start,
-                num_tokens=num_tokens,
-                state_scale=None if self.state_scale is None else self.state_scale[layer],
-                pad_slot_id=self.pad_slot_id,
-                rand_seed=None if self.rand_seed is None else self.rand_seed[layer],
-                philox_rounds=philox_rounds,
-            )
-        if self.conv_state is not None:
-            if num_tokens is None:
-                _copy(self.conv_state, read, written)
-            else:
-                _zero(self.conv_state, written)
-        self._cursors.index_fill_(1, written, 0)
+                self.state[layer], x, B, dt, A[layer], self.prev_num_accepted_tokens, read, written,
+                cache_buf_idx=self.cache_buf_idx, ring_start=self.ring_start, num_tokens=num_tokens,
+                out=None if target is self else target.state[layer], state_scale=scale,
+                out_scale=None if target is self else new_scale,
+                pad_slot_id=self.pad_slot_id if target is self else _NO_PAD,
+                rand_seed=None if seeds is None else seeds[layer], philox_rounds=philox_rounds,
+            )  # fmt: skip
+
+    def _check_fits(self, target: StatePool) -> None:
+        """Raise unless another pool can hold the states of this one."""
+        for name in ("kind", "layers"):
+            check_equal(name, getattr(self, name), getattr(target, name))
+        check_equal("device", self.state.device, target.state.device)
+        check_equal("sizes of a state", self.state.shape[2:], target.state.shape[2:])
+        convs = [
+            None if c is None else (c.dtype, c.shape[2], pool._conv_width)
+            for pool, c in ((self, self.conv_state), (target, target.conv_state))
+        ]
+        check_equal("conv_state (type, channels, width)", *convs)
+
+    def _slotted(self) -> dict[str, Tensor]:
+        """What `copy_slot` copies: (layers, slots, ...)."""
+        return {n: t for n, t in self._tensors().items() if n not in ("cursors", "rand_seed", "draws")}
 
     @property
     def state_bytes(self) -> int:
@@ -486,36 +568,16 @@ class StatePool:
             raise ValueError(describe(name, f"a slot in [0, {self.slots})", slots))
         return torch.full((1,), slots, dtype=torch.int64, device=device)
 
-    def _check_pairs(self, read: Tensor, written: Tensor, same: bool = False) -> None:
+    def _check_pairs(self, read: Tensor, written: Tensor, target: StatePool, same: bool = False) -> None:
         if read.shape != written.shape:
             raise ValueError(describe("destination", f"{len(read)} slots like source", len(written)))
-        if read.device.type == "cpu":
+        if read.device.type == written.device.type == "cpu":
             pairs = set(zip(read.tolist(), written.tolist()))
+            if target is not self:
+                same, pairs = True, {(to, to) for _, to in pairs}
             foreign = {to for _, to in pairs} & {of for of, to in pairs if not (same and of == to)}
             if foreign or len({to for _, to in pairs}) != len(written):
                 raise ValueError(describe("destination", "distinct slots that are no sources", written.tolist()))
-
-    def _draw(self, index: Tensor) -> None:
-        """Draw seeds of slots by SplitMix64, from the root, the layer, the slot, and how often it was drawn for."""
-        if self.rand_seed is None or self._root is None:
-            return
-        self._draws[index] += 1
-        layer = torch.arange(self.layers, device=index.device)[:, None]
-        number = (self._draws[index] * self.slots + index) * self.layers + layer
-        x = number * _signed(_SPLITMIX[0]) + _signed(self._root)
-        for shift, factor in ((30, _SPLITMIX[1]), (27, _SPLITMIX[2])):
-            x = (x ^ _shifted(x, shift)) * _signed(factor)
-        self.rand_seed[:, index] = x ^ _shifted(x, 31)
-
-
-def _signed(value: int) -> int:
-    """The int64 with the low 64 bits of a number."""
-    return (value + 2**63) % 2**64 - 2**63
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """A logical shift to the right."""
-    return x >> bits & (1 << 64 - bits) - 1
 
 
 def _raw(tensor: Tensor) -> Tensor:
@@ -527,6 +589,6 @@ def _zero(tensor: Tensor, index: Tensor) -> None:
     _raw(tensor).index_fill_(1, index, 0)
 
 
-def _copy(tensor: Tensor, read: Tensor, written: Tensor) -> None:
-    raw = _raw(tensor)
-    raw.index_copy_(1, written, raw.index_select(1, read))
+def _copy(tensor: Tensor, read: Tensor, target: Tensor, written: Tensor) -> None:
+    """Copy slots of one tensor to slots of another, or of itself; they may lie on two devices."""
+    _raw(target).index_copy_(1, written, _raw(tensor).index_select(1, read).to(target.device))

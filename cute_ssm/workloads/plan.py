@@ -46,9 +46,9 @@ def around(workload: Workload, arch: Arch, sm_count: int | None = None) -> list[
     pool = workloads.pool(workload.op, dict(workload.keys))
     if pool is None:
         return []
-    one = torch.zeros(1, dtype=torch.int32)
+    one = torch.full((1,), pool.allocate(), dtype=torch.int32)
     with runtime.planned(arch, sm_count) as plan:
-        pool.commit(one, one)
+        pool.commit(one, torch.zeros_like(one))
         if pool.state_name == "state":  # that of Mamba-2
             for batch in workload.batches:
                 pool.build_work_items(torch.full((batch,), pool.pad_slot_id, dtype=torch.int32))

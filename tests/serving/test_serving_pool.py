@@ -312,6 +312,8 @@ def test_pools_start_as_zeros_with_seeds_of_their_own():
 
 def test_commit_advances_the_seeds_of_the_batch():
     pool = make(state_dtype=torch.float16, seed=0)
+    for _ in range(6):
+        pool.allocate()
     before = pool.rand_seed.clone()
     pool.commit(torch.tensor([4, pool.pad_slot_id, 1, pool.pad_slot_id]), torch.tensor([1, 2, 0, 3]))
     assert (pool.rand_seed - before).tolist() == [[0, 1, 0, 0, 1, 0, 0]] * LAYERS

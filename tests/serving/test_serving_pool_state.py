@@ -1,0 +1,428 @@
+"""`serving.StatePool` copied, kept, moved, printed; what it refuses; slots that nobody allocated."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cute_ssm
+from cute_ssm import serving
+from cute_ssm.errors import UnsupportedSpecError
+
+ptxsim = pytest.importorskip("ptxsim")
+NAN = float("nan")
+LAYERS, WINDOW, TOKENS, CHANNELS, WIDTH = 2, 8, 3, 3, 4
+CONV = {"conv_shape": (CHANNELS, WIDTH), "conv_dtype": torch.float32}
+
+
+def mamba2(**options):
+    sizes = {"nheads": 2, "dim": 16, "dstate": 64, "window": WINDOW, "tokens": TOKENS, **CONV}
+    return serving.StatePool.mamba2(LAYERS, 5, **{**sizes, **options})
+
+
+def gated(**options):
+    sizes = {"heads": 1, "value_heads": 2, "K": 64, "V": 64, "window": WINDOW, "tokens": TOKENS, **CONV}
+    return serving.StatePool.gated_delta(LAYERS, 5, **{**sizes, **options})
+
+
+POOLS = {
+    "ring with seeds": lambda: mamba2(state_dtype=torch.float16, seed=3),
+    "double with scales": lambda: mamba2(state_dtype=torch.int8, history="double_x"),
+    "float8": lambda: mamba2(state_dtype=torch.float8_e4m3fn, history="double", input_dtype=torch.float16),
+    "gated delta": gated,
+}
+
+
+class Run:
+    """A loop of steps through the operators that is the same for equal pools, slots and numbers of the step."""
+
+    def __init__(self, pool, slots):
+        self.pool, self.slots = pool, torch.tensor([*slots, pool.pad_slot_id])
+
+    def step(self, number):
+        """Return the outputs of all layers."""
+        g = torch.Generator().manual_seed(number)
+        outputs = [self.layer(layer, g) for layer in range(LAYERS)]
+        fresh = torch.randn(LAYERS, 2, CHANNELS, TOKENS, generator=g)
+        self.pool.conv_state[:, self.slots[:2], :, WIDTH - 1 : WIDTH - 1 + TOKENS] = fresh
+        self.pool.commit(self.slots, torch.randint(0, TOKENS + 1, (3,), generator=g))
+        return torch.stack(outputs)
+
+    def layer(self, layer, g):
+        def randn(*shape):
+            return torch.randn(3, TOKENS, *shape, generator=g)
+
+        arguments = self.pool.arguments(layer)
+        if self.pool.kind == "gated_delta":
+            q, k, v = (randn(heads, 64).bfloat16() for heads in (1, 1, 2))
+            gates = {"A_log": torch.zeros(2), "a": randn(2), "dt_bias": torch.zeros(2), "b": randn(2)}
+            call = {"q": q, "k": k, "v": v, "initial_state_indices": self.slots, **gates}
+            return cute_ssm.gated_delta_rule_replay(**arguments, **call)[0][:2]
+        dtype = next(iter(self.pool.history.values())).dtype
+        x, B, C = (randn(n, size).to(dtype) for n, size in ((2, 16), (1, 64), (1, 64)))
+        dt = torch.rand(3, TOKENS, 2, generator=g)[..., None].expand(x.shape)
+        operator = cute_ssm.checkpointing_ssu_ring if "x_cache" in arguments else cute_ssm.checkpointing_ssu
+        call = {"x": x, "dt": dt, "A": rates()[layer], "B": B, "C": C, "out": torch.zeros_like(x)}
+        return operator(**arguments, **call, state_batch_indices=self.slots)[:2]
+
+
+def rates():
+    return [torch.full((2, 1, 1), -1.0 - layer).expand(2, 16, 64) for layer in range(LAYERS)]
+
+
+def memory(pool):
+    return {name: tensor.view(torch.uint8) for name, tensor in pool._tensors().items()}
+
+
+def same(one, other):
+    return all(torch.equal(tensor, memory(other)[name]) for name, tensor in memory(one).items())
+
+
+def started(make, steps=7):
+    """A pool with two sequences after some steps, a slot that was freed, and the run."""
+    pool = make()
+    slots = [pool.allocate() for _ in range(3)]
+    pool.free(slots.pop(1))
+    run = Run(pool, slots)
+    for number in range(steps):
+        run.step(number)
+    assert pool.prev_num_accepted_tokens.any()
+    return pool, run
+
+
+def through_pickle(pool):
+    return pickle.loads(pickle.dumps(pool))
+
+
+def through_torch(pool):
+    file = io.BytesIO()
+    torch.save({"pools": [pool, pool]}, file)
+    file.seek(0)
+    one, other = torch.load(file, weights_only=False)["pools"]
+    assert one is other
+    return one
+
+
+def through_state_dict(pool):
+    file = io.BytesIO()
+    torch.save(pool.state_dict(), file)
+    file.seek(0)
+    twin = next(make for make in POOLS.values() if make()._settings() == pool._settings() and match(make(), pool))()
+    twin.allocate()  # what it remembers is replaced
+    addresses = {name: tensor.data_ptr() for name, tensor in twin._tensors().items()}
+    twin.load_state_dict(torch.load(file, weights_only=True))
+    assert addresses == {name: tensor.data_ptr() for name, tensor in twin._tensors().items()}
+    return twin
+
+
+def match(one, other):
+    return {n: (t.shape, t.dtype) for n, t in one._tensors().items()} == {
+        n: (t.shape, t.dtype) for n, t in other._tensors().items()
+    }
+
+
+WAYS = {
+    "pickle": through_pickle,
+    "torch.save": through_torch,
+    "deepcopy": copy.deepcopy,
+    "state_dict": through_state_dict,
+    "to": lambda pool: pool.to("cpu", copy=True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", POOLS)
+def test_a_copy_goes_on_like_the_pool_bit_for_bit_and_apart_from_it(kind, way):
+    pool, run = started(POOLS[kind])
+    twin = WAYS[way](pool)
+    assert twin is not pool and same(pool, twin) and twin._free == pool._free and twin._free is not pool._free
+    for name, tensor in twin._tensors().items():
+        assert tensor.data_ptr() != pool._tensors()[name].data_ptr(), name
+    frozen = {name: tensor.clone() for name, tensor in memory(pool).items()}
+    other = Run(twin, run.slots[:2].tolist())
+    got = [other.step(number) for number in range(7, 17)]
+    assert all(torch.equal(frozen[name], tensor) for name, tensor in memory(pool).items()), "the pool itself changed"
+    want = [run.step(number) for number in range(7, 17)]
+    assert all(torch.equal(one, two) for one, two in zip(got, want)) and same(pool, twin)
+    # views: what operators write is what everything else reads
+    assert twin.arguments(1)[twin.state_name].data_ptr() == twin.state[1].data_ptr()
+    assert twin.arguments(0)["prev_num_accepted_tokens"].data_ptr() == twin._cursors.data_ptr()
+    # slots: the next ones are the same, with the same seeds, and those in use stay so
+    assert [twin.allocate() for _ in range(3)] == [pool.allocate() for _ in range(3)] and same(pool, twin)
+    assert torch.equal(twin._unallocated, pool._unallocated) and twin.available == 0
+
+
+def test_a_pool_that_is_pickled_in_a_process_goes_on_in_another(tmp_path):
+    pool, run = started(POOLS["ring with seeds"])
+    (tmp_path / "pool").write_bytes(pickle.dumps((pool, run.slots)))
+    code = (
+        "import pickle, sys, torch; sys.path.insert(0, sys.argv[1]); import test_serving_pool_state as t\n"
+        "pool, slots = pickle.load(open(sys.argv[2], 'rb'))\n"
+        "torch.save([t.Run(pool, slots[:2].tolist()).step(number) for number in range(7, 12)], sys.argv[3])"
+    )
+    folder = __file__.rpartition("/")[0]
+    subprocess.run([sys.executable, "-c", code, folder, tmp_path / "pool", tmp_path / "steps"], check=True)
+    for number, got in zip(range(7, 12), torch.load(tmp_path / "steps", weights_only=True)):
+        assert torch.equal(run.step(number), got)
+
+
+def test_a_shallow_copy_is_another_name_for_the_same_slots():
+    pool, _ = started(gated)
+    twin = copy.copy(pool)
+    assert all(tensor.data_ptr() == pool._tensors()[name].data_ptr() for name, tensor in twin._tensors().items())
+    assert twin.allocate() != pool.allocate() and twin.available == pool.available
+    assert twin.prev_num_accepted_tokens.data_ptr() == pool.prev_num_accepted_tokens.data_ptr()
+
+
+def test_moves_keep_types_and_copy_only_if_needed():
+    pool = POOLS["float8"]()
+    assert pool.to("cpu") is pool and pool.to() is pool and pool.to(torch.device("cpu")) is pool
+    assert pool.to(torch.zeros(1)) is pool and pool.to(device="cpu", copy=True) is not pool
+    for arguments in ((torch.float16,), ("cpu", torch.float32)):
+        with pytest.raises(TypeError, match=r"dtype: expected None, as pools keep their types, got .*materialize into"):
+            pool.to(*arguments)
+    moved = pool.to("meta")
+    assert moved.state.device.type == "meta" and moved.ring_start is None and moved.cache_buf_idx.is_meta
+    assert moved.arguments(0)["old_x"].is_meta and moved._unallocated.is_meta
+
+
+def test_what_a_pool_prints():
+    pool, _ = started(POOLS["double with scales"])
+    first, *lines = repr(pool).splitlines()
+    assert first.startswith("StatePool(mamba2, layers=2, slots=5 (2 used, 3 free), window=8, tokens=3, ")
+    assert first.endswith(f"{pool.nbytes / 1024:.1f} KiB on cpu)")
+    assert lines[:3] == [
+        "  state: int8 (2, 6, 2, 16, 64)",
+        "  state_scale: float32 (2, 6, 2, 16)",
+        "  old_x: bfloat16 (2, 6, 2, 8, 2, 16)",
+    ]  # fmt: skip
+    assert len(repr(gated()).splitlines()) == 7 and "gated_delta" in repr(gated())
+
+
+BAD_DICTS = {
+    "window: expected 8, got 7": lambda: mamba2(window=7).state_dict(),
+    "rand_seed": lambda: mamba2(state_dtype=torch.float16, seed=1).state_dict(),
+    "state: expected float32 of": lambda: mamba2(state_dtype=torch.bfloat16).state_dict(),
+    "slots: expected 6, got 4": lambda: serving.StatePool.mamba2(
+        LAYERS, 3, nheads=2, dim=16, dstate=64, window=WINDOW, tokens=TOKENS, **CONV
+    ).state_dict(),
+    "free: expected distinct slots below 5": lambda: {**mamba2().state_dict(), "free": torch.tensor([1, 5])},
+    "history.k_cache": lambda: gated().state_dict(),
+    "state: expected float32 of (2, 6, 2, 16, 64), got None": lambda: {**mamba2().state_dict(), "state": None},
+}
+
+
+@pytest.mark.parametrize("message", BAD_DICTS)
+def test_a_state_dict_of_another_pool_changes_nothing(message):
+    pool, _ = started(mamba2)
+    frozen = copy.deepcopy(pool)
+    with pytest.raises(ValueError, match="state_dict") as caught:
+        pool.load_state_dict(BAD_DICTS[message]())
+    assert message in str(caught.value)
+    assert same(pool, frozen) and pool._free == frozen._free
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+REFUSED = {
+    "state_dtype: expected float32 or": lambda: gated(state_dtype=torch.int8),
+    "state_dtype: expected float32 or bfloat16 or": lambda: mamba2(state_dtype=torch.float64),
+    "input_dtype: expected bfloat16 or float16": lambda: mamba2(input_dtype=torch.float32),
+    "input_dtype: expected bfloat16 or float16, got float32": lambda: gated(input_dtype=torch.float32),
+    "K: expected": lambda: gated(K=80),
+    "V: expected": lambda: gated(V=40),
+    "tokens: expected 1 to 16": lambda: gated(tokens=17),
+    "window: expected 1 to 64": lambda: gated(window=200),
+    "value_heads: expected value_heads that is a multiple of heads = 3": lambda: gated(heads=3),
+    "dstate: expected 64": lambda: mamba2(dstate=100),
+    "dim: expected a multiple of 16": lambda: mamba2(dim=24),
+    "nheads: expected a multiple of groups = 3": lambda: mamba2(ngroups=3),
+    "window: expected 1 to 64, got 200": lambda: mamba2(window=200),
+    "tokens: expected 1 to 64": lambda: mamba2(tokens=65),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_pools_refuse_what_their_operators_would(message):
+    with pytest.raises(UnsupportedSpecError if "value_heads" not in message else ValueError) as caught:
+        REFUSED[message]()
+    assert message in str(caught.value)
+
+
+MISUSED = {
+    "state_dtype: expected a torch.dtype": lambda: mamba2(state_dtype="float16"),
+    "conv_dtype: expected a torch.dtype": lambda: gated(conv_dtype="float16"),
+    "conv_shape: width: expected a positive integer": lambda: gated(conv_shape=(3, 0)),
+    "window: expected a positive integer": lambda: mamba2(window=0),
+    "tokens: expected a positive integer": lambda: gated(tokens=2.0),
+    "dim: expected a positive integer": lambda: mamba2(dim=True),
+    "seed: expected None with float32 states": lambda: mamba2(seed=1),
+}
+
+
+@pytest.mark.parametrize("message", MISUSED)
+def test_sizes_and_types_that_are_none(message):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        MISUSED[message]()
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("window", [1, 8, 64])
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_operators_take_every_pool_that_can_be_made(window, tokens):
+    """At the limits of what pools accept."""
+    run = Run(gated(window=window, tokens=tokens), [])
+    run.slots = torch.tensor([-1])
+    q, k, v = (torch.zeros(1, tokens, heads, 64).bfloat16() for heads in (1, 1, 2))
+    gates = {name: torch.zeros(1, tokens, 2) for name in "ab"} | {name: torch.zeros(2) for name in ("A_log", "dt_bias")}
+    cute_ssm.gated_delta_rule_replay(
+        **run.pool.arguments(0), q=q, k=k, v=v, initial_state_indices=run.slots, **gates
+    )  # fmt: skip
+    for history in ("ring", "double"):
+        pool = mamba2(window=window, tokens=tokens, dim=128, dstate=256, history=history, state_dtype=torch.int16)
+        x, B = torch.zeros(1, tokens, 2, 128).bfloat16(), torch.zeros(1, tokens, 1, 256).bfloat16()
+        operator = cute_ssm.checkpointing_ssu_ring if history == "ring" else cute_ssm.checkpointing_ssu
+        weights = {"dt": torch.zeros(1, tokens, 2, 1).expand(x.shape), "A": torch.zeros(2, 1, 1).expand(2, 128, 256)}
+        operator(**pool.arguments(0), x=x, B=B, C=B, out=x.clone(), **weights, state_batch_indices=torch.tensor([5]))
+
+
+# ---------------------------------------------------------------------------------------------- slots nobody allocated
+@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@pytest.mark.parametrize("make", [mamba2, gated])
+def test_a_commit_of_an_unallocated_slot_is_refused_by_name(make, backend):
+    """One that never was, one that is free again, the reserved one of a gated-delta pool; padding is no slot."""
+    pool, _ = started(make)
+    free = pool._free[-1]
+    frozen = copy.deepcopy(pool)
+    ones = torch.ones(3, dtype=torch.int64)
+    used = next(slot for slot in range(5) if slot not in pool._free)
+
+    def commit(*slots, **options):
+        pool.commit(torch.tensor(slots), options.pop("accepted", ones), **options)
+
+    wrong = [free, pool._free[0], *([5] if pool.kind == "gated_delta" else [])]
+    with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else torch.no_grad():
+        for slot in wrong:
+            with pytest.raises(ValueError, match=f"state_batch_indices: expected allocated slots, got {slot} at 1;"):
+                commit(used, slot, pool.pad_slot_id)
+        assert same(pool, frozen), "something was written"
+        commit(used, free, pool.pad_slot_id, accepted=torch.tensor([1, -1, 1]))  # is left as it is
+        commit(free, pool.pad_slot_id, used, cu_seqlens=torch.tensor([0, 0, 2, 2]))  # neither has tokens
+        changed = [i for i in range(6) if pool.prev_num_accepted_tokens[i] != frozen.prev_num_accepted_tokens[i]]
+        assert changed in ([], [used])
+        slot = pool.allocate()
+        commit(used, slot, pool.pad_slot_id)
+        pool.free(slot)
+        with pytest.raises(ValueError, match="allocated slots"):
+            commit(used, slot, pool.pad_slot_id)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_on_a_gpu_rows_of_unallocated_slots_count_as_left_alone(kind):
+    """What the pool's mask makes of the numbers of accepted tokens there, with slots that lead outside too."""
+    pool, _ = started(gated)
+    used = [slot for slot in range(5) if slot not in pool._free]
+
+    class OnGpu(torch.Tensor):
+        device = type("Device", (), {"type": "cuda", "__eq__": lambda *_: True, "__hash__": lambda _: 0})()
+
+    slots = torch.tensor([used[0], pool._free[0], used[1], 5, -1, 99, -(2**31)], dtype=kind).as_subclass(OnGpu)
+    accepted = torch.arange(7).as_subclass(OnGpu)
+    got = pool._of_allocated(slots, accepted, None)
+    assert got[:4].tolist() == [0, -1, 2, -1], "used, free, used, reserved"
+    assert accepted.tolist() == list(range(7))
+
+
+# --------------------------------------------------------------------------------------------------------- other pools
+@pytest.mark.parametrize("kind", POOLS)
+def test_a_sequence_that_is_swapped_to_another_pool_and_back_goes_on_bit_for_bit(kind):
+    """With other slots, after which the first ones are poisoned; seeds would stay with their pool."""
+    make = POOLS[kind] if kind != "ring with seeds" else lambda: mamba2(state_dtype=torch.float16)
+    pool, run = started(make)
+    control, plain = started(make)
+    store = make()
+    parked = [store.allocate(), store.allocate()]
+    source = run.slots[:2]
+    pool.copy_slot(source, torch.tensor(parked), destination_pool=store)
+    for tensor in pool._slotted().values():
+        tensor[:, source] = NAN if tensor.dtype.is_floating_point else 77
+    for slot in source.tolist():
+        pool.free(slot)
+    home = torch.tensor([pool.allocate(), pool.allocate()]).flip(0)
+    store.copy_slot(torch.tensor(parked), home, destination_pool=pool)
+    run.slots[:2] = home
+    for number in range(7, 17):
+        assert torch.equal(run.step(number), plain.step(number))
+    assert control is plain.pool
+
+
+@pytest.mark.parametrize("history", ["ring", "double"])
+@pytest.mark.parametrize("count", [None, 1])
+def test_materialize_into_another_pool_is_that_into_another_slot(history, count):
+    pool, run = started(lambda: mamba2(history=history, state_dtype=torch.float16))
+    pool.conv_state[:, :, 0, -1] = 3.0
+    source = run.slots[:2]
+    assert pool.prev_num_accepted_tokens[source].min() >= 1
+    options = {} if count is None else {"num_tokens": torch.tensor([count, count])}
+    other = serving.StatePool.mamba2(
+        LAYERS, 9, nheads=2, dim=16, dstate=64, window=5, tokens=2, state_dtype=torch.float16, history="double", **CONV
+    )
+    for tensor in other._tensors().values():
+        tensor.fill_(7)
+    frozen = memory(copy.deepcopy(pool)), memory(copy.deepcopy(other))
+    there = torch.tensor([8, 6])
+    pool.materialize(rates(), source, there, destination_pool=other, **options)
+    assert all(torch.equal(frozen[0][name], tensor) for name, tensor in memory(pool).items()), "the source changed"
+    rest = [slot for slot in range(10) if slot not in (8, 6)]
+    for name, tensor in other._tensors().items():
+        old = frozen[1][name].view(tensor.dtype)
+        axis = (slice(None), rest)
+        assert torch.equal(tensor[axis], old[axis]), name
+        if name.startswith("history"):
+            assert torch.equal(tensor, old), name
+    here = torch.tensor([pool.allocate(), pool.allocate()])
+    pool.materialize(rates(), source, here, **options)
+    assert torch.equal(other.state[:, there], pool.state[:, here]) and not other._cursors[:, there].any()
+    kept = WIDTH - 1 + 2
+    assert torch.equal(other.conv_state[:, there], pool.conv_state[:, here, :, :kept])
+    assert other.conv_state[:, there].any() == (count is None)
+
+
+@pytest.mark.parametrize("out", [torch.float32, torch.int8])
+def test_materialize_into_a_pool_of_another_type(out):
+    pool, run = started(lambda: mamba2(state_dtype=torch.float16, seed=1))
+    other = mamba2(state_dtype=out)
+    exact = mamba2()
+    for target in (other, exact):
+        pool.materialize(rates(), run.slots[:2], torch.tensor([0, 1]), destination_pool=target)
+    want = exact.state[:, :2]
+    got = other.state[:, :2].float() * (1 if other.state_scale is None else other.state_scale[:, :2, ..., None])
+    assert (got - want).abs().max() <= (0 if out is torch.float32 else want.abs().max() / 127) and want.any()
+
+
+UNFIT = {
+    "kind": lambda: gated(),
+    "layers": lambda: serving.StatePool.mamba2(1, 5, nheads=2, dim=16, dstate=64, window=8, tokens=3, **CONV),
+    "sizes of a state": lambda: mamba2(dim=32),
+    "conv_state": lambda: mamba2(conv_shape=None),
+    "conv_state (type, channels, width)": lambda: mamba2(conv_shape=(CHANNELS, 3)),
+}
+
+
+@pytest.mark.parametrize("message", UNFIT)
+def test_pools_that_do_not_fit(message):
+    pool, other = mamba2(), UNFIT[message]()
+    with pytest.raises(ValueError, match="destination_pool: ") as caught:
+        pool.materialize(rates(), 0, 1, destination_pool=other)
+    assert message in str(caught.value)
+    with pytest.raises(ValueError, match="destination_pool: "):
+        pool.copy_slot(0, 1, destination_pool=other)
+    with pytest.raises(ValueError, match="destination: expected distinct"):
+        pool.materialize(rates(), torch.tensor([0, 1]), torch.tensor([2, 2]), destination_pool=mamba2())
+    with pytest.raises(ValueError, match=r"destination: expected a slot in \[0, 6\)"):
+        pool.copy_slot(0, 6, destination_pool=mamba2())
