@@ -352,6 +352,7 @@ class GatedDeltaRuleReplaySpec(GatedDeltaSpec):
 
 CHECKPOINT_TOKENS = 64  # largest number of tokens of a call, and of rows of a window
 CHECKPOINT_DSTATES = (64, 96, 128, 256)
+ROW_ALIGNMENTS = (16, 8, 4, 2)  # bytes
 
 
 @dataclass(frozen=True)
@@ -388,6 +389,9 @@ class CheckpointingSSUSpec(Spec):
         ``rand_seed`` holds one seed per slot.
     pdl : bool
         Launch without waiting for the end of the kernel before (programmatic dependent launch).
+    input_bytes : {16, 8, 4, 2}
+        What the addresses and strides of rows of ``x, B, C, z, out`` are multiples of.  16: they are copied in bulk;
+        less: by accesses of so many bytes.
     """
 
     state_dtype: str
@@ -411,10 +415,16 @@ class CheckpointingSSUSpec(Spec):
     philox_rounds: int = 0
     seed_per_slot: bool = False
     pdl: bool = False
+    input_bytes: int = 16
 
     @property
     def op(self) -> str:
         return "checkpointing_ssu"
+
+    @property
+    def aligned(self) -> bool:
+        """Whether rows of new tokens, and of outputs, can be copied in bulk."""
+        return self.input_bytes == 16
 
     @property
     def scaled(self) -> bool:
@@ -423,7 +433,8 @@ class CheckpointingSSUSpec(Spec):
 
     def text(self) -> str:
         sizes = f"{self.dim}x{self.dstate}-{self.tokens}of{self.window}"
-        return f"{self.op}-{self.state_dtype}-{self.input_dtype}-{sizes}-{self.history}"
+        rows = "" if self.aligned else f"-by{self.input_bytes}"
+        return f"{self.op}-{self.state_dtype}-{self.input_dtype}-{sizes}-{self.history}{rows}"
 
     def check(self) -> None:
         if self.state_dtype not in (*FLOATS, *QUANTISED):
@@ -445,6 +456,9 @@ class CheckpointingSSUSpec(Spec):
                 raise UnsupportedSpecError(describe(name, f"1 to {CHECKPOINT_TOKENS}", getattr(self, name)))
         if self.history not in ("double", "double_x", "ring"):
             raise UnsupportedSpecError(describe("history", "double or double_x or ring", self.history))
+        if self.input_bytes not in ROW_ALIGNMENTS:
+            expected = " or ".join(map(str, ROW_ALIGNMENTS))
+            raise UnsupportedSpecError(describe("input_bytes", expected, self.input_bytes))
         if self.philox_rounds and self.state_dtype == "float32":
             raise UnsupportedSpecError(
                 describe("rand_seed", "None with a float32 state, which is not rounded", "a seed")

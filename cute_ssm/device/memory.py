@@ -32,9 +32,9 @@ def pinned(value, *, loc=None, ip=None):
     )  # fmt: skip
 
 
-def global_bytes(address):
-    """Pointer to an address in global memory that bulk copies can take: a multiple of 16."""
-    return cute.make_ptr(Int8, address, cute.AddressSpace.gmem, assumed_align=16)
+def global_bytes(address, align=16):
+    """Pointer to an address in global memory, a multiple of `align`; bulk copies take multiples of 16."""
+    return cute.make_ptr(Int8, address, cute.AddressSpace.gmem, assumed_align=align)
 
 
 _INTEGERS = {8: (T.i8, Int8), 16: (T.i16, Int16), 32: (T.i32, Int32), 64: (T.i64, Int64)}

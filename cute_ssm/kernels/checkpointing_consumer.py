@@ -101,7 +101,12 @@ class Consumer:
                 _, _, b, start = memory.load_words(meta, 4)
                 _, head, column, _ = memory.load_words(meta + 4, 4)
             width = self.own * layout.tile_rows * 2
-            for base in cutlass.range_constexpr(0, self.spec.tokens, 32):
+            if const_expr(not self.spec.aligned):
+                first_row = self.owner.token(out, b, start, 0, head, column).toint() + Int64(w * width)
+                rows = units + (here + layout.z + w * width)
+                self.owner.unaligned_rows.store(first_row, out.stride[1] * 2, n, rows, width, lane)
+            by_bulk = self.spec.tokens if const_expr(self.spec.aligned) else 0
+            for base in cutlass.range_constexpr(0, by_bulk, 32):
                 t = base + lane
                 if t < n:
                     to = self.owner.token(out, b, start, t, head, column).toint() + Int64(w * width)

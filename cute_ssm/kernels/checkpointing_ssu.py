@@ -10,7 +10,8 @@ Outputs come by the same formula whether the step writes the state or not.  A st
 *unit* is some tiles of one sequence and group.  CTAs walk their units, by three roles of warps that meet at mbarriers:
 
 - the *producer* asks for tiles of the state (a tensor map, one instruction each) as long as the rings hold more, and
-  for rows of x, B, C and z (bulk copies, one lane a row); rows of the history from k on are never read;
+  for rows of x, B, C and z (bulk copies, one lane a row; `checkpointing_rows` where their addresses do not allow that);
+  rows of the history from k on are never read;
 - the *prep* warp computes dt' and its sums into shared memory, and appends the new tokens to the history; where every
   unit has a CTA, the producer does that too, after its requests;
 - each *consumer* takes its share of the tiles, through a ring of its own, so that no two of them ever wait for each
@@ -38,6 +39,7 @@ from cute_ssm.device.history import HistoryView
 from cute_ssm.device.tile import StateTile
 from cute_ssm.kernels.checkpointing_consumer import Consumer
 from cute_ssm.kernels.checkpointing_prep import Prep
+from cute_ssm.kernels.checkpointing_rows import UnalignedRows
 from cute_ssm.kernels.fakes import fake
 from cute_ssm.spec import CheckpointingSSUSpec
 from cute_ssm.tuning.checkpointing_ssu import FUSED, WARP, CheckpointingSSUConfig, Half, choose
@@ -86,8 +88,9 @@ class CheckpointingSSU:
             return fake(dtype, shape, tuple(inner), align)
 
         lead = (batch, spec.tokens) if spec.cu_dtype is None else (1, total)
-        row = (self.input_dtype, (*lead, heads, dim), (dim, 1), 8)
-        column = (self.input_dtype, (*lead, groups, dstate), (dstate, 1), 8)
+        align = spec.input_bytes // 2
+        row = (self.input_dtype, (*lead, heads, dim), (dim, 1), align)
+        column = (self.input_dtype, (*lead, groups, dstate), (dstate, 1), align)
         x_cache, B_cache, dt_cache = self.history.shapes(spec, slots, rows)
         per_head = (heads, dim)
         return (
@@ -190,6 +193,7 @@ class Steps:
         self.zero = half.unit_stages * self.layout.unit_bytes
         self.head_width = min(self.spec.dim, half.tiles * self.layout.tile_rows)  # columns of one head in a unit
         self.prep = Prep(self)
+        self.unaligned_rows = None if self.spec.aligned else UnalignedRows(self)
         self.consumer = Consumer(self)
 
     @cute.kernel
@@ -363,6 +367,8 @@ class Steps:
             self.request_rows(place, history, inputs, units, unit_full, lane)
             for i in cutlass.range_constexpr(before_rows, ring):
                 self.request_fresh(requests, i, lane)
+            if const_expr(not self.spec.aligned):
+                self.unaligned_rows.stage(place, inputs, units, unit_full, lane)
             self.prep.decays(place, history, rates, words, units, lane)
         elif lane == 0:
             cute.arch.mbarrier_arrive(unit_full)
@@ -404,6 +410,8 @@ class Steps:
                 cute.arch.griddepcontrol_wait()
         if live:
             self.request_rows(place, history, inputs, units + stage * layout.unit_bytes, bar, lane)
+            if const_expr(not self.spec.aligned):
+                self.unaligned_rows.stage(place, inputs, units + stage * layout.unit_bytes, bar, lane)
             for i in cutlass.range(before_rows, self.own, unroll=1):
                 self.request(requests, rounds, i, lane)
         elif lane == 0:
@@ -450,7 +458,10 @@ class Steps:
 
     @cute.jit
     def request_rows(self, place, history, inputs, at, bar, lane):
-        """Ask for what a unit needs besides tiles: positions of x and B in order, rows of C and z, scales."""
+        """Ask for what a unit needs besides tiles: positions of x and B in order, rows of C and z, scales.
+
+        Rows of new tokens that are not aligned are left to `UnalignedRows.stage`, which also arrives.
+        """
         b, start, n, slot, cursor, k, head, column, _, _ = place
         x_cache, B_cache, dt_cache, _ = history
         x, B, C, z, state_scale = inputs
@@ -459,10 +470,13 @@ class Steps:
         scale_bytes = layout.width * 2 if const_expr(spec.scaled) else 0
         group = head // self.per_group
         rows = self.history.capacity(dt_cache)
-        positions = k + n
+        positions = k + n if const_expr(spec.aligned) else k
         if lane == 0:
-            per_token = width * 2 + columns * 2 if const_expr(spec.has_z) else width + columns * 2
-            cute.arch.mbarrier_arrive_and_expect_tx(bar, k * (width + columns) + n * per_token + scale_bytes)
+            if const_expr(spec.aligned):
+                per_token = width * 2 + columns * 2 if const_expr(spec.has_z) else width + columns * 2
+                cute.arch.mbarrier_arrive_and_expect_tx(bar, k * (width + columns) + n * per_token + scale_bytes)
+            else:
+                cute.arch.mbarrier_expect_tx(bar, k * (width + columns) + scale_bytes)
             if const_expr(spec.scaled):
                 source = memory.address(state_scale, slot, head, column).toint()
                 memory.bulk_load(at + layout.scales, memory.global_bytes(source), scale_bytes, bar)
@@ -488,7 +502,8 @@ class Steps:
                     for h in cutlass.range_constexpr(layout.heads):
                         source = self.history.x(x_cache, slot, old, head + h, column).toint()
                         memory.bulk_load(to + h * piece, memory.global_bytes(source), piece, bar)
-        for base in cutlass.range_constexpr(0, spec.tokens, WARP // 2):  # half a warp for z, the other for C
+        by_bulk = spec.tokens if const_expr(spec.aligned) else 0
+        for base in cutlass.range_constexpr(0, by_bulk, WARP // 2):  # half a warp for z, the other for C
             t = base + lane % 16
             if t < n:
                 if lane >= 16:

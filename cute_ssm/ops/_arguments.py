@@ -66,6 +66,18 @@ def aligned(tensor: Tensor, n_bytes: int) -> bool:
     return tensor.data_ptr() % n_bytes == 0 and all(s * size % n_bytes == 0 for s in tensor.stride()[:-1])
 
 
+def common_alignment(tensors: Iterable[Tensor | None], most: int) -> int:
+    """The largest power of two up to `most` that divides, in bytes, the addresses and the outer strides of tensors."""
+    bits = most
+    for tensor in tensors:
+        if tensor is not None:
+            size = tensor.element_size()
+            bits |= tensor.data_ptr()
+            for stride in tensor.stride()[:-1]:
+                bits |= stride * size
+    return bits & -bits
+
+
 def overlaps(tensor: Tensor) -> bool:
     """Whether elements share memory, or dimensions at least do not nest: then no kernel may write them in parallel."""
     span = 1

@@ -76,7 +76,7 @@ OPTIONAL = (
     "D", "z", "dt_bias", "state_scale", "state_batch_indices", "cu_seqlens", "rand_seed", "work_items", "num_writes",
 )  # fmt: skip
 TIED = {"dt": 1, "A": 2, "D": 1, "dt_bias": 1}  # one value per head, and its dimensions of stride 0
-ROWS = ("state", "x", "B", "C", "z", "out", "x_history", "B_history")
+POOLED = ("state", "state_scale", "x_history", "B_history")  # rows that are copied in bulk, or by vectors
 VECTORS = ("cursor", "prev_num_accepted_tokens", "state_batch_indices", "cu_seqlens", "rand_seed", "num_writes")
 
 
@@ -133,6 +133,12 @@ def batch_of(operands: Operands) -> int:
     """Number of sequences of a call."""
     packed = operands.cu_seqlens
     return operands.x.shape[0] if packed is None else packed.shape[0] - 1
+
+
+def input_bytes(operands: Operands) -> int:
+    """What rows of new tokens and of outputs are multiples of: `CheckpointingSSUSpec.input_bytes`."""
+    o = operands
+    return arguments.common_alignment((o.x, o.B, o.C, o.z, o.out), ROW_BYTES) if o.x.numel() else ROW_BYTES
 
 
 def check_contents(operands: Operands, settings: Settings, spec: CheckpointingSSUSpec) -> None:
@@ -381,7 +387,7 @@ def _check_strides(given: dict[str, Tensor], settings: Settings, names: dict[str
     for field, count in inner.items():
         if field in given and given[field].numel():
             _check_inner(names.get(field, field), given[field], count)
-    for field in (*ROWS, "state_scale"):
+    for field in POOLED:
         if field not in given or not given[field].numel():
             continue
         tensor, name = given[field], names.get(field, field)
@@ -435,4 +441,5 @@ def _spec(operands: Operands, settings: Settings, tokens: int, window: int) -> C
         philox_rounds=settings.philox_rounds if o.rand_seed is not None else 0,
         seed_per_slot=o.rand_seed is not None and o.rand_seed.shape[0] != 1,
         pdl=settings.enable_pdl,
+        input_bytes=input_bytes(o),
     )

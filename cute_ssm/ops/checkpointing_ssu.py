@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -267,10 +267,16 @@ def _call(x: object) -> Callable[..., None]:
     return _eager if type(x) is Tensor and not torch.compiler.is_compiling() else _traced
 
 
+class _Plan(NamedTuple):
+    launch: Callable[..., None]
+    sm_count: int
+    input_bytes: int
+
+
 # Steady state: everything a kernel is chosen by, and what its own entry does not check before it launches.  The entry
 # checks types, strides, alignment, and the equality of sizes that several tensors have; if it refuses, the arguments
-# are examined one by one.
-_Plan = tuple[Callable[..., None], int]
+# are examined one by one.  An entry for rows that are less aligned takes others too, so where there is one, alignment
+# is a part of the key: by itself, a key leads to such a plan if there is one.
 _plans: Plans[_Plan] = Plans()
 
 
@@ -330,8 +336,12 @@ def _run(
     plan = _plans.get(key)
     if plan is not None and not overridden():
         try:
-            plan[0](*tensors, pad_slot_id, plan[1])
-            return
+            if plan.input_bytes != arguments.ROW_BYTES:
+                alignment = arguments.input_bytes(Operands._make(tensors))
+                plan = plan if alignment == plan.input_bytes else _plans.get((key, alignment))
+            if plan is not None:
+                plan.launch(*tensors, pad_slot_id, plan.sm_count)
+                return
         except REFUSALS:
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
     settings = Settings(ring, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, window, enable_pdl)
@@ -343,9 +353,16 @@ def _run(
         arch = runtime.target(x.device)
         sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
         config = _config(spec, operands, settings, sm_count, arch)
-        plan = (runtime.get(spec, config, arch), sm_count)
-        _plans.remember(key, plan)
-        plan[0](*operands, pad_slot_id, plan[1])
+        plan = _Plan(runtime.get(spec, config, arch), sm_count, spec.input_bytes)
+        _remember(key, plan)
+        plan.launch(*operands, pad_slot_id, plan.sm_count)
+
+
+def _remember(key: tuple[object, ...] | None, plan: _Plan) -> None:
+    if key is not None:
+        _plans.remember((key, plan.input_bytes), plan)
+        if plan.input_bytes != arguments.ROW_BYTES or key not in _plans:
+            _plans.remember(key, plan)
 
 
 def _config(

@@ -16,13 +16,14 @@ LARGEST = {"int16": 32767, "int8": 127, "float8_e4m3fn": 448}
 def build(
     make: Maker, batch: int = 64, T: int = 6, W: int = 16, nheads: int = 16, dim: int = 64, dstate: int = 128,
     ngroups: int = 1, state_dtype: str = "float16", input_dtype: str = "bfloat16", pnat: str = "mixture",
-    rounding: str = "nearest", z: int = 0, items: int = 0,
+    rounding: str = "nearest", z: int = 0, items: int = 0, fused: int = 0,
 ) -> Call:  # fmt: skip
     """T new tokens for each sequence, beside a history of W rows; slots are a random permutation of a pool.
 
     A unit is one (sequence, head).  pnat: accepted tokens that a slot's state lacks, a number for all, or "mixture":
     the stationary distribution of `workloads.phases`, as in service.  rounding: nearest or stochastic (10 rounds of
     Philox).  z: gate by silu(z).  items: with a list of work.
+    fused: z, x, B, C and dt are views of one projection's rows, which may be no multiples of 16 bytes apart.
     """
     inputs, states = dtype(input_dtype), dtype(state_dtype)
     slots, scaled = 2 * batch, state_dtype in LARGEST
@@ -51,6 +52,14 @@ def build(
         "state_batch_indices": order,
         "rand_seed": torch.tensor([2**40 + 1], device=make.device) if rounding == "stochastic" else None,
     }
+    if fused:
+        sizes = [nheads * dim, nheads * dim, ngroups * dstate, ngroups * dstate, nheads]
+        parts = make.normal(batch, T, sum(sizes), dtype=inputs).split(sizes, -1)
+        gate, arguments["x"], arguments["B"], arguments["C"] = (
+            part.unflatten(-1, (-1, inner)) for part, inner in zip(parts, (dim, dim, dstate, dstate))
+        )
+        arguments["z"] = gate if z else None
+        arguments["dt"] = parts[4][..., None].expand(batch, T, nheads, dim)
     floor = sum(map(stored_bytes, arguments.values()))
     pool = make.normal(slots, nheads, dim, dstate)
     scale = None

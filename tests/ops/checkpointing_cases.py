@@ -63,6 +63,7 @@ class Case:
     decay: str = "typical"
     fill: str = "nan"  # nan | garbage: what no token was written to
     strided: bool = False  # new tokens and rings have gaps between their rows
+    shift: int = 0  # elements that new tokens, and their rows, are away from an address that is aligned
 
     def __str__(self) -> str:
         changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
@@ -84,7 +85,7 @@ class Case:
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
-def room(shape, dtype, fill, g, *gaps):
+def room(shape, dtype, fill, g, *gaps, shift=0):
     """An uninitialised tensor with memory around it, and gaps between its parts, all filled.
 
     ``gaps`` are those between the parts along each dimension, in elements; dimensions without one are contiguous.
@@ -101,7 +102,7 @@ def room(shape, dtype, fill, g, *gaps):
         raw.fill_(torch.iinfo(dtype).max)
     else:
         raw.copy_(torch.full(raw.shape, float("nan")))
-    return raw.as_strided(shape, strides, guard)
+    return raw.as_strided(shape, strides, guard + shift)
 
 
 def processed(case, shape, g):
@@ -121,10 +122,10 @@ def new_tokens(case: Case, g: torch.Generator, lengths=None) -> dict:
         lengths = case.lengths if lengths is None else lengths
         cu = np.concatenate([[1], 1 + np.cumsum(lengths)])
         lead, owned = (1, int(cu[-1]) + 2), slice(1, int(cu[-1]))
-    gaps = (8, 8) if case.strided else ()
+    gaps = (8, 8) if case.strided else (0, case.shift)
 
     def tensor(*inner):
-        value = room((*lead, *inner), io, case.fill, g, *gaps)
+        value = room((*lead, *inner), io, case.fill, g, *gaps, shift=case.shift)
         part = value if owned is None else value[:, owned]
         part.copy_(torch.randn(part.shape, generator=g))
         return value
@@ -138,7 +139,7 @@ def new_tokens(case: Case, g: torch.Generator, lengths=None) -> dict:
         "B": tensor(case.ngroups, case.dstate),
         "C": tensor(case.ngroups, case.dstate),
         "z": tensor(heads, case.dim) if case.has_z else None,
-        "out": room((*lead, heads, case.dim), io, case.fill, g, *gaps),
+        "out": room((*lead, heads, case.dim), io, case.fill, g, *gaps, shift=case.shift),
     }
     if case.lengths is not None:
         kind = case.indices or torch.int32

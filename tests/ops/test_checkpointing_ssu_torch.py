@@ -141,7 +141,7 @@ def test_steady_state_is_one_look_up_and_one_call(form, monkeypatch):
     case = FORMS[form]
     call = arguments(case)
     kernel = Recorder()
-    monkeypatch.setattr(module, "_plans", {key_of(case, call, monkeypatch): (kernel, 132)})
+    monkeypatch.setattr(module, "_plans", {key_of(case, call, monkeypatch): module._Plan(kernel, 132, 16)})
     before = copy(call)
     assert call_of(case, call) is call["out"]
     (got,) = kernel.calls
@@ -158,7 +158,7 @@ def test_a_refusing_kernel_leads_to_the_full_check(form, monkeypatch):
     case = FORMS[form]
     call = arguments(case)
     twin = copy(call)
-    monkeypatch.setattr(module, "_plans", {key_of(case, call, monkeypatch): (Recorder(refuse=True), 132)})
+    monkeypatch.setattr(module, "_plans", {key_of(case, call, monkeypatch): module._Plan(Recorder(refuse=True), 132, 16)})
     call_of(case, call)
     monkeypatch.setattr(module, "_plans", {})
     call_of(case, twin)
@@ -167,7 +167,7 @@ def test_a_refusing_kernel_leads_to_the_full_check(form, monkeypatch):
 
 def test_plans_are_not_used_while_a_config_is_overridden(monkeypatch):
     call, kernel = arguments(BASE), Recorder()
-    monkeypatch.setattr(module, "_plans", {key_of(BASE, call, monkeypatch): (kernel, 132)})
+    monkeypatch.setattr(module, "_plans", {key_of(BASE, call, monkeypatch): module._Plan(kernel, 132, 16)})
     with cute_ssm.tuning.override(depth=1):
         call_of(BASE, call)
     assert not kernel.calls
