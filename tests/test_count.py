@@ -263,6 +263,19 @@ def test_budget_of_a_checkpointed_step(state, pnat, rounding, slots):
     assert all(kernel["spill_bytes"] == 0 for kernel in got["kernels"])
 
 
+@pytest.mark.parametrize(
+    ("heads", "slots"),
+    [(4, 1550), pytest.param(6, 1650, marks=pytest.mark.slow), pytest.param(5, 2200, marks=pytest.mark.slow)],
+)
+def test_budget_of_views_of_a_fused_projection(heads, slots):
+    """Rows that are multiples of 8, 4 and 2 bytes apart; 1290 slots if they are of 16."""
+    keys = {**REPLAY, "batch": "16", "nheads": str(heads), "fused": "1"}
+    got = count.count("checkpointing_ssu", keys, "sm_90a")
+    assert got["issue_slots_per_unit"] <= slots
+    assert got["dram_over_floor"] <= 1.02
+    assert all(kernel["spill_bytes"] == 0 for kernel in got["kernels"])
+
+
 @pytest.mark.parametrize("state", ["bfloat16", "float16"])
 def test_one_sequence_keeps_as_many_ctas_at_work_as_it_has_heads(state):
     got = count.count("checkpointing_ssu", {**REPLAY, "batch": "1", "pnat": "8", "state_dtype": state}, "sm_90a")

@@ -6,12 +6,12 @@ aligned, and are copied in bulk as ever.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, Uint32, const_expr
+from cutlass import Int32, Int64, Uint32
 
 from cute_ssm.device import memory
-from cute_ssm.tuning.checkpointing_ssu import WARP
+from cute_ssm.tuning.checkpointing_ssu import ROW_PAD, WARP
 
-IN_FLIGHT = 4  # accesses of a lane
+IN_FLIGHT = 2  # accesses of a lane to each tensor
 
 
 class UnalignedRows:
@@ -27,64 +27,58 @@ class UnalignedRows:
         """Copy a unit's new rows to its buffer, and arrive at `bar` on behalf of the producer."""
         b, start, n, _, _, k, head, column, _, _ = place
         x, B, C, z, _ = inputs
-        layout, width, columns = self.layout, self.layout.width, self.spec.dstate * 2
-        group = head // self.owner.per_group
-        rows = [
-            (B, group, 0, columns, layout.b + k * layout.column_pitch, layout.column_pitch),
-            (C, group, 0, columns, Int32(layout.c), layout.column_pitch),
-            (x, head, column, width, layout.x + k * layout.x_pitch, layout.x_pitch),
-        ]
-        if const_expr(z is not None):
-            rows.append((z, head, column, width, Int32(layout.z), layout.x_pitch))
-        sources = [
-            (self.owner.token(tensor, b, start, 0, i, j).toint(), tensor.stride[1] * 2) for tensor, i, j, *_ in rows
-        ]
-        self.gather(n, sources, [row[3:] for row in rows], at, lane)
+        layout, group = self.layout, head // self.owner.per_group
+        sources = [self.source(tensor, b, start, head, column) for tensor in (x, z) if tensor is not None]
+        self.gather(n, sources, [layout.x + k * layout.x_pitch, Int32(layout.z)], layout.width, at, lane)
+        sources = [self.source(tensor, b, start, group, 0) for tensor in (B, C)]
+        targets = [layout.b + k * layout.column_pitch, Int32(layout.c)]
+        self.gather(n, sources, targets, self.spec.dstate * 2, at, lane)
         # the history's new rows leave by bulk copies, which must see what this warp has written
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.sync_warp()
         if lane == 0:
             cute.arch.mbarrier_arrive(bar)
 
+    def source(self, tensor, *row):
+        """(address, distance in bytes) of a unit's rows of a tensor."""
+        b, start, *inner = row
+        return self.owner.token(tensor, b, start, 0, *inner).toint(), tensor.stride[1] * 2
+
     @cute.jit
-    def gather(self, n, sources, rows, at, lane):
-        """Copy n rows of each kind: from (address, distance), of (bytes, offset in shared memory, distance)."""
-        total = n * (sum(row[0] for row in rows) // self.access)
+    def gather(self, n, sources, targets, width: cutlass.Constexpr, at, lane):
+        """Copy n rows of `width` bytes of several tensors to their places in shared memory."""
+        per_row = width // self.access
+        total = n * per_row
+        pitch = width + ROW_PAD
         for base in cutlass.range(0, total, WARP * IN_FLIGHT, unroll=1):
             pieces = []
             for u in cutlass.range_constexpr(IN_FLIGHT):
-                source, to = self.piece(cutlass.min(base + (u * WARP + lane), total - 1), sources, rows)
-                pieces.append((to, memory.load_words(memory.global_bytes(source, self.access), *self.word)))
+                t, r = self.piece(base + u * WARP + lane, total, per_row)
+                for (first, stride), target in zip(sources, targets):
+                    address = memory.global_bytes(first + Int64(t) * stride + Int64(r), self.access)
+                    pieces.append((target + t * pitch + r, memory.load_words(address, *self.word)))
             for u in cutlass.range_constexpr(IN_FLIGHT):
-                if base + (u * WARP + lane) < total:
-                    memory.store_words(at + pieces[u][0], pieces[u][1])
-
-    def piece(self, i, sources, rows):
-        """(address, offset in shared memory) of the i-th access: those of all kinds for a token, then the next."""
-        per_token = sum(row[0] for row in rows) // self.access
-        t = Int32(Uint32(i) // per_token)
-        r = (i - t * per_token) * self.access
-        begin, found = 0, None
-        for (first, stride), (size, offset, pitch) in zip(sources, rows):
-            here = first + Int64(t) * stride + Int64(r - begin), offset + t * pitch + (r - begin)
-            after = r >= begin
-            found = here if found is None else [cutlass.select_(after, new, old) for new, old in zip(here, found)]
-            begin += size
-        return found
+                if base + u * WARP + lane < total:
+                    for to, words in pieces[u * len(sources) : (u + 1) * len(sources)]:
+                        memory.store_words(at + to, words)
 
     @cute.jit
     def store(self, to, stride, n, source, width: cutlass.Constexpr, lane):
         """Copy n rows of `width` bytes from shared memory to global ones, `stride` bytes apart."""
-        per_token = width // self.access
-        total = n * per_token
+        per_row = width // self.access
+        total = n * per_row
         for base in cutlass.range(0, total, WARP * IN_FLIGHT, unroll=1):
             pieces = []
             for u in cutlass.range_constexpr(IN_FLIGHT):
-                i = cutlass.min(base + (u * WARP + lane), total - 1)
-                t = Int32(Uint32(i) // per_token)
-                r = (i - t * per_token) * self.access
+                t, r = self.piece(base + u * WARP + lane, total, per_row)
                 words = memory.load_words(source + (t * self.layout.x_pitch + r), *self.word)
                 pieces.append((to + Int64(t) * stride + Int64(r), words))
             for u in cutlass.range_constexpr(IN_FLIGHT):
-                if base + (u * WARP + lane) < total:
+                if base + u * WARP + lane < total:
                     memory.store_words(memory.global_bytes(pieces[u][0], self.access), pieces[u][1])
+
+    def piece(self, i, total, per_row: int):
+        """(row, bytes into it) of the i-th access, or of the last."""
+        i = Uint32(cutlass.min(i, total - 1))
+        t = i // per_row
+        return Int32(t), Int32(i - t * per_row) * self.access

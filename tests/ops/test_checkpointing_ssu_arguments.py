@@ -221,7 +221,7 @@ BROKEN = [
     ("seeds", "rand_seed", lambda t: t[:1].expand_as(t), ValueError, LAST),
     ("items", "work_items", wide, ValueError, LAST_TWO),
     *(("double", name, change, ValueError, ROWS) for change in (unaligned, odd) for name in (
-        "state", "x", "B", "C", "z", "out", "old_x", "old_B")),
+        "state", "old_x", "old_B")),
     *(("ring", name, change, ValueError, ROWS) for change in (unaligned, odd) for name in ("x_cache", "B_cache")),
     ("quantised", "state_scale", odd, ValueError, ROWS),
     *(("double", name, one_slot, ValueError, SHARED) for name in (

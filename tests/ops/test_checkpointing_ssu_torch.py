@@ -158,7 +158,8 @@ def test_a_refusing_kernel_leads_to_the_full_check(form, monkeypatch):
     case = FORMS[form]
     call = arguments(case)
     twin = copy(call)
-    monkeypatch.setattr(module, "_plans", {key_of(case, call, monkeypatch): module._Plan(Recorder(refuse=True), 132, 16)})
+    refusing = module._Plan(Recorder(refuse=True), 132, 16)
+    monkeypatch.setattr(module, "_plans", {key_of(case, call, monkeypatch): refusing})
     call_of(case, call)
     monkeypatch.setattr(module, "_plans", {})
     call_of(case, twin)

@@ -29,6 +29,8 @@ FORMS = {
     ),
     "many": (Case(tokens=20, window=8, history="ring", accepted=(0, 8, 0), pads=()), FUSED),
 }
+
+
 def same_bytes(a, b):
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
@@ -148,9 +150,10 @@ def settings():
 )
 @pytest.mark.parametrize("width", [8, pytest.param(2, marks=pytest.mark.slow)])
 def test_no_spills(state, batch, width):
+    base = _checkpointing_arguments.check(operands(BASE), settings())[1]
     spec = dataclasses.replace(
-        _checkpointing_arguments.check(operands(BASE), settings())[1],
-        state_dtype=str(STATES[state]).removeprefix("torch."), heads=12, groups=1, dim=64, dstate=128, tokens=6, window=16, input_bytes=width,
+        base, state_dtype=str(STATES[state]).removeprefix("torch."), heads=12, groups=1,
+        dim=64, dstate=128, tokens=6, window=16, input_bytes=width,
     )  # fmt: skip
     target = archs.by_name("sm_90a")
     config = choose(spec, target, batch, target.sm_count)
