@@ -154,8 +154,8 @@ def checkpointing_ssu(
     The address, and all strides but the last, of state, state_scale, old_x and old_B are multiples of 16 bytes; the
     last two dimensions of x, B, C, z, out, old_x and old_B are contiguous.  If addresses and strides of x, B, C, z and
     out are multiples of 16 bytes too, their rows are copied in bulk.  Otherwise, as for most views of a fused
-    projection, another kernel copies them by accesses of 8, 4 or 2 bytes, whatever all of them allow: the same bits, for
-    about 12 %, 20 % and 60 % more instructions (6 tokens of 4 to 12 heads of 64 x 128).
+    projection, another kernel copies them by accesses of 8, 4 or 2 bytes, whatever all of them allow: the same bits,
+    for about 12 %, 20 % and 60 % more instructions (6 tokens of 4 to 12 heads of 64 x 128).
 
     The contents of tensors on a GPU are never read by the host.  A sequence whose slot, k, active buffer or length is
     out of range is skipped there; on the CPU it is an error.

@@ -14,6 +14,7 @@ from cute_ssm import runtime, tuning
 from cute_ssm.errors import UnsupportedSpecError
 from cute_ssm.ops import _checkpointing_arguments
 from cute_ssm.ops import checkpointing_ssu as module
+from cute_ssm.ops._plans import Plans
 from cute_ssm.tuning.checkpointing_ssu import DYNAMIC, FUSED, PAIR, choose
 from cute_ssm.workloads import build
 
@@ -100,7 +101,6 @@ def test_the_widest_access_that_all_rows_allow_is_a_part_of_the_spec(shift, expe
 
 def test_a_plan_is_used_for_rows_of_its_own_alignment_alone(monkeypatch):
     """An entry for rows of 2 bytes would take aligned rows; one for aligned rows refuses others."""
-    monkeypatch.setattr(module, "_plans", {})
     launched = []
 
     class Entry:
@@ -121,7 +121,7 @@ def test_a_plan_is_used_for_rows_of_its_own_alignment_alone(monkeypatch):
     monkeypatch.setattr(module, "_plans", Keys())
     run(BASE, arguments(BASE))
     for order in ((16, 4, 2), (2, 16, 4), (4, 2, 16)):
-        monkeypatch.setattr(module, "_plans", {})
+        monkeypatch.setattr(module, "_plans", Plans())
         for width in order:
             entry = Entry(width, *(wider for wider in (2, 4, 8, 16) if wider >= width))
             module._remember(seen[0], module._Plan(entry, 132, width))
