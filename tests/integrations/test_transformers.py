@@ -232,7 +232,9 @@ def test_a_context_undoes_its_patch_after_an_error():
         ("mamba", ["mamba_selective_state_update", "mamba_selective_scan"]),
         ("mamba2", ["mamba2_selective_state_update"]),
         ("bamba", ["mamba2_selective_state_update"]),
+        ("falcon_h1", ["mamba2_selective_state_update"]),
         ("falcon_mamba", ["mamba_selective_state_update", "mamba_selective_scan"]),
+        ("granitemoehybrid", ["mamba2_selective_state_update"]),
         ("jamba", ["mamba_selective_state_update", "mamba_selective_scan"]),
         ("nemotron_h", ["mamba2_selective_state_update"]),
         ("zamba", ["mamba_selective_state_update", "mamba_selective_scan"]),
@@ -248,6 +250,123 @@ def test_models_that_have_the_functions(model, functions):
             assert getattr(*place) is not original
             assert inspect.signature(getattr(*place)) == inspect.signature(original)
     assert [getattr(*place) for place in places] == before
+
+
+def test_every_family_is_patched_by_default():
+    with integration.patch() as done:
+        assert [name.split(".")[0] for name in done.patched if "state_update" in name] == list(integration.MODELS)
+        assert sum("scan" in name for name in done.patched) == 4, "of Mamba-1 alone"
+        assert {name.split(".")[0] for name in done.skipped} == {
+            name.split(".")[0] for name in done.patched if "mamba2_" in name
+        }
+        assert "skipped={'mamba2.mamba2_chunk_scan'" in repr(done)
+        assert integration.patch("bamba").patched == ("bamba.mamba2_selective_state_update",), "patched before"
+
+
+def test_a_family_that_this_version_lacks_is_reported_not_raised(monkeypatch):
+    monkeypatch.setattr(integration, "MODELS", ("mamba", "no_such_model"))
+    with integration.patch() as done:
+        assert len(done.patched) == 2
+        assert "no_such_model" in done.skipped["no_such_model"]
+
+
+COMMON = {
+    "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "intermediate_size": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+}  # fmt: skip
+HEADS = {
+    "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 32, "mamba_n_groups": 1, "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+}  # fmt: skip
+HYBRIDS = {  # model -> configuration, layers with a recurrence, and those of them whose prefill is scanned
+    "bamba": (lambda: transformers.BambaConfig(**COMMON, **HEADS, attn_layer_indices=[1]), 1, 0),
+    "falcon_h1": (lambda: transformers.FalconH1Config(**COMMON, **HEADS, mamba_d_ssm=128), 2, 0),
+    "granitemoehybrid": (
+        lambda: transformers.GraniteMoeHybridConfig(
+            **{**COMMON, **HEADS, "layer_types": ["mamba", "attention"]},
+            **{"shared_intermediate_size": 64, "num_local_experts": 2, "num_experts_per_tok": 1},
+        ),
+        *(1, 0),
+    ),
+    "zamba2": (
+        lambda: transformers.Zamba2Config(
+            **{**COMMON, "mamba_d_state": 32, "mamba_ngroups": 1, "n_mamba_heads": 4, "mamba_headdim": 32},
+            **{"chunk_size": 8, "layers_block_type": ["mamba", "hybrid"], "num_mem_blocks": 1, "use_mem_rope": True},
+            adapter_rank=8,
+        ),
+        *(2, 0),
+    ),
+    "nemotron_h": (
+        lambda: transformers.NemotronHConfig(
+            **{**COMMON, "mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 32, "n_groups": 1},
+            **{"chunk_size": 8, "layers_block_type": ["mamba", "attention"]},
+        ),
+        *(1, 0),
+    ),
+    "jamba": (
+        lambda: transformers.JambaConfig(
+            **{**COMMON, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1},
+            **{"mamba_d_state": 16, "mamba_dt_rank": 8},
+        ),
+        *(1, 1),
+    ),
+    "zamba": (
+        lambda: transformers.ZambaConfig(
+            **{**COMMON, "num_hidden_layers": 3, "mamba_d_state": 16, "n_mamba_heads": 2, "mamba_dt_rank": 8},
+            layers_block_type=["mamba", "hybrid", "hybrid"],
+        ),
+        *(3 * 2, 3 * 2),  # a call for each of its heads
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_hybrid_models_decode_through_the_operators(name, calls, scans, caplog):
+    """Their mixers pass on arguments of other layers, which transformers' own functions ignore."""
+    configuration, layers, scanned = HYBRIDS[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(configuration()).eval()
+    want = generate(model, 4)
+    with integration.patch(name):
+        got = generate(model, 4)
+    assert len(calls) == 3 * layers
+    assert len(scans) == scanned
+    assert torch.equal(got, want)
+    assert "runs as without" not in caplog.text
+
+
+@pytest.mark.parametrize("name", integration.MEANT)
+def test_arguments_that_change_a_result_are_not_ignored(name, caplog):
+    ran = []
+    step = integration._update(lambda *args, **kwargs: ran.append(kwargs))
+    call = {"state": torch.zeros(1, 2, 16, 16), "hidden_states": torch.zeros(1, 2, 16), "dt": torch.zeros(1, 2, 16)}
+    call |= {"A": torch.zeros(2, 16, 16), "B": torch.zeros(1, 1, 16), "C": torch.zeros(1, 1, 16)}
+    step(**call, **{name: None}, position_embeddings=1)
+    assert not ran
+    step(**call, **{name: 1})
+    assert ran[0][name] == 1
+    assert f"the operator has no {name}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("qwen3_next", "gated delta net"), ("qwen3_5", "gated delta net"), ("qwen3_5_moe", "gated delta net"),
+        ("olmo_hybrid", "gated delta net"), ("bailing_hybrid", "Kimi delta attention"),
+        ("kimi_linear", "Kimi delta attention"),
+    ],
+)  # fmt: skip
+def test_other_recurrences_are_refused_for_what_they_are(name, words):
+    pytest.importorskip(f"transformers.models.{name}.modeling_{name}")
+    with pytest.raises(CuteSsmError, match=f"models: .*{name}.*{words}"):
+        integration.patch(name)
+    assert not integration.patched()
+
+
+def test_a_missing_transformers_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'cute-ssm\[hf\]'"):
+        integration.patch()
 
 
 def test_a_model_without_the_scan(monkeypatch):
