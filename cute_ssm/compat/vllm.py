@@ -1,21 +1,26 @@
-"""vLLM's ``selective_state_update`` and its tuned configs, over this package's operator."""
+"""vLLM's ``selective_state_update`` and its tuned configs, over this package's operator.
+
+A file of tuned configs has the name that `get_ssm_config_file_name` gives, and is looked for in the folder that
+``VLLM_TUNED_CONFIG_FOLDER`` names, then in `_CONFIGS_DIR`, in which this package has no such files: without one, and
+without `override_ssm_config`, its own choice of configs holds.
+"""
 
 from __future__ import annotations
 
 import functools
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cute_ssm import tuning
+from cute_ssm import env, tuning
 from cute_ssm.errors import describe
 from cute_ssm.ops.selective_state_update import selective_state_update as _update
 from cute_ssm.tuning import vllm_configs
-from cute_ssm.tuning.vllm_configs import clear_ssm_config_caches as clear_ssm_config_caches
-from cute_ssm.tuning.vllm_configs import get_ssm_config_file_name as get_ssm_config_file_name
-from cute_ssm.tuning.vllm_configs import get_ssm_configs as get_ssm_configs
-from cute_ssm.tuning.vllm_configs import override_ssm_config as override_ssm_config
-from cute_ssm.tuning.vllm_configs import try_get_optimal_ssm_config as try_get_optimal_ssm_config
 
 NULL_BLOCK_ID = 0
 PHILOX_ROUNDS = 10  # that `cache_philox_rounds` = 0 stands for
@@ -26,6 +31,7 @@ __all__ = [
     "clear_ssm_config_caches",
     "get_ssm_config_file_name",
     "get_ssm_configs",
+    "get_ssm_device_name",
     "override_ssm_config",
     "selective_state_update",
     "try_get_optimal_ssm_config",
@@ -208,20 +214,17 @@ def _seed(state: Tensor, enabled: bool, rounds: int, seed: Tensor | None, specul
     return seed
 
 
-@functools.lru_cache(maxsize=64)
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def _tuned(state: Tensor, x: Tensor, batch: int, packed: bool) -> dict[str, int] | None:
     """Return the fields of the config that a file or an override asks for, if one does."""
     if state.dim() < 3:
         return None
     dim, dstate = state.shape[-2:]
     heads = state.shape[1] if state.dim() == 4 else 1
-    dtype = str(state.dtype)
-    config = vllm_configs.tuned_config(dim, dstate, batch * heads, dtype, _device_name(x.device))
-    return None if config is None else vllm_configs.as_override(dim, dstate, dtype, packed, config)
+    dtype = str(state.dtype).removeprefix("torch.")
+    if _ssm_config_override is None and not get_ssm_configs(dim, dstate, dtype):
+        return None
+    config = try_get_optimal_ssm_config(dim, dstate, batch, heads, dtype, False)
+    return vllm_configs.as_override(dim, dstate, dtype, packed, config)
 
 
 def _first_slots(src: Tensor, accepted: Tensor | None) -> Tensor:
@@ -230,3 +233,132 @@ def _first_slots(src: Tensor, accepted: Tensor | None) -> Tensor:
         return src
     column = (accepted.long() - 1).clamp(0, src.shape[1] - 1)
     return src.gather(1, column[:, None])[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------- configs
+_CONFIGS_DIR = os.path.join(os.path.dirname(os.path.realpath(__file__)), "configs", "selective_state_update")
+_ssm_config_override: tuple[int, int] | None = None
+
+
+def get_ssm_config_file_name(headdim: int, dstate: int, cache_dtype: str, device_name: str) -> str:
+    """Return the name of the file of tuned configs for states of headdim x dstate.
+
+    Parameters
+    ----------
+    headdim, dstate : int
+    cache_dtype : str
+        Type of the states, e.g. ``"float32"``.
+    device_name : str
+        As `get_ssm_device_name` says it.
+    """
+    return f"headdim={headdim},dstate={dstate},device_name={device_name},cache_dtype={cache_dtype}.json"
+
+
+def get_ssm_device_name() -> str:
+    """Return the name of the current GPU as vLLM writes it in names of files; ``"cpu"`` without one.
+
+    Runs of white space, slashes and dashes become one underscore, and what no file system takes is left out.
+    """
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return re.sub(r'[\x00-\x1f\x7f\\:*?"<>|]', "", re.sub(r"[\s/-]+", "_", name)).rstrip(" .")
+
+
+@functools.cache
+def get_ssm_configs(headdim: int, dstate: int, cache_dtype: str) -> dict[int, dict[str, int]] | None:
+    """Return the tuned configs of a file for the current GPU by effective batch, or None if no file is found.
+
+    Memorised, so that each search is logged once; ``get_ssm_configs.cache_clear()`` or `clear_ssm_config_caches` makes
+    the next call search again.
+
+    Parameters
+    ----------
+    headdim, dstate : int
+    cache_dtype : str
+        Type of the states; bfloat16 shares the file of float16.
+
+    Returns
+    -------
+    dict or None
+        In the order of the file.  Empty if the file holds no config, which means that none is wanted.
+    """
+    dtype = str(cache_dtype).removeprefix("torch.")
+    dtype = "float16" if dtype == "bfloat16" else dtype
+    name = get_ssm_config_file_name(headdim, dstate, dtype, get_ssm_device_name())
+    own = env.vllm_tuned_config_folder()
+    for folder in ([own] if own is not None else []) + [Path(_CONFIGS_DIR)]:
+        table = vllm_configs.read(folder / name)
+        if table is not None:
+            env.logger().info("selective_state_update takes its configs from %s", folder / name)
+            return table
+    env.logger().info("no file of tuned configs for selective_state_update: %s", name)
+    return None
+
+
+def try_get_optimal_ssm_config(
+    headdim: int, dstate: int, batch: int, nheads: int, cache_dtype: str, is_blackwell: bool
+) -> tuple[int, int]:
+    """Return (BLOCK_SIZE_M, num_warps): of the override, else of the file, else what vLLM falls back to.
+
+    Of a file, the config whose effective batch, sequences times heads, has the least linear distance; of two, the
+    first.
+
+    Parameters
+    ----------
+    headdim, dstate, cache_dtype
+        As for `get_ssm_configs`.
+    batch, nheads : int
+        Sequences, and heads of each.
+    is_blackwell : bool
+        Matters to the fallback only.
+    """
+    if _ssm_config_override is not None:
+        return _ssm_config_override
+    return _try_get_optimal_ssm_config_cached(headdim, dstate, batch, nheads, cache_dtype, is_blackwell)
+
+
+@functools.cache
+def _try_get_optimal_ssm_config_cached(
+    headdim: int, dstate: int, batch: int, nheads: int, cache_dtype: str, is_blackwell: bool
+) -> tuple[int, int]:
+    """What `try_get_optimal_ssm_config` returns without an override."""
+    table = get_ssm_configs(headdim, dstate, cache_dtype)
+    if not table:
+        return _get_default_ssm_launch_config(dstate, is_blackwell)
+    entry = table[min(table, key=lambda key: abs(key - batch * nheads))]
+    return entry["BLOCK_SIZE_M"], entry["num_warps"]
+
+
+def _get_default_ssm_launch_config(dstate: int, is_blackwell: bool) -> tuple[int, int]:
+    """Return what vLLM launches without a tuned config."""
+    for columns, config in ((16, (32, 4)), (32, (16, 4)), (64, (8, 4))):
+        if dstate <= columns:
+            return config
+    if is_blackwell:
+        return 32, 8
+    return (4, 4) if dstate <= 128 else (4, 8)
+
+
+@contextmanager
+def override_ssm_config(config: tuple[int, int] | None) -> Iterator[None]:
+    """Make (BLOCK_SIZE_M, num_warps) win over every file inside the context; None lets files decide again.
+
+    For `selective_state_update` of this module; contexts nest.  Not for use from several threads at once.
+
+    Raises
+    ------
+    ValueError
+        The config is not a pair of positive integers.
+    """
+    global _ssm_config_override
+    checked = None if config is None else vllm_configs.check_pair(config)
+    before, _ssm_config_override = _ssm_config_override, checked
+    try:
+        yield
+    finally:
+        _ssm_config_override = before
+
+
+def clear_ssm_config_caches() -> None:
+    """Forget the files that were read, and what was chosen from them.  Not of vLLM, which has one for each cache."""
+    get_ssm_configs.cache_clear()
+    _try_get_optimal_ssm_config_cached.cache_clear()

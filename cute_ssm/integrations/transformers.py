@@ -17,7 +17,8 @@ from cute_ssm.errors import CuteSsmError, UnsupportedArchError, UnsupportedSpecE
 
 # The folders of transformers.models that define the functions, as of transformers 5.24.
 MODELS = (
-    "mamba", "mamba2", "falcon_mamba", "jamba", "zamba", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2",
+    "mamba", "mamba2", "falcon_mamba", "jamba", "zamba", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h",
+    "zamba2",
 )  # fmt: skip
 FUNCTIONS = ("mamba_selective_state_update", "mamba2_selective_state_update")
 SCAN = "mamba_selective_scan"

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import json
 import logging
+import os
 
 import pytest
+import torch
 
 from cute_ssm import arch
 from cute_ssm.compat import vllm
 from cute_ssm.errors import UnsupportedSpecError
 from cute_ssm.tuning import selective_step, vllm_configs
 
-DEVICE = "NVIDIA H200"
+DEVICE = "NVIDIA_H200"
 TABLE = {"8192": (8, 2), "12288": (16, 1), "64": (4, 1)}
 
 
@@ -22,10 +25,11 @@ TABLE = {"8192": (8, 2), "12288": (16, 1), "64": (4, 1)}
 def folder(tmp_path, monkeypatch):
     """A folder of configs that the variable names: ``folder(text, headdim=64)`` writes a file."""
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
+    monkeypatch.setattr(vllm, "get_ssm_device_name", lambda: DEVICE)
     vllm.clear_ssm_config_caches()
 
-    def write(content, headdim=64, dstate=128, device=DEVICE, dtype="float32"):
-        path = tmp_path / vllm.get_ssm_config_file_name(headdim, dstate, device, dtype)
+    def write(content, headdim=64, dstate=128, dtype="float32", into=tmp_path):
+        path = into / vllm.get_ssm_config_file_name(headdim, dstate, dtype, DEVICE)
         path.write_text(content if isinstance(content, str) else json.dumps(content))
         vllm.clear_ssm_config_caches()
         return path
@@ -38,28 +42,79 @@ def entries(table):
     return {key: {"BLOCK_SIZE_M": m, "num_warps": w} for key, (m, w) in table.items()}
 
 
-def optimal(batch, dtype="float32", **kwargs):
-    return vllm.try_get_optimal_ssm_config(64, 128, batch, dtype, device_name=DEVICE, **kwargs)
+def optimal(batch, dtype="float32"):
+    return vllm.try_get_optimal_ssm_config(64, 128, batch, 1, dtype, False)
+
+
+def test_names_order_and_defaults_are_those_of_vllm():
+    """Called by position, as by vLLM's own code, these functions answer as its own do."""
+    parameters = {
+        "get_ssm_config_file_name": ["headdim", "dstate", "cache_dtype", "device_name"],
+        "get_ssm_device_name": [],
+        "get_ssm_configs": ["headdim", "dstate", "cache_dtype"],
+        "_get_default_ssm_launch_config": ["dstate", "is_blackwell"],
+        "try_get_optimal_ssm_config": ["headdim", "dstate", "batch", "nheads", "cache_dtype", "is_blackwell"],
+        "_try_get_optimal_ssm_config_cached": ["headdim", "dstate", "batch", "nheads", "cache_dtype", "is_blackwell"],
+        "override_ssm_config": ["config"],
+    }
+    for name, wanted in parameters.items():
+        signature = inspect.signature(getattr(vllm, name))
+        assert list(signature.parameters) == wanted, name
+        assert all(p.default is p.empty for p in signature.parameters.values()), name
+    assert vllm._CONFIGS_DIR.endswith(os.path.join("configs", "selective_state_update"))
+    vllm.clear_ssm_config_caches()
+    assert vllm.try_get_optimal_ssm_config(64, 128, 4, 8, "float32", False) == (4, 4)
+    with pytest.raises(TypeError):
+        vllm.try_get_optimal_ssm_config(64, 128, 32, "float32")
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "tail"),
+    ("device", "name"),
     [
-        ("NVIDIA H200", "float32", "device_name=NVIDIA_H200,cache_dtype=float32"),
-        ("NVIDIA_H200", "torch.bfloat16", "device_name=NVIDIA_H200,cache_dtype=float16"),
-        ("AMD Instinct-MI300X / OAM", "float16", "device_name=AMD_Instinct_MI300X___OAM,cache_dtype=float16"),
-        ("Intel(R) Arc", "int8", "device_name=Intel_R__Arc,cache_dtype=int8"),
+        ("NVIDIA H200", "NVIDIA_H200"),
+        ("NVIDIA H20-3e", "NVIDIA_H20_3e"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "NVIDIA_RTX_PRO_6000_Blackwell_Server_Edition"),
+        ("AMD Instinct MI350 / OAM", "AMD_Instinct_MI350_OAM"),
+        ("Intel(R) Arc(TM) Pro B60 Graphics", "Intel(R)_Arc(TM)_Pro_B60_Graphics"),
+        ('A "b": <c>?', "A_b_c"),
     ],
 )
-def test_file_name(device, dtype, tail):
-    assert vllm.get_ssm_config_file_name(64, 128, device, dtype) == f"headdim=64,dstate=128,{tail}.json"
+def test_device_name(device, name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: device)
+    assert vllm.get_ssm_device_name() == name
 
 
-def test_a_file_is_read(folder):
+def test_file_name():
+    want = "headdim=64,dstate=128,device_name=NVIDIA_H200,cache_dtype=float32.json"
+    assert vllm.get_ssm_config_file_name(64, 128, "float32", "NVIDIA_H200") == want
+
+
+def test_a_file_is_read(folder, monkeypatch):
     folder({"triton_version": "3.6.0", "note": {"BLOCK_SIZE_M": 1}, **entries(TABLE)})
-    assert vllm.get_ssm_configs(64, 128, "float32", DEVICE) == {int(k): v for k, v in entries(TABLE).items()}
-    assert vllm.get_ssm_configs(64, 64, "float32", DEVICE) is None
-    assert vllm.get_ssm_configs(64, 128, "float32", "NVIDIA B200") is None
+    assert vllm.get_ssm_configs(64, 128, "float32") == {int(k): v for k, v in entries(TABLE).items()}
+    assert vllm.get_ssm_configs(64, 64, "float32") is None
+    monkeypatch.setattr(vllm, "get_ssm_device_name", lambda: "NVIDIA_B200")
+    vllm.get_ssm_configs.cache_clear()
+    assert vllm.get_ssm_configs(64, 128, "float32") is None
+
+
+def test_the_variable_goes_before_the_folder_of_the_package(folder, tmp_path, monkeypatch):
+    bundled = tmp_path / "bundled"
+    bundled.mkdir()
+    monkeypatch.setattr(vllm, "_CONFIGS_DIR", str(bundled))
+    folder(entries({"1": (32, 2)}), into=bundled)
+    assert optimal(7) == (32, 2)
+    folder("[no object]")
+    assert optimal(7) == (32, 2), "a file that holds no object is passed by"
+    folder(entries({"1": (8, 1)}))
+    assert optimal(7) == (8, 1)
+
+
+def test_batch_times_heads_chooses(folder):
+    folder(entries(TABLE))
+    assert vllm.try_get_optimal_ssm_config(64, 128, 128, 64, "float32", False) == (8, 2)
+    assert vllm.try_get_optimal_ssm_config(64, 128, 64, 1, "float32", True) == (4, 1)
 
 
 @pytest.mark.parametrize(
@@ -77,12 +132,13 @@ def test_bfloat16_takes_the_file_of_float16(folder):
     assert optimal(7, "float32") == (4, 4)
 
 
-def test_what_vllm_falls_back_to():
-    vllm.clear_ssm_config_caches()
+def test_what_vllm_falls_back_to(folder):
     want = {16: (32, 4), 32: (16, 4), 64: (8, 4), 128: (4, 4), 256: (4, 8)}
     for dstate, config in want.items():
-        assert vllm.try_get_optimal_ssm_config(64, dstate, 8, "float32", device_name="none") == config
-    assert vllm.try_get_optimal_ssm_config(64, 128, 8, "float32", True, "none") == (32, 8)
+        assert vllm.try_get_optimal_ssm_config(64, dstate, 8, 1, "float32", False) == config
+        assert vllm._get_default_ssm_launch_config(dstate, False) == config
+    assert vllm.try_get_optimal_ssm_config(64, 128, 8, 1, "float32", True) == (32, 8)
+    assert vllm._try_get_optimal_ssm_config_cached(64, 256, 8, 1, "float32", True) == (32, 8)
 
 
 def test_no_variable_no_file(folder, monkeypatch):
@@ -105,7 +161,7 @@ def test_found_and_not_found_are_logged_once(folder, caplog):
     caplog.set_level(logging.INFO, logger="cute_ssm")
     for batch in range(5):
         optimal(batch)
-        vllm.try_get_optimal_ssm_config(80, 128, batch, "float32", device_name=DEVICE)
+        vllm.try_get_optimal_ssm_config(80, 128, batch, 1, "float32", False)
     found = [m for m in caplog.messages if str(path) in m]
     missing = [m for m in caplog.messages if "headdim=80" in m]
     assert (len(found), len(missing)) == (1, 1)
@@ -115,15 +171,16 @@ def test_found_and_not_found_are_logged_once(folder, caplog):
 def test_a_file_that_holds_no_object_is_ignored_and_logged(folder, caplog, content):
     path = folder(content)
     caplog.set_level(logging.WARNING, logger="cute_ssm")
-    assert vllm.get_ssm_configs(64, 128, "float32", DEVICE) is None
+    assert vllm.get_ssm_configs(64, 128, "float32") is None
     assert len(caplog.messages) == 1
     assert str(path) in caplog.messages[0]
 
 
 def test_an_empty_table_means_that_no_config_is_wanted(folder):
     folder({"triton_version": "3.6.0"})
-    assert vllm.get_ssm_configs(64, 128, "float32", DEVICE) == {}
-    assert vllm_configs.tuned_config(64, 128, 8, "float32", DEVICE) is None
+    assert vllm.get_ssm_configs(64, 128, "float32") == {}
+    state = torch.zeros(2, 8, 64, 128)
+    assert vllm._tuned(state, state[..., 0], 2, False) is None
     assert optimal(8) == (4, 4)
 
 
