@@ -1,0 +1,98 @@
+"""Calls of which one argument holds what it must not, row by row: such rows stay untouched, all others are right.
+
+The host would refuse these calls, as it looks at what tensors on the CPU hold; on a GPU it does not.  `unchecked` turns
+that off, so that kernels are alone with their arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from step_cases import copy, storage
+
+from cute_ssm.ops import (
+    _checkpointing_arguments,
+    _step_arguments,
+    gated_delta_rule,
+    gated_delta_rule_replay,
+    selective_scan,
+)
+from cute_ssm.serving import cursors, states
+
+Parts = Iterable[tuple[str, Any]]  # (name of a tensor that is written, index of a part of it)
+
+
+def unchecked(monkeypatch) -> None:
+    """Have operators look at no contents of tensors, as on a GPU."""
+    for module in (_step_arguments, _checkpointing_arguments):
+        monkeypatch.setattr(module, "check_contents", lambda *_: None)
+    monkeypatch.setattr(gated_delta_rule, "_check_indices", lambda *_: None)
+    monkeypatch.setattr(gated_delta_rule_replay, "_check_values", lambda *_: None)
+    monkeypatch.setattr(selective_scan, "plan_on_cpu", lambda *_: [])
+    monkeypatch.setattr(cursors._Rows, "cursors", lambda *_: None)
+    monkeypatch.setattr(cursors, "_check_accepted", lambda *_: None)
+    monkeypatch.setattr(states, "_rows", lambda *_: [])
+
+
+def outside(bound: int, dtype: torch.dtype, right: int = 0) -> list[int]:
+    """Numbers that are no index below `bound`; of 64 bits, also some that 32 bits would take for `right`."""
+    few = [-(2**31), -1000, -3, -1, bound, bound + 1, 2**31 - 1]
+    many = [2**32 + right, right - 2**32, 2**63 - 1, -(2**63)]
+    return few + many if dtype is torch.int64 else few
+
+
+def swap(call: dict, tensors: Iterable[str], indices: Iterable[str], one: int, other: int) -> None:
+    """Exchange two slots of a call, and their numbers wherever they are named."""
+    for name in tensors:
+        if call.get(name) is not None:
+            call[name][[one, other]] = call[name][[other, one]]
+    for name in indices:
+        if call.get(name) is not None:
+            values = call[name].clone()
+            call[name][values == one], call[name][values == other] = other, one
+
+
+def check(
+    run: Callable[[dict], Any],
+    call: dict,
+    name: str,
+    changes: dict[Any, int],
+    owned: Callable[[Any], Parts],
+) -> None:
+    """Run a call as it is, and with some entries of an argument changed, and compare.
+
+    Parameters
+    ----------
+    run
+        Runs the operator, in place.
+    call
+        Right arguments.
+    name, changes
+        The argument, and new values by position in it.
+    owned
+        The parts that the changed entry at a position keeps from being written; all else must be as in the right call.
+    """
+    right, wrong = copy(call), copy(call)
+    for position, value in changes.items():
+        wrong[name][position] = value
+    before = copy(wrong)
+    run(right)
+    run(wrong)
+    right[name] = before[name]
+    for position in changes:
+        for tensor, part in owned(position):
+            right[tensor][part] = before[tensor][part]
+    for tensor, value in right.items():
+        if isinstance(value, torch.Tensor):
+            same(value, wrong[tensor], f"{name} with {changes}: {tensor}")
+
+
+def same(want: torch.Tensor, got: torch.Tensor, what: str) -> None:
+    """All bytes of the tensors' memory are equal."""
+    if not torch.equal(storage(want), storage(got)):
+        one, other = (storage(t.clone(memory_format=torch.contiguous_format)) for t in (want, got))
+        places = (one != other).view(*want.shape, -1).any(-1).nonzero().tolist()
+        where = f"{len(places)} of {want.numel()} elements, first {places[0]}" if places else "bytes between elements"
+        raise AssertionError(f"{what} differs: {where}")
