@@ -80,8 +80,8 @@ def check(
     before = copy(wrong)
     run(right)
     run(wrong)
-    right[name] = before[name]
     for position in changes:
+        right[name][position] = before[name][position]
         for tensor, part in owned(position):
             right[tensor][part] = before[tensor][part]
     for tensor, value in right.items():
