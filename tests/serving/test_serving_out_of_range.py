@@ -90,12 +90,16 @@ def test_a_commit_of_windows_and_rings_near_the_end_of_32_bits():
     """Sums of cursors that do not fit 32 bits are not formed."""
     most = 2**31 - 1
     pnat = torch.tensor([5, most - 3, most - 9, 0], dtype=torch.int32)
-    start = torch.tensor([most - 2, most - 1, 7, 0], dtype=torch.int32)
+    start = torch.tensor([most - 2, most - 1, most - 2, 0], dtype=torch.int32)
     call = {"prev_num_accepted_tokens": pnat, "ring_start": start, "window": most - 8, "ring_length": most, "tokens": 8}
     call |= {"num_accepted_tokens": torch.tensor([3, 3, 3, 3]), "state_batch_indices": torch.arange(4)}
     run(serving.commit)(call)
     assert pnat.tolist() == [8, most - 3, 3, 3], "slot 1 has more than the window, slot 2 writes"
-    assert start.tolist() == [most - 2, most - 1, most - 2, 0]
+    assert start.tolist() == [most - 2, most - 1, most - 11, 0]
+    pnat, buffer = torch.tensor([most - 5], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    call = {"prev_num_accepted_tokens": pnat, "cache_buf_idx": buffer, "window": most, "tokens": 8}
+    run(serving.commit)({**call, "num_accepted_tokens": torch.tensor([3])})
+    assert (pnat.tolist(), buffer.tolist()) == ([3], [1])
 
 
 @pytest.mark.parametrize("ring,varlen", [CURSORS[0], pytest.param(*CURSORS[1], marks=SLOW)])
