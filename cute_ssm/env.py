@@ -147,6 +147,16 @@ def _cache_dir() -> Path | None:
         return None
 
 
+def own_tuning_dir() -> Path | None:
+    """Return the user's folder for measured configs, which is read if CUTE_SSM_TUNING_DIR names it; None: no home."""
+    base = _value("XDG_CONFIG_HOME")
+    try:
+        root = Path(base) if base and Path(base).is_absolute() else Path.home() / ".config"
+    except RuntimeError:
+        return None
+    return root / "cute_ssm" / "tuning"
+
+
 def _folder(text: str) -> Path:
     try:
         return Path(text).expanduser().absolute()

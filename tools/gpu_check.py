@@ -133,7 +133,7 @@ def steps(out: Path, minutes: float, quick: bool, jobs: int) -> list[Step]:
         shapes.append(f"{workloads.batch_key(op)}={first.batches[third]},{first.batches[2 * third]}")
         tune = [python, "-m", "cute_ssm", "tune", op, "--out", str(out / "tuned.json"), "--shapes", *shapes]
         tune += ["--minutes", f"{minutes * 0.1:.2f}", "--journal", str(out / f"tune-{op}.jsonl")]
-        found.append(Step(f"tune {op}", tune, 1.0, last=r"rows"))
+        found.append(Step(f"tune {op}", tune, 1.0, last=r"better than"))
     return found
 
 

@@ -29,9 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, default=1, help="GPUs, or without one processes, that measure")
     parser.add_argument("--engine", default="auto", help="auto, inline, processes or ray")
     parser.add_argument("--objective", default="auto", help="auto, gpu, model or counters")
-    parser.add_argument("--margin", type=float, help="gain that a config must have over the rule's (default: 0.03)")
+    parser.add_argument("--margin", type=float, help="gain that a config must have over the rule's (default: 0.05)")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="table to merge into (default: in CUTE_SSM_TUNING_DIR)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="table to merge into (default: OP.json in CUTE_SSM_TUNING_DIR, or else in ~/.config/cute_ssm/tuning)",
     )
     parser.add_argument("--journal", type=Path, metavar="FILE", help="measurements, to go on from (default: beside it)")
 
@@ -49,8 +52,9 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(describe("--gpus", "a positive number", options.gpus))
     objective = objectives.create(options.objective)
     on = objective.on()
-    problems = list(problems_of(options, on["objective"] == "gpu"))
     out = table_path(options)
+    print(place(out), flush=True)
+    problems = list(problems_of(options, on["objective"] == "gpu"))
     journal = Journal(
         options.journal or out.with_suffix(".journal.jsonl"), digest(sorted(on.items()), toolchain.sources_digest())
     )
@@ -72,9 +76,7 @@ def main(options: argparse.Namespace) -> int:
         journal.close()
     print("\n".join(report(solved, objective.how)))
     left = len(problems) - len(solved)
-    print(
-        f"{out}: {sum(one.row is not None for one in solved)} rows{f', {left} calls were not reached' if left else ''}"
-    )
+    print(f"{out}: {summary(solved, margin)}{f'; {left} calls were not reached' if left else ''}")
     return int(any(one.error for one in solved))
 
 
@@ -133,16 +135,38 @@ def table_path(options: argparse.Namespace) -> Path:
     Raises
     ------
     ValueError
-        If neither an option nor a variable names a place.
+        If its folder cannot be written, or if there is no home to put it in: said before a search, not after it.
     """
     from cute_ssm import env
 
-    if options.out is not None:
-        return Path(options.out)
-    folder = env.settings().tuning_dir
-    if folder is None:
-        raise ValueError(describe("--out", "a file, or a folder in CUTE_SSM_TUNING_DIR", "neither"))
-    return folder / f"{options.op}.json"
+    path = Path(options.out) if options.out is not None else None
+    if path is None:
+        folder = env.settings().tuning_dir or env.own_tuning_dir()
+        if folder is None:
+            raise ValueError(describe("--out", "a file", "none, and no home folder to put one into"))
+        path = folder / f"{options.op}.json"
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(describe("--out", "a file in a folder that can be written", str(path)))
+    return path
+
+
+def place(out: Path) -> str:
+    """Return a line that says where rows go, and who reads them."""
+    from cute_ssm import env
+
+    folder = out.absolute().parent
+    if folder == env.settings().tuning_dir:
+        return f"better configs go into {out}, which operators read"
+    return f"better configs go into {out}, which operators read where CUTE_SSM_TUNING_DIR={folder}"
+
+
+def summary(solved: Iterable[Solved], margin: float) -> str:
+    """Return how many configs beat the rule's, and how many calls keep it."""
+    rows = [one.row for one in solved if one.row is not None]
+    better = sum(bool(row["config"]) for row in rows)
+    kept = len(rows) - better
+    return f"{better} configs better than the rule's by {margin:.0%}, {kept} calls for which the rule's is kept"
 
 
 def report(solved: Iterable[Solved], how: str) -> list[str]:

@@ -16,7 +16,7 @@ from cute_ssm.tuner.objectives import Objective
 from cute_ssm.tuner.problems import Fields, Problem
 from cute_ssm.tuning import tables
 
-MARGIN = 0.03  # by which a config must beat that of the rule to get into a table
+MARGIN = 0.05  # by which a config must beat that of the rule to get into a table
 CONFIRM_ROUNDS = 5
 REFERENCE = "the rule's config"
 

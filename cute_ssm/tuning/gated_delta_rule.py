@@ -23,6 +23,7 @@ VALUE_PAD = 8  # elements between rows of values
 MAX_TILES = 4  # of a warp
 MOST_ROWS = 128  # of a CTA
 SEQUENTIAL_TOKENS = 2  # most tokens of a call that are passed one after the other
+PART_BYTES = 128  # alignment of each part of shared memory
 PENDING = 8  # tokens of a ring that are passed at once
 
 
@@ -50,7 +51,12 @@ class GatedDeltaRuleConfig(Config):
 
     def shared_bytes(self, spec: GatedDeltaSpec) -> int:
         """Shared memory of one CTA."""
-        return 0 if self.sequential else sum(shared_parts(spec, self.rows).values())
+        if self.sequential:
+            return 0
+        end = 0
+        for size in shared_parts(spec, self.rows).values():
+            end = -(-end // PART_BYTES) * PART_BYTES + size
+        return end
 
     def check(self, spec: GatedDeltaSpec, arch: Arch) -> None:
         """Raise `UnsupportedSpecError` if the kernel cannot run so."""

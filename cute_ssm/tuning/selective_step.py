@@ -28,6 +28,7 @@ HEAVY_WARPS = 8  # of up to 255 registers a thread, per SM
 RESIDENT_CTAS = 16  # of one warp, per SM: more would not make the memory busier
 CTA_BYTES = 1024 + 128  # shared memory of a CTA besides its ring
 PRODUCT_TOKENS = 8  # columns of a tensor-core product
+STAGED_ALIGNMENT = 128
 STAGED_TOKENS = 8  # whose B and C are in shared memory at once
 PRODUCT_LANES = 4  # that share a row of its operands
 FULL = 0.85  # units per SM below which units are made smaller
@@ -73,8 +74,10 @@ class SelectiveStepConfig(Config):
         return self.rows * spec.dstate * ITEMSIZE[spec.state_dtype]
 
     def shared_bytes(self, spec: SelectiveStateUpdateSpec) -> int:
-        """Shared memory of one CTA: rings and their barriers."""
-        return self.warps * (self.stages * (self.unit_bytes(spec) + 8) + staged_bytes(spec, self.lanes, self.matmul))
+        """Shared memory of one CTA: rings and their barriers, and, aligned, what is staged of B and C."""
+        ring = self.warps * self.stages * (self.unit_bytes(spec) + 8)
+        staged = self.warps * staged_bytes(spec, self.lanes, self.matmul)
+        return -(-ring // STAGED_ALIGNMENT) * STAGED_ALIGNMENT + staged if staged else ring
 
     def check(self, spec: SelectiveStateUpdateSpec, arch: Arch) -> None:
         """Raise `UnsupportedSpecError` if the kernel cannot run so."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from cute_ssm import workloads
 from cute_ssm.compat import fla as compat_fla
 from cute_ssm.compat.flashinfer import gdn_decode, mamba
 from cute_ssm.errors import CuteSsmError
+from cute_ssm.runtime import toolchain
 from cute_ssm.tuner import timing
 
 pytest.importorskip("bench", reason="tools/ is not on the path")
-from bench import cases, counters, peers, report, roof, run
+from bench import cases, counters, outputs, peers, report, roof, run
 
 STEP = {"batch": 3, "nheads": 4, "dim": 16, "dstate": 32, "state_dtype": "float32"}
 
@@ -64,6 +66,62 @@ def test_sets_that_do_not_fit_are_refused():
 def test_summary_of_samples():
     assert roof.summary(list(range(1, 12))) == {"median": 6, "p10": 2, "p90": 10}
     assert roof.summary([3.0]) == {"median": 3.0, "p10": 3.0, "p90": 3.0}
+
+
+def test_the_bandwidth_of_a_copy_is_of_bytes_read_and_written(monkeypatch):
+    """Of half a gibibyte in a millisecond, per call of a pass, by the median."""
+    seen = []
+    monkeypatch.setattr(roof, "capture", lambda runs: seen.append(len(runs)) or "graph")
+
+    def alternate(passes, samples):
+        assert passes == {"copy": ("graph", 1)} and samples == 7
+        return {"copy": [500.0, 1000.0, 9000.0]}
+
+    monkeypatch.setattr(roof, "alternate", alternate)
+    assert roof.copy_bandwidth(torch.device("cpu"), samples=7) == pytest.approx(2 * 2**29 / 1e-3)
+    assert seen == [1]
+
+
+# --------------------------------------------------------------------------------------------------------- what is kept
+def test_no_tool_overwrites_a_file_that_it_was_not_given(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "modelled.jsonl"
+    mine.write_text("precious")
+    with pytest.raises(SystemExit):
+        run.main(["--model", "--ops", "selective_state_update", "--batches", "1"])
+    assert f"--out: expected a file, as {mine} exists; name it to overwrite it" in capsys.readouterr().err
+    assert mine.read_text() == "precious"
+    assert outputs.destination(None, "new.jsonl") == Path("new.jsonl")
+    assert outputs.destination(None, "modelled.jsonl", goes_on=True) == Path("modelled.jsonl")
+    assert outputs.destination(mine, "modelled.jsonl") == mine
+    monkeypatch.chdir(outputs.RESULTS)
+    with pytest.raises(ValueError, match="exists"):
+        outputs.destination(None, "modelled.jsonl", goes_on=True)
+
+
+def test_counters_are_printed_and_written_only_where_asked(tmp_path, monkeypatch, capsys):
+    committed = {path: path.read_bytes() for path in (counters.RESULTS, outputs.ROOT / "README.md")}
+    monkeypatch.setattr(counters, "CASES", [("selective_state_update", {"batch": 1, "nheads": 2, "dstate": 16})])
+    monkeypatch.setattr(counters, "ARCHS", ("sm_90a",))
+    assert counters.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "| `selective_state_update` | batch=1, nheads=2" in printed
+    assert counters.main(["--out", str(tmp_path / "new" / "counters.json")]) == 0
+    (row,) = json.loads((tmp_path / "new" / "counters.json").read_text())["rows"]
+    assert row["arch"] == "sm_90a" and row["commit"]
+    assert counters.main(["--table"]) == 0
+    assert {path: path.read_bytes() for path in committed} == committed
+    with pytest.raises(SystemExit):
+        counters.main(["--table", "--out", "x"])
+
+
+@pytest.mark.parametrize("lack", ["git", "repository"])
+def test_without_git_the_sources_are_named_by_their_digest(lack, tmp_path, monkeypatch):
+    if lack == "git":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        monkeypatch.setattr(outputs, "ROOT", tmp_path)
+    assert outputs.commit() == f"no commit, sources {toolchain.sources_digest()}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- peers

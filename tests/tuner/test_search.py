@@ -85,6 +85,21 @@ def test_noise_is_no_gain_and_a_challenger_is_confirmed():
     assert found.cost == best()
 
 
+@pytest.mark.parametrize(("gain", "taken"), [(0.04, False), (0.06, True)])
+def test_a_gain_that_is_confirmed_must_exceed_the_noise_too(gain, taken):
+    """Measured once, half the time; measured with care, a little less or more than the noise."""
+    space = {"rows": (8, 16)}
+
+    def confirm(configs):
+        return [1.0 if fields["rows"] == 8 else 1.0 - gain for fields in configs]
+
+    found = search.descend(
+        {"rows": 8}, space, always, lambda c: [1.0 if f["rows"] == 8 else 0.5 for f in c], confirm, 0.05
+    )
+    assert found.best == {"rows": 16 if taken else 8}
+    assert found.cost == (1.0 - gain if taken else 1.0)
+
+
 def test_batches_are_bounded():
     sizes = []
 

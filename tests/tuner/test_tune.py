@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import time
 
 import pytest
@@ -193,6 +194,34 @@ def test_the_gate_refuses_other_bits(problem, monkeypatch):
     assert "NaN" in gate.problem_of_rule(gate.results())
 
 
+@pytest.mark.parametrize(
+    ("rule", "other"),
+    [(0, 0x80000000), (0x7FC00000, 0x7FC00001), (0x7FC00000, 0xFFC00000)],
+    ids=["zeros of two signs", "payloads of NaN", "signs of NaN"],
+)
+def test_the_gate_compares_bytes_not_values(problem, rule, other, monkeypatch):
+    """-0 equals 0 as a value, and NaN nothing: as bytes the first differ, and a NaN equals itself."""
+    call = workloads.build(OP, KEYS)
+    run, bits = type(call).run, rule
+
+    def planted(self):
+        run(self)
+        self.arguments["state"].view(torch.int32 if self.arguments["state"].dtype == torch.float32 else torch.int16)[
+            0, 0, 0, 0
+        ] = word(self.arguments["state"])
+
+    def word(state):
+        value = bits if state.dtype == torch.float32 else bits >> 16 | bits & 1
+        size = 32 if state.dtype == torch.float32 else 16
+        return value - (1 << size) if value >> size - 1 else value
+
+    monkeypatch.setattr(type(call), "run", planted)
+    gate = Gate(call, problem.rule())
+    assert gate.problem(problem.rule()) == "", "the same bytes are the same, NaN or not"
+    bits = other
+    assert "state is not, bit for bit" in gate.problem(problem.rule())
+
+
 def test_the_model_is_an_objective():
     if importlib.util.find_spec("machine") is None:
         pytest.skip("the machine model is not on the path")
@@ -207,7 +236,8 @@ def test_the_command_fills_a_table(tmp_path, capsys):
     options = ["tune", OP, "--shapes", *SHAPES, "--objective", "counters", "--out", str(out)]
     assert main(options) == 0
     printed = capsys.readouterr().out
-    assert "1 rows" in printed
+    assert printed.startswith(f"better configs go into {out}, which operators read where CUTE_SSM_TUNING_DIR=")
+    assert re.search(r"table\.json: [01] configs better than the rule's by 5%, [01] calls for which", printed)
     assert "batch=4" in printed
     (row,) = json.loads(out.read_text())
     assert tables._is_row(row)
@@ -234,9 +264,52 @@ def test_options_that_mean_nothing_are_refused(options, message, tmp_path, capsy
     assert message in capsys.readouterr().err
 
 
-def test_a_place_for_the_table_is_needed(capsys):
-    assert main(["tune", OP, "--objective", "counters"]) == 2
-    assert "--out: expected a file, or a folder in CUTE_SSM_TUNING_DIR" in capsys.readouterr().err
+@pytest.mark.parametrize("where", ["variable", "home"])
+def test_without_out_the_table_has_a_place_that_is_said_first(where, tmp_path, settings, monkeypatch, capsys):
+    """With no option but the operator's: the first line names the file, before anything is searched."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    folder = tmp_path / "config" / "cute_ssm" / "tuning"
+    if where == "variable":
+        folder = tmp_path / "mine"
+        settings(TUNING_DIR=folder)
+
+    def stop(*_):
+        raise ValueError("searched")
+
+    monkeypatch.setattr(cli, "problems_of", stop)
+    assert main(["tune", OP]) == 2
+    printed, error = capsys.readouterr()
+    assert "searched" in error
+    reader = "" if where == "variable" else f" where CUTE_SSM_TUNING_DIR={folder}"
+    assert printed == f"better configs go into {folder / f'{OP}.json'}, which operators read{reader}\n"
+    assert not folder.exists(), "nothing is made before there is something to write"
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_search(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["tune", OP, "--objective", "counters", "--out", str(tmp_path / "file" / "t.json")]) == 2
+    assert "--out: expected a file in a folder that can be written" in capsys.readouterr().err
+
+
+def test_only_rows_that_differ_from_the_rule_are_counted_as_better(problem):
+    better, kept = solve(problem, Fake()), solve(problem, Fake(), margin=0.25)
+    assert cli.summary([better, kept, kept], 0.05) == (
+        "1 configs better than the rule's by 5%, 2 calls for which the rule's is kept"
+    )
+
+
+def test_the_default_margin_is_the_documented_one(problem):
+    """The package's own table holds only configs that pass it."""
+    assert tune.MARGIN == 0.05
+
+    class Close(Fake):
+        def measure(self, case, fields, rule, rounds):
+            found = super().measure(case, fields, rule, rounds)
+            return Measurement(9.6 if fields["warps"] == 2 else found.us, found.reference_us)
+
+    assert solve(problem, Close()).row["config"] == {}, "4 % are no gain"
+    own = [row for row in tables.read(tables.BUNDLED) if row["config"]]
+    assert own and all(row["evidence"]["us"] <= row["evidence"]["rule_us"] * (1 - tune.MARGIN) + 0.01 for row in own)
 
 
 def test_no_gpu_is_said_clearly(tmp_path, capsys):

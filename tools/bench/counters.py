@@ -1,7 +1,7 @@
-"""Record what operators cost on the emulator: ``python tools/bench/counters.py`` rewrites the results and the README.
+"""Count what operators cost on the emulator: ``python tools/bench/counters.py`` prints a table.
 
-Results go to ``results/counters.json``; the README's table between the marks ``counters`` is made from that file alone,
-so ``--table`` rewrites it without counting anything.
+Results go to ``--out FILE``; the committed ones are ``results/counters.json``, from which ``--readme`` rewrites the
+README's table between the marks ``counters``.  With ``--table`` nothing is counted.
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = Path(__file__).with_name("results") / "counters.json"
+if __package__ in (None, ""):  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import outputs
+from bench.outputs import ROOT, commit
+
+RESULTS = outputs.RESULTS / "counters.json"
 BEGIN, END = "<!-- counters:begin -->", "<!-- counters:end -->"
 
 MAMBA1 = {"nheads": 1, "dim": 4096, "dstate": 16, "state_dtype": "float32", "layout": "dense"}
@@ -82,12 +86,12 @@ CASES = [  # (operator, keys)
 ARCHS = ("sm_90a", "sm_100a")
 
 
-def record(only: list[str]) -> dict:
-    """Count every case of the operators `only`, or of all, on every target; rows of others stay as they are."""
+def record(only: list[str], before: Path = RESULTS) -> dict:
+    """Count every case of the operators `only`, or of all, on every target; rows of others stay as in the file."""
     sys.path.insert(0, str(ROOT / "tools"))
     from count import count
 
-    kept = json.loads(RESULTS.read_text())["rows"] if only else []
+    kept = json.loads(before.read_text())["rows"] if only and before.exists() else []
     known = {identity(row["op"], row["keys"], row["arch"]): row for row in kept}
     now, rows = commit(), []
     for op, keys in CASES:
@@ -114,17 +118,6 @@ def identity(op: str, keys: dict, arch: str) -> tuple:
     from cute_ssm import workloads
 
     return op, arch, *sorted((k, str(v)) for k, v in {**workloads.parameters(op), **keys}.items())
-
-
-def commit() -> str:
-    """Id of the commit that is counted; with a mark if tracked files differ from it."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(("git", *arguments), cwd=ROOT, check=True, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "cute_ssm", "tools/count.py", "tools/ptxsim")
-    return git("rev-parse", "HEAD") + (" with changes" if changed else "")
 
 
 def table(results: dict) -> str:
@@ -165,15 +158,22 @@ def rewrite(path: Path, text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Count unless told not to, then rewrite the README's table."""
+    """Count unless told not to, and print a table; write what was asked for, and nothing else."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--table", action="store_true", help="only rewrite the README's table from the results")
     parser.add_argument("--only", nargs="+", metavar="OP", default=[], help="count the cases of these operators alone")
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"write results, e.g. to {RESULTS.relative_to(ROOT)}")
+    parser.add_argument("--table", action="store_true", help="count nothing: the table of the committed results")
+    parser.add_argument("--readme", action="store_true", help="rewrite the README's table from the committed results")
     options = parser.parse_args(argv)
-    if not options.table:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(record(options.only), indent=1) + "\n")
-    rewrite(ROOT / "README.md", table(json.loads(RESULTS.read_text())))
+    if options.table and (options.out or options.only):
+        parser.error("--table: expected neither --out nor --only, as nothing is counted")
+    results = json.loads(RESULTS.read_text()) if options.table else record(options.only, options.out or RESULTS)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+    if options.readme:
+        rewrite(ROOT / "README.md", table(json.loads(RESULTS.read_text())))
     return 0
 
 

@@ -1,7 +1,9 @@
-"""Host cost of a cached call: ``python tools/bench/host.py`` prints microseconds, ``--json`` writes results/host.json.
+"""Host cost of a cached call: ``python tools/bench/host.py`` prints microseconds, and writes them to ``--out FILE``.
 
-On a GPU (``--gpu``, and results/host-gpu.json), for every operator: what a call costs the host with its launch, the
-replay of a CUDA graph of one call, and a call inside ``torch.compile``; the bits of all three are compared first.
+The committed files are results/host.json and, of ``--gpu``, results/host-gpu.json.
+
+On a GPU (``--gpu``), for every operator: what a call costs the host with its launch, the replay of a CUDA graph of one
+call, and a call inside ``torch.compile``; the bits of all three are compared first.
 
 Without one, nothing is launched.  A call in steady state is the operator's Python, one look-up, and one call of a
 compiled host function that takes the tensors through TVM-FFI and checks types, shapes and strides as the kernel's entry
@@ -36,8 +38,6 @@ DTYPES = {
     torch.int32: cute.Int32,
     torch.int64: cute.Int64,
 }
-RESULTS = Path(__file__).with_name("results") / "host.json"
-RESULTS_GPU = RESULTS.with_name("host-gpu.json")
 QUEUED = 200  # calls between two waits for the GPU: fewer than a stream holds
 
 
@@ -207,8 +207,8 @@ def queued(function, repeats=30) -> float:
 def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", action="store_true", help=f"write {RESULTS.name}")
-    parser.add_argument("--gpu", action="store_true", help=f"calls on a GPU too; --json writes {RESULTS_GPU.name}")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write results, e.g. to tools/bench/results/host.json")
+    parser.add_argument("--gpu", action="store_true", help="calls on a GPU too")
     options = parser.parse_args(argv)
     if options.gpu and not torch.cuda.is_available():
         parser.error("--gpu: there is no GPU here")
@@ -222,12 +222,12 @@ def main(argv: list[str] | None = None) -> int:
         rows["  of which the compiled entry, without a launch" + f" ({what})"] = alone
     for name, value in rows.items():
         print(f"{value:6.2f} us  {name}")
-    if options.json:
+    if options.out:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         results = {"microseconds": rows, "cpu": platform.processor(), "versions": versions}
         if options.gpu:
             results["device"] = torch.cuda.get_device_name()
-        (RESULTS_GPU if options.gpu else RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 

@@ -3,9 +3,9 @@
     python tools/bench/run.py [--ops OP ...] [--models NAME ...] [--batches N ...] [--quick] [--minutes N]
     python tools/bench/run.py --model [--machines H200 B200]     # no GPU: modelled, and labelled so
 
-One JSON line per call goes to ``--out`` (default: ``results/measured-DEVICE.jsonl`` or ``results/modelled.jsonl``) as
-it is done; with ``--resume``, calls that the file holds for this commit are left out.  ``report.py`` makes tables and
-plots of the lines.
+One JSON line per call goes to ``--out`` (default: ``measured-DEVICE.jsonl`` or ``modelled.jsonl`` in the working
+directory, which must not exist) as it is done; with ``--resume``, calls that the file holds for this commit are left
+out.  ``report.py`` makes tables and plots of the lines.
 
 A line: op, model, case, keys, batch; ``how``: "measured" or "modelled", and for the latter ``fitted`` and whether it
 was replayed whole (``exact``); arch, device, clocks, versions, commit; ``us``: median, p10, p90 of a call; bytes that
@@ -32,10 +32,9 @@ import torch
 
 from bench import cases, peers, roof, triton_peers
 from bench.cases import Case
-from bench.counters import commit
+from bench.outputs import commit, destination
 from cute_ssm.tuner import timing
 
-RESULTS = Path(__file__).with_name("results")
 SAMPLES = {False: 40, True: 12}  # by --quick
 GATE_REQUESTS = 2
 COARSE = 2.0**-5  # of the largest value: what no rounding explains is far above
@@ -203,17 +202,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help=f"batches {cases.QUICK}, fewer samples")
     parser.add_argument("--minutes", type=float, help="stop after the call that is under way then")
     parser.add_argument("--resume", action="store_true", help="leave out what the file holds for this commit")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--out", type=Path, help="file of lines, overwritten (default: a new one in the working directory)"
+    )
     options = parser.parse_args(argv)
     if not options.model and not torch.cuda.is_available():
         parser.error("there is no GPU here: --model fills the same lines from the machine model")
     try:
         calls = list(plan(options))
+        device = "" if options.model else torch.cuda.get_device_name().lower().replace(" ", "-")
+        name = "modelled" if options.model else f"measured-{device}"
+        path = destination(options.out, f"{name}.jsonl", options.resume)
     except ValueError as error:
         parser.error(str(error))
     bench = None if options.model else Bench(torch.device("cuda", torch.cuda.current_device()), SAMPLES[options.quick])
-    name = "modelled" if bench is None else "measured-" + bench.about["device"].lower().replace(" ", "-")
-    path = options.out or RESULTS / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     now, about, end = commit(), versions(), time.monotonic() + 60 * (options.minutes or 1e9)
     known = done_in(path, now) if options.resume else set()
