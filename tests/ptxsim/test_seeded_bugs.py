@@ -1,6 +1,7 @@
 """A small CuTe DSL kernel with bulk copies, a ring of stages and named bugs: each is caught and leads to its line."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -114,13 +115,13 @@ class Reverse:
                 cute.arch.mbarrier_wait(full + stage, phase)
 
 
-def compiled(bug=""):
+def compiled(bug="", **options):
     rows = cute.sym_int()
     fakes = [
         make_fake_tensor(Float32, (rows, WIDTH), (cute.sym_int64(divisibility=4), 1), assumed_align=16)
         for _ in range(2)
     ]
-    return ptxsim.compile(Reverse(bug), *fakes, Int32(1))
+    return ptxsim.compile(Reverse(bug), *fakes, Int32(1), **options)
 
 
 @pytest.fixture(scope="module", params=["", "full wait", "spare load"])
@@ -145,27 +146,57 @@ RACE = dict(racecheck=True)
 
 
 @pytest.mark.parametrize(
-    "bug,options,error,message,line",
+    "bug,options,error,message,line,source",
     [
-        ("missing barrier", RACE, ptxsim.RaceError, "write-read race on shared byte", "ld.shared"),
-        ("missing proxy fence", RACE, ptxsim.RaceError, "missing fence.proxy.async", "cp.async.bulk.global.shared"),
+        ("missing barrier", RACE, ptxsim.RaceError, "write-read race on shared byte", "ld.shared", "= scratch[W"),
+        (
+            "missing proxy fence",
+            RACE,
+            ptxsim.RaceError,
+            "missing fence.proxy.async",
+            "cp.async.bulk.global.shared",
+            "prims.cp_async_bulk_global",
+        ),
         (
             "wrong phase",
             dict(racecheck=True, async_mode="late"),
             ptxsim.RaceError,
             "mbarrier not waited for",
             "ld.shared",
+            "= values[t",
         ),
-        ("wrong phase", {}, ptxsim.Deadlock, "threads .*wait .*phase 0, 1 arrivals", "mbarrier.try_wait"),
-        ("early reuse", RACE, ptxsim.RaceError, "read-write race.*\n.*\n.*bulk copy issued by warp 0", "st.shared"),
-        ("row past the end", {}, ptxsim.MemoryFault, "past the end of 'x'", "cp.async.bulk.shared"),
-        ("uninitialised", dict(initcheck=True), ptxsim.UninitialisedRead, "that nothing has written", "ld.shared"),
+        (
+            "wrong phase",
+            {},
+            ptxsim.Deadlock,
+            "threads .*wait .*phase 0, 1 arrivals",
+            "mbarrier.try_wait",
+            "mbarrier_wait(",
+        ),
+        (
+            "early reuse",
+            RACE,
+            ptxsim.RaceError,
+            "read-write race.*\n.*\n.*bulk copy issued by warp 0",
+            "st.shared",
+            "target[t",
+        ),
+        ("row past the end", {}, ptxsim.MemoryFault, "past the end of 'x'", "cp.async.bulk.shared", "prims.cp_async"),
+        (
+            "uninitialised",
+            dict(initcheck=True),
+            ptxsim.UninitialisedRead,
+            "that nothing has written",
+            "ld.shared",
+            "= scratch[W",
+        ),
         (
             "deadlock",
             {},
             ptxsim.Deadlock,
-            r"threads .*wait .*mbarrier at shared 0x\w+: phase 0, 0 arrivals and 16 bytes outstanding\) at PTX line",
+            r"threads .*wait .*mbarrier at shared 0x\w+: phase 0, 0 arrivals and 16 bytes outstanding\) at .*PTX line",
             "mbarrier.try_wait",
+            "mbarrier_wait(",
         ),
         (
             "store not waited",
@@ -174,6 +205,7 @@ RACE = dict(racecheck=True)
             r"kernel kernel_\w+\n.* at exit: it reads .*\n.*\n.*thread \(0,0,0\) of CTA \(.,0,0\)\n"
             r".*: wait for the group with cp.async.bulk.wait_group.read 0 before exit",
             "cp.async.bulk.global.shared",
+            "prims.cp_async_bulk_global",
         ),
         (
             "store not committed",
@@ -181,6 +213,7 @@ RACE = dict(racecheck=True)
             ptxsim.RaceError,
             "way out: commit it with cp.async.bulk.commit_group and wait",
             "cp.async.bulk.global.shared",
+            "prims.cp_async_bulk_global",
         ),
         *(
             (
@@ -189,19 +222,24 @@ RACE = dict(racecheck=True)
                 ptxsim.RaceError,
                 r"at exit: it writes .*\n.*\n.*thread \(0,0,0\) of CTA \(.,0,0\)\n.*wait for the phase of the mbarrier",
                 "cp.async.bulk.shared",
+                "prims.cp_async_bulk_shared",
             )
             for mode in ("early", "late")
         ),
     ],
 )
-def test_each_bug_is_caught_at_its_line(bug, options, error, message, line):
+def test_each_bug_is_caught_at_its_line(bug, options, error, message, line, source):
+    """`line`: what the PTX line has that the message names, `source`: what the Python line has."""
     kernel = compiled(bug)
     with pytest.raises(error) as caught:
         run(kernel, **options)
     text = str(caught.value)
     assert re.search(message, text), text
     named = [kernel.ptx.splitlines()[int(n) - 1] for n in re.findall(r"PTX line (\d+)", text)]
-    assert any(line in source for source in named), text
+    assert any(line in ptx for ptx in named), text
+    mine = Path(__file__).read_text().splitlines()
+    python = [mine[int(n) - 1] for n in re.findall(r"test_seeded_bugs\.py:(\d+) \((?:kernel|request)\)", text)]
+    assert any(source in found for found in python), text
 
 
 @pytest.mark.parametrize("bug", ["store not waited", "load not waited"])
@@ -222,6 +260,31 @@ def test_late_mode_shows_wrong_results(bug):
     """Without racecheck, asynchronous copies that complete late make the bug visible in the output."""
     out, want = run(compiled(bug), async_mode="late")
     assert not torch.equal(out, want)
+
+
+def test_findings_of_one_cause_are_told_together():
+    """One missing barrier: two pairs of instructions race, in one function."""
+    with pytest.raises(ptxsim.RaceError, match=r"racecheck: 2 finding\(s\) in kernel \S+, of 1 cause\(s\)\n") as caught:
+        run(compiled("missing barrier"), **RACE)
+    text = str(caught.value)
+    assert text.count("2 findings of one cause, first:") == text.count("write-read race") == 1
+    assert len(re.findall(r"    also at: ptxsim/test_seeded_bugs.py:\d+ \(kernel\).*; .*PTX line \d+\n?", text)) == 1
+
+
+def test_line_information_leaves_the_code_as_it_is():
+    """Instructions, registers and counters are those of a compile without it; no Python line is known then."""
+    texts, counted = [], []
+    for lines in (True, False):
+        kernel = compiled("", source_lines=lines)
+        code = [line for line in kernel.ptx.splitlines() if not re.match(r"\s*(\.(loc|file)\b|//|$)", line)]
+        texts.append((code, [(k.registers, k.spill_bytes) for k in kernel.kernels]))
+        with ptxsim.emulate(counters=True) as session:
+            kernel(torch.ones(5, WIDTH), torch.empty(5, WIDTH), 2)
+        counted.append(session.launches[-1].counters.as_dict())
+    assert texts[0] == texts[1]
+    assert counted[0]["instructions"] == counted[1]["instructions"]
+    with pytest.raises(ptxsim.MemoryFault, match=r"kernel \w+, PTX line \d+, thread"):
+        run(compiled("row past the end", source_lines=False))
 
 
 class Overlap:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .findings import Finding
+
 LIMIT = 1 << 28  # allocations with more bytes are not watched
 MANY = -1  # read by more than one CTA
 
@@ -100,13 +102,15 @@ class GlobalShadow:
         address = known.base + int(cell[at]) * known.unit
         alloc = self.launch.memory.find(address)
         place = f"{alloc.name!r} + {address - alloc.base}" if alloc else f"0x{address:x}"
-        text = self.launch.program.text_of(earlier)
+        program = self.launch.program
         who = "several CTAs" if other[at] == MANY else f"CTA {self.cta_name(int(other[at]) - 1)}"
-        self.found[key] = (
+        text = (
             f"{kind} race between CTAs on {place}\n"
-            f"    earlier: PTX line {earlier}: {text[:120]}\n             by {who}\n"
-            f"    later:   PTX line {ins.line}: {ins.text[:120]}\n             by CTA {self.cta_name(int(own[at]) - 1)}"
+            f"    earlier: {program.place(earlier)}: {program.text_of(earlier)[:120]}\n             by {who}\n"
+            f"    later:   {program.place(ins.line)}: {ins.text[:120]}\n"
+            f"             by CTA {self.cta_name(int(own[at]) - 1)}"
         )
+        self.found[key] = Finding(key[0], alloc.name if alloc else "", (earlier, ins.line), text)
 
     def cta_name(self, number):
         gx, gy, _ = self.launch.grid

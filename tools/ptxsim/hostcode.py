@@ -16,6 +16,8 @@ _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
 _LIBRARY = 0x1111  # handle of the one library of a compiled function
 _ATTRIBUTES = {1: 1024, 8: 49152, 10: 32, 39: 2048, 75: 9, 76: 0, 81: 233472, 82: 65536, 97: 232448, 111: 1024}
 _SM_COUNT, _MAJOR, _MINOR = 16, 75, 76
+_CLUSTER, _PDL, _LAUNCH_CARVEOUT = 4, 6, 14  # cudaLaunchAttributeID
+_FUNCTION_CARVEOUT = 9  # cudaFuncAttribute
 
 
 class HostCode(NamedTuple):
@@ -117,6 +119,7 @@ class Runtime:
     def __init__(self):
         self.owner, self.error = None, None
         self.names = []  # kernel handle - 1 -> name
+        self.carveouts = {}  # kernel handle -> percent
         self.callbacks = []  # must live as long as the engine
 
     def register(self, engine):
@@ -130,8 +133,8 @@ class Runtime:
             ),
             ("_cudaLibraryGetKernel", [_P, _P, _P], self.get_kernel),
             ("_cudaLibraryUnload", [_P], lambda *a: 0),
-            ("_cudaFuncSetAttribute", [_P, _I, _I], lambda *a: 0),
-            ("_cudaKernelSetAttributeForDevice", [_P, _I, _I, _I], lambda *a: 0),
+            ("_cudaFuncSetAttribute", [_P, _I, _I], self.set_attribute),
+            ("_cudaKernelSetAttributeForDevice", [_P, _I, _I, _I], self.set_attribute),
             ("_cudaGetDevice", [_P], lambda p: _write(p, 0)),
             ("_cudaSetDevice", [_I], lambda d: 0),
             ("_cudaGetDeviceCount", [_P], lambda p: _write(p, 1)),
@@ -154,6 +157,12 @@ class Runtime:
         digits = re.search(r"\d+", self.owner.arch).group() if self.owner else "90"
         return {_MAJOR: int(digits[:-1]), _MINOR: int(digits[-1])}.get(number, _ATTRIBUTES.get(number, 0))
 
+    def set_attribute(self, kernel, attribute, value, *device):
+        """cudaFuncSetAttribute, cudaKernelSetAttributeForDevice."""
+        if attribute == _FUNCTION_CARVEOUT:
+            self.carveouts[kernel] = value
+        return 0
+
     def get_kernel(self, out, library, name):
         self.names.append(ctypes.string_at(name).decode())
         return _write(out, len(self.names), ctypes.c_uint64)
@@ -162,17 +171,22 @@ class Runtime:
         raw = ctypes.string_at(config, 56)  # cudaLaunchConfig_t
         grid, block = struct.unpack_from("<3I", raw, 0), struct.unpack_from("<3I", raw, 12)
         smem, _, attrs, count = struct.unpack_from("<QQQI", raw, 24)
-        cluster = (1, 1, 1)
+        cluster, attributes = (1, 1, 1), {}
         for i in range(count):  # cudaLaunchAttribute: id, pad, 64-byte value
             item = ctypes.string_at(attrs + 72 * i, 72)
-            if struct.unpack_from("<i", item)[0] == 4:  # cudaLaunchAttributeClusterDimension
+            name = struct.unpack_from("<i", item)[0]
+            if name == _CLUSTER:
                 cluster = tuple(max(1, x) for x in struct.unpack_from("<3I", item, 8))
-        return self.launch(kernel, grid, block, smem, args, cluster)
+            elif name == _PDL:
+                attributes["pdl"] = bool(struct.unpack_from("<i", item, 8)[0])
+            elif name == _LAUNCH_CARVEOUT:
+                attributes["carveout"] = struct.unpack_from("<i", item, 8)[0]
+        return self.launch(kernel, grid, block, smem, args, cluster, **attributes)
 
     def launch_plain(self, kernel, gx, gy, gz, bx, by, bz, args, smem, stream):
         return self.launch(kernel, (gx, gy, gz), (bx, by, bz), smem, args, (1, 1, 1))
 
-    def launch(self, kernel, grid, block, smem, args, cluster):
+    def launch(self, kernel, grid, block, smem, args, cluster, **attributes):
         """Copy the parameters by the sizes the PTX declares and run; exceptions wait for the caller."""
         if self.error is not None:
             return 1
@@ -185,7 +199,9 @@ class Runtime:
                 data[param.offset : param.offset + param.size] = np.frombuffer(
                     ctypes.string_at(pointer, param.size), np.uint8
                 )
-            self.owner.session.launch(loaded, name, grid, block, data, int(smem or 0), cluster)
+            attributes.setdefault("carveout", self.carveouts.get(kernel))
+            attributes["reads_before_wait"] = self.owner.reads_before_wait
+            self.owner.session.launch(loaded, name, grid, block, data, int(smem or 0), cluster, **attributes)
             return 0
         except BaseException as error:  # a ctypes callback must not raise
             self.error = error

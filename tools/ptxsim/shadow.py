@@ -7,9 +7,10 @@ that conflicts with an earlier one by actor ``a`` at time ``c`` is ordered iff `
 one clock that runs on from launch to launch, so that shadows of earlier launches need no clearing: they lie before the
 time that all clocks start with.
 
-Actors are the threads of the CTA, then one per mbarrier (TMA loads that signal it), one per warp (wgmma reads) and
-one per warp for bulk stores.  A second clock ``AVC`` holds what has been made visible to the async proxy: it takes
-over VC at ``fence.proxy.async`` and travels along synchronisation, so a fence anywhere on the path counts.
+Actors are the threads of the CTA, then one per mbarrier (TMA loads that signal it), one per warp (wgmma reads), one
+per warp for bulk stores, and one for the kernel before, which griddepcontrol.wait waits for.  A second clock ``AVC``
+holds what has been made visible to the async proxy: it takes over VC at ``fence.proxy.async`` and travels along
+synchronisation, so a fence anywhere on the path counts.
 
 Shared memory lives until its CTA ends, and then belongs to another one: a copy that nobody has waited for by then is
 reported, too.  Only a CTA's own threads can wait for its copies, so ``finish`` looks at the end of the wave.
@@ -21,7 +22,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .errors import RaceError, UninitialisedRead
+from .errors import UninitialisedRead
+from .findings import Finding
 from .ptx import TYPE_BYTES
 
 I32, I64 = np.int32, np.int64
@@ -63,13 +65,14 @@ class Shadow:
         self.first_mbar = self.T
         self.first_wgmma = self.T + MBAR_SLOTS
         self.first_bulk = self.first_wgmma + self.nwarps
-        self.actors = self.first_bulk + self.nwarps
+        self.dependency = self.first_bulk + self.nwarps  # griddepcontrol.wait
+        self.actors = self.dependency + 1
         self.now, self.pending = RESTART, False
 
     @staticmethod
     def bytes_per_cta(threads, smem, unit):
         """Memory that racecheck needs for one CTA."""
-        return threads * (threads + MBAR_SLOTS + threads // 16) * 8 + (3 * threads // 32 + 1) * smem // unit * 8
+        return threads * (threads + MBAR_SLOTS + threads // 16 + 1) * 8 + (3 * threads // 32 + 1) * smem // unit * 8
 
     @property
     def bytes(self):
@@ -99,6 +102,7 @@ class Shadow:
                 self.w[self.w >> 32 == NEVER] = 0
             for clocks in (self.vc, self.avc, self.cluster):
                 clocks.fill(self.now)
+        self.begin, self.all_waited = self.now, False
         self.pending = False  # was there a cp.async?
         self.used = np.zeros(3 * self.nwarps, bool)  # reader columns in use
         self.mbar = {}  # mbarrier word -> arriving, completed clocks, slot, loads requested, loads completed
@@ -137,12 +141,13 @@ class Shadow:
         if key in self.found:
             return
         cta, offset = divmod(int(unit) * self.unit, self.wave.smem_stride)
-        text = self.wave.program.text_of(line)
-        self.found[key] = (
+        program, before = self.wave.program, self.name(cta, int(word) >> ACTOR & 4095)
+        text = (
             f"{kind} on shared byte 0x{offset:x} ({self.wave.describe_shared(offset)}) {extra}\n"
-            f"    earlier: PTX line {line}: {text[:120]}\n             by {self.name(cta, int(word) >> ACTOR & 4095)}\n"
-            f"    later:   PTX line {ins.line}: {ins.text[:120]}\n             by {self.name(cta, int(actor))}"
+            f"    earlier: {program.place(line)}: {program.text_of(line)[:120]}\n             by {before}\n"
+            f"    later:   {program.place(ins.line)}: {ins.text[:120]}\n             by {self.name(cta, int(actor))}"
         )
+        self.found[key] = Finding(kind, "", (line, ins.line), text)
 
     # ------------------------------------------------------------ plain accesses
     def access(self, S, index, nbytes, ins, mode):
@@ -318,6 +323,18 @@ class Shadow:
         t = self.thread(S)
         np.maximum(self.avc[S.cta, t], self.vc[S.cta, t], out=(rows := np.empty((S.n, self.actors), I32)))
         self.avc[S.cta, t] = rows
+
+    # ------------------------------------------------------------ programmatic dependent launch
+    def dependency_wait(self, S):
+        """griddepcontrol.wait: what the kernel before did comes before whatever these threads do next."""
+        self.vc[S.cta, self.thread(S), self.dependency] = self.tick()
+        waited = self.vc[:, :, self.dependency] > self.begin
+        self.all_waited = bool(waited.reshape(-1)[self.wave.live].all())
+
+    def after_wait(self, lanes):
+        """Per lane: does a griddepcontrol.wait come before its next action?"""
+        cta, thread = np.divmod(lanes, self.T)
+        return self.vc[cta, thread, self.dependency] > self.begin
 
     def cluster_arrive(self, S):
         if not self.race:
@@ -552,13 +569,10 @@ class Shadow:
         key = ("in flight at exit", ins.line, 0)
         if key in self.found:
             return
-        self.found[key] = (
+        text = (
             f"copy in flight at exit: it {uses} shared memory of CTA {self.wave.cta_name(cta * self.T)}, "
-            f"which another CTA may get after the exit\n    issued:  PTX line {ins.line}: {ins.text[:120]}\n"
+            f"which another CTA may get after the exit\n"
+            f"    issued:  {self.wave.program.place(ins.line)}: {ins.text[:120]}\n"
             f"             by {self.wave.thread_name(lane)}\n    way out: {remedy} before exit"
         )
-
-
-def race_error(kernel, findings):
-    text = "\n".join(findings[:20])
-    return RaceError(f"racecheck: {len(findings)} finding(s) in kernel {kernel}\n{text}")
+        self.found[key] = Finding(key[0], uses, (ins.line,), text)
