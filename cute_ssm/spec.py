@@ -353,6 +353,7 @@ class GatedDeltaRuleReplaySpec(GatedDeltaSpec):
 CHECKPOINT_TOKENS = 64  # largest number of tokens of a call, and of rows of a window
 CHECKPOINT_DSTATES = (64, 96, 128, 256)
 ROW_ALIGNMENTS = (16, 8, 4, 2)  # bytes
+WAIT_FIRST, EARLY_READS = "wait_first", "early_reads"  # kinds of programmatic dependent launch
 
 
 @dataclass(frozen=True)
@@ -387,8 +388,9 @@ class CheckpointingSSUSpec(Spec):
         0: states are rounded to nearest even; else stochastically.
     seed_per_slot : bool
         ``rand_seed`` holds one seed per slot.
-    pdl : bool
-        Launch without waiting for the end of the kernel before (programmatic dependent launch).
+    pdl : {None, "wait_first", "early_reads"}
+        Launch without waiting for the end of the kernel before (programmatic dependent launch): not at all, with all
+        memory used after the wait for it, or with states, slots and cursors read before.
     input_bytes : {16, 8, 4, 2}
         What the addresses and strides of rows of ``x, B, C, z, out`` are multiples of.  16: they are copied in bulk;
         less: by accesses of so many bytes.
@@ -414,7 +416,7 @@ class CheckpointingSSUSpec(Spec):
     work_items: bool = False
     philox_rounds: int = 0
     seed_per_slot: bool = False
-    pdl: bool = False
+    pdl: str | None = None
     input_bytes: int = 16
 
     @property
@@ -459,6 +461,8 @@ class CheckpointingSSUSpec(Spec):
         if self.input_bytes not in ROW_ALIGNMENTS:
             expected = " or ".join(map(str, ROW_ALIGNMENTS))
             raise UnsupportedSpecError(describe("input_bytes", expected, self.input_bytes))
+        if self.pdl not in (None, WAIT_FIRST, EARLY_READS):
+            raise UnsupportedSpecError(describe("pdl", f"None or {WAIT_FIRST} or {EARLY_READS}", self.pdl))
         if self.philox_rounds and self.state_dtype == "float32":
             raise UnsupportedSpecError(
                 describe("rand_seed", "None with a float32 state, which is not rounded", "a seed")

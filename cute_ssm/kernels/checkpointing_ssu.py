@@ -17,10 +17,11 @@ Outputs come by the same formula whether the step writes the state or not.  A st
 - each *consumer* takes its share of the tiles, through a ring of its own, so that no two of them ever wait for each
   other: `checkpointing_consumer`.
 
-PDL: states, cursors, slots, lists of work and bounds of sequences are read before `griddepcontrol.wait`, so their last
-writers must be complete when the upstream kernel starts; x, dt, B, C and z, which that kernel may write, and histories
-after it, and whatever is written follows it too.  Dependents are released once everything is requested, and must wait
-likewise before they read outputs.
+PDL: with `spec.pdl` "wait_first" everything is read and written after `griddepcontrol.wait`.  With "early_reads",
+`READS_BEFORE_WAIT` are read before it: their last writers must be complete when the upstream kernel starts, and every
+kernel upstream that is launched so must wait before it releases its dependents.  x, dt, B, C and z, which the upstream
+kernel may write, histories, and whatever is written follow the wait.  Dependents are released once everything is
+requested, after the wait, and must wait likewise before they read outputs.
 """
 
 from typing import Optional
@@ -41,8 +42,13 @@ from cute_ssm.kernels.checkpointing_consumer import Consumer
 from cute_ssm.kernels.checkpointing_prep import Prep
 from cute_ssm.kernels.checkpointing_rows import UnalignedRows
 from cute_ssm.kernels.fakes import fake
-from cute_ssm.spec import CheckpointingSSUSpec
+from cute_ssm.spec import EARLY_READS, WAIT_FIRST, CheckpointingSSUSpec
 from cute_ssm.tuning.checkpointing_ssu import FUSED, WARP, CheckpointingSSUConfig, Half, choose
+
+# Arguments that are read before the wait with "early_reads".
+READS_BEFORE_WAIT = (
+    "state", "cursor", "accepted", "state_batch_indices", "cu_seqlens", "work_items", "num_writes",
+)  # fmt: skip
 
 
 class CheckpointingSSU:
@@ -56,6 +62,7 @@ class CheckpointingSSU:
         state_dtype = convert.DTYPES[spec.state_dtype]
         tile_rows = spec.dim // config.d_split
         self.tile = StateTile(state_dtype, self.input_dtype, tile_rows, spec.dstate, arch, spec.philox_rounds)
+        self.reads_before_wait = READS_BEFORE_WAIT if spec.pdl == EARLY_READS else ()
         self.steps = [Steps(self, half) for half in config.halves]
 
     @staticmethod
@@ -171,7 +178,7 @@ class CheckpointingSSU:
             ).launch(
                 grid=[ctas, 1, 1],
                 block=[half.threads, 1, 1],
-                use_pdl=spec.pdl,
+                use_pdl=spec.pdl is not None,
                 # by itself the compiler aims at more CTAs than shared memory holds, and spills
                 min_blocks_per_mp=half.ctas_per_sm,
                 preferred_smem_carveout=100,  # without it, the compiler asks a driver how much there is
@@ -185,6 +192,7 @@ class Steps:
     def __init__(self, owner: CheckpointingSSU, half: Half):
         self.spec, self.half, self.tile, self.history = owner.spec, half, owner.tile, owner.history
         self.input_dtype = owner.input_dtype
+        self.early = self.spec.pdl == EARLY_READS  # reads before the upstream kernel is waited for
         self.layout = half.layout(self.spec)
         self.chunks = self.spec.heads * half.d_split // half.tiles
         self.own = half.tiles // half.consumers
@@ -248,6 +256,8 @@ class Steps:
         for i in range(tid, layout.zero_bytes // 16, half.threads):
             memory.store_words(cute.recast_ptr(units + (self.zero + i * 16), dtype=Int32), [Int32(0)] * 4)
         cute.arch.sync_threads()
+        if const_expr(self.spec.pdl == WAIT_FIRST):
+            cute.arch.griddepcontrol_wait()
 
         shared_layout = self.tile.shared_layout(stages)
         tiles = cute.make_tensor(cute.recast_ptr(ring, shared_layout.inner, dtype=self.tile.dtype), shared_layout.outer)
@@ -336,7 +346,9 @@ class Steps:
                 live = self.produce_unit(unit, it, rounds, (where, history, inputs), copies, units, barriers)
                 rounds += self.own if live else 0
                 it += 1
-            if const_expr(self.spec.pdl):
+            if const_expr(self.spec.pdl is not None):
+                if const_expr(self.early):
+                    cute.arch.griddepcontrol_wait()  # nothing has, if there was no unit
                 cute.arch.griddepcontrol_launch_dependents()
 
     @cute.jit
@@ -349,7 +361,7 @@ class Steps:
         where, history, inputs, rates = sources
         full, empty, unit_full, _ = barriers
         ring = min(self.half.depth, self.own)
-        before_wait = ring if self.spec.pdl else 0
+        before_wait = ring if self.early else 0
         before_rows = max(before_wait, 1)
         lane = cute.arch.lane_idx()
         place = self.place(unit, where)
@@ -358,7 +370,7 @@ class Steps:
         if live:
             for i in cutlass.range_constexpr(before_wait):
                 self.request_fresh(requests, i, lane)
-        if const_expr(self.spec.pdl):
+        if const_expr(self.early):
             cute.arch.griddepcontrol_wait()
         if live:
             for i in cutlass.range_constexpr(before_wait, before_rows):
@@ -376,7 +388,7 @@ class Steps:
         if live:
             for i in cutlass.range(ring, self.own, unroll=1):
                 self.request(requests, Int32(0), i, lane)
-        if const_expr(self.spec.pdl):
+        if const_expr(self.spec.pdl is not None):
             cute.arch.griddepcontrol_launch_dependents()
         self.prep.append_tokens(place, history, units, unit_full, Int32(0), lane)
         cute.arch.cp_async_bulk_wait_group(0)
@@ -393,7 +405,7 @@ class Steps:
         where, history, inputs = sources
         full, empty, unit_full, unit_empty = barriers
         ring = min(half.depth, self.own)
-        at_first, later = ring if self.spec.pdl else 1, ring if half.unit_stages == 1 else 0
+        at_first, later = ring if self.early else 1, ring if half.unit_stages == 1 else 0
         lane = cute.arch.lane_idx()
         place = self.place(unit, where)
         slot, tile, live = place[3], place[8], place[9]
@@ -405,7 +417,7 @@ class Steps:
             for i in cutlass.range(before_rows, unroll=1):
                 self.request(requests, rounds, i, lane)
         cute.arch.mbarrier_wait(unit_empty + stage, phase ^ 1)
-        if const_expr(self.spec.pdl):
+        if const_expr(self.early):
             if it == 0:  # also where there is nothing to do: the next unit does not wait
                 cute.arch.griddepcontrol_wait()
         if live:
@@ -524,7 +536,7 @@ class Steps:
         _, _, unit_full, unit_empty = barriers
         lane = cute.arch.lane_idx()
         it = Int32(0)
-        if const_expr(self.spec.pdl):
+        if const_expr(self.early):
             cute.arch.griddepcontrol_wait()
         for unit in cutlass.range(first, total, stride):
             place = self.place(unit, where)

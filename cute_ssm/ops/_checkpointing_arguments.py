@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
-from cute_ssm.spec import QUANTISED, CheckpointingSSUSpec
+from cute_ssm.spec import EARLY_READS, QUANTISED, WAIT_FIRST, CheckpointingSSUSpec
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = FLOATS[1:]
@@ -58,7 +58,7 @@ class Settings(NamedTuple):
     d_split: int | None
     max_seqlen: int | None
     window: int | None
-    enable_pdl: bool
+    pdl: str | None
 
 
 # Operand -> its name in the two signatures.
@@ -127,6 +127,17 @@ def check_tied(name: str, tensor: object, inner: int, state: object) -> None:
         fix = f"pass {name}[...{', :1' * inner}].expand({name}.shape)"
         expected = f"one value per head, that is, stride 0 in its last {several}"
         raise ValueError(describe(name, expected, f"strides {tensor.stride()}", fix))
+
+
+def pdl_of(enable_pdl: object) -> str | None:
+    """Return the kind of launch that an argument ``enable_pdl`` asks for."""
+    if enable_pdl is False:
+        return None
+    if enable_pdl is True:
+        return WAIT_FIRST
+    if enable_pdl == EARLY_READS:
+        return EARLY_READS
+    raise ValueError(describe("enable_pdl", f"False, True or {EARLY_READS!r}", repr(enable_pdl)))
 
 
 def batch_of(operands: Operands) -> int:
@@ -440,6 +451,6 @@ def _spec(operands: Operands, settings: Settings, tokens: int, window: int) -> C
         work_items=o.work_items is not None,
         philox_rounds=settings.philox_rounds if o.rand_seed is not None else 0,
         seed_per_slot=o.rand_seed is not None and o.rand_seed.shape[0] != 1,
-        pdl=settings.enable_pdl,
+        pdl=settings.pdl,
         input_bytes=input_bytes(o),
     )

@@ -50,7 +50,7 @@ def checkpointing_ssu(
     d_split: int | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
-    enable_pdl: bool = False,
+    enable_pdl: bool | str = False,
     *,
     work_items: Tensor | None = None,
     num_writes: Tensor | None = None,
@@ -122,9 +122,11 @@ def checkpointing_ssu(
         Sequence b owns the packed tokens cu_seqlens[b] to cu_seqlens[b + 1]; it may own none, and is then like padding.
     max_seqlen : int, optional
         With ``cu_seqlens``, the most tokens of a sequence.  None: W.
-    enable_pdl : bool
-        Launch before the kernel that came before on the stream has ended (programmatic dependent launch).  It may
-        have computed x, B and C, but nothing else that is read here.  It changes no bit.
+    enable_pdl : bool or "early_reads"
+        True: launch before the kernel that came before on the stream has ended (programmatic dependent launch), and
+        wait for its end before anything is read or written.  "early_reads": read ``state``, slots, cursors,
+        ``cu_seqlens``, ``work_items`` and ``num_writes`` before that end; see Notes for what this asks of the kernels
+        before.  It changes no bit.
     work_items : Tensor, (batch, 4), int32, contiguous, optional
         Position in the batch, slot, k, and active buffer of every sequence, those that write their state first, as
         `cute_ssm.serving.build_work_items` makes them.  Slots and cursors are then taken from here; padding and
@@ -157,6 +159,12 @@ def checkpointing_ssu(
     projection, another kernel copies them by accesses of 8, 4 or 2 bytes, whatever all of them allow: the same bits,
     for about 12 %, 20 % and 60 % more instructions (6 tokens of 4 to 12 heads of 64 x 128).
 
+    With ``enable_pdl="early_reads"`` the kernel before on the stream may have computed x, dt, B, C and z, and nothing
+    else that is read here; whatever wrote the tensors that are read early must be complete when that kernel starts.
+    So every kernel upstream that is itself launched programmatically has to wait (``griddepcontrol.wait``) before it
+    releases its dependents, as those of this package do, and `cute_ssm.serving.build_work_items` or ``commit`` must not
+    be the kernel directly before.
+
     The contents of tensors on a GPU are never read by the host.  A sequence whose slot, k, active buffer or length is
     out of range is skipped there; on the CPU it is an error.
 
@@ -167,7 +175,8 @@ def checkpointing_ssu(
     The signature follows ``flashinfer.mamba.checkpointing_ssu`` of FlashInfer 0.6; there, the kernel starts running
     sums anew where a step appends to a history.  The recurrence is that of Dao and Gu, "Transformers are SSMs" (2024).
     """
-    settings = (False, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, None, enable_pdl)
+    pdl = arguments.pdl_of(enable_pdl)
+    settings = (False, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, None, pdl)
     tensors = (
         state, old_x, old_B, old_dt, old_cumAdt, cache_buf_idx, prev_num_accepted_tokens, x, dt, A, B, C, D, z, dt_bias,
         out, state_scale, state_batch_indices, cu_seqlens, rand_seed, work_items, num_writes,
@@ -201,7 +210,7 @@ def checkpointing_ssu_ring(
     d_split: int | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
-    enable_pdl: bool = False,
+    enable_pdl: bool | str = False,
     *,
     window: int | None = None,
     work_items: Tensor | None = None,
@@ -254,7 +263,8 @@ def checkpointing_ssu_ring(
     The signature follows ``flashinfer.mamba.checkpointing_ssu`` of FlashInfer's development branch, without its scratch
     buffers: `cute_ssm.compat.flashinfer.mamba.checkpointing_ssu_ring` takes those too.
     """
-    settings = (True, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, window, enable_pdl)
+    pdl = arguments.pdl_of(enable_pdl)
+    settings = (True, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, window, pdl)
     tensors = (
         state, x_cache, B_cache, dt_cache, None, ring_start, prev_num_accepted_tokens, x, dt, A, B, C, D, z, dt_bias,
         out, state_scale, state_batch_indices, cu_seqlens, rand_seed, work_items, num_writes,
@@ -313,7 +323,7 @@ def _run(
     d_split: int | None,
     max_seqlen: int | None,
     window: int | None,
-    enable_pdl: bool,
+    pdl: str | None,
 ) -> None:
     if state_batch_indices is None and work_items is None:
         pad_slot_id = NO_PAD
@@ -324,7 +334,7 @@ def _run(
         if cu_seqlens is not None:
             sizes = (x.shape[2:], x_history.shape, B.shape[2:], state.shape, cu_seqlens.shape, cu_seqlens.dtype)
         key = (
-            sizes, state.dtype, x.dtype, dt.dtype, A.dtype, x.device, ring, dt_softplus, d_split, enable_pdl, window,
+            sizes, state.dtype, x.dtype, dt.dtype, A.dtype, x.device, ring, dt_softplus, d_split, pdl, window,
             max_seqlen, z is None, None if D is None else D.dtype, None if dt_bias is None else dt_bias.dtype,
             None if state_batch_indices is None else (state_batch_indices.dtype, state_batch_indices.shape),
             None if rand_seed is None else (rand_seed.shape, philox_rounds),
@@ -347,7 +357,7 @@ def _run(
                 return
         except REFUSALS:
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
-    settings = Settings(ring, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, window, enable_pdl)
+    settings = Settings(ring, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, window, pdl)
     operands, spec = arguments.check(Operands._make(tensors), settings)
     if not x.is_cuda:
         with torch.no_grad():
@@ -424,7 +434,7 @@ _eager, _overload = _library.register(
     "Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor(f!) out, Tensor(g!)? state_scale, "
     "Tensor? state_batch_indices, Tensor? cu_seqlens, Tensor? rand_seed, Tensor? work_items, Tensor? num_writes, "
     "bool ring, bool dt_softplus, int pad_slot_id, int philox_rounds, int? d_split, int? max_seqlen, int? window, "
-    "bool enable_pdl) -> ()",
+    "str? pdl) -> ()",
     _run_traced,
     lambda *_: None,
     eager=_run,

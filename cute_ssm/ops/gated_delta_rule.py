@@ -116,6 +116,11 @@ def gated_delta_rule_mtp(
 
     Notes
     -----
+    On a GPU the kernel is launched as a programmatic dependent: it may start while the kernel before it on the stream
+    still runs, waits for its end before it reads or writes anything, and lets the next kernel start at once.  A next
+    kernel that is launched so has to wait likewise (``griddepcontrol.wait``) before it uses what this one reads or
+    writes.
+
     The signature follows ``flashinfer.gdn_decode.gated_delta_rule_mtp``; the recurrence is that of Yang, Kautz and
     Hatamizadeh, "Gated Delta Networks" (2024), and its form by products that of Yang et al., "Parallelizing Linear
     Transformers with the Delta Rule over Sequence Length" (2024).

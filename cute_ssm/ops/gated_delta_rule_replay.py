@@ -133,6 +133,11 @@ def gated_delta_rule_replay(
 
     Notes
     -----
+    On a GPU the kernel is launched as a programmatic dependent: it may start while the kernel before it on the stream
+    still runs, waits for its end before it reads or writes anything, and lets the next kernel start at once.  A next
+    kernel that is launched so has to wait likewise (``griddepcontrol.wait``) before it uses what this one reads or
+    writes.
+
     The idea of a ring beside a checkpoint is that of ReplaySSM, and FlashInfer's ``checkpointing_ssu`` has it for
     Mamba-2.  Raw values are kept, from which every step solves for the updates anew, rather than the updates: those
     would have to be rounded to the type of the ring.

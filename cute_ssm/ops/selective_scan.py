@@ -127,6 +127,11 @@ def selective_scan(
     that its last token is in.  Positions count from ``block_idx_first_scheduled_token`` blocks; if the first of several
     chunks is shorter than a block, it is taken to complete one.
 
+    On a GPU the kernel is launched as a programmatic dependent: it may start while the kernel before it on the stream
+    still runs, waits for its end before it reads or writes anything, and lets the next kernel start at once.  A next
+    kernel that is launched so has to wait likewise (``griddepcontrol.wait``) before it uses what this one reads or
+    writes.
+
     The recurrence is that of Gu and Dao, "Mamba" (2023); the conventions of slots and blocks are those of vLLM.
     Where channels do not fill the GPU, long sequences are scanned in parts at once, by two launches, with scratch of
     about 4 (dstate + 4) bytes per part and channel.  The number of parts is chosen by batch, dim, dstate, tokens and

@@ -145,6 +145,11 @@ def selective_state_update(
     A single head may be left out: state (slots, dim, dstate), x, dt, z, out (batch, dim), A (dim, dstate), B, C
     (batch, dstate), D, dt_bias (dim,); the shorthand is recognised by state, x, A or B, with one token or packed ones.
 
+    On a GPU the kernel is launched as a programmatic dependent: it may start while the kernel before it on the stream
+    still runs, waits for its end before it reads or writes anything, and lets the next kernel start at once.  A next
+    kernel that is launched so has to wait likewise (``griddepcontrol.wait``) before it uses what this one reads or
+    writes.
+
     The contents of tensors on a GPU are never read by the host.  There, a sequence whose slot, offsets or
     ``num_accepted_tokens`` are out of range is treated as padding, a destination out of range is not written, and no
     sequence of ``cu_seqlens`` is followed past ``cache_steps``, or past the columns and steps of its destinations.

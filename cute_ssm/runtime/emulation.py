@@ -139,7 +139,8 @@ def _find(key: Key) -> Any:
         start = time.perf_counter()
         with compiler.refusal(key.spec, key.config, key.arch):
             kernel = registry.kernel_class(key.spec)(key.spec, key.config, key.arch)
-            compiled = ptxsim.compile(kernel, *kernel.fakes(), arch=key.arch.name)
+            early = getattr(kernel, "reads_before_wait", ())
+            compiled = ptxsim.compile(kernel, *kernel.fakes(), arch=key.arch.name, reads_before_wait=early)
         seconds = time.perf_counter() - start
         logger().info("compiled %s for the emulator of %s in %.2f s", key.name, key.arch.name, seconds)
         return lookup.Made(compiled, compiled.dump(), seconds)

@@ -59,7 +59,7 @@ class Case:
     rounds: int = 0
     seed_per_slot: bool = False
     d_split: int | None = None
-    pdl: bool = False
+    pdl: bool | str = False
     decay: str = "typical"
     fill: str = "nan"  # nan | garbage: what no token was written to
     strided: bool = False  # new tokens and rings have gaps between their rows

@@ -54,7 +54,7 @@ FACTORS = [
         items=(True,),
         rounds=(10,),
         d_split=(1, 2, 4),
-        pdl=(True,),
+        pdl=(True, "early_reads"),
         decay=("slow", "fast"),
         fill=("garbage",),
         strided=(True,),
@@ -389,9 +389,10 @@ def test_forms_splits_and_launches_have_the_same_bits(history, state):
         (FUSED, 1, False),
         (DYNAMIC, 1, False),
         (PAIR, 1, False),
-        (FUSED, 2, True),
+        (FUSED, 2, "early_reads"),
+        (FUSED, 1, True),
         (DYNAMIC, 4, False),
-        (PAIR, 4, True),
+        (PAIR, 4, "early_reads"),
     ):
         call = arguments(case)
         call |= {"d_split": d_split, "enable_pdl": pdl}
@@ -507,7 +508,7 @@ def sample(rng: random.Random) -> Case:
         rounds=rng.choice([0, 1, 10]) if state != "f32" else 0,
         seed_per_slot=rng.random() < 0.5,
         d_split=rng.choice([None, *(s for s in (1, 2, 4) if dim % (16 * s) == 0)]),
-        pdl=rng.random() < 0.2,
+        pdl=rng.choice([False, False, False, True, "early_reads"]),
         decay=rng.choice(["slow", "typical", "fast"]),
         fill=rng.choice(["nan", "garbage"]),
         strided=rng.random() < 0.5,

@@ -180,6 +180,7 @@ CHANGES = [
     {"dim": 80}, {"dstate": 128}, {"nheads": 4}, {"nheads": 4, "ngroups": 2}, {"batch": 4}, {"tokens": 3},
     {"window": 15}, {"indices": None, "pads": ()}, {"indices": torch.int64}, {"items": True}, {"rounds": 10},
     {"rounds": 9}, {"rounds": 10, "seed_per_slot": True}, {"d_split": 2}, {"pdl": True}, {"state": "i8"},
+    {"pdl": "early_reads"},
     {"batch": 3, "lengths": (1, 2, 3)}, {"batch": 3, "lengths": (1, 2, 3), "tokens": 8},
 ]  # fmt: skip
 

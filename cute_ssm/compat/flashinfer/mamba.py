@@ -156,7 +156,7 @@ def checkpointing_ssu(
     d_split: int | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
-    enable_pdl: bool = False,
+    enable_pdl: bool | str = False,
 ) -> Tensor:
     """Return outputs at new tokens over states that lag, like FlashInfer 0.6's function of this name.
 
@@ -179,6 +179,8 @@ def checkpointing_ssu(
       int16 states, one seed per slot, and two buffers of ``old_x`` are accepted.
     * Rows of the history that no token was written to may hold NaN.
     * Without ``state_batch_indices`` no sequence is padding.
+    * ``enable_pdl=True`` accesses nothing before the kernel before has ended; FlashInfer's kernel reads states, slots,
+      cursors, dt and z before.  ``enable_pdl="early_reads"`` is between the two: see `cute_ssm.checkpointing_ssu`.
     """
     rand_seed = _seed(state, rand_seed)
     return _checkpointing(
@@ -213,7 +215,7 @@ def checkpointing_ssu_ring(
     d_split: int | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
-    enable_pdl: bool = False,
+    enable_pdl: bool | str = False,
     cb_scaled: Tensor | None = None,
     cumAdt_vec: Tensor | None = None,
     cb_old: Tensor | None = None,
@@ -230,8 +232,8 @@ def checkpointing_ssu_ring(
         As there.
     rand_seed : Tensor, optional
         As there; ignored with a float32 state.
-    enable_pdl : bool
-        As there.
+    enable_pdl : bool or "early_reads"
+        As there: True waits for the kernel before ahead of every access.
     cb_scaled, cumAdt_vec, cb_old : Tensor, optional
         Scratch memory of FlashInfer's two kernels: all or none.  Not used.
     precompute_heads_per_cta : int
