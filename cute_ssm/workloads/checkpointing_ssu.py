@@ -54,9 +54,9 @@ def build(
     }
     if fused:
         sizes = [nheads * dim, nheads * dim, ngroups * dstate, ngroups * dstate, nheads]
-        parts = make.normal(batch, T, sum(sizes), dtype=inputs).split(sizes, -1)
+        parts = torch.split(make.normal(batch, T, sum(sizes), dtype=inputs), sizes, -1)
         gate, arguments["x"], arguments["B"], arguments["C"] = (
-            part.unflatten(-1, (-1, inner)) for part, inner in zip(parts, (dim, dim, dstate, dstate))
+            torch.unflatten(part, -1, (-1, inner)) for part, inner in zip(parts, (dim, dim, dstate, dstate))
         )
         arguments["z"] = gate if z else None
         arguments["dt"] = parts[4][..., None].expand(batch, T, nheads, dim)

@@ -96,6 +96,14 @@ def test_checkpointing_uses_memory_after_the_wait(form, unit_stages, pads, pdl):
 
 
 @pytest.mark.parametrize("pdl", ["early_reads", pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", [DYNAMIC, pytest.param(FUSED, marks=pytest.mark.slow)])
+def test_rows_that_no_bulk_copy_takes_are_used_after_the_wait(form, pdl):
+    case = Case(tokens=2, window=4, nheads=1, dim=16, accepted=(0, 3, 4), shift=1, pdl=pdl)
+    with ptxsim.emulate(sm_count=1, async_mode="late", racecheck=True), tuning.override(form=form, **ONE_UNIT):
+        verify(case)
+
+
+@pytest.mark.parametrize("pdl", ["early_reads", pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("accepted", [(0, 0, 1), (3, 4, 4)], ids=["no writes", "writes alone"])
 def test_a_kernel_of_a_pair_that_has_nothing_to_do_waits(accepted, pdl):
     """It must not let the next kernel start while the one before it runs."""

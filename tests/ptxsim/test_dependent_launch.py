@@ -126,7 +126,9 @@ def test_what_comes_before_a_wait_is_refused(form, message):
     with pytest.raises(ptxsim.RaceError, match=message) as caught:
         run(form)
     if form != "never":
-        assert re.search(r"test_pdl\.py:\d+ \(kernel\)[^|]* \| PTX line \d+", str(caught.value)), caught.value
+        assert re.search(r"test_dependent_launch\.py:\d+ \(kernel\)[^|]* \| PTX line \d+", str(caught.value)), (
+            caught.value
+        )
 
 
 def test_reads_must_be_declared():
