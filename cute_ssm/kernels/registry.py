@@ -15,6 +15,7 @@ from cute_ssm.spec import (
     Config,
     GatedDeltaRuleReplaySpec,
     GatedDeltaRuleSpec,
+    MaterializeGatedDeltaSpec,
     MaterializeSpec,
     SelectiveScanSpec,
     SelectiveStateUpdateSpec,
@@ -51,6 +52,7 @@ KERNELS: dict[type[Spec], str] = {
     CheckpointingSSUSpec: "cute_ssm.kernels.checkpointing_ssu:CheckpointingSSU",
     CommitSpec: "cute_ssm.kernels.serving_commit:CommitCursors",
     MaterializeSpec: "cute_ssm.kernels.serving_materialize:MaterializeState",
+    MaterializeGatedDeltaSpec: "cute_ssm.kernels.gated_delta_materialize:MaterializeGatedDelta",
     WorkItemsSpec: "cute_ssm.kernels.serving_work_items:BuildWorkItems",
 }
 _resolved: dict[str, type[Kernel]] = {}

@@ -85,11 +85,16 @@ def check_rows(given: Mapping[str, Tensor], more: Mapping[str, int]) -> None:
         if name in given:
             arguments.check_last_contiguous(name, given[name])
     for name, n_bytes in limits.items():
-        if name in given and not arguments.aligned(given[name], n_bytes):
-            size = given[name].element_size()
-            got = f"address {given[name].data_ptr():#x} and strides {given[name].stride()} of {size} bytes"
-            expected = f"an address and outer strides that are multiples of {n_bytes} bytes"
-            raise ValueError(describe(name, expected, got, "pad its rows, or pass a copy of inputs"))
+        if name in given:
+            check_aligned(name, given[name], n_bytes)
+
+
+def check_aligned(name: str, tensor: Tensor, n_bytes: int) -> None:
+    """Raise unless the address and the outer strides are multiples of so many bytes."""
+    if not arguments.aligned(tensor, n_bytes):
+        got = f"address {tensor.data_ptr():#x} and strides {tensor.stride()} of {tensor.element_size()} bytes"
+        expected = f"an address and outer strides that are multiples of {n_bytes} bytes"
+        raise ValueError(describe(name, expected, got, "pad its rows, or pass a copy of inputs"))
 
 
 def spec_fields(given: Mapping[str, Tensor], l2norm: bool, zero_padding: bool) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cute_ssm.reference import rounding
 from cute_ssm.reference.checkpointing_ssu import History, fold
+from cute_ssm.reference.gated_delta_rule import recurrence
 
 
 @dataclass(frozen=True)
@@ -151,3 +152,37 @@ def materialize(
         target[destination] = stored
         if target_scale is not None and new_scale is not None:
             target_scale[destination] = new_scale
+
+
+def materialize_gated_delta(
+    state: Tensor,
+    rings: tuple[Tensor, Tensor, Tensor, Tensor],
+    out: Tensor,
+    rows: list[tuple[int, int, int, int]],
+    use_qk_l2norm: bool,
+    compute_dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write the states that pending tokens lead to, `reference.gated_delta_rule.recurrence`, rounded to nearest even.
+
+    Parameters
+    ----------
+    state, out : Tensor, (slots, value_heads, V, K)
+        States that are read and **written**; they may be the same.
+    rings : k (slots, heads, L, K), v (slots, value_heads, L, V), g and beta (slots, value_heads, L)
+    rows : list of (source, destination, start of the ring, number of tokens)
+        With no tokens, and if both pools have the same type, the bytes of the state are copied.
+    use_qk_l2norm : bool
+        Normalise keys.
+    compute_dtype : torch.dtype
+    """
+    results = []
+    for source, destination, start, count in rows:
+        result = state[source].clone()
+        if count:
+            places = (start + torch.arange(count)) % rings[0].shape[2]
+            k, v, g, beta = (ring[source][:, places].transpose(0, 1)[None] for ring in rings)
+            _, states = recurrence(state[source][None], k, k, v, g, beta, 1.0, use_qk_l2norm, compute_dtype)
+            result = states[0, -1]
+        results.append((destination, result))
+    for destination, result in results:
+        out[destination] = result.to(out.dtype)

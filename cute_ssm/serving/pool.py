@@ -11,9 +11,9 @@ from torch import Tensor
 from cute_ssm.errors import describe
 from cute_ssm.ops._arguments import name_of
 from cute_ssm.ops._gated_delta_arguments import check_heads
+from cute_ssm.serving._folds import check_fits, fold_gated_delta, fold_mamba2
 from cute_ssm.serving._pool_checks import check_equal, check_sizes, check_spec, check_types
 from cute_ssm.serving.cursors import build_work_items, commit
-from cute_ssm.serving.states import materialize
 from cute_ssm.serving.storage import PoolStorage
 from cute_ssm.spec import (
     QUANTISED,
@@ -23,7 +23,6 @@ from cute_ssm.spec import (
     window_bucket,
 )
 
-_NO_PAD = -1  # of slots, which are not negative
 HISTORIES = ("double", "double_x", "ring")
 
 
@@ -458,14 +457,15 @@ class StatePool(PoolStorage):
         *,
         num_tokens: Tensor | None = None,
         philox_rounds: int = 10,
+        use_qk_l2norm: bool = True,
         destination_pool: StatePool | None = None,
     ) -> None:
         """Write the true states of slots, pending tokens folded in, to other slots, which have no pending tokens then.
 
         Parameters
         ----------
-        A : sequence of Tensor, (nheads, dim, dstate)
-            Of every layer.
+        A : sequence of Tensor, (nheads, dim, dstate), or None
+            Of every layer; None for gated delta nets, whose decays are in the history.
         source, destination : int or Tensor, (n,), int32/int64
             On the pool's device; destinations are distinct, and no other row's source.
         num_tokens : Tensor, (n,), int32/int64, optional
@@ -473,6 +473,8 @@ class StatePool(PoolStorage):
             Otherwise they are zero: of tokens before the last step the pool knows none.
         philox_rounds : int
             Rounds of the Philox generator, with seeds.
+        use_qk_l2norm : bool
+            Of gated delta nets, as the steps have it.
         destination_pool : StatePool, optional
             Where destinations lie: a pool of the same device, layers and sizes of states and convolutions.  Its types
             of states, window, history and number of slots may be others.  None: this pool.
@@ -480,7 +482,7 @@ class StatePool(PoolStorage):
         Raises
         ------
         ValueError
-            If the pools do not fit, or as `serving.materialize` and `copy_slot` say.
+            If the pools do not fit, or as `serving.materialize`, `materialize_gated_delta` and `copy_slot` say.
 
         Notes
         -----
@@ -491,10 +493,11 @@ class StatePool(PoolStorage):
         read, written = self._index("source", source), target._index("destination", destination)
         self._check_pairs(read, written, target, same=True)
         if target is not self:
-            self._check_fits(target)
-        if self.kind != "mamba2":
-            raise ValueError(describe("pool", "one for Mamba-2", "one for another recurrence"))
-        self._fold_mamba2(A, read, written, target, num_tokens, philox_rounds)
+            check_fits(self, target)
+        if self.kind == "mamba2":
+            fold_mamba2(self, A, read, written, target, num_tokens, philox_rounds)
+        else:
+            fold_gated_delta(self, A, read, written, target, num_tokens, use_qk_l2norm)
         if self.conv_state is not None and target.conv_state is not None:
             if num_tokens is None:
                 most = min(self.conv_state.shape[3], target.conv_state.shape[3])
@@ -502,46 +505,6 @@ class StatePool(PoolStorage):
             else:
                 _zero(target.conv_state, written)
         target._cursors.index_fill_(1, written, 0)
-
-    def _fold_mamba2(
-        self,
-        A: Sequence[Tensor] | None,
-        read: Tensor,
-        written: Tensor,
-        target: StatePool,
-        num_tokens: Tensor | None,
-        philox_rounds: int,
-    ) -> None:
-        names = ("x_cache", "B_cache", "dt_cache") if self.ring_start is not None else ("old_x", "old_B", "old_dt")
-        if A is None or len(A) != self.layers:
-            got = None if A is None else len(A)
-            raise ValueError(describe("A", f"one tensor for each of {self.layers} layers", got))
-        seeds = None if target.state.dtype is torch.float32 else self.rand_seed
-        for layer in range(self.layers):
-            x, B, dt = (self.history[name][layer] for name in names)
-            scale, new_scale = (
-                None if pool.state_scale is None else pool.state_scale[layer] for pool in (self, target)
-            )  # fmt: skip
-            materialize(
-                self.state[layer], x, B, dt, A[layer], self.prev_num_accepted_tokens, read, written,
-                cache_buf_idx=self.cache_buf_idx, ring_start=self.ring_start, num_tokens=num_tokens,
-                out=None if target is self else target.state[layer], state_scale=scale,
-                out_scale=None if target is self else new_scale,
-                pad_slot_id=self.pad_slot_id if target is self else _NO_PAD,
-                rand_seed=None if seeds is None else seeds[layer], philox_rounds=philox_rounds,
-            )  # fmt: skip
-
-    def _check_fits(self, target: StatePool) -> None:
-        """Raise unless another pool can hold the states of this one."""
-        for name in ("kind", "layers"):
-            check_equal(name, getattr(self, name), getattr(target, name))
-        check_equal("device", self.state.device, target.state.device)
-        check_equal("sizes of a state", self.state.shape[2:], target.state.shape[2:])
-        convs = [
-            None if c is None else (c.dtype, c.shape[2], pool._conv_width)
-            for pool, c in ((self, self.conv_state), (target, target.conv_state))
-        ]
-        check_equal("conv_state (type, channels, width)", *convs)
 
     def _slotted(self) -> dict[str, Tensor]:
         """What `copy_slot` copies: (layers, slots, ...)."""

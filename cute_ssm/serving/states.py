@@ -16,6 +16,7 @@ from cute_ssm.ops import _library
 from cute_ssm.ops._plans import REFUSALS, Plans
 from cute_ssm.reference import serving as reference
 from cute_ssm.reference.checkpointing_ssu import DoubleBuffer, History, Ring
+from cute_ssm.serving._slot_rows import SlotRows
 from cute_ssm.spec import QUANTISED, MaterializeSpec
 from cute_ssm.tuning import overridden
 from cute_ssm.tuning import serving as tuning
@@ -203,7 +204,11 @@ def _run(
             _plans.remember(key, function)
             function(*operands, pad_slot_id)
         return
-    rows = _rows(operands, ring, pad_slot_id)
+    most = dt_history.shape[-1]
+    rows = SlotRows(
+        state, out, src, dst, counts, pnat, min(most, tuning.MOST_PENDING), cursor,
+        "ring_start" if ring else "cache_buf_idx", most if ring else 2,
+    ).read((src != pad_slot_id) & (dst != pad_slot_id), pad_slot_id)  # fmt: skip
     emulator = runtime.emulator()
     if emulator is None:
         runtime.by_reference(spec, operands)
@@ -349,43 +354,6 @@ def _check_shapes(given: dict[str, Tensor], ring: bool) -> None:
     seed = given.get("rand_seed")
     if seed is not None and seed.shape[0] not in (1, slots):
         raise ValueError(describe("rand_seed", f"shape (1,) or (slots,) = ({slots},)", tuple(seed.shape)))
-
-
-def _rows(o: _Operands, ring: bool, pad_slot_id: int) -> list[tuple[int, int, int, int]]:
-    """Rows (source, destination, cursor, tokens) of tensors on the CPU; raise if what they hold does not fit."""
-    src, dst = o.state_batch_indices.long(), o.dst_state_batch_indices.long()
-    live = (src != pad_slot_id) & (dst != pad_slot_id)
-    arguments.check_slots("state_batch_indices", src, live, o.state.shape[0], pad_slot_id)
-    arguments.check_slots("dst_state_batch_indices", dst, live, o.out.shape[0], pad_slot_id)
-    rows = o.dt_history.shape[-1]
-    bounds = (
-        ("prev_num_accepted_tokens", o.prev_num_accepted_tokens, min(rows, tuning.MOST_PENDING)),
-        ("ring_start" if ring else "cache_buf_idx", o.cursor, rows - 1 if ring else 1),
-    )
-    for name, values, most in bounds:
-        bad = [slot for slot in src[live].tolist() if not 0 <= int(values[slot]) <= most]
-        if bad:
-            raise ValueError(describe(name, f"values from 0 to {most}", f"{int(values[bad[0]])} in slot {bad[0]}"))
-    pending = o.prev_num_accepted_tokens[torch.where(live, src, 0)].long() if len(o.state) else src
-    counts = pending if o.num_tokens is None else o.num_tokens.long()
-    wrong = (live & ((counts < 0) | (counts > pending))).nonzero()[:, 0].tolist()
-    if wrong:
-        expected = f"0 to {int(pending[wrong[0]])}, the pending tokens of the slot"
-        raise ValueError(describe("num_tokens", expected, f"{int(counts[wrong[0]])} at position {wrong[0]}"))
-    source, target = src[live], dst[live]
-    ordered = target.sort().values
-    twice = ordered[1:][ordered[1:] == ordered[:-1]]
-    if len(twice):
-        raise ValueError(describe("dst_state_batch_indices", "distinct slots", f"{int(twice[0])} more than once"))
-    if o.out.data_ptr() == o.state.data_ptr():
-        position = torch.arange(len(source))
-        foreign = (target[:, None] == source) & (position[:, None] != position)
-        if bool(foreign.any()):
-            got = int(target[foreign.any(1)][0])
-            expected = "slots that no other row reads"
-            raise ValueError(describe("dst_state_batch_indices", expected, got, "their order is not defined"))
-    found = torch.stack([source, target, o.cursor[source].long(), counts[live]], 1).tolist()
-    return [(row[0], row[1], row[2], row[3]) for row in found]
 
 
 def _run_library(

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 
 from cute_ssm.arch import Arch
 from cute_ssm.errors import UnsupportedSpecError
-from cute_ssm.spec import Config, GatedDeltaRuleReplaySpec, GatedDeltaRuleSpec, GatedDeltaSpec
+from cute_ssm.spec import (
+    Config,
+    GatedDeltaRuleReplaySpec,
+    GatedDeltaRuleSpec,
+    GatedDeltaSpec,
+    MaterializeGatedDeltaSpec,
+)
 from cute_ssm.tuning import apply_override, tables
 
 FREE = ("rows", "warps")  # fields that change no result
@@ -29,7 +35,7 @@ PENDING = 8  # tokens of a ring that are passed at once
 
 @dataclass(frozen=True)
 class GatedDeltaRuleConfig(Config):
-    """Knobs of `GatedDeltaRule` and `GatedDeltaRuleReplay`.
+    """Knobs of `GatedDeltaRule`, `GatedDeltaRuleReplay` and `MaterializeGatedDelta`.
 
     Attributes
     ----------
@@ -107,6 +113,11 @@ def table_parts(tokens: int, queries: bool = True) -> dict[str, int]:
 def choose(spec: GatedDeltaSpec, arch: Arch, heads: int, sm_count: int) -> GatedDeltaRuleConfig:
     """Return the config for ``heads`` (request, value head) pairs on ``sm_count`` SMs, as `tuning.override` has it."""
     return apply_override(tables.tuned(_choose(spec, heads, sm_count), spec, arch, heads, FREE))
+
+
+def choose_materialize(spec: MaterializeGatedDeltaSpec, heads: int, sm_count: int) -> GatedDeltaRuleConfig:
+    """Return the config of `MaterializeGatedDelta`: that of steps over the same states."""
+    return apply_override(_choose(spec.replay(), heads, sm_count))
 
 
 def space(spec: GatedDeltaSpec, arch: Arch) -> dict[str, tuple[int, ...]]:

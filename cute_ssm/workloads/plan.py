@@ -55,6 +55,9 @@ def around(workload: Workload, arch: Arch, sm_count: int | None = None) -> list[
             A = torch.zeros(pool.state.shape[2], 1, 1).expand(pool.state.shape[2:])
             for count in (None, one):
                 pool.materialize([A], one, one, num_tokens=count)
+        else:
+            for count in (None, one):
+                pool.materialize(None, one, one, num_tokens=count)
     return plan.kernels
 
 

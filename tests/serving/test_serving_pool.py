@@ -349,7 +349,7 @@ def test_a_pool_for_gated_delta_nets():
         pool.commit(slot, torch.tensor([2, 0]))
     assert pool.prev_num_accepted_tokens.tolist() == [6, 0, 0, 0] and pool.ring_start.tolist() == [6, 0, 0, 0]
     assert pool.state[0, slot[0]].any() and not pool.state[1].any()
-    with pytest.raises(ValueError, match="pool: expected one for Mamba-2"):
+    with pytest.raises(ValueError, match="A: expected None for gated delta nets"):
         pool.materialize([torch.zeros(1)] * 2, 0, 1)
 
 

@@ -1,0 +1,77 @@
+"""What `StatePool.materialize` runs for every layer, by the recurrence that the pool is for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cute_ssm.errors import describe
+from cute_ssm.serving._pool_checks import check_equal
+from cute_ssm.serving.gated_states import materialize_gated_delta
+from cute_ssm.serving.states import materialize
+from cute_ssm.serving.storage import PoolStorage
+
+NO_PAD = -1  # of slots, which are not negative
+
+
+def check_fits(pool: PoolStorage, target: PoolStorage) -> None:
+    """Raise unless another pool can hold the states of this one."""
+    for name in ("kind", "layers"):
+        check_equal(name, getattr(pool, name), getattr(target, name))
+    check_equal("device", pool.state.device, target.state.device)
+    check_equal("sizes of a state", pool.state.shape[2:], target.state.shape[2:])
+    convs = [
+        None if c is None else (c.dtype, c.shape[2], one._conv_width)
+        for one, c in ((pool, pool.conv_state), (target, target.conv_state))
+    ]
+    check_equal("conv_state (type, channels, width)", *convs)
+
+
+def fold_mamba2(
+    pool: PoolStorage,
+    A: Sequence[Tensor] | None,
+    read: Tensor,
+    written: Tensor,
+    target: PoolStorage,
+    num_tokens: Tensor | None,
+    philox_rounds: int,
+) -> None:
+    names = ("x_cache", "B_cache", "dt_cache") if pool.ring_start is not None else ("old_x", "old_B", "old_dt")
+    if A is None or len(A) != pool.layers:
+        got = None if A is None else len(A)
+        raise ValueError(describe("A", f"one tensor for each of {pool.layers} layers", got))
+    seeds = None if target.state.dtype is torch.float32 else pool.rand_seed
+    for layer in range(pool.layers):
+        x, B, dt = (pool.history[name][layer] for name in names)
+        scale, new_scale = (
+            None if one.state_scale is None else one.state_scale[layer] for one in (pool, target)
+        )  # fmt: skip
+        materialize(
+            pool.state[layer], x, B, dt, A[layer], pool.prev_num_accepted_tokens, read, written,
+            cache_buf_idx=pool.cache_buf_idx, ring_start=pool.ring_start, num_tokens=num_tokens,
+            out=None if target is pool else target.state[layer], state_scale=scale,
+            out_scale=None if target is pool else new_scale,
+            pad_slot_id=pool.pad_slot_id if target is pool else NO_PAD,
+            rand_seed=None if seeds is None else seeds[layer], philox_rounds=philox_rounds,
+        )  # fmt: skip
+
+
+def fold_gated_delta(
+    pool: PoolStorage,
+    A: Sequence[Tensor] | None,
+    read: Tensor,
+    written: Tensor,
+    target: PoolStorage,
+    num_tokens: Tensor | None,
+    use_qk_l2norm: bool,
+) -> None:
+    if A is not None:
+        raise ValueError(describe("A", "None for gated delta nets, whose decays are in the history", "a value"))
+    for layer in range(pool.layers):
+        materialize_gated_delta(
+            **pool._arguments[layer], state_batch_indices=read, dst_state_batch_indices=written,
+            num_tokens=num_tokens, out=None if target is pool else target.state[layer],
+            use_qk_l2norm=use_qk_l2norm,
+        )  # fmt: skip

@@ -1,0 +1,381 @@
+"""`serving.materialize_gated_delta`: against token-by-token float64 on reference and emulator, and through pools."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass
+
+import pytest
+import replay_cases
+import torch
+from gdn_cases import DTYPES, NAN, storage, within
+from test_serving_pool_state import LAYERS, Run, gated, memory, started
+
+import cute_ssm
+from cute_ssm import arch as archs
+from cute_ssm import runtime, serving, tuning, workloads
+from cute_ssm.errors import GradientError
+from cute_ssm.spec import MaterializeGatedDeltaSpec
+from cute_ssm.tuning.gated_delta_rule import GatedDeltaRuleConfig, choose_materialize
+from cute_ssm.workloads.plan import around
+
+ptxsim = pytest.importorskip("ptxsim")
+RINGS = ("k_cache", "v_cache", "g_cache", "beta_cache")
+TAKEN = ("initial_state", *RINGS, "ring_start", "prev_num_accepted_tokens", "use_qk_l2norm", "window")
+
+
+def emulated(arch="sm_90a", **options):
+    return ptxsim.emulate(arch=arch, **{"racecheck": True, "initcheck": True, **options})
+
+
+@dataclass(frozen=True)
+class Case(replay_cases.Case):
+    """A call; `counts` of the pending tokens are folded, and repeat; None: all."""
+
+    batch: int = 5
+    K: int = 64
+    pending: tuple[int, ...] = (5, 16, 0, 13, 8)
+    counts: tuple[int, ...] | None = (5, 9, 0, 1, 0)
+    to: str | None = None  # type of another pool
+    place: bool = False  # fold into the slot that is read
+
+    def __str__(self) -> str:
+        return super().__str__()
+
+
+def arguments(case: Case, seed: int = 0) -> dict:
+    """Random arguments; whatever is not folded is NaN, pending tokens behind those that are included."""
+    made = replay_cases.arguments(case, seed)
+    src = made["initial_state_indices"]
+    call = {name: made[name] for name in TAKEN}
+    slots, length = call["initial_state"].shape[0], call["k_cache"].shape[2]
+    counts = None if case.counts is None else [case.counts[i % len(case.counts)] for i in range(case.batch)]
+    for i, slot in enumerate(src.tolist()):
+        if slot >= 0 and counts is not None:
+            last = case.pending[i % len(case.pending)]
+            rows = (call["ring_start"][slot] + torch.arange(counts[i], last)) % length
+            for name in RINGS:
+                call[name][slot][:, rows] = NAN
+    free = [slot for slot in range(slots) if slot not in src.tolist()]
+    if case.place:
+        dst = src.clone()
+    elif case.to:
+        dst = torch.arange(case.batch).flip(0)
+        shape = (case.batch + 2, *call["initial_state"].shape[1:3], case.K + 8)
+        call["out"] = torch.full(shape, NAN, dtype=DTYPES[case.to])[..., : case.K]
+    else:
+        dst = torch.tensor((free + [-1] * case.batch)[: case.batch])
+    call |= {"state_batch_indices": src, "dst_state_batch_indices": dst.to(src.dtype)}
+    if counts is not None:
+        call["num_tokens"] = torch.tensor(counts, dtype=src.dtype)
+    return call
+
+
+def fold(call: dict, slot: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """The state of a slot after its first tokens, head by head and token by token."""
+    state = call["initial_state"][slot].to(dtype)
+    ratio, length = state.shape[0] // call["k_cache"].shape[1], call["k_cache"].shape[2]
+    heads = []
+    for h, S in enumerate(state):
+        for t in range(count):
+            row = (int(call["ring_start"][slot]) + t) % length
+            k, v = call["k_cache"][slot, h // ratio, row].to(dtype), call["v_cache"][slot, h, row].to(dtype)
+            if call["use_qk_l2norm"]:
+                k = k / torch.sqrt((k * k).sum() + 1e-6)
+            S = torch.exp(call["g_cache"][slot, h, row].to(dtype)) * S
+            S = S + call["beta_cache"][slot, h, row].to(dtype) * torch.outer(v - S @ k, k)
+        heads.append(S)
+    return torch.stack(heads)
+
+
+def verify(case: Case, seed: int = 0) -> dict:
+    """States within 1.5 times the errors of float32, all other bytes as they were."""
+    call = arguments(case, seed)
+    before = replay_cases.copy(call)
+    got = serving.materialize_gated_delta(**call)
+    name = "out" if case.to else "initial_state"
+    assert got is call[name]
+    done = 0
+    slots = zip(call["state_batch_indices"].tolist(), call["dst_state_batch_indices"].tolist())
+    for i, (source, to) in enumerate(slots):
+        if source < 0 or to < 0:
+            continue
+        count = int(before["prev_num_accepted_tokens"][source] if case.counts is None else before["num_tokens"][i])
+        result = got[to]
+        if count == 0 and result.dtype == before["initial_state"].dtype:
+            assert torch.equal(result.view(torch.uint8), before["initial_state"][source].view(torch.uint8)), "bytes"
+        else:
+            want, rounded = (fold(before, source, count, dtype) for dtype in (torch.float64, torch.float32))
+            within(result, rounded.to(result.dtype), want, (-2, -1), f"row {i}, {count} tokens")
+        before[name][to] = result
+        done += 1
+    assert done >= 3
+    for key, value in before.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(storage(value), storage(call[key])), f"{key} changed where it must not"
+    return call
+
+
+BASE = Case()
+
+
+def vary(**factors):
+    return [dataclasses.replace(BASE, **{name: value}) for name, values in factors.items() for value in values]
+
+
+FEW = [
+    BASE,
+    Case(state="bf16", counts=None, K=128, V=128, ratio=1, pending=(16, 3, 8, 16, 0), io="f16", strided=True),
+    Case(to="f16", state="f32", window=40, pending=(40, 33, 0, 7, 39), counts=(40, 8, 0, 7, 17), l2norm=False),
+]
+MANY = vary(
+    state=("bf16", "f16"), io=("f16",), K=(128, 256), V=(128, 256), heads=(2,), ratio=(1, 4), window=(1, 5, 64),
+    counts=(None,), indices=(torch.int64,), to=("f32", "bf16"), place=(True,), l2norm=(False,), strided=(True,),
+    regime=("slow", "fast", "cut", "extreme", "collinear", "zero"),
+)  # fmt: skip
+
+
+def fitted(case: Case) -> Case:
+    """With no more pending tokens than the window."""
+    most = [min(n, case.window) for n in case.pending]
+    counts = None if case.counts is None else tuple(min(n, m) for n, m in zip(case.counts, most))
+    return dataclasses.replace(case, pending=tuple(most), counts=counts)
+
+
+@pytest.mark.parametrize("case", [*FEW, *map(fitted, MANY)], ids=str)
+def test_reference(case):
+    verify(case)
+
+
+@pytest.mark.parametrize(
+    "case", [*FEW, *(pytest.param(fitted(case), marks=pytest.mark.slow) for case in MANY)], ids=str
+)
+def test_emulated(case):
+    with emulated(async_mode="late") as session:
+        verify(case)
+    assert len(session.launches) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_emulated_for_blackwell(case):
+    with emulated("sm_100a"):
+        verify(case)
+
+
+def test_bits_are_those_of_a_step_that_flushes_whatever_the_config_and_the_order():
+    """The state that `gated_delta_rule_replay` stores, from the same slots."""
+    case = Case(pending=(16, 14, 15), batch=3, pads=(), counts=None, V=128)
+    made = replay_cases.arguments(case)
+    step = replay_cases.copy(made)
+    with emulated():
+        cute_ssm.gated_delta_rule_replay(**step)
+        slots = made["initial_state_indices"]
+        call = {name: made[name] for name in TAKEN} | {"state_batch_indices": slots}
+        one, other = (torch.full_like(made["initial_state"], NAN) for _ in range(2))
+        serving.materialize_gated_delta(**call, dst_state_batch_indices=slots, out=one)
+        call["state_batch_indices"] = slots.flip(0)
+        with tuning.override(rows=16, warps=1):
+            serving.materialize_gated_delta(**call, dst_state_batch_indices=slots.flip(0), out=other)
+    for slot in slots.tolist():
+        assert torch.equal(one[slot], step["initial_state"][slot]) and torch.equal(one[slot], other[slot])
+
+
+SPEC = MaterializeGatedDeltaSpec("float32", "float32", "bfloat16", 128, 128, 16, True, "int32", "int32", "int32")
+SIZES = [
+    dataclasses.replace(SPEC, K=K, V=V, window=window, state_dtype=state, out_dtype=out)
+    for K, V in ((64, 64), (128, 128), (256, 64), (256, 256))
+    for window in (16, 64)
+    for state, out in (("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"))
+]
+SPILLS = [
+    (SPEC, "sm_90a"),
+    (dataclasses.replace(SPEC, K=256, V=256, window=64, out_dtype="bfloat16"), "sm_100a"),
+    *(pytest.param(spec, arch, marks=pytest.mark.slow) for spec in SIZES for arch in ("sm_90a", "sm_100a")),
+]
+
+
+@pytest.mark.parametrize(("spec", "arch"), SPILLS, ids=str)
+def test_nothing_spills(spec, arch):
+    target = archs.by_name(arch)
+    compiled = runtime.emulated(spec, choose_materialize(spec, 16384, target.sm_count), target)
+    assert compiled.kernels and all(kernel.spill_bytes == 0 for kernel in compiled.kernels)
+
+
+def test_configs_fit_the_steps_and_the_target():
+    for K, V, window in ((64, 64, 8), (256, 256, 64), (128, 256, 32)):
+        spec = dataclasses.replace(SPEC, K=K, V=V, window=window)
+        spec.check()
+        for target in archs.ARCHS.values():
+            for units in (1, 10**5):
+                config = choose_materialize(spec, units, target.sm_count)
+                assert isinstance(config, GatedDeltaRuleConfig) and not config.sequential
+                config.check(spec.replay(), target)
+
+
+# -------------------------------------------------------------------------------------------------------- bad arguments
+def changed(name, change):
+    return lambda call: call.__setitem__(name, change(call[name]))
+
+
+BAD = {
+    "initial_state: expected shape": changed("initial_state", lambda t: t[0]),
+    "initial_state: expected dtype": changed("initial_state", lambda t: t.double()),
+    "initial_state: expected stride 1": changed("initial_state", lambda t: t.mT.contiguous().mT),
+    "initial_state: expected value_heads": lambda call: call.update(
+        {name: call[name][:, :1] for name in ("initial_state", "v_cache", "g_cache", "beta_cache")},
+        k_cache=call["k_cache"].repeat(1, 2, 1, 1),
+    ),
+    "k_cache: expected a torch.Tensor": changed("k_cache", lambda t: None),
+    "k_cache: expected shape": changed("k_cache", lambda t: t[..., :32]),
+    "k_cache: expected dtype": changed("k_cache", lambda t: t.float()),
+    "v_cache: expected shape": changed("v_cache", lambda t: t[:, :1]),
+    "v_cache: expected dtype": changed("v_cache", lambda t: t.half()),
+    "v_cache: expected an address": changed(
+        "v_cache", lambda t: torch.zeros(t.numel() + 1).bfloat16()[1:].view(t.shape)
+    ),
+    "g_cache: expected dtype": changed("g_cache", lambda t: t.half()),
+    "beta_cache: expected shape": changed("beta_cache", lambda t: t[:, :, 1:]),
+    "ring_start: expected dtype": changed("ring_start", lambda t: t.long()),
+    "ring_start: expected values from 0 to 22": changed("ring_start", lambda t: t + 23),
+    "prev_num_accepted_tokens: expected values from 0 to 16": changed("prev_num_accepted_tokens", lambda t: t + 17),
+    "state_batch_indices: expected shape": changed("state_batch_indices", lambda t: t[:, None]),
+    "state_batch_indices: expected indices in": changed("state_batch_indices", lambda t: t + 99),
+    "dst_state_batch_indices: expected shape": changed("dst_state_batch_indices", lambda t: t[:3]),
+    "dst_state_batch_indices: expected dtype": changed("dst_state_batch_indices", lambda t: t.float()),
+    "dst_state_batch_indices: expected distinct": changed("dst_state_batch_indices", lambda t: t * 0 + t[0]),
+    "dst_state_batch_indices: expected slots that no other": lambda call: call.update(
+        dst_state_batch_indices=call["state_batch_indices"].flip(0)
+    ),
+    "num_tokens: expected 0 to": changed("num_tokens", lambda t: t + 17),
+    "num_tokens: expected dtype": changed("num_tokens", lambda t: t.float()),
+    "out: expected shape": lambda call: call.update(out=torch.zeros(3, 2, 64, 32)),
+    "out: expected elements": lambda call: call.update(out=torch.zeros(1, 2, 64, 64).expand(9, -1, -1, -1)),
+    "out: expected dtype": lambda call: call.update(out=call["initial_state"].to(torch.int8)),
+    "window: expected an int": changed("window", float),
+    "window: expected 1 to 64": changed("window", lambda _: 65),
+    "window: expected at most 23": changed("window", lambda _: 24),
+    "K: expected": lambda call: call.update({n: call[n][..., :24] for n in ("initial_state", "k_cache")}),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arguments(message):
+    call = arguments(BASE)
+    BAD[message](call)
+    before = {name: value.clone() for name, value in call.items() if isinstance(value, torch.Tensor)}
+    with pytest.raises((ValueError, TypeError)) as caught:
+        serving.materialize_gated_delta(**call)
+    assert message in str(caught.value)
+    assert all(torch.equal(call[name].nan_to_num(), value.nan_to_num()) for name, value in before.items())
+
+
+def test_rows_that_do_not_fit_are_skipped_by_the_kernel(monkeypatch):
+    """As on a GPU, where the host looks at nothing."""
+    call = arguments(dataclasses.replace(BASE, pads=()))
+    before = replay_cases.copy(call)
+    slots = call["state_batch_indices"]
+    most = call["initial_state"].shape[0]
+    call["num_tokens"][0] = call["prev_num_accepted_tokens"][slots[0]] + 1
+    call["ring_start"][slots[1]] = call["k_cache"].shape[2]
+    call["prev_num_accepted_tokens"][slots[3]] = 17
+    for index in (-(2**31), most, 2**31 - 1):
+        call["state_batch_indices"][2] = index
+        call["dst_state_batch_indices"][4] = index
+        monkeypatch.setattr("cute_ssm.serving._slot_rows.SlotRows.read", lambda *_: [])
+        with emulated():
+            serving.materialize_gated_delta(**call)
+        assert torch.equal(storage(call["initial_state"]), storage(before["initial_state"]))
+
+
+def test_an_empty_batch_and_gradients():
+    call = arguments(BASE)
+    with pytest.raises(GradientError, match=r"^initial_state: "):
+        serving.materialize_gated_delta(**{**call, "initial_state": call["initial_state"].clone().requires_grad_()})
+    for name in ("state_batch_indices", "dst_state_batch_indices", "num_tokens"):
+        call[name] = call[name][:0]
+    state = call["initial_state"].clone()
+    for context in (contextlib.nullcontext(), emulated()):
+        with context:
+            serving.materialize_gated_delta(**call)
+    assert torch.equal(storage(call["initial_state"]).clone(), storage(call["initial_state"]))
+    assert torch.equal(call["initial_state"].nan_to_num(), state.nan_to_num())
+
+
+def test_registered_with_pytorch():
+    call, eager = arguments(BASE), arguments(BASE)
+    fixed = {name: call.pop(name) for name in ("window", "use_qk_l2norm")}
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(call):
+        return serving.materialize_gated_delta(**call, **fixed)
+
+    step(call)
+    serving.materialize_gated_delta(**eager)
+    assert torch.equal(storage(call["initial_state"]), storage(eager["initial_state"]))
+
+
+def test_what_engines_run_around_the_steps_is_warmed_up():
+    declared = workloads.of_model("qwen3-next", (1,))
+    kinds = {
+        spec.count_dtype
+        for workload in declared
+        if workload.op == "gated_delta_rule_replay"
+        for spec, _, _ in around(workload, archs.SM_90A)
+        if isinstance(spec, MaterializeGatedDeltaSpec)
+    }
+    assert kinds == {None, "int32"}
+
+
+# --------------------------------------------------------------------------------------------------------------- pools
+@pytest.mark.parametrize("count", [None, 1])
+def test_pools_of_gated_delta_nets_materialize_into_slots_and_other_pools_alike(count):
+    pool, run = started(gated)
+    source = run.slots[:2]
+    assert pool.prev_num_accepted_tokens[source].min() >= 1
+    options = {} if count is None else {"num_tokens": torch.tensor([count, count])}
+    other = serving.StatePool.gated_delta(
+        LAYERS, 7, heads=1, value_heads=2, K=64, V=64, window=16, tokens=3, conv_shape=(3, 4), conv_dtype=torch.float32
+    )
+    for tensor in other._tensors().values():
+        tensor.fill_(3)
+    frozen, rest = memory(pool.to(copy=True)), [0, 1, 2, 4, 6, 7]
+    pool.materialize(None, source, torch.tensor([5, 3]), destination_pool=other, **options)
+    assert all(torch.equal(frozen[name], tensor) for name, tensor in memory(pool).items()), "the source changed"
+    for name, tensor in other._tensors().items():
+        assert (tensor if name.startswith("history") else tensor[:, rest]).eq(3).all(), name
+    here = torch.tensor([pool.allocate(), pool.allocate()])
+    pool.materialize(None, source, here, **options)
+    assert torch.equal(other.state[:, [5, 3]], pool.state[:, here]) and not other._cursors[:, [5, 3]].any()
+    assert torch.equal(other.conv_state[:, [5, 3]], pool.conv_state[:, here])
+    assert other.conv_state[:, 5].any() == (count is None)
+    with pytest.raises(ValueError, match="A: expected None for gated delta nets"):
+        pool.materialize([torch.zeros(1)] * LAYERS, source, here)
+
+
+@pytest.mark.parametrize("backend", ["reference", "emulate"])
+def test_a_sequence_goes_on_from_a_materialized_state_as_from_its_own(backend):
+    """Where the pending tokens fill their chunks, and states are float32, bit for bit, in another pool."""
+    with emulated() if backend == "emulate" else contextlib.nullcontext():
+        pool, other = gated(window=16), gated(window=16)
+        slots = [pool.allocate(), pool.allocate()]
+        run = Run(pool, slots)
+        accept(run, [3, 3, 2])  # 8 pending tokens
+        assert pool.prev_num_accepted_tokens[run.slots[:2]].tolist() == [8, 8]
+        there = [other.allocate(), other.allocate()][::-1]
+        pool.materialize(None, run.slots[:2], torch.tensor(there), destination_pool=other)
+        twin = Run(other, there)
+        outputs, others = accept(run, [1, 3, 3], first=3), accept(twin, [1, 3, 3], first=3)
+    assert all(torch.equal(one, two) for one, two in zip(outputs, others))
+    assert outputs[-1].float().any() and other.prev_num_accepted_tokens[twin.slots[:2]].tolist() == [7, 7]
+
+
+def accept(run, counts, first=0):
+    """Steps that keep so many tokens of every row; their outputs."""
+    outputs = []
+    for number, count in enumerate(counts, first):
+        g = torch.Generator().manual_seed(number)
+        outputs += [run.layer(layer, g) for layer in range(LAYERS)]
+        run.pool.commit(run.slots, torch.full((3,), count))
+    return outputs
