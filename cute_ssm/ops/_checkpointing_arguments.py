@@ -77,7 +77,7 @@ OPTIONAL = (
 )  # fmt: skip
 TIED = {"dt": 1, "A": 2, "D": 1, "dt_bias": 1}  # one value per head, and its dimensions of stride 0
 POOLED = ("state", "state_scale", "x_history", "B_history")  # rows that are copied in bulk, or by vectors
-VECTORS = ("cursor", "prev_num_accepted_tokens", "state_batch_indices", "cu_seqlens", "rand_seed", "num_writes")
+VECTORS = ("cursor", "prev_num_accepted_tokens", "rand_seed", "num_writes")
 
 
 def check(operands: Operands, settings: Settings) -> tuple[Operands, CheckpointingSSUSpec]:

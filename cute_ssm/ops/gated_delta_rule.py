@@ -193,6 +193,8 @@ def _run(
         dst = None
     tensors = (q, k, v, state, src, A_log, a, dt_bias, b, output, buffer, scatter, dst, accepted)
     flags = (disable_state_update, use_qk_l2norm, zero_padding)
+    # without a state to write, the kernel has no argument for how many tokens it would pass
+    operands = (*tensors[:-1], None) if disable_state_update else tensors
     key: tuple[object, ...] | None
     try:
         key = (
@@ -206,7 +208,7 @@ def _run(
     plan = _plans.get(key)
     if plan is not None and not overridden():
         try:
-            plan(*tensors, scale)
+            plan(*operands, scale)
             return
         except REFUSALS:
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
@@ -221,13 +223,13 @@ def _run(
         elif units:
             arch = archs.by_name(emulator.arch)
             config = tuning.choose(spec, arch, units, emulator.sm_count or arch.sm_count)
-            runtime.emulated(spec, config, arch)(*tensors, scale)
+            runtime.emulated(spec, config, arch)(*operands, scale)
     elif units:
         arch = runtime.target(q.device)
         config = tuning.choose(spec, arch, units, torch.cuda.get_device_properties(q.device).multi_processor_count)
         plan = runtime.get(spec, config, arch)
         _plans.remember(key, plan)
-        plan(*tensors, scale)
+        plan(*operands, scale)
 
 
 def _check(

@@ -216,8 +216,7 @@ BROKEN = [
     ("quantised", "state_scale", wide, ValueError, LAST_TWO),
     *(("ring", name, every_other, ValueError, LAST) for name in ("x_cache", "B_cache", "dt_cache", "ring_start")),
     *(("double", name, every_other, ValueError, LAST) for name in (
-        "old_dt", "old_cumAdt", "cache_buf_idx", "prev_num_accepted_tokens", "state_batch_indices")),
-    ("packed", "cu_seqlens", every_other, ValueError, LAST),
+        "old_dt", "old_cumAdt", "cache_buf_idx", "prev_num_accepted_tokens")),
     ("seeds", "rand_seed", lambda t: t[:1].expand_as(t), ValueError, LAST),
     ("items", "work_items", wide, ValueError, LAST_TWO),
     *(("double", name, change, ValueError, ROWS) for change in (unaligned, odd) for name in (
