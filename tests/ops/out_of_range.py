@@ -19,7 +19,7 @@ from cute_ssm.ops import (
     gated_delta_rule_replay,
     selective_scan,
 )
-from cute_ssm.serving import cursors, states
+from cute_ssm.serving import _slot_rows, cursors
 
 Parts = Iterable[tuple[str, Any]]  # (name of a tensor that is written, index of a part of it)
 
@@ -33,7 +33,7 @@ def unchecked(monkeypatch) -> None:
     monkeypatch.setattr(selective_scan, "plan_on_cpu", lambda *_: [])
     monkeypatch.setattr(cursors._Rows, "cursors", lambda *_: None)
     monkeypatch.setattr(cursors, "_check_accepted", lambda *_: None)
-    monkeypatch.setattr(states, "_rows", lambda *_: [])
+    monkeypatch.setattr(_slot_rows.SlotRows, "read", lambda *_: [])
 
 
 def outside(bound: int, dtype: torch.dtype, right: int = 0) -> list[int]:

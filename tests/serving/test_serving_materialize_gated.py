@@ -271,24 +271,6 @@ def test_bad_arguments(message):
     assert all(torch.equal(call[name].nan_to_num(), value.nan_to_num()) for name, value in before.items())
 
 
-def test_rows_that_do_not_fit_are_skipped_by_the_kernel(monkeypatch):
-    """As on a GPU, where the host looks at nothing."""
-    call = arguments(dataclasses.replace(BASE, pads=()))
-    before = replay_cases.copy(call)
-    slots = call["state_batch_indices"]
-    most = call["initial_state"].shape[0]
-    call["num_tokens"][0] = call["prev_num_accepted_tokens"][slots[0]] + 1
-    call["ring_start"][slots[1]] = call["k_cache"].shape[2]
-    call["prev_num_accepted_tokens"][slots[3]] = 17
-    for index in (-(2**31), most, 2**31 - 1):
-        call["state_batch_indices"][2] = index
-        call["dst_state_batch_indices"][4] = index
-        monkeypatch.setattr("cute_ssm.serving._slot_rows.SlotRows.read", lambda *_: [])
-        with emulated():
-            serving.materialize_gated_delta(**call)
-        assert torch.equal(storage(call["initial_state"]), storage(before["initial_state"]))
-
-
 def test_an_empty_batch_and_gradients():
     call = arguments(BASE)
     with pytest.raises(GradientError, match=r"^initial_state: "):

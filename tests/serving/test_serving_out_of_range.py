@@ -10,6 +10,7 @@ import out_of_range
 import pytest
 import test_serving_cursors as cursors
 import test_serving_materialize as materialize
+import test_serving_materialize_gated as gated
 import torch
 from out_of_range import check, outside, same
 from step_cases import copy
@@ -162,3 +163,26 @@ def test_rows_of_a_materialisation(fields):
     for name, bound in (("prev_num_accepted_tokens", min(case.rows, 64) + 1), (cursor, places)):
         for changes in rounds(outside(bound, torch.int32)):
             check(fold, call, name, {slots[b]: value for b, value in changes.items()}, owned)
+
+
+@pytest.mark.parametrize("indices", [torch.int64, pytest.param(torch.int32, marks=SLOW)])
+def test_rows_of_a_materialisation_of_gated_delta_nets(indices):
+    case = gated.Case(place=True, pads=(), pending=(5, 16, 2, 13, 8), counts=(5, 9, 1, 1, 3), indices=indices)
+    call = gated.arguments(case)
+    slots, length = call["state_batch_indices"].tolist(), call["k_cache"].shape[2]
+    fold = run(serving.materialize_gated_delta)
+
+    def owned(slot):
+        return [("initial_state", slot)]
+
+    def rounds(values):
+        return [dict(enumerate(values[i : i + 3])) for i in range(0, len(values), 3)]
+
+    for name in ("state_batch_indices", "dst_state_batch_indices"):
+        for changes in rounds(outside(len(call["initial_state"]), indices, slots[0])):
+            check(fold, call, name, changes, lambda row: owned(slots[row]))
+    for changes in rounds([value for value in outside(17, indices, 1) if not 0 <= value < 3]):
+        check(fold, call, "num_tokens", changes, lambda row: owned(slots[row]))
+    for name, bound in (("prev_num_accepted_tokens", case.window + 1), ("ring_start", length)):
+        for changes in rounds(outside(bound, torch.int32)):
+            check(fold, call, name, {slots[row]: value for row, value in changes.items()}, owned)
