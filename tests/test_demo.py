@@ -345,7 +345,6 @@ def test_demo_takes_narrow_states(capsys):
         (("--seed", "-1"), "seed: expected"),
         (("--draft", "-1"), "draft: expected a number from 0 to 15"),
         (("--draft", "16"), "draft: expected a number from 0 to 15"),
-        (("--plot", "a.png", "--draft", "0"), "plot: expected steps of several tokens"),
         (("--plot", "a.pdf"), "plot: expected a name that ends in .png"),
         (("--plot", "/no/such/folder/a.png"), "plot: expected a file in a folder that exists"),
     ],
@@ -373,6 +372,30 @@ def test_cuda_without_a_gpu_is_an_error(capsys):
 def test_auto_without_a_gpu_is_the_reference(capsys):
     assert cli.main(arguments("--tokens", "1")) == 0
     assert "reference (PyTorch)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("draft", ["0", "3"])
+def test_the_prompt_comes_before_anything_that_takes_long(draft, capsys, monkeypatch):
+    """As soon as the model is loaded: drafts are not prepared yet, and nothing has run or been compiled."""
+
+    def stop(*_, **__):
+        raise ValueError("the model runs")
+
+    monkeypatch.setattr(LanguageModel, "forward", stop)
+    monkeypatch.setattr(LanguageModel, "step", stop)
+    assert cli.main(arguments("--backend", "reference", "--prompt", "A class", "--draft", draft)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "A class\n" and captured.err == "demo: the model runs\n"
+
+
+@pytest.mark.parametrize(("cached", "said"), [("1", "taken from the cache"), ("0", "CUTE_SSM_CACHE=0 keeps nothing")])
+def test_a_kernel_that_is_awaited_is_named(cached, said, capsys, monkeypatch, settings):
+    settings(CACHE=cached)
+    monkeypatch.setattr(LanguageModel, "forward", lambda *_, **__: pytest.fail("announced too late"))
+    monkeypatch.setattr(report.Screen, "text", lambda *_: (_ for _ in ()).throw(ValueError("stop here")))
+    assert cli.main(arguments("--backend", "emulate")) == 2
+    announced = capsys.readouterr().err.splitlines()[0]
+    assert announced.startswith("demo: preparing CheckpointingSSU for sm_90a: compiled ") and said in announced
 
 
 def test_emulated_kernel_generates_the_text_of_the_reference(capsys):

@@ -205,13 +205,50 @@ def test_bad_arguments_of_speculation(options):
         Speculation(repetitive_model(), **call)
 
 
-def test_a_plot_of_the_steps(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "steps.png"
-    assert cli.main(arguments("--backend", "reference", "--tokens", "30", "--plot", str(path))) == 0
+@pytest.mark.parametrize(("draft", "dtype"), [("3", "float32"), ("0", "float16")])
+def test_a_plot_of_the_steps_names_what_ran(draft, dtype, tmp_path, capsys, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    path, save, seen = tmp_path / "steps.png", figure.savefig, []
+    monkeypatch.setattr(figure, "savefig", lambda self, *args, **options: (seen.append(self), save(self, *args)))
+    words = ("--backend", "reference", "--tokens", "20", "--draft", draft, "--state-dtype", dtype)
+    assert cli.main(arguments(*words, "--plot", str(path))) == 0
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 10_000
-    assert "MB saved against a write in every step" in capsys.readouterr().out
+    title = seen[0].get_suptitle()
+    assert title.startswith("Mamba-2 model of the demo (4 layers of 256, 1.")
+    assert title.endswith(f"backend reference; states in {dtype}")
+    above, below = seen[0].axes
+    kind = above.get_title()
+    heights = [bar.get_height() for bar in above.patches]
+    written = below.lines[1].get_ydata()[-1]
+    if draft == "0":
+        assert kind == "token by token" and heights == [1] * 20
+        assert written == below.lines[0].get_ydata()[-1] == pytest.approx(20 * 4 * 8 * 64 * 64 * 2 / 1e6)
+    else:
+        assert kind == "3 drafted tokens a step" and sum(heights) == 20 and max(heights) > 1
+        assert written < below.lines[0].get_ydata()[-1]
+        assert "MB saved against a write in every step" in capsys.readouterr().out
+
+
+def test_drafts_are_drawn_with_the_random_numbers_of_their_position(shipped):
+    """With temperature: then what the model expects and what it chooses lean the same way, and more is accepted."""
+    model, tokenizer = shipped
+    sampler, prompt = Sampler(1.0, 0), tokenizer.encode("The import statement")
+    expected = model(torch.arange(40)[:, None], chunk=1)[:, 0]
+    drafter, differ = Drafter(model, sampler), 0
+    for n in range(1, 41):  # every ending is new
+        choice = sampler(expected[n - 1], n).token
+        assert drafter(list(range(n)), 1) == [choice]
+        differ += choice != sampler(expected[n - 1], n - 1).token
+    assert differ > 10, "numbers of another position would show"
+
+    def accepted(drafting):
+        run = Speculation(model, prompt, 60, sampler)
+        run._drafter = Drafter(model, drafting)
+        list(run.run())
+        return sum(step.accepted for step in run.steps) / len(run.steps)
+
+    assert accepted(sampler) > 1.04 * accepted(Sampler(1.0, 1))
 
 
 def test_a_plot_without_matplotlib_is_refused_before_the_work(monkeypatch, capsys):

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cute_ssm.demo import DRAFT
+from cute_ssm.env import settings
 from cute_ssm.errors import CuteSsmError, UnsupportedArchError, describe
 
 if TYPE_CHECKING:
     import torch
 
     from cute_ssm.demo.loop import Deviation, Run
+    from cute_ssm.demo.model import LanguageModel
     from cute_ssm.demo.speculation import Speculation
 
 __all__ = ["add_arguments", "main"]
@@ -105,6 +107,16 @@ class _Backend:
     device: str
     session: Any = None
     arch: str = ""
+
+    def announce(self, speculative: bool) -> None:
+        """Say what is awaited before the first token, if it may take long."""
+        if self.name == "reference":
+            return
+        kernel = _kernel_path(speculative).partition(":")[2]
+        once = "compiled once, in about 10 s, and from then on taken from the cache"
+        if settings().cache_dir is None:
+            once = "compiled in about 10 s, as CUTE_SSM_CACHE=0 keeps nothing"
+        print(f"demo: preparing {kernel} for {self.arch}: {once}", file=sys.stderr, flush=True)
 
     def rows(self, speculative: bool) -> list[tuple[str, str]]:
         """Name what updated the states."""
@@ -196,17 +208,19 @@ def _run(args: argparse.Namespace) -> int:
         model, tokenizer = weights.load(device=backend.device)
         count = args.tokens or TOKENS[backend.name]
         prompt = tokenizer.encode(args.prompt)
-        run: Run = (
-            Speculation(model, prompt, count, sampler, args.draft, state_dtype)
-            if args.draft
-            else Generation(model, prompt, count, sampler, state_dtype)
-        )
-        first = run.warm_up()
+        backend.announce(bool(args.draft))
         screen = report.Screen(sys.stdout, sys.stderr, count)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        interrupted = False
+        interrupted, first = False, 0.0
+        run: Run | None = None
         try:
             screen.text(args.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+            run = (
+                Speculation(model, prompt, count, sampler, args.draft, state_dtype)
+                if args.draft
+                else Generation(model, prompt, count, sampler, state_dtype)
+            )
+            first = run.warm_up()
             for done, token in enumerate(run.run(), start=1):
                 screen.text(decoder.decode(tokenizer.decode([token])))
                 screen.progress(done, run.seconds)
@@ -215,11 +229,12 @@ def _run(args: argparse.Namespace) -> int:
             interrupted = True
         finally:
             screen.close()
-        if run.generated:
+        if run is not None and run.generated:
             print()
             print(report.table(_rows(run, backend, first, args.state_dtype)))
-        if args.plot is not None and isinstance(run, Speculation) and run.steps:
-            report.save_plot(args.plot, run.steps, run.draft, run.pool.state_bytes)
+        if args.plot is not None and run is not None and run.steps:
+            title = _title(model, backend, args.state_dtype)
+            report.save_plot(args.plot, run.steps, args.draft, run.state_bytes, title)
     return 130 if interrupted else 0
 
 
@@ -233,12 +248,18 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(describe("draft", f"a number from 0 to {MOST_DRAFT}", args.draft))
     if args.plot is None:
         return
-    if not args.draft:
-        raise ValueError(describe("plot", "steps of several tokens", "--draft 0", "there is nothing to draw"))
     if args.plot.suffix.lower() != ".png":
         raise ValueError(describe("plot", "a name that ends in .png", repr(str(args.plot))))
     if not args.plot.parent.is_dir():
         raise ValueError(describe("plot", "a file in a folder that exists", repr(str(args.plot))))
+
+
+def _title(model: LanguageModel, backend: _Backend, state_dtype: str) -> str:
+    """Name what a plot is of."""
+    c, count = model.config, sum(value.numel() for value in model.parameters())
+    where = f", {backend.arch}" if backend.arch else ""
+    sizes = f"{c.layers} layers of {c.width}, {count / 1e6:.1f} M parameters"
+    return f"Mamba-2 model of the demo ({sizes})\nbackend {backend.name}{where}; states in {state_dtype}"
 
 
 def _rows(run: Run, backend: _Backend, first: float, state_dtype: str) -> list[tuple[str, str]]:

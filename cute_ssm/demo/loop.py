@@ -17,7 +17,7 @@ from cute_ssm.demo.sampling import Sampler
 from cute_ssm.demo.ssd import recurrence
 from cute_ssm.errors import describe
 
-__all__ = ["TOLERANCES", "Deviation", "Generation", "LayerRecord", "Run"]
+__all__ = ["TOLERANCES", "Deviation", "Generation", "LayerRecord", "Run", "Step"]
 
 #: Errors of logits that no choice depends on, by the type of the states; several times those of the shipped model.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 0.02, torch.float16: 0.02, torch.bfloat16: 0.15}
@@ -101,6 +101,22 @@ class Deviation:
         return cls(float(difference.max()), float(expected.abs().max()))
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step of the model.
+
+    Attributes
+    ----------
+    accepted : int
+        Tokens that went into the text's history, the one that was certain included; as many were generated.
+    wrote : bool
+        Whether the states of all layers were written.
+    """
+
+    accepted: int
+    wrote: bool
+
+
 class Run(ABC):
     """One sequence on its way: what generating token by token and speculating have in common.
 
@@ -121,6 +137,10 @@ class Run(ABC):
         Size of the pool of states, and the slot this sequence uses.
     tolerance : float
         Largest error of a logit that no choice depends on.
+
+    Attributes
+    ----------
+    steps : list of Step
     """
 
     def __init__(
@@ -144,6 +164,7 @@ class Run(ABC):
         self.slots, self.slot = slots, slot
         self.tokens = list(prompt)
         self.prompt_length = len(self.tokens)
+        self.steps: list[Step] = []
         self.seconds = 0.0
         self.prefill_seconds = 0.0
         self.logits: list[Tensor] = []  # (vocab,) of every token that was generated
@@ -155,6 +176,11 @@ class Run(ABC):
     def generated(self) -> list[int]:
         """The tokens after the prompt."""
         return self.tokens[self.prompt_length :]
+
+    @property
+    @abstractmethod
+    def state_bytes(self) -> int:
+        """Bytes that a step moves which writes the states of all layers."""
 
     @abstractmethod
     def warm_up(self) -> float:
@@ -215,6 +241,11 @@ class Generation(Run):
         self._update = update
         self._recorder = _Recorder(update, model.config.layers)
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that a step moves which writes the states of all layers."""
+        return sum(pool[0].nbytes for pool in self._cache.ssm)
+
     def warm_up(self) -> float:
         """Run one step on another slot, so that compilation is over before the time is taken; returns its seconds."""
         begin = time.perf_counter()
@@ -240,6 +271,7 @@ class Generation(Run):
             token = self.decisions(logits, self.tokens)
             self.logits.append(logits)
             self.tokens.append(token)
+            self.steps.append(Step(1, wrote=True))
             yield token
 
     def ssm_deviation(self) -> Deviation:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from cute_ssm.demo.speculation import Step
+    from cute_ssm.demo.loop import Step
 
 __all__ = ["Screen", "pyplot", "save_plot", "table"]
 
@@ -142,7 +142,7 @@ def pyplot() -> Any:
     return found
 
 
-def save_plot(path: Path, steps: Sequence[Step], draft: int, state_bytes: int) -> None:
+def save_plot(path: Path, steps: Sequence[Step], draft: int, state_bytes: int, title: str) -> None:
     """Draw what every step accepted and whether it wrote the states, and the bytes written, into an image file.
 
     Parameters
@@ -151,12 +151,15 @@ def save_plot(path: Path, steps: Sequence[Step], draft: int, state_bytes: int) -
         Its ending chooses the format.
     steps : sequence of Step
     draft : int
-        Drafted tokens of a step.
+        Drafted tokens of a step; 0: it went token by token.
     state_bytes : int
         Bytes that a write of the states moves.
+    title : str
+        What ran: model, backend, type of the states.
     """
     plt = pyplot()
-    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 5.5), sharex=True, layout="constrained")
+    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 5.8), sharex=True, layout="constrained")
+    figure.suptitle(title, fontsize="medium")
     numbers = range(1, len(steps) + 1)
     colours = ["tab:orange" if step.wrote else "tab:blue" for step in steps]
     above.bar(numbers, [step.accepted for step in steps], width=0.9, color=colours)
@@ -165,7 +168,11 @@ def save_plot(path: Path, steps: Sequence[Step], draft: int, state_bytes: int) -
     handles = above.get_legend_handles_labels()[0]
     for colour, label in (("tab:orange", "step wrote the states"), ("tab:blue", "step kept them")):
         handles.append(plt.Rectangle((0, 0), 1, 1, color=colour, label=label))
-    above.set(ylabel="accepted tokens", ylim=(0, draft + 1.9), title=f"{draft} drafted tokens a step")
+    above.set(
+        ylabel="accepted tokens",
+        ylim=(0, draft + 1.9),
+        title=f"{draft} drafted tokens a step" if draft else "token by token",
+    )
     above.legend(handles=handles, ncols=3, loc="upper left", fontsize="small")
     written, total = [], 0
     for step in steps:

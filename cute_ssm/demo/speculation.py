@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cute_ssm.demo import DRAFT
-from cute_ssm.demo.loop import TOLERANCES, Deviation, LayerRecord, Run, worst
+from cute_ssm.demo.loop import TOLERANCES, Deviation, LayerRecord, Run, Step, worst
 from cute_ssm.demo.model import LanguageModel, Verification, operator
 from cute_ssm.demo.sampling import Sampler
 from cute_ssm.errors import describe
 
-__all__ = ["WINDOW", "Drafter", "Speculation", "Step"]
+__all__ = ["WINDOW", "Drafter", "Speculation"]
 
 WINDOW = 16  # accepted tokens that may await their state
+_PART = 16  # tokens of the drafter's table that are computed at once
 
 
 class Drafter:
@@ -41,8 +41,9 @@ class Drafter:
             raise ValueError(describe("least", f"1 to {longest}", least))
         self._sampler, self._least, self._longest = sampler, least, longest
         every = torch.arange(model.config.vocab, device=model.embedding.device)
-        with torch.no_grad():
-            self._expected = model(every[:, None], chunk=1)[:, 0].cpu()
+        with torch.no_grad():  # in parts whose states the caches of a CPU hold: a third of the time of one batch
+            parts = [every[i : i + _PART, None] for i in range(0, len(every), _PART)]
+            self._expected = torch.cat([model(part, chunk=1)[:, 0].cpu() for part in parts])
         self._after: dict[tuple[int, ...], int] = {}  # an ending -> where the token is that followed it last
         self._read = 0
 
@@ -63,22 +64,6 @@ class Drafter:
             if place is not None:
                 return text[place]
         return self._sampler(self._expected[text[-1]], len(text)).token
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of the model.
-
-    Attributes
-    ----------
-    accepted : int
-        Tokens that went into the text's history, the one that was certain included; as many were generated.
-    wrote : bool
-        Whether the states of all layers were written.
-    """
-
-    accepted: int
-    wrote: bool
 
 
 class Speculation(Run):
@@ -131,12 +116,16 @@ class Speculation(Run):
         tolerance = TOLERANCES[state_dtype] if tolerance is None else tolerance
         super().__init__(model, prompt, count, sampler, self.pool.slots, slot, tolerance)
         self.draft = draft
-        self.steps: list[Step] = []
         self._spare = torch.tensor([spare], device=self._index.device)
         self._verification = verification or operator("checkpointing_ssu")
         self._records: list[LayerRecord] = []
         self._drafter = Drafter(model, sampler)
         self._pending = 0  # what the pool holds on the device, known here because acceptance is decided here
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that a step moves which writes the states of all layers."""
+        return self.pool.state_bytes
 
     def warm_up(self) -> float:
         """Run one step on another slot, so that compilation is over before the time is taken; returns its seconds."""
