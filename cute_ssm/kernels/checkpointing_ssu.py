@@ -34,7 +34,7 @@ from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
-from cute_ssm.device import convert, memory
+from cute_ssm.device import convert, launch, memory
 from cute_ssm.device.bounds import in_range
 from cute_ssm.device.history import HistoryView
 from cute_ssm.device.tile import StateTile
@@ -184,6 +184,7 @@ class CheckpointingSSU:
                 preferred_smem_carveout=100,  # without it, the compiler asks a driver how much there is
                 stream=stream,
             )  # fmt: skip
+            launch.prefer_shared()
 
 
 class Steps:

@@ -24,7 +24,7 @@ from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
-from cute_ssm.device import convert, math, memory
+from cute_ssm.device import convert, launch, math, memory
 from cute_ssm.device.bounds import in_range
 from cute_ssm.kernels.fakes import fake
 from cute_ssm.kernels.gated_delta_coefficients import TokenChunk
@@ -119,6 +119,7 @@ class GatedDeltaRuleReplay(GatedDeltaRows):
             use_pdl=True,
             stream=stream,
         )  # fmt: skip
+        launch.prefer_shared()
 
     # ---------------------------------------------------------------------------------------------------------- device
     @cute.kernel

@@ -36,7 +36,7 @@ from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
-from cute_ssm.device import convert, math, memory
+from cute_ssm.device import convert, launch, math, memory
 from cute_ssm.device.bounds import in_range
 from cute_ssm.kernels.fakes import fake
 from cute_ssm.kernels.gated_delta_sequential import GatedDeltaSequential
@@ -127,6 +127,8 @@ class GatedDeltaRule(GatedDeltaSequential):
             use_pdl=True,
             stream=stream,
         )  # fmt: skip
+        if const_expr(not self.config.sequential):  # which uses none
+            launch.prefer_shared()
 
     # ---------------------------------------------------------------------------------------------------------- device
     @cute.kernel

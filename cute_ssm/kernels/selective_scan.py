@@ -39,7 +39,7 @@ from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
-from cute_ssm.device import convert, memory, scan
+from cute_ssm.device import convert, launch, memory, scan
 from cute_ssm.kernels.fakes import fake
 from cute_ssm.kernels.selective_extents import Extents
 from cute_ssm.spec import SelectiveScanSpec
@@ -194,6 +194,7 @@ class SelectiveScan:
                 use_pdl=True,
                 stream=stream,
             )  # fmt: skip
+            launch.prefer_shared()
         units = sequences * groups * tiles * self.splits
         self.kernel(
             u, ssm_states, delta, A, B, C, D, z, delta_bias, query_start_loc, cache_indices, has_initial_state,
@@ -206,6 +207,7 @@ class SelectiveScan:
             use_pdl=True,
             stream=stream,
         )  # fmt: skip
+        launch.prefer_shared()
 
     # ---------------------------------------------------------------------------------------------------------- device
     @cute.kernel

@@ -29,7 +29,7 @@ from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
-from cute_ssm.device import convert, math, memory, philox
+from cute_ssm.device import convert, launch, math, memory, philox
 from cute_ssm.device.bounds import in_range
 from cute_ssm.device.state import WARP, StateView
 from cute_ssm.kernels.fakes import fake
@@ -181,6 +181,7 @@ class SelectiveStep:
             min_blocks_per_mp=1 if self.config.stages > 1 else 0,
             stream=stream,
         )  # fmt: skip
+        launch.prefer_shared()
 
     # ---------------------------------------------------------------------------------------------------------- device
     @cute.kernel

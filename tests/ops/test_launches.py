@@ -1,6 +1,7 @@
-"""Programmatic dependent launch: no operator uses memory before it has waited, but for what it declares.
+"""How kernels are launched: as programmatic dependents that wait, and with the shared memory that they ask for.
 
-The emulator's racecheck refuses the rest, so every test under racecheck looks for it; these see that it would.
+No operator uses memory before it has waited, but for what it declares.  The emulator's racecheck refuses the rest, so
+every test under racecheck looks for it; these see that it would.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from checkpointing_cases import Case, arguments, verify
 import cute_ssm
 import ptxsim
 from cute_ssm import arch as archs
-from cute_ssm import tuning, workloads
+from cute_ssm import serving, tuning, workloads
 from cute_ssm.compat.flashinfer import mamba as flashinfer
 from cute_ssm.kernels import checkpointing_ssu
 from cute_ssm.runtime import emulation
@@ -167,3 +168,37 @@ def test_other_kinds_of_launch_are_refused(value):
     with pytest.raises(ValueError, match=r"enable_pdl: expected False, True or 'early_reads', got"):
         cute_ssm.checkpointing_ssu(**{**call, "enable_pdl": value})
     same_bits(call["out"], before)
+
+
+def launches(run):
+    with ptxsim.emulate() as session:
+        run()
+    return session.launches
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_kernels_prefer_shared_memory_to_cache(op):
+    """Or the driver may choose a share that holds fewer CTAs than fit."""
+    made = launches(workloads.build(op, CALLS[op]).run)
+    assert all(launch.dynamic_smem and launch.carveout == 100 for launch in made)
+
+
+@pytest.mark.parametrize("form", [FUSED, pytest.param(PAIR, marks=pytest.mark.slow)])
+def test_both_kernels_of_checkpointing_prefer_shared_memory(form):
+    with tuning.override(form=form):
+        made = launches(lambda: verify(Case(tokens=2, window=4, nheads=1, dim=16, items=True, pads=())))
+    assert len(made) == (2 if form == PAIR else 1)
+    assert all(launch.dynamic_smem and launch.carveout == 100 for launch in made)
+
+
+def test_kernels_that_need_little_shared_memory_leave_the_cache_as_it_is():
+    pool = serving.StatePool.mamba2(1, 2, nheads=1, dim=16, dstate=64, window=4, tokens=2)
+    slot = torch.tensor([pool.allocate()], dtype=torch.int32)
+
+    def run():
+        pool.build_work_items(slot)
+        pool.commit(slot, torch.ones(1, dtype=torch.int32))
+
+    made = launches(run)
+    assert len(made) == 2
+    assert all(launch.dynamic_smem <= 128 and launch.carveout is None and not launch.pdl for launch in made)
