@@ -116,10 +116,11 @@ _LN2_HIGH = 0.693145751953125  # 15 bits: its products with exponents are exact
 _LN2_LOW = 1.42860682030941723e-6
 _ROUNDER = 12582912.0  # 1.5 * 2^23: a sum with it is rounded to an integer, which its low bits are
 _SMALLEST_EXPONENT = -88.0  # and less: e^x is zero
+_LARGEST_EXPONENT = 88.37  # whose e^x is a power of two, 2^127 at most, times a number of [0.7, 1.42]
 
 
 def exponential(x, low=None):
-    """e^(x + low) of x <= 88.5, correctly rounded but for about 2^-26; zero below -88.
+    """e^(x + low) of x <= 88.37, correctly rounded but for about 2^-26; zero below -88, and not finite above 88.376.
 
     For where `decay`, whose instruction errs by two units in the last place, would be the largest error.
     """
@@ -160,7 +161,7 @@ def gate_exponent(A_log: Float32, x: Float32):
     for coefficient in _ARTANH[-2::-1]:
         series = cute.math.fma(series, square, Float32(coefficient))
     step = cute.math.fma(s + s, series, cute.arch.fmax(x, Float32(0.0)))
-    rate = exponential(cute.arch.fmin(A_log, Float32(88.5)))
+    rate = exponential(cute.arch.fmin(A_log, Float32(_LARGEST_EXPONENT)))
     product = cute.arch.fmin(rate * step, Float32(1e4))
     low = cute.math.fma(-rate, step, product) if product < 1e4 else Float32(0.0)
     return product, low
