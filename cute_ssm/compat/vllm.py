@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from cute_ssm import env, tuning
+from cute_ssm.compat._padding import NOBODY, padding
 from cute_ssm.errors import describe
 from cute_ssm.ops.selective_state_update import selective_state_update as _update
 from cute_ssm.tuning import vllm_configs
 
 NULL_BLOCK_ID = 0
 PHILOX_ROUNDS = 10  # that `cache_philox_rounds` = 0 stands for
-_NOBODY = -1  # no slot of a scratch state
 
 __all__ = [
     "NULL_BLOCK_ID",
@@ -167,8 +167,8 @@ def selective_state_update(
         with tuning.override(**fields):
             update(state, src, dst, null_block_id, scratch=False)
     if write_padded_rows and src is not None:
-        zeros, first = state.new_zeros((1, *state.shape[1:])), _first_slots(src, num_accepted_tokens)
-        update(zeros, torch.where(first == null_block_id, 0, _NOBODY).to(src.dtype), None, _NOBODY, scratch=True)
+        padded = padding(state, None, src, num_accepted_tokens, null_block_id)
+        update(padded.state, padded.slots, None, NOBODY, scratch=True)
 
 
 def _batch(cu_seqlens: Tensor) -> int:
@@ -225,14 +225,6 @@ def _tuned(state: Tensor, x: Tensor, batch: int, packed: bool) -> dict[str, int]
         return None
     config = try_get_optimal_ssm_config(dim, dstate, batch, heads, dtype, False)
     return vllm_configs.as_override(dim, dstate, dtype, packed, config)
-
-
-def _first_slots(src: Tensor, accepted: Tensor | None) -> Tensor:
-    """Slot that each sequence reads."""
-    if accepted is None:
-        return src
-    column = (accepted.long() - 1).clamp(0, src.shape[1] - 1)
-    return src.gather(1, column[:, None])[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------- configs

@@ -29,7 +29,8 @@ def steps(call, T):
 
 
 def test_signature():
-    parameters = inspect.signature(selective_state_update).parameters
+    parameters = dict(inspect.signature(selective_state_update).parameters)
+    assert parameters.pop("write_padded_rows").kind is inspect.Parameter.KEYWORD_ONLY, "not of FlashInfer"
     assert list(parameters) == ORDER
     for name, parameter in list(parameters.items())[6:]:
         assert parameter.default == DEFAULTS.get(name)
@@ -41,7 +42,8 @@ def test_one_token(backend):
     before = state.clone()
     slots = torch.tensor([3, -1, 0, 2], dtype=torch.int32)  # more rows than sequences
     out[1] = 7
-    result = selective_state_update(state, **call, state_batch_indices=slots, out=out, backend=backend)
+    options = {"out": out, "backend": backend, "write_padded_rows": False}
+    result = selective_state_update(state, **call, state_batch_indices=slots, **options)
     assert result is out
     for b, slot in ((0, 3), (2, 0)):
         new, y = token(wide(before[slot]), **at_row(call, b))
@@ -49,6 +51,75 @@ def test_one_token(backend):
         assert close(state[slot], new)
     assert bool((out[1] == 7).all())
     assert torch.equal(state[1:3], before[1:3])
+
+
+@pytest.mark.parametrize("emulate", [False, True], ids=["reference", "kernel"])
+@pytest.mark.parametrize("columns", [None, 2])
+def test_destinations_longer_than_the_batch(columns, emulate):
+    """Buffers of CUDA graphs: rows beyond the batch are not looked at, whatever they hold."""
+    state, call = states(7), tokens(3)
+    before = state.clone()
+    slots, to = (torch.tensor(rows, dtype=torch.int32) for rows in ([0, 1, 2, 99, -7], [3, -1, 5, 4, 6]))
+    if columns:
+        slots, to = (torch.stack([t, t * 0 + 99], 1) for t in (slots, to))
+    options = {"state_batch_indices": slots, "dst_state_batch_indices": to}
+    if emulate:
+        with ptxsim.emulate(arch="sm_90a"):
+            out = selective_state_update(state, **call, **options)
+    else:
+        out = selective_state_update(state, **call, **options)
+    for b, slot in enumerate((3, None, 5)):
+        new, y = token(wide(before[b]), **at_row(call, b))
+        assert close(out[b], y)
+        if slot is not None:
+            assert close(state[slot], new)
+    untouched = [0, 1, 2, 4, 6]
+    assert torch.equal(state[untouched], before[untouched])
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["out given", "out allocated"])
+@pytest.mark.parametrize("kind", ["one token", "several", "packed", "int8"])
+def test_padded_rows_hold_the_outputs_of_a_zero_state(kind, given):
+    state, call, scale = states(4), tokens(6), None
+    options, rows = {"state_batch_indices": torch.tensor([2, 9, 0], dtype=torch.int32)}, {0: [2], 1: [3], 2: [4]}
+    if kind in ("one token", "int8"):
+        call, rows = tokens(3), {0: [0], 1: [1], 2: [2]}
+    elif kind == "several":
+        call, rows = steps(call, 2), {b: [2 * b, 2 * b + 1] for b in range(3)}
+    else:
+        options |= {"cu_seqlens": torch.tensor([0, 2, 5, 6], dtype=torch.int32), "cache_steps": 3}
+        rows = {0: [0, 1], 1: [2, 3, 4], 2: [5]}
+    if kind == "int8":
+        scale = torch.rand(4, 4, 64) / 64
+        state = torch.randint(-127, 128, (4, 4, 64, 32), dtype=torch.int8)
+        options |= {"state_scale": scale}
+    scale_before = None if scale is None else scale.clone()
+    flat, before = tokens(len([row for found in rows.values() for row in found])), state.clone()
+    if given:
+        options["out"] = torch.full_like(call["x"], float("nan"))
+    out = selective_state_update(state, **call, **options, pad_slot_id=9)
+    out = out.flatten(0, 1) if out.dim() == 4 else out
+    for b, slot in enumerate((2, None, 0)):
+        h = 0 * wide(before[0]) if slot is None else wide(before[slot])
+        h = h if scale is None or slot is None else h * wide(scale_before[slot])[..., None]
+        for row in rows[b]:
+            h, y = token(h, **at_row(flat, row))
+            assert close(out[row], y), (b, row)
+    assert torch.equal(state[[1, 3]], before[[1, 3]]), "nobody's states"
+    kept = selective_state_update(before.clone(), **call, **{**options, "out": None}, pad_slot_id=9,
+                                  write_padded_rows=False)  # fmt: skip
+    kept = kept.flatten(0, 1) if kept.dim() == 4 else kept
+    assert not kept[rows[1]].any()
+
+
+@pytest.mark.parametrize("shape", [(), (1, 1)])
+def test_a_seed_of_one_element_may_have_any_shape(shape):
+    results = []
+    for seed in (torch.tensor([5]), torch.full(shape, 5)):
+        state = states(3).half()
+        selective_state_update(state, **tokens(3), rand_seed=seed, philox_rounds=4)
+        results.append(state)
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("emulate", [False, True], ids=["reference", "kernel"])

@@ -51,6 +51,18 @@ def test_by_position(lengths, state):
     verify_by_position(Case(state=state, lengths=lengths, history="ring"), checkpointing_ssu_ring, RING)
 
 
+@pytest.mark.parametrize("history", ["double", "ring"])
+def test_a_seed_of_one_element_may_have_any_shape(history):
+    function = checkpointing_ssu_ring if history == "ring" else checkpointing_ssu
+    states = []
+    for shape in ((1,), (), (1, 1)):
+        call = arguments(Case(history=history, rounds=4, accepted=(16, 0, 15)))
+        call["rand_seed"] = call["rand_seed"].reshape(shape)
+        function(**call)
+        states.append(storage(call["state"]))
+    assert all(torch.equal(states[0].view(torch.int16), other.view(torch.int16)) for other in states[1:])
+
+
 def scratch(case):
     x = torch.empty(0, dtype=torch.bfloat16)
     return dict(zip(SCRATCH, (x.new_empty(case.batch, case.nheads, 32, 8), torch.empty(0), x)))

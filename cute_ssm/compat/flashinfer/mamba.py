@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cute_ssm.compat._padding import NOBODY, padding
 from cute_ssm.errors import describe
 from cute_ssm.ops.checkpointing_ssu import checkpointing_ssu as _checkpointing
 from cute_ssm.ops.checkpointing_ssu import checkpointing_ssu_ring as _checkpointing_ring
@@ -43,6 +44,8 @@ def selective_state_update(
     cu_seqlens: Tensor | None = None,
     num_accepted_tokens: Tensor | None = None,
     backend: str = "auto",
+    *,
+    write_padded_rows: bool = True,
 ) -> Tensor:
     """Advance states by their tokens, like FlashInfer's function of this name.
 
@@ -55,7 +58,9 @@ def selective_state_update(
     state_scale : Tensor, (slots, nheads, dim) or (slots, nheads, dim, 1), float32
     out : Tensor, optional
         **Written**, and returned.
-    intermediate_states_buffer, intermediate_state_indices, intermediate_state_scales, rand_seed, philox_rounds
+    intermediate_states_buffer, intermediate_state_indices, intermediate_state_scales, philox_rounds
+        As there.
+    rand_seed : Tensor, one element of any shape, or (slots,), int64, optional
         As there.
     cache_steps : int
         With ``cu_seqlens``, the most tokens of a sequence; with x of rank 4 and an intermediate buffer, at least T.
@@ -64,11 +69,15 @@ def selective_state_update(
         As there.
     backend : {"auto", "flashinfer", "cake"}
         Accepted for compatibility.
+    write_padded_rows : bool
+        Not of FlashInfer.  False leaves rows of ``out`` whose sequence is padding as they are, or zero if ``out`` was
+        not given, which saves a few small kernels; they matter only to who reads them.
 
     Returns
     -------
     Tensor
-        ``out`` if given, else a new tensor of the shape of x, T axis included.
+        ``out`` if given, else a new tensor of the shape of x, T axis included.  Rows whose sequence is padding hold the
+        outputs of a state of zeros.
 
     Raises
     ------
@@ -79,8 +88,7 @@ def selective_state_update(
     -----
     Differences from FlashInfer:
 
-    * Rows of ``out`` whose sequence is padding are left as they are, or zero if ``out`` was not given; FlashInfer
-      computes them from a state of zeros.  Without ``state_batch_indices`` no sequence is padding.
+    * Without ``state_batch_indices`` no sequence is padding.
     * With an intermediate buffer, the last state also goes to ``state`` unless ``disable_state_update``, and that
       argument holds with ``dst_state_batch_indices`` too; pad entries are checked in every mode.
     * D may be None, all types of states may be rounded stochastically, those with scales too, and ``rand_seed`` may
@@ -101,33 +109,19 @@ def selective_state_update(
         if isinstance(out, Tensor) and out.dim() == 3:
             fix = "the result has an axis of T = 1 tokens with cache_steps; pass out.unsqueeze(1)"
             raise ValueError(describe("out", f"shape {tuple(x.shape)}", tuple(out.shape), fix))
-    return _update(
-        state,
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D,
-        z,
-        dt_bias,
-        dt_softplus,
-        _rows(state_batch_indices, batch),
-        pad_slot_id,
-        state_scale,
-        out,
-        disable_state_update,
-        intermediate_states_buffer,
-        intermediate_state_indices,
-        intermediate_state_scales,
-        rand_seed,
-        philox_rounds,
-        cache_steps,
-        algorithm,
-        _rows(dst_state_batch_indices, batch),
-        cu_seqlens,
-        num_accepted_tokens,
-    )
+    src = _rows(state_batch_indices, batch)
+    result = _update(
+        state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, src, pad_slot_id, state_scale, out, disable_state_update,
+        intermediate_states_buffer, intermediate_state_indices, intermediate_state_scales, _one_seed(rand_seed),
+        philox_rounds, cache_steps, algorithm, _rows(dst_state_batch_indices, batch), cu_seqlens, num_accepted_tokens,
+    )  # fmt: skip
+    if write_padded_rows and src is not None:
+        padded = padding(state, state_scale, src, num_accepted_tokens, pad_slot_id)
+        _update(
+            padded.state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, padded.slots, NOBODY, padded.scale, result,
+            disable_state_update=True, cache_steps=cache_steps, algorithm=algorithm, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+    return result
 
 
 def checkpointing_ssu(
@@ -230,7 +224,7 @@ def checkpointing_ssu_ring(
         As for `cute_ssm.checkpointing_ssu_ring`.
     dt_softplus, state_batch_indices, pad_slot_id, state_scale, philox_rounds, d_split, cu_seqlens, max_seqlen
         As there.
-    rand_seed : Tensor, optional
+    rand_seed : Tensor, one element of any shape, or (slots,), int64, optional
         As there; ignored with a float32 state.
     enable_pdl : bool or "early_reads"
         As there: True waits for the kernel before ahead of every access.
@@ -278,7 +272,13 @@ def checkpointing_ssu_ring(
 
 def _seed(state: Any, rand_seed: Any) -> Any:
     """Return the seed, or None where states are not rounded."""
-    return None if isinstance(state, Tensor) and state.dtype is torch.float32 else rand_seed
+    return None if isinstance(state, Tensor) and state.dtype is torch.float32 else _one_seed(rand_seed)
+
+
+def _one_seed(rand_seed: Any) -> Any:
+    """Return a seed of one element, of whatever shape, as (1,)."""
+    single = isinstance(rand_seed, Tensor) and rand_seed.dim() != 1 and rand_seed.numel() == 1
+    return rand_seed.reshape(1) if single else rand_seed
 
 
 def _steps(x: Tensor) -> int:
