@@ -6,7 +6,9 @@ The GPU is pretended: tensors that say they are on one, and kernels that note th
 from __future__ import annotations
 
 import logging
-from types import SimpleNamespace
+import pkgutil
+from importlib import import_module
+from types import ModuleType, SimpleNamespace
 
 import checkpointing_cases
 import gdn_cases
@@ -14,15 +16,17 @@ import pytest
 import replay_cases
 import scan_cases
 import step_cases
+import test_serving_cursors as cursors
+import test_serving_materialize as states
+import test_serving_materialize_gated as gated
 import torch
-from serving import test_serving_cursors as cursors
-from serving import test_serving_materialize as states
 
 import cute_ssm
-from cute_ssm import arch, runtime, serving, tuning
+from cute_ssm import arch, ops, runtime, serving, tuning
 from cute_ssm.ops import _plans, checkpointing_ssu, gated_delta_rule, gated_delta_rule_replay, selective_scan
 from cute_ssm.ops import selective_state_update as step
 from cute_ssm.serving import cursors as serving_cursors
+from cute_ssm.serving import gated_states
 from cute_ssm.serving import states as serving_states
 
 MOST = 3
@@ -81,6 +85,12 @@ CALLS = {
     ),
     "selective_scan": (selective_scan, cute_ssm.selective_scan, scan, ("u",)),
     "serving.materialize": (serving_states, serving.materialize, materialize, ("state",)),
+    "serving.materialize_gated_delta": (
+        gated_states,
+        serving.materialize_gated_delta,
+        lambda batch: gated.arguments(gated.Case(batch=batch, pads=())),
+        ("initial_state",),
+    ),
     "serving.commit": (serving_cursors, serving.commit, commit, ("prev_num_accepted_tokens",)),
     "serving.build_work_items": (serving_cursors, serving.build_work_items, build, ("prev_num_accepted_tokens",)),
 }
@@ -164,7 +174,95 @@ def test_the_log_says_that_the_reference_runs_a_call(name, settings, caplog):
         log.setLevel(level)
 
 
-def test_the_plans_of_every_module_are_bounded_ones():
-    for module, *_ in CALLS.values():
-        assert type(module._plans) is _plans.Plans
-    assert type(step._loose_plans) is _plans.Plans
+def test_the_plans_of_every_module_are_bounded_ones_and_tested_here():
+    tested = {module.__name__ for module, *_ in CALLS.values()}
+    for package in (ops, serving):
+        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            for name, value in vars(import_module(found.name)).items():
+                if name.endswith("_plans") and not isinstance(value, ModuleType):
+                    assert type(value) is _plans.Plans, f"{found.name}.{name}"
+                    assert found.name in tested, found.name
+
+
+# -------------------------------------------------------------------------------------------------------------- factors
+class Keys(_plans.Plans):
+    """Notes what is looked up, and knows nothing."""
+
+    def get(self, key, default=None):
+        self.last = key
+        return default
+
+
+def key_of(name, call, monkeypatch):
+    module, function, _, where = CALLS[name]
+    keys = Keys()
+    monkeypatch.setattr(module, "_plans", keys)
+    function(**{key: value.as_subclass(OnGpu) if key in where else value for key, value in call.items()})
+    assert keys.last is not None
+    return keys.last
+
+
+STATES = [
+    {"state": "bf16"}, {"state": "i8"}, {"out": "f16"}, {"inputs": "f16"}, {"A": torch.bfloat16}, {"history": "ring"},
+    {"history": "double_x"}, {"rows": 12}, {"heads": 4}, {"heads": 2, "groups": 2}, {"dim": 32}, {"dstate": 64},
+    {"counts": False}, {"indices": torch.int64},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", STATES, ids=str)
+def test_every_factor_is_in_the_key_of_materialize(change, kernel, monkeypatch):
+    keys = [
+        key_of("serving.materialize", states.random(states.Case(**fields), 0)["call"], monkeypatch)
+        for fields in ({}, change)
+    ]
+    assert keys[0] != keys[1]
+
+
+def test_seeds_and_rounds_are_in_the_key_of_materialize(kernel, monkeypatch):
+    base = {"state": "bf16", "seeds": "one"}
+    cases = [base, {"state": "bf16"}, {**base, "rounds": 4}, {**base, "seeds": "slots"}]
+    calls = [states.random(states.Case(**fields), 0)["call"] for fields in cases]
+    assert len({key_of("serving.materialize", call, monkeypatch) for call in calls}) == len(cases)
+
+
+GATED = [
+    {"state": "bf16"}, {"io": "f16"}, {"to": "bf16"}, {"heads": 2}, {"ratio": 1}, {"K": 128}, {"V": 128},
+    {"window": 24}, {"spare": 4}, {"batch": 4}, {"counts": None}, {"indices": torch.int64}, {"l2norm": False},
+    {"strided": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", GATED, ids=str)
+def test_every_factor_is_in_the_key_of_materialize_gated_delta(change, kernel, monkeypatch):
+    keys = [
+        key_of("serving.materialize_gated_delta", gated.arguments(gated.Case(**fields)), monkeypatch)
+        for fields in ({}, change)
+    ]
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize("name", ["serving.commit", "serving.build_work_items"])
+@pytest.mark.parametrize("change", [{"ring": True}, {"varlen": True}, {"indices": torch.int64}, {"indexed": False}])
+def test_every_factor_is_in_the_key_of_cursors(name, change, kernel, monkeypatch):
+    keys = []
+    for fields in ({}, change):
+        call, counts = cursors.arguments(cursors.Case(**fields))
+        if name == "serving.commit":
+            call["num_accepted_tokens"] = counts.int()
+        elif not fields.get("indexed", True):
+            call["batch"] = len(counts)
+        keys.append(key_of(name, call, monkeypatch))
+    assert keys[0] != keys[1]
+
+
+def test_further_factors_of_cursors(kernel, monkeypatch):
+    """Counts of another type, seeds, and batches for which the list of work is built by another config."""
+    call, counts = cursors.arguments(cursors.Case())
+    call["num_accepted_tokens"] = counts.int()
+    base = key_of("serving.commit", call, monkeypatch)
+    assert base != key_of("serving.commit", {**call, "num_accepted_tokens": counts.long()}, monkeypatch)
+    seeds = torch.zeros(2, len(call["prev_num_accepted_tokens"]), dtype=torch.int64)
+    assert base != key_of("serving.commit", {**call, "rand_seed": seeds}, monkeypatch)
+    few, many = (cursors.arguments(cursors.Case(batch=n))[0] for n in (128, 129))
+    few, many = (key_of("serving.build_work_items", call, monkeypatch) for call in (few, many))
+    assert few != many
