@@ -5,6 +5,7 @@ The memory space of the fakes is changed so that an entry takes CPU tensors; its
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import cutlass.cute as cute
@@ -13,10 +14,12 @@ import torch
 from cutlass.cute.runtime import make_fake_tensor
 from test_serving_materialize import Case
 from test_serving_materialize import random as states
+from test_serving_materialize_gated import BASE, SPEC
+from test_serving_materialize_gated import arguments as gated
 
 from cute_ssm import arch as archs
 from cute_ssm.kernels import fakes as fakes_of_kernels
-from cute_ssm.kernels import serving_commit, serving_materialize, serving_work_items
+from cute_ssm.kernels import gated_delta_materialize, serving_commit, serving_materialize, serving_work_items
 from cute_ssm.spec import CommitSpec, MaterializeSpec, WorkItemsSpec
 
 
@@ -91,3 +94,16 @@ def test_materialize(monkeypatch):
         "num_tokens": None,
     }
     check(function, tensors, [-1], wrong)
+
+
+def test_materialize_gated_delta(monkeypatch):
+    spec = dataclasses.replace(SPEC, K=64, V=64, out_dtype="float16")
+    function = compiled(gated_delta_materialize.MaterializeGatedDelta, spec, monkeypatch)
+    call = gated(dataclasses.replace(BASE, to="f16"))
+    names = ("initial_state", "k_cache", "v_cache", "g_cache", "beta_cache", "ring_start", "prev_num_accepted_tokens")
+    names += ("out", "state_batch_indices", "dst_state_batch_indices", "num_tokens")
+    tensors = {name: call[name] for name in names}
+    wrong = {name: call[name][:3] for name in names if name not in ("initial_state", "out")}
+    wrong |= {"initial_state": call["initial_state"].half(), "out": call["out"].float()}
+    wrong |= {"k_cache": call["k_cache"][..., :32], "v_cache": call["v_cache"][:, :, 1:], "num_tokens": None}
+    check(function, tensors, [16], wrong)

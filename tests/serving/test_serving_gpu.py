@@ -7,6 +7,8 @@ import torch
 from test_serving_cursors import Case, arguments
 from test_serving_materialize import Case as States
 from test_serving_materialize import random as states
+from test_serving_materialize_gated import FEW
+from test_serving_materialize_gated import arguments as gated
 
 from cute_ssm import serving
 
@@ -49,6 +51,31 @@ def test_materialize(case):
     one, other = results[0].float(), results[1].cpu().float()
     steps = {"f32": 1e-5, "f16": 2e-3, "i8": 1.0}[case.out or case.state]  # of integers one, of floats an error
     assert ((one - other).abs() <= steps * (1.0 if steps == 1 else one.abs() + 1e-2)).all()
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_materialize_gated_delta(case):
+    here, there = gated(case), moved(gated(case))
+    for _ in range(2):  # the second takes the memorised plan
+        one, other = (serving.materialize_gated_delta(**call) for call in (here, there))
+    live = here["dst_state_batch_indices"][here["dst_state_batch_indices"] >= 0].long()
+    one, other = one[live].float().nan_to_num(), other.cpu()[live].float().nan_to_num()
+    assert ((one - other).abs() <= {"f32": 1e-5}.get(case.to or case.state, 1e-2) * (one.abs() + one.abs().max())).all()
+
+
+def test_a_commit_of_an_unallocated_slot_changes_nothing():
+    pool = serving.StatePool.gated_delta(
+        1, 4, heads=1, value_heads=1, K=64, V=64, window=8, tokens=2, conv_shape=(8, 4), device="cuda"
+    )
+    slot = pool.allocate()
+    other = next(s for s in range(4) if s != slot)
+    pool.conv_state.copy_(torch.arange(pool.conv_state.numel()).view_as(pool.conv_state) % 100)
+    before = pool.conv_state.clone()
+    pool.commit(torch.tensor([other, 4, slot, 9], device="cuda"), torch.tensor([1, 1, 2, 1], device="cuda"))
+    assert pool.prev_num_accepted_tokens.nonzero().flatten().tolist() == [slot]
+    assert (pool.conv_state != before).any(-1).any(-1).nonzero()[:, 1].tolist() == [slot]
+    moved_to_cpu = pool.to("cpu")
+    assert moved_to_cpu.to("cuda").state.is_cuda and moved_to_cpu.prev_num_accepted_tokens[slot] == 2
 
 
 def test_a_captured_step_replays_and_waits_for_nothing():
