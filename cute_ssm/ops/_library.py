@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cute_ssm.ops._gradients import constants, requires_grad
+from cute_ssm.ops._gradients import constants
 
 NAMESPACE = "cute_ssm"
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -55,10 +55,17 @@ def register(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     overload: Any = getattr(getattr(torch.ops, NAMESPACE), name).default
     arguments = tuple(argument.name for argument in overload._schema.arguments)
+    tensors = [i for i, argument in enumerate(overload._schema.arguments) if "Tensor" in str(argument.type)]
     run = eager or implementation
 
     def checked(values: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not requires_grad(values):
+        try:
+            for i in tensors:
+                if values[i] is not None and values[i].requires_grad:
+                    break
+            else:
+                return values
+        except AttributeError:  # no tensor, which the implementation names
             return values
         other = names(dict(zip(arguments, values))) if names else {}
         return constants(name, [other.get(argument, argument) for argument in arguments], values)

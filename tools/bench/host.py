@@ -5,7 +5,8 @@ The committed files are results/host.json and, of ``--gpu``, results/host-gpu.js
 On a GPU (``--gpu``), for every operator: what a call costs the host with its launch, the replay of a CUDA graph of one
 call, and a call inside ``torch.compile``; the bits of all three are compared first.
 
-Without one, nothing is launched.  A call in steady state is the operator's Python, one look-up, and one call of a
+All calls are made without grad mode, as engines make them; with it on, a look at each tensor's ``requires_grad`` is added.
+Without a GPU, nothing is launched.  A call in steady state is the operator's Python, one look-up, and one call of a
 compiled host function that takes the tensors through TVM-FFI and checks types, shapes and strides as the kernel's entry
 does; here that function has the signature of the kernel and an empty body, so that it runs on CPU tensors.  What is
 missing is the launch itself.
@@ -102,6 +103,7 @@ def fake(tensor: torch.Tensor | None):
     return make_fake_compact_tensor(DTYPES[tensor.dtype], sizes, stride_order=order, memspace=space)
 
 
+@torch.no_grad()
 def measure(call: dict) -> tuple[int, float, float]:
     """(tensors, microseconds of the operator, microseconds of its compiled entry) of a call in steady state."""
     tensors = [call.get(name) for name in Operands._fields]
@@ -171,6 +173,7 @@ def compiled(call: workloads.Call):
     return lambda: function(call.arguments)
 
 
+@torch.no_grad()
 def on_gpu(op: str) -> dict[str, float]:
     """Microseconds of the host per call of an operator, by the ways to make it.
 
