@@ -5,7 +5,7 @@ The committed files are results/host.json and, of ``--gpu``, results/host-gpu.js
 On a GPU (``--gpu``), for every operator: what a call costs the host with its launch, the replay of a CUDA graph of one
 call, and a call inside ``torch.compile``; the bits of all three are compared first.
 
-All calls are made without grad mode, as engines make them; with it on, a look at each tensor's ``requires_grad`` is added.
+Calls are made without grad mode, as engines make them; with it on, a look at each tensor's ``requires_grad`` is added.
 Without a GPU, nothing is launched.  A call in steady state is the operator's Python, one look-up, and one call of a
 compiled host function that takes the tensors through TVM-FFI and checks types, shapes and strides as the kernel's entry
 does; here that function has the signature of the kernel and an empty body, so that it runs on CPU tensors.  What is
