@@ -45,8 +45,9 @@ class Consumer:
         self.zero_x = owner.zero + 7 * self.layout.x_pitch % 128
         self.zero_column = owner.zero + 7 * self.layout.column_pitch % 128
         self.history_steps = -(-self.spec.window // STEP)
-        # float16 inputs become float32 on their way to quantised sums: no room for what is shared between tiles
-        crowded = self.tile.scaled and self.spec.input_dtype == "float16"
+        # float16 inputs become float32 on their way to quantised sums: no room for what is shared between tiles; nor is
+        # there beside copies of unaligned rows
+        crowded = self.tile.scaled and (self.spec.input_dtype == "float16" or not self.spec.aligned)
         self.holds = not crowded and self.history_steps * self.spec.dstate // 4 <= HELD
 
     # ------------------------------------------------------------------------------------------------------------ unit

@@ -66,16 +66,12 @@ class UnalignedRows:
     def store(self, to, stride, n, source, width: cutlass.Constexpr, lane):
         """Copy n rows of `width` bytes from shared memory to global ones, `stride` bytes apart."""
         per_row = width // self.access
-        total = n * per_row
-        for base in cutlass.range(0, total, WARP * IN_FLIGHT, unroll=1):
-            pieces = []
-            for u in cutlass.range_constexpr(IN_FLIGHT):
-                t, r = self.piece(base + u * WARP + lane, total, per_row)
-                words = memory.load_words(source + (t * self.layout.x_pitch + r), *self.word)
-                pieces.append((to + Int64(t) * stride + Int64(r), words))
-            for u in cutlass.range_constexpr(IN_FLIGHT):
-                if base + u * WARP + lane < total:
-                    memory.store_words(memory.global_bytes(pieces[u][0], self.access), pieces[u][1])
+        lane = memory.pinned(lane)
+        for i in cutlass.range(lane, n * per_row, WARP, unroll=1):
+            t = Int32(Uint32(i) // per_row)
+            r = (i - t * per_row) * self.access
+            words = memory.load_words(source + (t * self.layout.x_pitch + r), *self.word)
+            memory.store_words(memory.global_bytes(to + Int64(t) * stride + Int64(r), self.access), words)
 
     def piece(self, i, total, per_row: int):
         """(row, bytes into it) of the i-th access, or of the last."""

@@ -282,14 +282,18 @@ def _choose(
 
     What heads of a group share is computed once for a unit, so units are as large as they can be while work is spread
     evenly, by whole heads; and every SM should have `CONSUMERS` consumers and `FLIGHT` bytes of states on their way.
+
+    Beside copies of unaligned rows there are no registers for loops over units of quantised states (sm_90a: up to 800
+    bytes spilled), so that every unit has a CTA; nor, where they are rounded stochastically, for several heads.
     """
-    found = []
+    found, loops = [], spec.aligned or not spec.scaled
+    fits = loops or not spec.philox_rounds
     for split in [d_split] if d_split else [s for s in SPLITS if spec.dim % (s * ROWS) == 0]:
-        for heads in _divisors(spec.heads // spec.groups):
+        for heads in _divisors(spec.heads // spec.groups if fits else 1):
             units = batch * (spec.heads // heads)
             busiest = -(-units // sm_count) * heads  # heads of the SM that has most
             for consumers in [n for n in _divisors(heads * split) if n <= CONSUMERS]:
-                config = _largest_ring(spec, arch, split, heads * split, consumers, units > sm_count)
+                config = _largest_ring(spec, arch, split, heads * split, consumers, loops and units > sm_count)
                 if config is None:
                     continue
                 half = config.halves[0]
