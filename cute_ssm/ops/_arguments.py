@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,6 +94,11 @@ def check_writable(name: str, tensor: Tensor) -> None:
     if overlaps(tensor):
         expected = "elements that do not share memory"
         raise ValueError(describe(name, expected, f"strides {tensor.stride()}", f"pass {name}.contiguous()"))
+
+
+def first_rows(batch: int, *tensors: Any) -> tuple[Any, ...]:
+    """Return views of the first `batch` rows of tensors that are longer, such as buffers of a CUDA graph."""
+    return tuple(t[:batch] if isinstance(t, Tensor) and t.dim() and t.shape[0] > batch else t for t in tensors)
 
 
 def check_slots(name: str, indices: Tensor, used: Tensor, slots: int, pad_slot_id: int | None) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from cute_ssm.errors import describe
+from cute_ssm.ops._arguments import first_rows
 
 
 class Metadata(NamedTuple):
@@ -30,6 +31,24 @@ class Sequence(NamedTuple):
     begin: int
     source: int | None
     ends: list[tuple[int, int | None]]
+
+
+PER_SEQUENCE = (
+    "cache_indices", "has_initial_state", "block_idx_first_scheduled_token", "block_idx_last_scheduled_token",
+    "initial_state_idx", "last_chunk_indices",
+)  # fmt: skip
+
+
+def of_batch(tensors: Any) -> Any:
+    """The same named tuple of tensors, of those with a row for each sequence the first rows."""
+    counted = tensors.u if tensors.query_start_loc is None else tensors.query_start_loc
+    given = [(name, getattr(tensors, name)) for name in PER_SEQUENCE if getattr(tensors, name) is not None]
+    if not given or not isinstance(counted, Tensor) or not counted.dim():
+        return tensors
+    batch = counted.shape[0] - (counted is tensors.query_start_loc)
+    firsts = {name: first_rows(batch, tensor)[0] for name, tensor in given}
+    changed = any(firsts[name] is not tensor for name, tensor in given)
+    return tensors._replace(**firsts) if changed else tensors
 
 
 def plan_on_cpu(

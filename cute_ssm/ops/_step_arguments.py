@@ -133,7 +133,7 @@ def check_contents(operands: Operands, settings: Settings) -> None:
         source = o.state_batch_indices
         if o.num_accepted_tokens is not None:
             used = torch.zeros_like(source, dtype=torch.bool)
-            columns = _columns(o.num_accepted_tokens, source.shape[1])
+            columns = _columns(o.num_accepted_tokens, source, real, pad)
             used[real, columns[real]] = True
             source = source[torch.arange(len(source)), columns]
         arguments.check_slots("state_batch_indices", o.state_batch_indices, used, slots, pad)
@@ -179,12 +179,14 @@ def _lengths(operands: Operands, settings: Settings) -> Tensor:
     return lengths
 
 
-def _columns(accepted: Tensor, columns: int) -> Tensor:
-    """Column of each sequence's first state."""
-    if bool((accepted > columns).any()):
-        expected = f"at most {columns}, the columns of state_batch_indices"
-        raise ValueError(describe("num_accepted_tokens", expected, int(accepted.max())))
-    return (accepted.long() - 1).clamp(min=0)
+def _columns(accepted: Tensor, indices: Tensor, real: Tensor, pad: int) -> Tensor:
+    """Column of each sequence's first state; a row of padding may have any number."""
+    most = indices.shape[1]
+    bad = (real & (accepted > most) & (indices != pad).any(1)).nonzero()[:, 0]
+    if len(bad):
+        expected, at = f"at most {most}, the columns of state_batch_indices", int(bad[0])
+        raise ValueError(describe("num_accepted_tokens", expected, f"{int(accepted[at])} at position {at}"))
+    return (accepted.long() - 1).clamp(0, most - 1)
 
 
 def _check_distinct(name: str, indices: Tensor, what: str) -> None:

@@ -13,6 +13,7 @@ from cute_ssm import runtime
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops import _checkpointing_arguments as arguments
 from cute_ssm.ops import _library
+from cute_ssm.ops._arguments import first_rows
 from cute_ssm.ops._checkpointing_arguments import TIED, Operands, Settings
 from cute_ssm.ops._plans import REFUSALS, Plans
 from cute_ssm.reference.checkpointing_ssu import update as reference
@@ -153,6 +154,8 @@ def checkpointing_ssu(
 
     Notes
     -----
+    Index tensors may have more rows than the batch, as buffers of CUDA graphs do: the first ones count.
+
     The address, and all strides but the last, of state, state_scale, old_x and old_B are multiples of 16 bytes; the
     last two dimensions of x, B, C, z, out, old_x and old_B are contiguous.  If addresses and strides of x, B, C, z and
     out are multiples of 16 bytes too, their rows are copied in bulk.  Otherwise, as for most views of a fused
@@ -333,6 +336,8 @@ def _run(
         sizes: tuple[object, ...] = (x.shape, x_history.shape, B.shape, state.shape)
         if cu_seqlens is not None:
             sizes = (x.shape[2:], x_history.shape, B.shape[2:], state.shape, cu_seqlens.shape, cu_seqlens.dtype)
+        batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        state_batch_indices, work_items = first_rows(batch, state_batch_indices, work_items)
         key = (
             sizes, state.dtype, x.dtype, dt.dtype, A.dtype, x.device, ring, dt_softplus, d_split, pdl, window,
             max_seqlen, z is None, None if D is None else D.dtype, None if dt_bias is None else dt_bias.dtype,

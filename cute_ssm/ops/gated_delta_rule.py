@@ -116,6 +116,8 @@ def gated_delta_rule_mtp(
 
     Notes
     -----
+    Index tensors may have more rows than the batch, as buffers of CUDA graphs do: the first ones count.
+
     On a GPU the kernel is launched as a programmatic dependent: it may start while the kernel before it on the stream
     still runs, waits for its end before it reads or writes anything, and lets the next kernel start at once.  A next
     kernel that is launched so has to wait likewise (``griddepcontrol.wait``) before it uses what this one reads or
@@ -191,6 +193,10 @@ def _run(
 ) -> None:
     if scatter is not None or disable_state_update:
         dst = None
+    if isinstance(q, Tensor) and q.dim():
+        src, scatter, dst, accepted = arguments.first_rows(q.shape[0], src, scatter, dst, accepted)
+        if isinstance(scatter, Tensor) and scatter.dim() == 2 and q.dim() == 4 and scatter.shape[1] > q.shape[1]:
+            scatter = scatter[:, : q.shape[1]]
     tensors = (q, k, v, state, src, A_log, a, dt_bias, b, output, buffer, scatter, dst, accepted)
     flags = (disable_state_update, use_qk_l2norm, zero_padding)
     # without a state to write, the kernel has no argument for how many tokens it would pass
@@ -316,14 +322,15 @@ def _check_indices(tensors: tuple[Any, ...], flags: tuple[bool, bool, bool]) -> 
     q, state, src, scatter, dst, accepted = (tensors[i] for i in (0, 3, 4, 11, 12, 13))
     slots, tokens, disabled = state.shape[0], q.shape[1], flags[0]
     named = {"initial_state_indices": src, "ssm_state_indices": scatter, "output_state_indices": dst}
+    checks.check_slots("initial_state_indices", src, slots)
+    real = src >= 0  # nothing is asked of the other indices of padding
     for name, indices in named.items():
         if indices is not None:
-            checks.check_slots(name, indices, slots)
-    if accepted is not None and bool(((accepted < 0) | (accepted > tokens)).any()):
-        raise ValueError(describe("accepted_steps", f"counts from 0 to {tokens} = tokens", accepted.tolist()))
+            checks.check_slots(name, indices[real], slots)
+    if accepted is not None and bool((real & ((accepted < 0) | (accepted > tokens))).any()):
+        raise ValueError(describe("accepted_steps", f"counts from 0 to {tokens} = tokens", accepted[real].tolist()))
     if disabled or not src.numel():
         return
-    real = src >= 0
     written = (dst if dst is not None else src) if scatter is None else scatter
     name = next(name for name, indices in named.items() if indices is written)
     per_token = written.dim() == 2

@@ -133,6 +133,8 @@ def gated_delta_rule_replay(
 
     Notes
     -----
+    Index tensors may have more rows than the batch, as buffers of CUDA graphs do: the first ones count.
+
     On a GPU the kernel is launched as a programmatic dependent: it may start while the kernel before it on the stream
     still runs, waits for its end before it reads or writes anything, and lets the next kernel start at once.  A next
     kernel that is launched so has to wait likewise (``griddepcontrol.wait``) before it uses what this one reads or
@@ -189,6 +191,8 @@ def _run(
     window: int,
     zero_padding: bool,
 ) -> None:
+    if isinstance(q, Tensor) and q.dim():
+        (src,) = arguments.first_rows(q.shape[0], src)
     tensors = (
         q, k, v, state, src, k_cache, v_cache, g_cache, beta_cache, ring_start, counts, A_log, a, dt_bias, b, output,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
 from cute_ssm.ops import _library
 from cute_ssm.ops._plans import REFUSALS, Plans
-from cute_ssm.ops._scan_plan import Metadata, plan_on_cpu
+from cute_ssm.ops._scan_plan import Metadata, of_batch, plan_on_cpu
 from cute_ssm.reference.selective_scan import selective_scan as reference
 from cute_ssm.spec import SelectiveScanSpec
 from cute_ssm.tuning import overridden
@@ -122,6 +122,8 @@ def selective_scan(
 
     Notes
     -----
+    Index tensors may have more rows than the batch, as buffers of CUDA graphs do: the first ones count.
+
     Prefix caching saves the state after every block or chunk in the slot named by the block's column of
     ``cache_indices``: the last one in column ``block_idx_last_scheduled_token``, another in the column of the block
     that its last token is in.  Positions count from ``block_idx_first_scheduled_token`` blocks; if the first of several
@@ -285,6 +287,7 @@ def _scan(
     ungated_name: str = "ungated",
 ) -> None:
     """Scan into `out`, and into `ungated` what the gate has not seen; the names are those of errors."""
+    tensors = of_batch(tensors)
     key = _key(tensors, softplus, block_size, out, ungated)
     plan = _plans.get(key)
     if plan is not None and not overridden():

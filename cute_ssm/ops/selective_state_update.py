@@ -13,6 +13,7 @@ from cute_ssm import runtime
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops import _library
 from cute_ssm.ops import _step_arguments as arguments
+from cute_ssm.ops._arguments import first_rows
 from cute_ssm.ops._plans import REFUSALS, Plans
 from cute_ssm.ops._step_arguments import Operands, Settings
 from cute_ssm.reference.selective_state_update import update as reference
@@ -142,6 +143,8 @@ def selective_state_update(
 
     Notes
     -----
+    Index tensors may have more rows than the batch, as buffers of CUDA graphs do: the first ones count.
+
     A single head may be left out: state (slots, dim, dstate), x, dt, z, out (batch, dim), A (dim, dstate), B, C
     (batch, dstate), D, dt_bias (dim,); the shorthand is recognised by state, x, A or B, with one token or packed ones.
 
@@ -277,6 +280,7 @@ def _run(
         batch = x.shape[0]
         if cu_seqlens is not None:
             sizes, batch = (x.shape[1:], B.shape[1:], x.shape[0] > 0), cu_seqlens.shape[0] - 1
+        src, dst, accepted, saved_rows = first_rows(batch, src, dst, accepted, saved_rows)
         key = (
             sizes, state.dtype, x.dtype, dt.dtype, A.dtype, x.device, dt_softplus, disable_state_update, zero_padding,
             z is None, None if D is None else D.dtype, None if dt_bias is None else dt_bias.dtype,

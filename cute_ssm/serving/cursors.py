@@ -147,15 +147,16 @@ def build_work_items(
     if work_items is None:
         rows = _batch(batch, state_batch_indices, cu_seqlens)
         work_items = torch.empty(rows, 4, dtype=torch.int32, device=pnat.device)
-    elif batch is not None and isinstance(work_items, Tensor) and work_items.shape[:1] != (batch,):
-        raise ValueError(describe("work_items", f"batch = {batch} rows", tuple(work_items.shape)))
+    elif batch is not None and isinstance(work_items, Tensor) and work_items.shape[:1] < (batch,):
+        raise ValueError(describe("work_items", f"at least batch = {batch} rows", tuple(work_items.shape)))
+    listed = work_items if batch is None or not isinstance(work_items, Tensor) else work_items[:batch]
     if num_writes is None:
         num_writes = torch.empty(1, dtype=torch.int32, device=pnat.device)
-    if state_batch_indices is None and isinstance(work_items, Tensor) and 0 <= pad_slot_id < len(work_items):
+    if state_batch_indices is None and isinstance(listed, Tensor) and 0 <= pad_slot_id < len(listed):
         raise ValueError(describe("pad_slot_id", "a slot that no row uses", pad_slot_id, "pass state_batch_indices"))
     run = _build if _eager(pnat) else _build_overload
     run(
-        pnat, place, state_batch_indices, cu_seqlens, work_items, num_writes, ring_start is not None, *sizes
+        pnat, place, state_batch_indices, cu_seqlens, listed, num_writes, ring_start is not None, *sizes
     )  # fmt: skip
     return work_items, num_writes
 
@@ -199,15 +200,21 @@ def _places(
     return place, (pad_slot_id, tokens or 0, window, ring_length)
 
 
+def first_rows(listed: Any, cu_seqlens: Any, *tensors: Any) -> tuple[Any, ...]:
+    """Return the first rows of tensors, as many as ``cu_seqlens`` or else `listed` counts; views, if they have more."""
+    counted = listed if cu_seqlens is None else cu_seqlens
+    if not isinstance(counted, Tensor) or not counted.dim():
+        return tensors  # the checks name what is wrong
+    return arguments.first_rows(counted.shape[0] - (cu_seqlens is not None), *tensors)
+
+
 def _batch(batch: int | None, src: Tensor | None, cu_seqlens: Tensor | None) -> int:
-    found = {
-        "batch": batch,
-        "state_batch_indices": len(src) if isinstance(src, Tensor) and src.dim() else None,
-        "cu_seqlens": len(cu_seqlens) - 1 if isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() else None,
-    }
-    for value in found.values():
-        if value is not None:
-            return value
+    if batch is not None:
+        return batch
+    if isinstance(cu_seqlens, Tensor) and cu_seqlens.dim():
+        return len(cu_seqlens) - 1
+    if isinstance(src, Tensor) and src.dim():
+        return len(src)
     raise ValueError(describe("batch", "a number of rows", None, "nothing else tells it"))
 
 
@@ -235,6 +242,11 @@ class _Rows(NamedTuple):
             "state_batch_indices": self.src,
             "cu_seqlens": self.cu_seqlens,
         }
+
+    def batch(self, listed: Tensor) -> int:
+        """Rows, as many as ``cu_seqlens`` or else `listed` counts."""
+        packed = self.cu_seqlens
+        return listed.shape[0] if packed is None or packed.dim() != 1 or not len(packed) else len(packed) - 1
 
     def check(self, batch: int) -> None:
         """Raise unless shapes and types fit a batch."""
@@ -334,6 +346,7 @@ def _commit(
     window: int,
     places: int,
 ) -> None:
+    accepted, src = first_rows(accepted, cu_seqlens, accepted, src)
     rows = _Rows(pnat, place, src, cu_seqlens, ring, pad_slot_id, tokens, window, places)
     operands = (pnat, place, accepted, src, cu_seqlens, seeds, *rows.scalars())
     key = _key(CommitSpec, rows, accepted, seeds)
@@ -344,7 +357,8 @@ def _commit(
     arguments.check_dtype("num_accepted_tokens", accepted, INTEGERS)
     if accepted.dim() != 1:
         raise ValueError(describe("num_accepted_tokens", "shape (batch,)", tuple(accepted.shape)))
-    batch = accepted.shape[0]
+    batch = rows.batch(accepted)
+    arguments.check_shape("num_accepted_tokens", accepted, (batch,), "(batch,)")
     rows.check(batch)
     for name in ("prev_num_accepted_tokens", rows.place_name):
         arguments.check_writable(name, named[name])
@@ -402,6 +416,7 @@ def _build(
     window: int,
     places: int,
 ) -> None:
+    work_items, src = first_rows(work_items, cu_seqlens, work_items, src)
     rows = _Rows(pnat, place, src, cu_seqlens, ring, pad_slot_id, tokens, window, places)
     operands = (pnat, place, src, cu_seqlens, work_items, num_writes, *rows.scalars())
     key = _key(WorkItemsSpec, rows, work_items, num_writes)
@@ -419,7 +434,8 @@ def _build(
         raise ValueError(describe("work_items", f"contiguous rows at a multiple of {LIST_BYTES} bytes", got))
     arguments.check_dtype("num_writes", num_writes, (torch.int32,))
     arguments.check_shape("num_writes", num_writes, (1,), "(1,)")
-    batch = work_items.shape[0]
+    batch = rows.batch(work_items)
+    arguments.check_shape("work_items", work_items, (batch, 4), "(batch, 4)")
     rows.check(batch)
     if not batch:
         num_writes.zero_()

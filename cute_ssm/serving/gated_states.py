@@ -134,6 +134,8 @@ def _run(
     use_qk_l2norm: bool,
     window: int,
 ) -> None:
+    if isinstance(src, Tensor) and src.dim() == 1:
+        dst, counts = arguments.first_rows(src.shape[0], dst, counts)
     tensors = (state, k_cache, v_cache, g_cache, beta_cache, ring_start, pnat, out, src, dst, counts)
     key: tuple[object, ...] | None
     try:

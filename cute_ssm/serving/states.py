@@ -176,6 +176,8 @@ def _run(
     pad_slot_id: int,
     philox_rounds: int,
 ) -> None:
+    if isinstance(src, Tensor) and src.dim() == 1:
+        dst, counts = arguments.first_rows(src.shape[0], dst, counts)
     tensors = (
         state, state_scale, x_history, B_history, dt_history, cursor, pnat, A, out, out_scale, src, dst, counts, seed,
     )  # fmt: skip

@@ -241,7 +241,8 @@ BAD = {
     "tokens: expected a number, or cu_seqlens instead, got neither": {"tokens": None},
     "tokens: expected a number, or cu_seqlens instead, got both": {"cu_seqlens": torch.arange(41)},
     "cu_seqlens: expected rising": {"tokens": None, "cu_seqlens": torch.arange(41).flip(0)},
-    "cu_seqlens: expected shape": {"tokens": None, "cu_seqlens": torch.arange(40)},
+    "cu_seqlens: expected shape": {"tokens": None, "cu_seqlens": torch.arange(41)[None]},
+    "state_batch_indices: expected shape (batch,)": {"tokens": None, "cu_seqlens": torch.arange(42)},
     "cu_seqlens: expected dtype": {"tokens": None, "cu_seqlens": torch.arange(41.0)},
     "cu_seqlens: expected at most 6 tokens": {
         "tokens": None, "cu_seqlens": torch.arange(0, 7 * 41, 7), "cache_buf_idx": None, "ring_length": 22,
@@ -277,10 +278,10 @@ BAD_LISTS = {
     "work_items: expected dtype": {"work_items": torch.zeros(40, 4)},
     "work_items: expected shape": {"work_items": torch.zeros(40, 3, dtype=torch.int32)},
     "work_items: expected contiguous": {"work_items": torch.zeros(40, 8, dtype=torch.int32)[:, :4]},
-    "work_items: expected batch = 39 rows": {"batch": 39, "work_items": torch.zeros(40, 4, dtype=torch.int32)},
+    "work_items: expected at least batch = 41 rows": {"batch": 41, "work_items": torch.zeros(40, 4, dtype=torch.int32)},
     "num_writes: expected shape": {"num_writes": torch.zeros(2, dtype=torch.int32)},
     "num_writes: expected dtype": {"num_writes": torch.zeros(1, dtype=torch.int64)},
-    "state_batch_indices: expected shape (batch,) = (39,)": {"work_items": torch.zeros(39, 4, dtype=torch.int32)},
+    "state_batch_indices: expected shape (batch,) = (41,)": {"work_items": torch.zeros(41, 4, dtype=torch.int32)},
 }
 
 
