@@ -107,6 +107,12 @@ def larger(a, b, *, loc=None, ip=None):
     return Float32(pure(T.f32(), [a, b], "max.NaN.f32 $0, $1, $2;", "=f,f,f", loc, ip))
 
 
+@dsl_user_op
+def smaller(a, b, *, loc=None, ip=None):
+    """The smaller of two floats, NaN if one is."""
+    return Float32(pure(T.f32(), [a, b], "min.NaN.f32 $0, $1, $2;", "=f,f,f", loc, ip))
+
+
 def from_lane(value, lane):
     """The value of the lane that each lane names."""
     return cute.arch.shuffle_sync(value, lane)
@@ -120,11 +126,11 @@ _LARGEST_EXPONENT = 88.37  # whose e^x is a power of two, 2^127 at most, times a
 
 
 def exponential(x, low=None):
-    """e^(x + low) of x <= 88.37, correctly rounded but for about 2^-26; zero below -88, and not finite above 88.376.
+    """e^(x + low) of x <= 88.37, correctly rounded but for about 2^-26; zero below -88, not finite above 88.376.
 
     For where `decay`, whose instruction errs by two units in the last place, would be the largest error.
     """
-    x = cute.arch.fmax(x, Float32(_SMALLEST_EXPONENT))
+    x = larger(x, Float32(_SMALLEST_EXPONENT))
     shifted = cute.math.fma(x, Float32(_LOG2E), Float32(_ROUNDER))
     n = shifted - _ROUNDER
     r = cute.math.fma(n, Float32(-_LN2_HIGH), x)
@@ -161,8 +167,8 @@ def gate_exponent(A_log: Float32, x: Float32):
     for coefficient in _ARTANH[-2::-1]:
         series = cute.math.fma(series, square, Float32(coefficient))
     step = cute.math.fma(s + s, series, cute.arch.fmax(x, Float32(0.0)))
-    rate = exponential(cute.arch.fmin(A_log, Float32(_LARGEST_EXPONENT)))
-    product = cute.arch.fmin(rate * step, Float32(1e4))
+    rate = exponential(smaller(A_log, Float32(_LARGEST_EXPONENT)))
+    product = smaller(rate * step, Float32(1e4))
     low = cute.math.fma(-rate, step, product) if product < 1e4 else Float32(0.0)
     return product, low
 

@@ -7,7 +7,7 @@ notation is that of `kernels.gated_delta_rule`.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, const_expr
+from cutlass import Float32, Int32, const_expr
 
 from cute_ssm.device import convert, math, memory, mma
 from cute_ssm.tuning.gated_delta_rule import KEY_PAD
@@ -55,8 +55,14 @@ class TokenChunk:
         """All that does not depend on rows of the state, by one warp.
 
         Lane c is token, or column, c, with its decay and step: 1 and 0 past the last token.  `scale` of queries.
+
+        A token whose decay or step is NaN takes part in products as one that changes nothing: what multiplies the
+        state in outputs, and in states, from it on is NaN, and nothing that those of earlier tokens are made of.
         """
         count, pitch = self.tokens, self.pitch
+        unknown = alpha + beta != alpha + beta
+        unknown_before = (cute.arch.vote_ballot_sync(unknown) & ((Int32(2) << lane) - 1)) != 0  # or at this token
+        alpha, beta = Float32(1.0) if unknown else alpha, Float32(0.0) if unknown else beta
         self.store_gram(shared, lane)
         cute.arch.sync_warp()
         solve, decays, vectors = (shared[name] for name in ("solve", "decays", "vectors"))
@@ -95,7 +101,9 @@ class TokenChunk:
                         total = cute.math.fma(row[j], solution[j], total)
                     memory.store_words(target + ((count + t) * pitch + lane), [convert.as_word(total)])
             gamma = read(decays + (lane * pitch + count))
-            for n, value in enumerate((gamma * kappa, gamma * rho, kappa)):
+            shown = Float32(float("nan")) if unknown_before else gamma
+            memory.store_words(decays + (lane * pitch + count), [convert.as_word(shown)])
+            for n, value in enumerate((gamma * kappa, shown * rho, kappa)):
                 if const_expr(self.queries or n != 1):
                     memory.store_words(vectors + (n * count + lane), [convert.as_word(value)])
 

@@ -159,13 +159,13 @@ EDGES = {  # (argument, value)
     ),
     "exponential": (
         (0.0, 1.0), (-0.0, 1.0), (SUBNORMAL, 1.0), (-SUBNORMAL, 1.0), (-88.5, 0.0), (-1e30, 0.0), (-INF, 0.0),
-        (88.0, math.exp(88.0)),
+        (88.0, math.exp(88.0)), (NAN, NAN),
     ),
     "sigmoid": (
         (0.0, 0.5), (-0.0, 0.5), (SUBNORMAL, 0.5), (INF, 1.0), (-INF, 0.0), (LARGEST, 1.0), (-LARGEST, 0.0),
-        (30.0, 1.0), (-88.5, 0.0),
+        (30.0, 1.0), (-88.5, 0.0), (NAN, NAN),
     ),
-    "rsqrt": ((1.0, 1.0), (4.0, 0.5), (0.25, 2.0), (TINY, 2.0**63), (1e-6, 1e3)),
+    "rsqrt": ((1.0, 1.0), (4.0, 0.5), (0.25, 2.0), (TINY, 2.0**63), (1e-6, 1e3), (NAN, NAN)),
     "scan.power_of_two": (
         (0.0, 1.0), (-0.0, 1.0), (SUBNORMAL, 1.0), (-INF, 0.0), (INF, INF), (-LARGEST, 0.0), (-127.0, 0.0),
         (1.0, 2.0), (-126.0, TINY), (NAN, NAN),
@@ -241,7 +241,7 @@ def test_gates_of_the_delta_rule():
     values = torch.linspace(-60, 60, len(rates)).tolist()
     edges = [
         (0.0, INF), (0.0, -INF), (-INF, 3.0), (88.0, 5.0), (200.0, 1.0), (0.0, 1e38), (0.0, 0.0), (-200.0, -200.0),
-        (89.0, -INF), (INF, -LARGEST),
+        (89.0, -INF), (INF, -LARGEST), (NAN, 1.0), (NAN, -INF), (0.0, NAN), (-INF, NAN),
     ]  # fmt: skip
     got = gates(rates + [a for a, _ in edges], values + [x for _, x in edges])
     A, x = torch.tensor(rates).double(), torch.tensor(values).double()
@@ -262,7 +262,8 @@ def test_gates_of_the_delta_rule():
     assert at[3:6, 0].tolist() == [1e4] * 3
     assert at[3:6, 2].tolist() == [0.0] * 3
     assert at[6, 2] == pytest.approx(0.5, rel=2 * ULP)
-    assert at[7:, ::2].tolist() == [[0.0, 1.0]] * 3, "no step is no decay, whatever the rate"
+    assert at[10:, ::2].isnan().all(), "what is not a number stays none"
+    assert at[7:10, ::2].tolist() == [[0.0, 1.0]] * 3, "no step is no decay, whatever the rate"
 
 
 # ------------------------------------------------------------------------------------------------------ sums over lanes
