@@ -157,8 +157,8 @@ def place(out: Path) -> str:
 
     folder = out.absolute().parent
     if folder == env.settings().tuning_dir:
-        return f"better configs go into {out}, which operators read"
-    return f"better configs go into {out}, which operators read where CUTE_SSM_TUNING_DIR={folder}"
+        return f"better configs go into {out}; operators read them there"
+    return f"better configs go into {out}; operators read them there if CUTE_SSM_TUNING_DIR={folder} is set"
 
 
 def summary(solved: Iterable[Solved], margin: float) -> str:

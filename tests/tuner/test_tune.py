@@ -236,7 +236,7 @@ def test_the_command_fills_a_table(tmp_path, capsys):
     options = ["tune", OP, "--shapes", *SHAPES, "--objective", "counters", "--out", str(out)]
     assert main(options) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith(f"better configs go into {out}, which operators read where CUTE_SSM_TUNING_DIR=")
+    assert printed.startswith(f"better configs go into {out}; operators read them there if CUTE_SSM_TUNING_DIR=")
     assert re.search(r"table\.json: [01] configs better than the rule's by 5%, [01] calls for which", printed)
     assert "batch=4" in printed
     (row,) = json.loads(out.read_text())
@@ -280,8 +280,8 @@ def test_without_out_the_table_has_a_place_that_is_said_first(where, tmp_path, s
     assert main(["tune", OP]) == 2
     printed, error = capsys.readouterr()
     assert "searched" in error
-    reader = "" if where == "variable" else f" where CUTE_SSM_TUNING_DIR={folder}"
-    assert printed == f"better configs go into {folder / f'{OP}.json'}, which operators read{reader}\n"
+    reader = "" if where == "variable" else f" if CUTE_SSM_TUNING_DIR={folder} is set"
+    assert printed == f"better configs go into {folder / f'{OP}.json'}; operators read them there{reader}\n"
     assert not folder.exists(), "nothing is made before there is something to write"
 
 
