@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from cute_ssm.errors import GradientError, describe
 
@@ -29,6 +31,16 @@ def refuse(function: str, **tensors: object) -> None:
     """Raise `GradientError` if grad mode is on and one of a function's arguments requires grad."""
     if torch.is_grad_enabled() and requires_grad(tensors.values()):
         _refuse(function, next(name for name, value in tensors.items() if requires_grad((value,))))
+
+
+def refuse_tangents(function: str, names: Sequence[str], values: Sequence[Any]) -> None:
+    """Raise `GradientError` if an argument carries a tangent of forward-mode differentiation."""
+    if forward_ad._current_level < 0:
+        return
+    for name, value in zip(names, values):
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:  # type: ignore[no-untyped-call]
+            fix = f"{function} has no gradients, in forward mode neither: pass {name}.detach()"
+            raise GradientError(describe(name, "a tensor without a tangent", "a dual tensor", fix))
 
 
 def constants(function: str, names: Sequence[str], values: Sequence[Any]) -> tuple[Any, ...]:

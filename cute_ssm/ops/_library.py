@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cute_ssm.ops._gradients import constants
+from cute_ssm.ops._gradients import constants, refuse_tangents
 
 NAMESPACE = "cute_ssm"
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -64,6 +64,7 @@ def register(
                 if values[i] is not None and values[i].requires_grad:
                     break
             else:
+                refuse_tangents(name, arguments, values)
                 return values
         except AttributeError:  # no tensor, which the implementation names
             return values

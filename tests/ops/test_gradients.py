@@ -12,6 +12,7 @@ import replay_cases
 import scan_cases
 import step_cases
 import torch
+from torch.autograd import forward_ad
 
 import cute_ssm
 from cute_ssm import serving
@@ -127,6 +128,19 @@ def test_weights_that_are_parameters_are_constants_with_one_warning(name, backen
         for argument, value in call.items():
             if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
                 assert torch.equal(value.float().nan_to_num(), plain[argument].float().nan_to_num()), argument
+
+
+@pytest.mark.parametrize("name", ["selective_scan", "gated_delta_rule_mtp"])
+def test_tangents_of_forward_mode_are_refused(name):
+    """Weights included: the reference would carry them on, and the kernel drop them."""
+    for argument in floats(CALLS[name]()):
+        call = CALLS[name]()
+        with forward_ad.dual_level():
+            call[argument] = forward_ad.make_dual(call[argument], torch.ones_like(call[argument]))
+            before = copied({n: v for n, v in call.items() if n != argument})
+            with pytest.raises(GradientError, match=rf"^{argument}: expected a tensor without a tangent"):
+                operator(name)(**call)
+            assert same({n: v for n, v in call.items() if n != argument}, before)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
