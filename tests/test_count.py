@@ -247,7 +247,8 @@ REPLAY = {"batch": "64", "nheads": "16", "T": "6", "W": "16", "z": "1"}
         pytest.param("float8_e4m3fn", 8, "nearest", 700, marks=pytest.mark.slow),
         ("float16", 12, "nearest", 1650),
         ("float16", 12, "stochastic", 3500),
-        ("int8", 12, "nearest", 2500),
+        ("bfloat16", 12, "nearest", 1300),
+        ("int8", 12, "nearest", 2700),
         pytest.param("float8_e4m3fn", 12, "nearest", 2500, marks=pytest.mark.slow),
     ],
 )

@@ -72,6 +72,14 @@ def _pack_pair(low, high, dtype, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def pack_finite(values, dtype, *, loc=None, ip=None):
+    """A word of two values, rounded to nearest even and kept finite: what is left of an infinite one is infinite."""
+    low, high = values
+    text = f"cvt.rn.satfinite.{_PTX[dtype]}x2.f32 $0, $1, $2;"
+    return Int32(pure(T.i32(), [high, low], text, "=r,f,f", loc, ip))
+
+
+@dsl_user_op
 def _unpack_integers(word, dtype, *, loc=None, ip=None):
     """Each element is added to the pattern of the magic number by a dot product with a unit vector."""
     count = 32 // dtype.width

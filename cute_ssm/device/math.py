@@ -69,6 +69,20 @@ def running_sum(x):
     return x
 
 
+@dsl_user_op
+def _add_above(x, distance, *, loc=None, ip=None):
+    """x and the value `distance` lanes above it in the same half of the warp, if there is such a lane."""
+    text = f"{{ .reg .pred p; shfl.sync.down.b32 $0|p, $1, {distance}, 0x101f, 0xffffffff; @p add.f32 $0, $0, $1; }}"
+    return Float32(pure(T.f32(), [x], text, "=&f,f", loc, ip))
+
+
+def remaining_sum(x):
+    """Inclusive sums over each half of a warp, from its last lane on."""
+    for i in range(4):
+        x = _add_above(x, 1 << i)
+    return x
+
+
 def exchanged(value, distance):
     """The value of the lane whose number differs by an exclusive or with `distance`, a Python int."""
     return value if distance == 0 else cute.arch.shuffle_sync_bfly(value, distance)

@@ -296,9 +296,6 @@ class StateTile:
 
         A product with the identity moves words to where results are, and into float32, without touching an element.
         """
-        if self.dtype is Float32:
-            c = [convert.as_float(word) * identity for word in words]
-            return [[c[0], c[2], c[1], c[3]]]
         start = [Float32({Int8: -_BYTE_SHIFT, Int16: -256.0 * _BYTE_SHIFT - _LOW_SHIFT}.get(self.dtype, 0.0))] * 4
         operands = [words]
         if self.dtype.width == 8:
@@ -317,6 +314,11 @@ class StateTile:
                     c = mma.mma_16(part, b, c, self.operand)
                 results.append(c)
         return results
+
+    def decayed(self, words, decay, results):
+        """A quad of a float32 state, decayed, and accumulators added to it: rounded once."""
+        (c,) = results
+        return [[cute.math.fma(convert.as_float(words[i]), decay, c[j]) for j, i in enumerate((0, 2, 1, 3))]]
 
     def words(self, results, encode, bits):
         """Accumulators of a quad, rounded, as the words they came in.

@@ -6,6 +6,7 @@ take two tf32, in products of 8 positions.  The 16 positions of an operand are t
 (0, 1) for lane ``4 g + p``, 2 p and 2 p + 1; of words (2, 3), or of the second of two, 8 more.
 """
 
+import cutlass.cute as cute
 from cutlass import BFloat16
 
 from cute_ssm.device import convert, mma
@@ -42,24 +43,33 @@ class TokenOperands:
         return sums
 
     def weigh(self, x, weights, rows, parts):
-        """Words of [16 columns of x, 16 positions] times weights, as one or two operands.
+        """Words of [16 columns of x, 16 positions] times weights, as `parts` operands, the smallest first.
 
         `weights` are those of the lane's four positions, `rows`, or None, of its two columns of x, which are rows of
-        the result.
+        the result.  One part has 8 bits of bfloat16 or 11 of tf32, two have 16 or 22, three have all.
         """
-        values = [[v * w for v, w in zip(pair, weights[i // 2 * 2 :])] for i, pair in enumerate(self._values(x))]
+        factors = [list(zip(pair, weights[i // 2 * 2 :])) for i, pair in enumerate(self._values(x))]
         if rows is not None:
-            values = [[v * rows[i % 2] for v in pair] for i, pair in enumerate(values)]
+            factors = [[(v * w, rows[i % 2]) for v, w in pair] for i, pair in enumerate(factors)]
+        values, operands = [[v * w for v, w in pair] for pair in factors], []
+        for part in range(parts):
+            operand, high = self._part(values, part == parts - 1, parts == 1)
+            operands.insert(0, operand)
+            if part == 0:  # of the products themselves, not rounded: what is left after their highest bits is exact
+                values = [[cute.math.fma(v, w, -h) for (v, w), h in zip(*pair)] for pair in zip(factors, high)]
+            else:
+                values = [[v - h for v, h in zip(*pair)] for pair in zip(values, high)]
+        return operands
+
+    def _part(self, values, last, alone):
+        """(values of the lane's four pairs as an operand, what it holds of them)."""
         if self.dtype is BFloat16:
-            high = [convert.pack(pair, BFloat16)[0] for pair in values]
-            if parts == 1:
-                return [high]
-            rest = [[v - h for v, h in zip(pair, convert.unpack([word], BFloat16))] for pair, word in zip(values, high)]
-            return [high, [convert.pack(pair, BFloat16)[0] for pair in rest]]
-        if parts == 1:
-            return [self._thin([mma.rounded(pair) for pair in values])]
-        split = [mma.split(pair) for pair in values]
-        return [self._thin([pair[i] for pair in split]) for i in range(2)]
+            words = [
+                (convert.pack(pair, BFloat16)[0] if last else convert.pack_finite(pair, BFloat16)) for pair in values
+            ]
+            return words, [convert.unpack([word], BFloat16) for word in words]
+        high = [mma.rounded(pair) if alone else pair if last else mma.split(pair)[0] for pair in values]
+        return self._thin(high), high
 
     def accumulate(self, weighed, b, sums):
         """sums + weighed x times B; b are two words of [16 positions, 8 columns]."""

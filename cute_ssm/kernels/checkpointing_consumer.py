@@ -26,6 +26,12 @@ UNROLLED = 4  # tiles of a consumer and unit that are unrolled: more do not fit 
 SMALLEST_UNIT = 2.0**-90  # of a quantised row's sums: its inverse times an input stays finite
 HELD_COLUMNS = 128  # of 16 quantised rows that registers hold until their scales are known
 IN_FLIGHT = 4  # quads of a new state whose products overlap
+# of coefficients of new states, by types of x and of states, where not two: their errors are, in root mean square, a
+# quarter of that of the rounding that follows, or less
+PARTS = {
+    "bfloat16": {"float8_e4m3fn": 1, "float32": 3},
+    "float16": {"bfloat16": 1, "int8": 1, "float8_e4m3fn": 1, "float32": 3},
+}
 HELD = 32  # registers that may hold the history's B for all tiles of a unit
 
 
@@ -41,13 +47,14 @@ class Consumer:
         self.unrolled = self.once and self.own <= UNROLLED and not self.tile.wide and self.spec.dstate <= 128
         # whether a stage of a ring is used again
         self.again = not self.half.single or self.own > self.half.depth
-        self.parts = 1 if self.spec.state_dtype in ("bfloat16", "int8", "float8_e4m3fn") else 2
+        self.parts = PARTS[self.spec.input_dtype].get(self.spec.state_dtype, 2)
         self.zero_x = owner.zero + 7 * self.layout.x_pitch % 128
         self.zero_column = owner.zero + 7 * self.layout.column_pitch % 128
         self.history_steps = -(-self.spec.window // STEP)
-        # float16 inputs become float32 on their way to quantised sums: no room for what is shared between tiles; nor is
-        # there beside copies of unaligned rows
-        crowded = self.tile.scaled and (self.spec.input_dtype == "float16" or not self.spec.aligned)
+        # float16 inputs become float32 on their way to quantised and float32 sums: no room for what is shared between
+        # tiles; nor is there for quantised ones beside copies of unaligned rows
+        half = self.spec.input_dtype == "float16"
+        crowded = (self.tile.scaled and (half or not self.spec.aligned)) or (self.tile.dtype is Float32 and half)
         self.holds = not crowded and self.history_steps * self.spec.dstate // 4 <= HELD
 
     # ------------------------------------------------------------------------------------------------------------ unit
@@ -289,7 +296,11 @@ class Consumer:
         last = k + n - 1
         # e^{c_{k+t}} of this lane's two columns
         columns = [cutlass.min(k + (first + 2 * p + c), last) for c in range(2)]
-        scale = [power_of_two(self.load_float(record + t * 8)) * f for t, f in zip(columns, factors)]
+        scale = [self.load_float(record + t * 8) for t in columns]
+        if const_expr(self.half.part != "keep"):
+            base = self.load_float(record + layout.base)
+            scale = [value + base for value in scale]
+        scale = [power_of_two(value) * f for value, f in zip(scale, factors)]
         diagonal = k + (first + g)
         skip = self.load_float(record + layout.skip) if const_expr(self.spec.D_dtype is not None) else None
         decays = (record, self.load_float(record + cutlass.min(diagonal, last) * 8), diagonal, skip)
@@ -393,9 +404,8 @@ class Consumer:
         tile, h, offset = self.tile_offset(i, stages[3])
         g = lane // 4
         record = units + (here + layout.records + h * layout.record)
-        end = self.load_float(record + (k - 1) * 8)
-        decay = power_of_two(end)
-        weights = [self.weights(record, step, end, k, lane) for step in range(self.history_steps)]
+        decay = power_of_two(self.load_float(record + layout.base))
+        weights = [self.weights(record, step, k, lane) for step in range(self.history_steps)]
         x_at = [
             self.x_words(units, here + layout.x, k, step * STEP, offset, lane) for step in range(self.history_steps)
         ]
@@ -456,15 +466,17 @@ class Consumer:
             memory.store_scalar(pointer, scale, Float32)
 
     def new_quad(self, at, m, quad, x, history, identity, k, lane):
-        """A quad's accumulators: the old state and the weighed history."""
+        """A quad's accumulators: the old state and the weighed history.  A float32 state is added to the history last,
+        as every sum rounds what it adds to."""
         words = mma.load_matrices(self.tile.quad_at(at, quad, m), 4, transposed=False)
-        sums = self.tile.accumulators(words, identity)
+        last = self.tile.dtype is Float32
+        sums = [[Float32(0.0)] * 4] if last else self.tile.accumulators(words, identity)
         for step in range(self.history_steps):
             if step == 0:
                 sums = self.accumulate(x, history, step, quad, sums, lane)
             else:
                 sums = self.accumulate_if(x, history, step, quad, sums, k, lane)
-        return sums
+        return self.tile.decayed(words, identity, sums) if last else sums
 
     def accumulate(self, x, history, step, quad, sums, lane):
         columns = self.columns_of(history, step, quad, lane)
@@ -485,22 +497,25 @@ class Consumer:
         return bits[1:]
 
     @cute.jit
-    def weights(self, record, step: cutlass.Constexpr, end, k, lane):
-        """e^{c_{k-1} - c_j} dt'_j of the lane's four positions of a step of the history; none from position k on."""
+    def weights(self, record, step: cutlass.Constexpr, k, lane):
+        """e^{c_{k-1} - c_j} dt'_j of the lane's four positions of a step of the history; none from position k on.
+
+        Sums are those from c_{k-1} on (`Prep.count_back`).
+        """
         p = lane % 4
         values = [Float32(0.0)] * 4
         if const_expr(step == 0):
-            values = self.live_weights(record, step, end, k, p)
+            values = self.live_weights(record, step, k, p)
         elif k > step * STEP:
-            values = self.live_weights(record, step, end, k, p)
+            values = self.live_weights(record, step, k, p)
         return values
 
     @cute.jit
-    def live_weights(self, record, step: cutlass.Constexpr, end, k, p):
+    def live_weights(self, record, step: cutlass.Constexpr, k, p):
         f = self.load_decays(record, step, p)
         values = [Float32(0.0)] * 4
         for e in cutlass.range_constexpr(4):
             j = step * STEP + 2 * p + (e % 2 + e // 2 * 8)
-            value = power_of_two(end - f[2 * e]) * f[2 * e + 1]
+            value = power_of_two(-f[2 * e]) * f[2 * e + 1]
             values[e] = value if j < k else Float32(0.0)
         return values

@@ -52,6 +52,37 @@ class Prep:
             elif k + n > base:
                 more = self.fetch(place, history, rates, base, lane)
                 total, fresh = self.decay_block(place, history, more, at, lane, base, total, fresh)
+        if const_expr(self.owner.half.part != "keep"):
+            if k > 0 and k + n > self.spec.window:
+                self.count_back(place, words[2], at, lane)
+
+    @cute.jit
+    def count_back(self, place, rates, at, lane):
+        """In a unit that writes states, sums of the history from its last token on, and the base of all: such sums are
+        as exact where weights are large as differences of long sums are not."""
+        k, layout = place[5], self.layout
+        cute.arch.sync_warp()  # other lanes stored dt' of the next positions
+        rates = self.floats(rates, self.spec.A_dtype)
+        j, side = lane % 16, lane // 16
+        records, carry = [], []
+        for i in cutlass.range_constexpr(len(rates)):
+            h = 2 * i + side if const_expr(2 * i + 1 < layout.heads) else Int32(2 * i)
+            records.append(cute.recast_ptr(at + (layout.records + h * layout.record), dtype=Float32))
+            carry.append(Float32(0.0))
+        for block in cutlass.range_constexpr(-(-self.spec.window // STEP)):
+            base = (-(-self.spec.window // STEP) - 1 - block) * STEP
+            if k > base:
+                for i in cutlass.range_constexpr(len(rates)):
+                    later = base + j + 1
+                    step = memory.load_scalar(records[i] + (2 * cutlass.min(later, k - 1) + 1), Float32)
+                    sums = carry[i] + math.remaining_sum(rates[i] * step if later < k else Float32(0.0))
+                    carry[i] = cute.arch.shuffle_sync(sums, lane & 16)
+                    if later <= k and (side == 0 or const_expr(2 * i + 1 < layout.heads)):
+                        memory.store_scalar(records[i] + 2 * (base + j), sums * -LOG2E, Float32)
+        for i in cutlass.range_constexpr(len(rates)):
+            step = memory.load_scalar(records[i] + 1, Float32)
+            if j == 0 and (side == 0 or const_expr(2 * i + 1 < layout.heads)):
+                memory.store_scalar(records[i] + layout.base // 4, (carry[i] + rates[i] * step) * LOG2E, Float32)
 
     @cute.jit
     def positions(self, place, base: cutlass.Constexpr, lane):
@@ -120,8 +151,8 @@ class Prep:
             sums.append(total[i] + math.running_sum(rates[i] * step))
             total[i] = cute.arch.shuffle_sync(sums[i], lane | 15)
         stored = list(sums)
-        if const_expr(not self.history.ring):  # sums of a buffer that a step begins start from zero
-            if write:
+        if const_expr(self.owner.half.part != "keep"):
+            if write:  # sums start from zero, as those of a buffer that a step begins
                 for i in cutlass.range_constexpr(len(heads)):
                     step = taken[i] if is_new else Float32(0.0)
                     stored[i] = fresh[i] + math.running_sum(rates[i] * step)
@@ -129,7 +160,10 @@ class Prep:
         for i in cutlass.range_constexpr(len(heads)):
             if side == 0 or const_expr(2 * i + 1 < layout.heads):
                 record = cute.recast_ptr(at + (layout.records + heads[i] * layout.record + j * 8), dtype=Float32)
-                memory.store(record, [sums[i] * LOG2E, taken[i]], Float32, 8)
+                memory.store(record, [stored[i] * LOG2E, taken[i]], Float32, 8)
+                if const_expr(base == 0):
+                    if j == 0:
+                        memory.store_scalar(record + layout.base // 4, Float32(0.0), Float32)
                 if const_expr(skips is not None):
                     if j == 0:
                         skip = self.floats([skips[i]], spec.D_dtype)[0]

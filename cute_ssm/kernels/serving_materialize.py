@@ -241,7 +241,10 @@ class MaterializeState:
 
     @cute.jit
     def weights(self, history, rate, source, h, count, lane):
-        """(e^{c_{j-1}}, weights of the tokens `lane` and `lane + 32`), sums in the order of the tokens."""
+        """(e^{c_{j-1}}, weights of the tokens `lane` and `lane + 32`).
+
+        Exponents are sums from the last token on: differences of long sums would cost the places that cancel.
+        """
         steps, products, sums = [], [], []
         for k in cutlass.range_constexpr(2):
             step = Float32(0.0)
@@ -254,12 +257,13 @@ class MaterializeState:
             sums.append(Float32(0.0))
         low, high, first, second = products[0], products[1], sums[0], sums[1]
         total = Float32(0.0)
-        for token in cutlass.range(count, unroll=1):
+        for done in cutlass.range(count, unroll=1):
+            token = count - 1 - done
             product = low if token < WARP else high
-            total += cute.arch.shuffle_sync(product, token & (WARP - 1))
             first = total if lane == token else first
             second = total if lane + WARP == token else second
-        values = [math.decay(total - c) * step for c, step in zip((first, second), steps)]
+            total += cute.arch.shuffle_sync(product, token & (WARP - 1))
+        values = [math.decay(c) * step for c, step in zip((first, second), steps)]
         return math.decay(total), values[0], values[1]
 
     @cute.jit

@@ -14,6 +14,7 @@ the history, and nothing of the new tokens, makes of S0 ::
 
     S1 = e^{c_{k-1}} S0 + sum_{j < k} e^{c_{k-1} - c_j} dt'_j x_j B_j^T
 
+whose exponents are summed from the last token on: differences of long sums would cost the places that cancel.
 With k = 0 that is S0 itself, and nothing is written.
 """
 
@@ -128,11 +129,11 @@ def fold(state: Tensor, x: Tensor, B: Tensor, dt: Tensor, A: Tensor) -> Tensor:
     if not len(x):
         return state
     x, B, dt, A = (tensor.to(state.dtype) for tensor in (x, B, dt, A))
-    sums = running_sums(A, dt)
-    coefficients = torch.exp(sums[:, -1:] - sums) * dt  # (nheads, tokens)
+    later = running_sums(A, dt.flip(1)).flip(1)  # of a token and all after it
+    coefficients = torch.exp(torch.nn.functional.pad(later[:, 1:], (0, 1))) * dt  # (nheads, tokens)
     B = B.repeat_interleave(x.shape[1] // B.shape[1], dim=1)
     added = torch.einsum("jhp,jhn->hpn", coefficients.T[..., None] * x, B)
-    return torch.exp(sums[:, -1])[:, None, None] * state + added
+    return torch.exp(later[:, 0])[:, None, None] * state + added
 
 
 def outputs(state: Tensor, x: Tensor, B: Tensor, dt: Tensor, A: Tensor, C: Tensor) -> Tensor:

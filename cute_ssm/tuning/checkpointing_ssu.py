@@ -177,8 +177,9 @@ class UnitLayout:
         Positions, history first and then new tokens.
     width, x_pitch, column_pitch : int
         Bytes of a row of x, z or out; distance of two; distance of two rows of B or C.
-    record, skip : int
-        Bytes of a head's decays: (running sum in powers of two, dt') of every position; where D follows them.
+    record, skip, base : int
+        Bytes of a head's decays: (running sum in powers of two, dt') of every position; where D follows them, and what
+        makes the sums those since the stored state.
     x, z, b, c, records, scales, meta : int
         Offsets.
     unit_bytes, zero_bytes : int
@@ -194,6 +195,7 @@ class UnitLayout:
     column_pitch: int
     record: int
     skip: int
+    base: int
     x: int
     z: int
     b: int
@@ -239,6 +241,7 @@ def unit_layout(spec: CheckpointingSSUSpec, part: str, tiles: int, d_split: int)
         column_pitch=column_pitch,
         record=record,
         skip=skip,
+        base=skip + 4,
         **offsets,
         unit_bytes=end,
         zero_bytes=-(-(112 + max(width, columns)) // 128) * 128,

@@ -247,6 +247,44 @@ def test_emulated_for_blackwell(case):
         verify(case)
 
 
+@pytest.mark.parametrize("emulate", [contextlib.nullcontext, emulated], ids=["reference", "emulated"])
+@pytest.mark.parametrize("rate", [1.0, 100.0])
+@pytest.mark.parametrize(
+    "state", ["bf16", "f16", *(pytest.param(s, marks=pytest.mark.slow) for s in ("f32", "i16", "i8", "f8"))]
+)
+def test_a_state_errs_like_one_rounding(state, rate, emulate):
+    """In root mean square, at most 1.1 times as much as the right state rounded once; float32, as a few roundings.
+
+    All tokens but the last three decay by far more than those: exponents of their sums would cancel.
+    """
+    made = random(Case(state=state, rows=64, counts=False, rate=rate, heads=8, dim=16), 0)
+    call = made["call"]
+    for (_, _, step), slot in zip(made["tokens"], made["order"].tolist()):
+        count = max(len(step) - 3, 0)
+        step[:count] *= 300.0
+        call["dt_history"][slot, call["cache_buf_idx"][slot], :, :count] *= 300.0
+    before = call["state"].clone(), call["state_scale"].clone() if "state_scale" in call else None
+    with emulate():
+        serving.materialize(**call)
+    for b, tokens in enumerate(made["tokens"]):
+        source, to = (int(call[name][b]) for name in ("state_batch_indices", "dst_state_batch_indices"))
+        if call["pad_slot_id"] in (source, to) or len(tokens[0]) == 0:
+            continue
+        first = rounding.load(before[0][source], None if before[1] is None else before[1][source])
+        want = fold(first.double(), call["A"][:, 0, 0], *tokens)
+        got = rounding.load(call["state"][to], None if before[1] is None else call["state_scale"][to]).double()
+        dtype = call["state"].dtype
+        if before[1] is None:
+            nearest = want.to(dtype).double()
+        else:
+            scale = want.abs().amax(-1, keepdim=True) / rounding.LARGEST[dtype]
+            nearest = (want / scale if dtype is torch.float8_e4m3fn else (want / scale).round()).to(
+                dtype
+            ).double() * scale
+        ratio = ((got - want).square().mean((1, 2)) / (nearest - want).square().mean((1, 2))).mean().sqrt()
+        assert ratio <= (4.0 if state == "f32" else 1.1), f"{len(tokens[0])} tokens: {ratio:.3f} roundings"
+
+
 @pytest.mark.parametrize("warps", [1, 3, 8])
 def test_bits_do_not_depend_on_config_or_order(warps):
     """Nor on the place in the batch, nor on the run."""
