@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from cute_ssm import env, runtime
@@ -39,8 +41,13 @@ def _forget() -> None:
 
 
 @pytest.fixture
-def settings(monkeypatch):
-    """Set variables of the environment for one test, all others of this package unset: ``settings(CACHE="0")``."""
+def settings(monkeypatch, tmp_path_factory):
+    """Set variables of the environment for one test, all others of this package unset: ``settings(CACHE="0")``.
+
+    The cache lies where the run's own does, or in a folder of the run: never in the user's.
+    """
+    own = os.environ.get("CUTE_SSM_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", own or str(tmp_path_factory.getbasetemp() / "caches"))
     for name in env.present():
         monkeypatch.delenv(name)
 
