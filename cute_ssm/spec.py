@@ -238,6 +238,7 @@ def token_bucket(tokens: int) -> int:
 
 
 WINDOW_BUCKETS = (8, 16, 32, 64)
+DELTA_SIZES = range(16, 257, 16)  # of keys; and of values, which may also have 512 elements
 
 
 def window_bucket(window: int) -> int:
@@ -290,9 +291,10 @@ class GatedDeltaSpec(Spec):
         return f"{self.op}-{self.state_dtype}-{self.input_dtype}-{self.V}x{self.K}-{self.tokens}"
 
     def check(self) -> None:
-        for name in ("K", "V"):
-            if getattr(self, name) not in (64, 128, 256):
-                raise UnsupportedSpecError(describe(name, "64 or 128 or 256", getattr(self, name)))
+        if self.K not in DELTA_SIZES:
+            raise UnsupportedSpecError(describe("K", "a multiple of 16 up to 256", self.K))
+        if self.V not in DELTA_SIZES and self.V != 512:
+            raise UnsupportedSpecError(describe("V", "a multiple of 16 up to 256, or 512", self.V))
         for name in ("state_dtype", "output_dtype", "gate_dtype", "dt_bias_dtype"):
             if getattr(self, name) not in FLOATS:
                 raise UnsupportedSpecError(describe(name, " or ".join(FLOATS), getattr(self, name)))

@@ -29,9 +29,9 @@ def fused_recurrent_gated_delta_rule(
     Parameters
     ----------
     q, k : Tensor, (batch, tokens, heads, K), bfloat16/float16
-        tokens is 1 to 16; K is 64, 128 or 256.
+        tokens is 1 to 16; K is a multiple of 16 up to 256.
     v : Tensor, (batch, tokens, value_heads, V), type of q
-        V is 64, 128 or 256.
+        V is a multiple of 16 up to 256, or 512.
     g : Tensor, (batch, tokens, value_heads), optional
         Logarithms of the decays, at most 0.  None: no decay.
     gk, gv, cu_seqlens

@@ -56,10 +56,10 @@ def gated_delta_rule_mtp(
     Parameters
     ----------
     q, k : Tensor, (batch, tokens, heads, K), bfloat16/float16
-        Queries and keys; tokens is 1 to 16, K is 64, 128 or 256.  Stride 1 in the last dimension, address and other
-        strides multiples of 8 bytes: slices of a fused projection are fine.
+        Queries and keys; tokens is 1 to 16, K a multiple of 16 up to 256.  Stride 1 in the last dimension, address and
+        other strides multiples of 8 bytes: slices of a fused projection are fine.
     v : Tensor, (batch, tokens, value_heads, V), type of q
-        Values; V is 64, 128 or 256, value_heads a multiple of heads, and value head h uses row
+        Values; V is a multiple of 16 up to 256, or 512, value_heads a multiple of heads, and value head h uses row
         ``h // (value_heads / heads)`` of q and k.  Stride 1 in the last dimension, address and other strides multiples
         of 16 bytes.
     initial_state : Tensor, (slots, value_heads, V, K), float32/bfloat16/float16

@@ -76,11 +76,11 @@ def gated_delta_rule_replay(
     Parameters
     ----------
     q, k : Tensor, (batch, tokens, heads, K), bfloat16/float16
-        Queries and keys of the new tokens; tokens is 1 to 16, K is 64, 128 or 256.  Stride 1 in the last dimension,
-        address and other strides multiples of 8 bytes.
+        Queries and keys of the new tokens; tokens is 1 to 16, K a multiple of 16 up to 256.  Stride 1 in the last
+        dimension, address and other strides multiples of 8 bytes.
     v : Tensor, (batch, tokens, value_heads, V), type of q
-        Values; V is 64, 128 or 256, value_heads a multiple of heads.  Stride 1 in the last dimension, address and other
-        strides multiples of 16 bytes.
+        Values; V is a multiple of 16 up to 256, or 512, value_heads a multiple of heads.  Stride 1 in the last
+        dimension, address and other strides multiples of 16 bytes.
     initial_state : Tensor, (slots, value_heads, V, K), float32/bfloat16/float16
         Pool of checkpoints, **updated in place** by steps that flush.  Stride 1 in the last dimension; other strides
         are free multiples of 4 elements, and so is the address.

@@ -27,6 +27,7 @@ TILE = 16  # rows of the state that a warp works on at a time
 KEY_PAD = 8  # floats between rows of keys in shared memory: no access to them meets a bank twice
 VALUE_PAD = 8  # elements between rows of values
 MAX_TILES = 4  # of a warp
+MOST_WARPS = 8  # of a CTA
 MOST_ROWS = 128  # of a CTA
 SEQUENTIAL_TOKENS = 2  # most tokens of a call that are passed one after the other
 PART_BYTES = 128  # alignment of each part of shared memory
@@ -68,7 +69,7 @@ class GatedDeltaRuleConfig(Config):
         """Raise `UnsupportedSpecError` if the kernel cannot run so."""
         problems = {
             "rows": self.rows >= TILE and spec.V % self.rows == 0,
-            "warps": 1 <= self.warps <= 8 and self.rows % (TILE * self.warps) == 0 and self.tiles() <= MAX_TILES,
+            "warps": 1 <= self.warps <= MOST_WARPS and self.rows % (TILE * self.warps) == 0 and self.tiles() <= MAX_TILES,
             "shared memory": self.shared_bytes(spec) <= arch.shared_bytes,
             "sequential": not self.sequential
             or (isinstance(spec, GatedDeltaRuleSpec) and spec.tokens <= SEQUENTIAL_TOKENS),
@@ -122,8 +123,18 @@ def choose_materialize(spec: MaterializeGatedDeltaSpec, heads: int, sm_count: in
 
 def space(spec: GatedDeltaSpec, arch: Arch) -> dict[str, tuple[int, ...]]:
     """Return the values that the tuner tries for each field of `FREE`; not all combinations are valid."""
-    rows = [rows for rows in (16, 32, 64, 128, 256) if spec.V % rows == 0]
-    return {"rows": tuple(rows), "warps": (1, 2, 4, 8)}
+    return {"rows": row_choices(spec.V, 256), "warps": tuple(range(1, MOST_WARPS + 1))}
+
+
+def row_choices(V: int, most: int) -> tuple[int, ...]:
+    """Return the rows that a CTA may work on, ascending: whole tiles that divide V, up to ``most``."""
+    return tuple(rows for rows in range(TILE, most + 1, TILE) if V % rows == 0)
+
+
+def warp_choice(tiles: int, most: int) -> int:
+    """Return the largest number of warps up to ``most`` that share tiles evenly; more where each would get too many."""
+    warps = max(n for n in range(1, most + 1) if tiles % n == 0)
+    return warps if tiles // warps <= MAX_TILES else tiles
 
 
 @functools.lru_cache(maxsize=4096)
@@ -135,10 +146,14 @@ def _choose(spec: GatedDeltaSpec, heads: int, sm_count: int) -> GatedDeltaRuleCo
     and one with many, which the memory decides, has time for the instructions that it takes more.  Two tokens would
     take thrice those of products.
     """
-    rows = min(spec.V, MOST_ROWS)
-    if isinstance(spec, GatedDeltaRuleReplaySpec) and spec.K == 256 and spec.tokens <= 8:
-        rows = min(rows, 4 * TILE)  # with eight warps of a tile each, sm_100a spills; with four and more tokens, sm_90a
-    while rows > 2 * TILE and heads * (spec.V // rows) < 2 * sm_count:
-        rows //= 2
+    wide = spec.K > 128  # a tile fills the registers of a warp: one each
+    most = MOST_ROWS
+    if isinstance(spec, GatedDeltaRuleReplaySpec) and wide and spec.tokens <= 8:
+        most = 4 * TILE  # with eight warps of a tile each, sm_100a spills; with four and more tokens, sm_90a
+    choices = list(row_choices(spec.V, most))
+    rows = choices.pop()
+    while choices and rows > 2 * TILE and heads * (spec.V // rows) < 2 * sm_count:
+        rows = choices.pop()
     alone = isinstance(spec, GatedDeltaRuleSpec) and spec.tokens == 1
-    return GatedDeltaRuleConfig(rows, warps=min(8 if spec.K == 256 else 4, rows // TILE), sequential=int(alone))
+    warps = warp_choice(rows // TILE, MOST_WARPS if wide else 4)
+    return GatedDeltaRuleConfig(rows, warps, sequential=int(alone))

@@ -59,6 +59,10 @@ SIZES = [
     Case(K=256, V=256, batch=1, pads=(), tokens=1, out=None),
     Case(K=64, V=256, batch=1, pads=(), mode="verify", out=None),
     Case(K=128, V=128, batch=1, pads=(), tokens=8, state="f16", io="f16", out=None),
+    Case(K=96, V=192, batch=1, pads=(), mode="accepted"),
+    Case(K=192, V=192, batch=1, pads=(), tokens=1, out=None),
+    Case(K=16, V=48, batch=1, pads=(), tokens=2, mode="buffer_update"),
+    Case(K=256, V=512, batch=1, pads=(), tokens=2, mode="verify", out=None),
 ]
 
 

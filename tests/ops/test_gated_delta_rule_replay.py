@@ -60,6 +60,8 @@ SIZES = [
     Case(K=256, V=64, batch=1, pads=(), pending=(14,), out=None),
     Case(K=64, V=256, batch=1, pads=(), out=None),
     Case(K=128, V=128, batch=1, pads=(), tokens=8, pending=(11,), state="f16", io="f16", out=None),
+    Case(K=96, V=192, batch=1, pads=(), pending=(14,)),
+    Case(K=192, V=80, batch=1, pads=(), tokens=2, pending=(15,), out=None),
 ]
 
 

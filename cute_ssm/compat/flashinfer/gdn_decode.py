@@ -35,7 +35,7 @@ def gated_delta_rule_mtp(
     -----
     What differs: states may be 16 bits wide; float16 inputs are not rounded to bfloat16; negative entries of
     ``ssm_state_indices`` are skipped; a buffer with more rows of tokens than the call is addressed by its strides; any
-    pool may be strided; K and V may be 64, 128 or 256; indices on the CPU are checked.
+    pool may be strided; K and V may be other multiples of 16 up to 256, V 512 too; indices on the CPU are checked.
     """
     if isinstance(output_state_indices, Tensor) and isinstance(initial_state_indices, Tensor):
         output_state_indices = output_state_indices.to(initial_state_indices)
