@@ -116,6 +116,8 @@ class GatedDeltaRuleReplay(GatedDeltaRows):
         ).launch(
             grid=[batch * value_heads * chunks, 1, 1],
             block=[self.threads, 1, 1],
+            # ptxas bounds registers at 168, and spills 8 or 16 bytes, where K or the threads are no power of two
+            min_blocks_per_mp=int(any(n & (n - 1) for n in (self.spec.K, self.threads))),
             use_pdl=True,
             stream=stream,
         )  # fmt: skip
