@@ -67,9 +67,10 @@ class GatedDeltaRuleConfig(Config):
 
     def check(self, spec: GatedDeltaSpec, arch: Arch) -> None:
         """Raise `UnsupportedSpecError` if the kernel cannot run so."""
+        even = 1 <= self.warps <= MOST_WARPS and self.rows % (TILE * self.warps) == 0
         problems = {
             "rows": self.rows >= TILE and spec.V % self.rows == 0,
-            "warps": 1 <= self.warps <= MOST_WARPS and self.rows % (TILE * self.warps) == 0 and self.tiles() <= MAX_TILES,
+            "warps": even and self.tiles() <= MAX_TILES,
             "shared memory": self.shared_bytes(spec) <= arch.shared_bytes,
             "sequential": not self.sequential
             or (isinstance(spec, GatedDeltaRuleSpec) and spec.tokens <= SEQUENTIAL_TOKENS),

@@ -140,7 +140,8 @@ def test_number_of_tokens():
 def test_sizes_outside_the_kernel():
     for change, name in (({"K": 100}, "K"), ({"V": 24}, "V"), ({"K": 512}, "K"), ({"V": 272}, "V")):
         call = arguments(Case(pads=(), mode="verify", batch=1, **change))
-        with pytest.raises(UnsupportedSpecError, match=f"{name}: expected a multiple of 16 up to 256.*, got {change[name]}"):
+        expected = f"{name}: expected a multiple of 16 up to 256.*, got {change[name]}"
+        with pytest.raises(UnsupportedSpecError, match=expected):
             cute_ssm.gated_delta_rule_mtp(**call)
 
 

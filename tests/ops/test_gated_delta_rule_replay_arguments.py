@@ -143,7 +143,8 @@ def test_rings_hold_the_window_and_the_new_tokens():
 def test_sizes_outside_the_kernel():
     for change, name in (({"K": 100}, "K"), ({"V": 24}, "V"), ({"K": 512}, "K"), ({"V": 272}, "V")):
         call = arguments(Case(pads=(), batch=1, **change))
-        with pytest.raises(UnsupportedSpecError, match=f"{name}: expected a multiple of 16 up to 256.*, got {change[name]}"):
+        expected = f"{name}: expected a multiple of 16 up to 256.*, got {change[name]}"
+        with pytest.raises(UnsupportedSpecError, match=expected):
             cute_ssm.gated_delta_rule_replay(**call)
 
 
