@@ -17,7 +17,7 @@ from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
-from cute_ssm.device import convert, memory
+from cute_ssm.device import convert, launch, memory
 from cute_ssm.device.bounds import in_range
 from cute_ssm.kernels.fakes import fake
 from cute_ssm.kernels.gated_delta_coefficients import BLOCK
@@ -94,6 +94,7 @@ class MaterializeGatedDelta:
             block=[WARP * self.config.warps, 1, 1],
             stream=stream,
         )  # fmt: skip
+        launch.prefer_shared()
 
     # ---------------------------------------------------------------------------------------------------------- device
     @cute.kernel

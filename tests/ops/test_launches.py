@@ -7,6 +7,7 @@ every test under racecheck looks for it; these see that it would.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,6 +190,14 @@ def test_both_kernels_of_checkpointing_prefer_shared_memory(form):
         made = launches(lambda: verify(Case(tokens=2, window=4, nheads=1, dim=16, items=True, pads=())))
     assert len(made) == (2 if form == PAIR else 1)
     assert all(launch.dynamic_smem and launch.carveout == 100 for launch in made)
+
+
+def test_every_launch_with_shared_memory_says_how_much_it_prefers():
+    """Of every kernel there is, by its source: one whose CTAs need next to none is left out."""
+    for path in sorted(Path(checkpointing_ssu.__file__).parent.glob("*.py")):
+        source = path.read_text()
+        if "SmemAllocator()" in source and path.stem != "serving_work_items":
+            assert source.count(".prefer_shared()") == source.count(".launch("), path.name
 
 
 def test_kernels_that_need_little_shared_memory_leave_the_cache_as_it_is():
