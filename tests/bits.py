@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
 
@@ -24,3 +26,13 @@ def same_bits(got: torch.Tensor, want: torch.Tensor, what: str = "") -> None:
             f"{name}{len(wrong)} of {got.numel()} differ, first at {list(at)}: {got[at].item()!r}, "
             f"wanted {want[at].item()!r}"
         )
+
+
+def each_same_bits(got: Mapping[str, torch.Tensor] | Sequence[torch.Tensor], want: object, what: str = "") -> None:
+    """Do so for every tensor of `want`, a mapping or a sequence like `got`."""
+    if isinstance(want, Mapping):
+        for name, tensor in want.items():
+            same_bits(got[name], tensor, f"{what}: {name}" if what else name)
+    else:
+        for i, (one, other) in enumerate(zip(got, want, strict=True)):
+            same_bits(one, other, f"{what}: {i}" if what else str(i))

@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from bits import same_bits
 from step_oracle import at_row, close, states, token, tokens, wide
 
 import ptxsim
@@ -50,7 +51,7 @@ def test_one_token(backend):
         assert close(out[b], y)
         assert close(state[slot], new)
     assert bool((out[1] == 7).all())
-    assert torch.equal(state[1:3], before[1:3])
+    same_bits(state[1:3], before[1:3])
 
 
 @pytest.mark.parametrize("emulate", [False, True], ids=["reference", "kernel"])
@@ -138,10 +139,11 @@ def test_cache_steps_insert_an_axis_of_tokens(emulate):
         assert close(out[b, 0], y)
         assert close(saved[b, 0], new)
     assert not saved[:, 1].any()
-    assert torch.equal(state, before)
+    same_bits(state, before)
     given = torch.empty(3, 1, 4, 64)
     assert selective_state_update(before, **call, cache_steps=1, out=given) is given
-    assert torch.equal(given, out) or emulate
+    if not emulate:
+        same_bits(given, out)
 
 
 def test_several_tokens_with_intermediate_states_keep_the_last_one_too():
@@ -205,7 +207,7 @@ def test_bad_arguments(change, error, message):
     before = state.clone()
     with pytest.raises(error, match=message):
         selective_state_update(**{"state": state, **tokens(3), **change})
-    assert torch.equal(state, before)
+    same_bits(state, before)
 
 
 def test_cache_steps_below_the_number_of_tokens():

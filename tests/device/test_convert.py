@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bits import same_bits
 
 pytest.importorskip("cutlass")
 
@@ -77,15 +78,6 @@ def run(name, arch, values, words):
         kernel(rows, words, out, scale)
     assert all(info.spill_bytes == 0 for info in kernel.kernels)
     return out, scale
-
-
-def codes(tensor):
-    return tensor.view(torch.uint8 if tensor.dtype.itemsize == 1 else torch.int16)
-
-
-def same_bits(got, want):
-    wrong = (codes(got) != codes(want)).nonzero()
-    assert not len(wrong), f"{len(wrong)} differ, first at {wrong[0].tolist()}"
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from bits import each_same_bits, same_bits
 
 from cute_ssm import arch as archs
 from cute_ssm import runtime, serving, tuning
@@ -158,9 +159,9 @@ def verify(case: Case, seed: int = 0):
         scale = before["state_scale"][source] if "state_scale" in before else None
         first = rounding.load(before["state"][source], scale)
         if n == 0 and before["state"].dtype == dtype:
-            assert torch.equal(got[to].view(torch.uint8), before["state"][source].view(torch.uint8)), "a copy of bytes"
+            same_bits(got[to].view(torch.uint8), before["state"][source].view(torch.uint8), "a copy of bytes")
             if quantised:
-                assert torch.equal(call[scales][to], scale)
+                same_bits(call[scales][to], scale)
             continue
         want = fold(first.double(), call["A"][:, 0, 0], *(t[:n] for t in tokens))
         result = rounding.load(got[to], call[scales][to] if quantised else None).double()
@@ -171,7 +172,7 @@ def verify(case: Case, seed: int = 0):
     assert len(written) >= 3
     for name, value in before.items():
         same = [s for s in range(len(value)) if name not in (target, scales) or s not in written]
-        assert torch.equal(call[name][same].view(torch.uint8), value[same].view(torch.uint8)), f"{name} changed"
+        same_bits(call[name][same].view(torch.uint8), value[same].view(torch.uint8), f"{name} changed")
 
 
 def unit(want, dtype):
@@ -297,7 +298,7 @@ def test_bits_do_not_depend_on_config_or_order(warps):
         with emulated(schedule=warps) if flip else emulated(), tuning.override(warps=warps if flip else 4):
             serving.materialize(**call)
         results.append((call["out"], call["out_scale"]))
-    assert all(torch.equal(one, other) for one, other in zip(*results))
+    each_same_bits(*results)
 
 
 @pytest.mark.parametrize("out", ["f16", "bf16", "i8", "i16", "f8"])
@@ -312,7 +313,7 @@ def test_bits_are_those_of_the_reference(out, seeds):
         with context:
             serving.materialize(**call)
         results.append(call["out"])
-    assert torch.equal(results[0].view(torch.uint8), results[1].view(torch.uint8))
+    same_bits(results[0].view(torch.uint8), results[1].view(torch.uint8))
 
 
 SPECS = [
@@ -393,7 +394,7 @@ def test_bad_arguments(message):
     with pytest.raises((ValueError, TypeError)) as caught:
         serving.materialize(**call)
     assert message in str(caught.value)
-    assert all(torch.equal(call[name].nan_to_num(), value.nan_to_num()) for name, value in before.items())
+    each_same_bits(call, before)
 
 
 def test_an_empty_batch():
@@ -404,7 +405,7 @@ def test_an_empty_batch():
     for context in (contextlib.nullcontext(), emulated()):
         with context:
             serving.materialize(**call)
-    assert torch.equal(call["state"], state)
+    same_bits(call["state"], state)
 
 
 def test_slots_beyond_31_bits():
@@ -421,7 +422,7 @@ def test_slots_beyond_31_bits():
     with emulated(racecheck=False, initcheck=False):
         serving.materialize(**call)
         serving.materialize(**small)
-    assert torch.equal(call["state"], small["state"])
+    same_bits(call["state"], small["state"])
 
 
 def mapped(size):
@@ -440,4 +441,5 @@ def test_registered_with_pytorch():
 
     step(call)
     serving.materialize(**eager)
-    assert torch.equal(call["state"], eager["state"]) and torch.equal(call["state_scale"], eager["state_scale"])
+    same_bits(call["state"], eager["state"])
+    same_bits(call["state_scale"], eager["state_scale"])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import replay_cases
 import torch
+from bits import each_same_bits, same_bits
 from gdn_cases import DTYPES, NAN, storage, within
 from test_serving_pool_state import LAYERS, Run, gated, memory, started
 
@@ -107,7 +108,7 @@ def verify(case: Case, seed: int = 0) -> dict:
         count = int(before["prev_num_accepted_tokens"][source] if case.counts is None else before["num_tokens"][i])
         result = got[to]
         if count == 0 and result.dtype == before["initial_state"].dtype:
-            assert torch.equal(result.view(torch.uint8), before["initial_state"][source].view(torch.uint8)), "bytes"
+            same_bits(result.view(torch.uint8), before["initial_state"][source].view(torch.uint8), "bytes")
         else:
             want, rounded = (fold(before, source, count, dtype) for dtype in (torch.float64, torch.float32))
             within(result, rounded.to(result.dtype), want, (-2, -1), f"row {i}, {count} tokens")
@@ -116,7 +117,7 @@ def verify(case: Case, seed: int = 0) -> dict:
     assert done >= 3
     for key, value in before.items():
         if isinstance(value, torch.Tensor):
-            assert torch.equal(storage(value), storage(call[key])), f"{key} changed where it must not"
+            same_bits(storage(value), storage(call[key]), f"{key} changed where it must not")
     return call
 
 
@@ -184,7 +185,8 @@ def test_bits_are_those_of_a_step_that_flushes_whatever_the_config_and_the_order
         with tuning.override(rows=16, warps=1):
             serving.materialize_gated_delta(**call, dst_state_batch_indices=slots.flip(0), out=other)
     for slot in slots.tolist():
-        assert torch.equal(one[slot], step["initial_state"][slot]) and torch.equal(one[slot], other[slot])
+        same_bits(one[slot], step["initial_state"][slot])
+        same_bits(one[slot], other[slot])
 
 
 SPEC = MaterializeGatedDeltaSpec("float32", "float32", "bfloat16", 128, 128, 16, True, "int32", "int32", "int32")
@@ -273,7 +275,7 @@ def test_bad_arguments(message):
     with pytest.raises((ValueError, TypeError)) as caught:
         serving.materialize_gated_delta(**call)
     assert message in str(caught.value)
-    assert all(torch.equal(call[name].nan_to_num(), value.nan_to_num()) for name, value in before.items())
+    each_same_bits(call, before)
 
 
 def test_an_empty_batch_and_gradients():
@@ -286,8 +288,8 @@ def test_an_empty_batch_and_gradients():
     for context in (contextlib.nullcontext(), emulated()):
         with context:
             serving.materialize_gated_delta(**call)
-    assert torch.equal(storage(call["initial_state"]).clone(), storage(call["initial_state"]))
-    assert torch.equal(call["initial_state"].nan_to_num(), state.nan_to_num())
+    same_bits(storage(call["initial_state"]).clone(), storage(call["initial_state"]))
+    same_bits(call["initial_state"].nan_to_num(), state.nan_to_num())
 
 
 def test_registered_with_pytorch():
@@ -300,7 +302,7 @@ def test_registered_with_pytorch():
 
     step(call)
     serving.materialize_gated_delta(**eager)
-    assert torch.equal(storage(call["initial_state"]), storage(eager["initial_state"]))
+    same_bits(storage(call["initial_state"]), storage(eager["initial_state"]))
 
 
 def test_what_engines_run_around_the_steps_is_warmed_up():
@@ -329,13 +331,14 @@ def test_pools_of_gated_delta_nets_materialize_into_slots_and_other_pools_alike(
         tensor.fill_(3)
     frozen, rest = memory(pool.to(copy=True)), [0, 1, 2, 4, 6, 7]
     pool.materialize(None, source, torch.tensor([5, 3]), destination_pool=other, **options)
-    assert all(torch.equal(frozen[name], tensor) for name, tensor in memory(pool).items()), "the source changed"
+    each_same_bits(frozen, memory(pool), "the source changed")
     for name, tensor in other._tensors().items():
         assert (tensor if name.startswith("history") else tensor[:, rest]).eq(3).all(), name
     here = torch.tensor([pool.allocate(), pool.allocate()])
     pool.materialize(None, source, here, **options)
-    assert torch.equal(other.state[:, [5, 3]], pool.state[:, here]) and not other._cursors[:, [5, 3]].any()
-    assert torch.equal(other.conv_state[:, [5, 3]], pool.conv_state[:, here])
+    same_bits(other.state[:, [5, 3]], pool.state[:, here])
+    assert not other._cursors[:, [5, 3]].any()
+    same_bits(other.conv_state[:, [5, 3]], pool.conv_state[:, here])
     assert other.conv_state[:, 5].any() == (count is None)
     with pytest.raises(ValueError, match="A: expected None for gated delta nets"):
         pool.materialize([torch.zeros(1)] * LAYERS, source, here)
@@ -354,7 +357,7 @@ def test_a_sequence_goes_on_from_a_materialized_state_as_from_its_own(backend):
         pool.materialize(None, run.slots[:2], torch.tensor(there), destination_pool=other)
         twin = Run(other, there)
         outputs, others = accept(run, [1, 3, 3], first=3), accept(twin, [1, 3, 3], first=3)
-    assert all(torch.equal(one, two) for one, two in zip(outputs, others))
+    each_same_bits(outputs, others)
     assert outputs[-1].float().any() and other.prev_num_accepted_tokens[twin.slots[:2]].tolist() == [7, 7]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from bits import same_bits
 
 import cute_ssm
 from cute_ssm import serving
@@ -137,7 +138,7 @@ class Loop:
         for row in self.live:
             assert self.pool.prev_num_accepted_tokens[row.slot] == row.pending
             for layer in range(LAYERS):
-                assert torch.equal(self.pool.conv_state[layer, row.slot, :, : WIDTH - 1], row.inputs[layer])
+                same_bits(self.pool.conv_state[layer, row.slot, :, : WIDTH - 1], row.inputs[layer])
         assert not self.pool._cursors[:, self.pool.pad_slot_id].any(), "the slot for padding"
 
     def twin(self, sequence, states=None):
@@ -243,8 +244,9 @@ def test_materialize_in_place_leaves_nothing_pending():
     other = pool.allocate()
     pool.materialize(loop.rates(), slot, other)
     pool.materialize(loop.rates(), slot, slot)
-    assert not pool._cursors[:, slot].any() and torch.equal(pool.state[:, slot], pool.state[:, other])
-    assert torch.equal(pool.conv_state[:, slot], pool.conv_state[:, other])
+    assert not pool._cursors[:, slot].any()
+    same_bits(pool.state[:, slot], pool.state[:, other])
+    same_bits(pool.conv_state[:, slot], pool.conv_state[:, other])
     loop.live[0].pending, loop.live[0].past = 0, [[] for _ in range(LAYERS)]
     for _ in range(3):
         loop.step()
@@ -283,11 +285,11 @@ def test_reset_and_copy_touch_nothing_else(state, kind):
     pool.copy_slot(one, two)
     for now, old in zip(everything(pool), before):
         seeds = now is everything(pool)[-4] and pool.rand_seed is not None
-        assert torch.equal(now[:, [0, 1, 2, 3, 5, 6]], old[:, [0, 1, 2, 3, 5, 6]])
-        assert torch.equal(now[:, 4], old[:, 4] if seeds else old[:, 2])
+        same_bits(now[:, [0, 1, 2, 3, 5, 6]], old[:, [0, 1, 2, 3, 5, 6]])
+        same_bits(now[:, 4], old[:, 4] if seeds else old[:, 2])
     pool.reset_slot(one)
     for now, old in zip(everything(pool), before):
-        assert torch.equal(now[:, [0, 1, 3, 5, 6]], old[:, [0, 1, 3, 5, 6]])
+        same_bits(now[:, [0, 1, 3, 5, 6]], old[:, [0, 1, 3, 5, 6]])
     for tensor in (pool.state, pool.conv_state, pool._cursors.T[None]):
         assert not tensor[:, 2].float().any()
     for tensor in pool.history.values():
@@ -299,7 +301,8 @@ def test_pools_start_as_zeros_with_seeds_of_their_own():
     for tensor in (pool.state, pool.state_scale, pool.conv_state, pool._cursors, *pool.history.values()):
         assert not tensor.float().any()
     seeds = pool.rand_seed.flatten().tolist()
-    assert len(set(seeds)) == len(seeds) and torch.equal(make(seed=7, state_dtype=torch.int8).rand_seed, pool.rand_seed)
+    assert len(set(seeds)) == len(seeds)
+    same_bits(make(seed=7, state_dtype=torch.int8).rand_seed, pool.rand_seed)
     assert not torch.equal(make(seed=8, state_dtype=torch.int8).rand_seed, pool.rand_seed)
     pool.reset_slot(3)
     assert (pool.rand_seed.flatten() != torch.tensor(seeds)).view(LAYERS, -1).nonzero()[:, 1].tolist() == [3] * LAYERS
@@ -329,7 +332,7 @@ def test_inputs_of_convolutions_move_for_rows_alone_whose_cursors_do(packed):
     lengths = torch.tensor([0, 1, 6, 8, 11, 13, 15]) if packed else None
     pool._shift_conv(slots, accepted, lengths)
     before[:, 2, :, : WIDTH - 1] = before[:, 2, :, 2 : WIDTH + 1]
-    assert torch.equal(pool.conv_state, before)
+    same_bits(pool.conv_state, before)
 
 
 def test_a_pool_for_gated_delta_nets():

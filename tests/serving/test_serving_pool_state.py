@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from bits import each_same_bits, same_bits
 
 import cute_ssm
 from cute_ssm import serving
@@ -147,29 +150,32 @@ def test_a_copy_goes_on_like_the_pool_bit_for_bit_and_apart_from_it(kind, way):
     frozen = {name: tensor.clone() for name, tensor in memory(pool).items()}
     other = Run(twin, run.slots[:2].tolist())
     got = [other.step(number) for number in range(7, 17)]
-    assert all(torch.equal(frozen[name], tensor) for name, tensor in memory(pool).items()), "the pool itself changed"
+    each_same_bits(frozen, memory(pool), "the pool itself changed")
     want = [run.step(number) for number in range(7, 17)]
-    assert all(torch.equal(one, two) for one, two in zip(got, want)) and same(pool, twin)
+    each_same_bits(got, want)
+    assert same(pool, twin)
     # views: what operators write is what everything else reads
     assert twin.arguments(1)[twin.state_name].data_ptr() == twin.state[1].data_ptr()
     assert twin.arguments(0)["prev_num_accepted_tokens"].data_ptr() == twin._cursors.data_ptr()
     # slots: the next ones are the same, with the same seeds, and those in use stay so
     assert [twin.allocate() for _ in range(3)] == [pool.allocate() for _ in range(3)] and same(pool, twin)
-    assert torch.equal(twin._unallocated, pool._unallocated) and twin.available == 0
+    same_bits(twin._unallocated, pool._unallocated)
+    assert twin.available == 0
 
 
 def test_a_pool_that_is_pickled_in_a_process_goes_on_in_another(tmp_path):
     pool, run = started(POOLS["ring with seeds"])
     (tmp_path / "pool").write_bytes(pickle.dumps((pool, run.slots)))
     code = (
-        "import pickle, sys, torch; sys.path.insert(0, sys.argv[1]); import test_serving_pool_state as t\n"
+        "import os, pickle, sys, torch; sys.path[:0] = sys.argv[1].split(os.pathsep)\n"
+        "import test_serving_pool_state as t\n"
         "pool, slots = pickle.load(open(sys.argv[2], 'rb'))\n"
         "torch.save([t.Run(pool, slots[:2].tolist()).step(number) for number in range(7, 12)], sys.argv[3])"
     )
-    folder = __file__.rpartition("/")[0]
-    subprocess.run([sys.executable, "-c", code, folder, tmp_path / "pool", tmp_path / "steps"], check=True)
+    folders = os.pathsep.join(map(str, Path(__file__).parents[:2]))
+    subprocess.run([sys.executable, "-c", code, folders, tmp_path / "pool", tmp_path / "steps"], check=True)
     for number, got in zip(range(7, 12), torch.load(tmp_path / "steps", weights_only=True)):
-        assert torch.equal(run.step(number), got)
+        same_bits(run.step(number), got)
 
 
 def test_a_shallow_copy_is_another_name_for_the_same_slots():
@@ -357,7 +363,7 @@ def test_a_sequence_that_is_swapped_to_another_pool_and_back_goes_on_bit_for_bit
     store.copy_slot(torch.tensor(parked), home, destination_pool=pool)
     run.slots[:2] = home
     for number in range(7, 17):
-        assert torch.equal(run.step(number), plain.step(number))
+        same_bits(run.step(number), plain.step(number))
     assert control is plain.pool
 
 
@@ -377,19 +383,20 @@ def test_materialize_into_another_pool_is_that_into_another_slot(history, count)
     frozen = memory(copy.deepcopy(pool)), memory(copy.deepcopy(other))
     there = torch.tensor([8, 6])
     pool.materialize(rates(), source, there, destination_pool=other, **options)
-    assert all(torch.equal(frozen[0][name], tensor) for name, tensor in memory(pool).items()), "the source changed"
+    each_same_bits(frozen[0], memory(pool), "the source changed")
     rest = [slot for slot in range(10) if slot not in (8, 6)]
     for name, tensor in other._tensors().items():
         old = frozen[1][name].view(tensor.dtype)
         axis = (slice(None), rest)
-        assert torch.equal(tensor[axis], old[axis]), name
+        same_bits(tensor[axis], old[axis], name)
         if name.startswith("history"):
-            assert torch.equal(tensor, old), name
+            same_bits(tensor, old, name)
     here = torch.tensor([pool.allocate(), pool.allocate()])
     pool.materialize(rates(), source, here, **options)
-    assert torch.equal(other.state[:, there], pool.state[:, here]) and not other._cursors[:, there].any()
+    same_bits(other.state[:, there], pool.state[:, here])
+    assert not other._cursors[:, there].any()
     kept = WIDTH - 1 + 2
-    assert torch.equal(other.conv_state[:, there], pool.conv_state[:, here, :, :kept])
+    same_bits(other.conv_state[:, there], pool.conv_state[:, here, :, :kept])
     assert other.conv_state[:, there].any() == (count is None)
 
 

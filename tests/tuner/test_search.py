@@ -44,6 +44,20 @@ def test_it_finds_what_needs_two_fields_at_once():
     assert found.tried == len(found.costs), "nothing is measured twice"
 
 
+def test_a_gain_of_the_last_pair_is_followed_by_all_pairs_again():
+    """What the first pair gains needs what the last one found."""
+
+    def stairs(fields):
+        lifted = fields["stages"] == 3 and fields["rows"] == 16
+        return 10 - lifted - 4 * (lifted and fields["warps"] == 2)
+
+    space = {"rows": (8, 16), "warps": (1, 2), "stages": (1, 3)}
+    start = {"rows": 8, "warps": 1, "stages": 1}
+    found = search.descend(start, space, always, lambda configs: [stairs(fields) for fields in configs])
+    assert found.best == {"rows": 16, "warps": 2, "stages": 3}
+    assert (found.cost, found.complete) == (5, True)
+
+
 def test_what_is_not_valid_is_not_measured():
     def valid(fields):
         return fields["rows"] < 64

@@ -1,0 +1,117 @@
+"""Faults of the selective scan."""
+
+from faults import Fault
+
+KERNEL = "cute_ssm/kernels/selective_scan.py"
+EXTENTS = "cute_ssm/kernels/selective_extents.py"
+DEVICE = "cute_ssm/device/scan.py"
+BASE = "tests/ops/test_selective_scan.py::test_kernel[base]"
+PARTS = "tests/ops/test_selective_scan_parts.py::test_kernel[lengths=(53, 53, 53)]"
+
+FAULTS = [
+    Fault(
+        "no wait for the kernel before",
+        KERNEL,
+        "        cute.arch.griddepcontrol_wait()\n",
+        "",
+        ("tests/ops/test_selective_scan.py::test_persistent",),
+    ),
+    Fault(
+        "no barrier before the other half of the buffer is read",
+        KERNEL,
+        "brought, thread)\n            cute.arch.sync_threads()\n",
+        "brought, thread)\n",
+        ("tests/ops/test_selective_scan.py::test_persistent",),
+    ),
+    Fault(
+        "C of the wrong group",
+        KERNEL,
+        "start = memory.address(C, row, group, known, 0)",
+        "start = memory.address(C, row, 0, known, 0)",
+        ("tests/ops/test_selective_scan.py::test_kernel[ngroups=2]",),
+    ),
+    Fault(
+        "states of lanes beyond the last channel are written",
+        KERNEL,
+        "if valid and high == end:",
+        "if high == end:",
+        ("tests/ops/test_selective_scan.py::test_kernel[dim=72]",),
+    ),
+    Fault(
+        "tokens outside a sequence take a step",
+        KERNEL,
+        "outside = NO_STEP if const_expr(self.spec.delta_softplus) else 0.0",
+        "outside = 0.0",
+        (BASE,),
+    ),
+    Fault(
+        "a part hands on the states of its own beginning",
+        KERNEL,
+        "row = memory.address(carried, b, part + 1, channel, 0)",
+        "row = memory.address(carried, b, part, channel, 0)",
+        (PARTS,),
+    ),
+    Fault(
+        "what parts before carry does not decay",
+        KERNEL,
+        "cute.math.fma(scan.power_of_two(elapsed * rates[n]), h[n], added[n])",
+        "h[n] + added[n]",
+        (PARTS,),
+    ),
+    Fault(
+        "parts that do not begin at a block",
+        KERNEL,
+        "size = ((end - begin + (self.splits - 1)) // self.splits + (BLOCK - 1)) & -BLOCK",
+        "size = (end - begin + (self.splits - 1)) // self.splits",
+        ("tests/ops/test_selective_scan_parts.py::test_out_may_be_an_input",),
+    ),
+    Fault(
+        "the gate loses its sign",
+        DEVICE,
+        "return x * _reciprocal(power_of_two(x * -LOG2E) + 1.0)",
+        "return x * _reciprocal(power_of_two(x * LOG2E) + 1.0)",
+        ("tests/ops/test_selective_scan.py::test_kernel[base]",),
+    ),
+    Fault(
+        "softplus by one coefficient less",
+        DEVICE,
+        "for coefficient in _LOG1P[-2::-1]:",
+        "for coefficient in _LOG1P[-3::-1]:",
+        (BASE,),
+    ),
+    Fault(
+        "sums of lanes in another order",
+        DEVICE,
+        "    distance = lanes // 2\n    while distance:\n",
+        "    distance = 1 if lanes > 1 else 0\n    while 0 < distance < lanes:\n",
+        ("tests/ops/test_selective_scan.py::test_bits_do_not_depend_on_batch_tiling_or_repetition",),
+    ),
+    Fault(
+        "a token too many is stored",
+        DEVICE,
+        "if token + i >= begin and token + i < stop:\n                    memory.store_scalar",
+        "if token + i >= begin and token + i <= stop:\n                    memory.store_scalar",
+        ("tests/ops/test_selective_scan.py::test_packed_sequences_are_those_of_single_calls",),
+    ),
+    Fault(
+        "splits without a gain",
+        "cute_ssm/tuning/selective_scan.py",
+        "return split if time(split) * SPLIT_GAIN <= time(whole) else whole",
+        "return split if time(split) <= time(whole) * SPLIT_GAIN else whole",
+        ("tests/ops/test_selective_scan_parts.py::test_who_is_split",),
+    ),
+    Fault(
+        "parts of any length",
+        "cute_ssm/tuning/selective_scan.py",
+        "n == 1 or length >= n * PART_TOKENS",
+        "n >= 1",
+        ("tests/ops/test_selective_scan_parts.py::test_splits_pay_by_the_model_and_parts_are_long",),
+    ),
+    Fault(
+        "shared memory of one tile only",
+        "cute_ssm/tuning/selective_scan.py",
+        "return 2 * self.tokens * 2 * padded_states(spec) * 4",
+        "return self.tokens * 2 * padded_states(spec) * 4",
+        ("tests/tuner/test_choices.py::test_shared_memory_is_what_the_launch_allocates",),
+    ),
+]

@@ -1,0 +1,120 @@
+"""Faults of what engines need around the operators: cursors, lists of work, true states, pools."""
+
+from faults import Fault
+
+COMMIT = "cute_ssm/kernels/serving_commit.py"
+ROWS = "cute_ssm/kernels/serving_rows.py"
+ITEMS = "cute_ssm/kernels/serving_work_items.py"
+STATE = "cute_ssm/kernels/serving_materialize.py"
+POOL = "cute_ssm/serving/pool.py"
+CURSORS = "tests/serving/test_serving_cursors.py::test_emulated_sizes"
+RANGE = "tests/serving/test_serving_out_of_range.py::"
+STATES = "tests/serving/test_serving_materialize.py::"
+
+FAULTS = [
+    Fault(
+        "more tokens accepted than a window holds",
+        COMMIT,
+        "taken <= cutlass.min(count, window)",
+        "taken <= count",
+        (RANGE + "test_rows_of_a_commit",),
+    ),
+    Fault(
+        "a ring that does not turn",
+        COMMIT,
+        "place = kept - behind if kept >= behind else place + kept",
+        "place = place + kept",
+        ("tests/serving/test_serving_cursors.py::test_emulated",),
+    ),
+    Fault(
+        "the buffer does not change",
+        COMMIT,
+        "place = 1 - place",
+        "place = place",
+        ("tests/serving/test_serving_cursors.py::test_emulated",),
+    ),
+    Fault(
+        "seeds of the first layer alone",
+        COMMIT,
+        "cutlass.range(seeds.shape[0], unroll=4)",
+        "cutlass.range(1, unroll=1)",
+        ("tests/serving/test_serving_cursors.py::test_emulated",),
+    ),
+    Fault(
+        "slots are compared with one bound",
+        ROWS,
+        "slot != pad_slot and in_range(slot, pnat.shape[0])",
+        "slot != pad_slot and slot < pnat.shape[0]",
+        (RANGE + "test_rows_of_a_commit",),
+    ),
+    Fault(
+        "cursors beyond the ring",
+        ROWS,
+        "kept <= window and in_range(place, places)",
+        "kept <= window and place >= 0",
+        (RANGE + "test_rows_of_a_commit",),
+    ),
+    Fault(
+        "rows that write come in any order",
+        ITEMS,
+        "rank = before + cute.arch.popc(ballot & Int32(below))",
+        "rank = before",
+        ("tests/serving/test_serving_cursors.py::test_emulated",),
+    ),
+    Fault(
+        "no barrier between the two passes",
+        ITEMS,
+        "        cute.arch.sync_threads()\n        before, total",
+        "        before, total",
+        ("tests/serving/test_serving_cursors.py::test_emulated",),
+    ),
+    Fault(
+        "weights of tokens by the wrong sum",
+        STATE,
+        "second = total if lane + WARP == token else second",
+        "second = total if lane == token else second",
+        (STATES + "test_emulated",),
+    ),
+    Fault(
+        "states decay by half of the window",
+        STATE,
+        "product = low if token < WARP else high",
+        "product = low",
+        (STATES + "test_emulated",),
+    ),
+    Fault(
+        "random bits of the slot that is read",
+        STATE,
+        "philox.place(target, h, count - 1)",
+        "philox.place(source, h, count - 1)",
+        (STATES + "test_bits_are_those_of_the_reference",),
+    ),
+    Fault(
+        "destinations are compared with the pool that is read",
+        STATE,
+        "target != pad_slot and in_range(target, out.shape[0])",
+        "target != pad_slot and in_range(target, state.shape[0])",
+        (RANGE + "test_rows_of_a_materialisation",),
+    ),
+    Fault(
+        "new sequences find old cursors",
+        POOL,
+        "        self._cursors.index_fill_(1, index, 0)\n",
+        "",
+        ("tests/serving/test_serving_pool.py::test_reset_and_copy_touch_nothing_else",),
+    ),
+    Fault(
+        "slots of a pool share their seed",
+        POOL,
+        "            self._draw(index)\n",
+        "            self.rand_seed.index_fill_(1, index, 7)\n",
+        ("tests/serving/test_serving_pool.py::test_reset_and_copy_touch_nothing_else",),
+    ),
+    Fault(
+        "the reference takes pending tokens from the wrong buffer",
+        "cute_ssm/reference/serving.py",
+        "places = (start + torch.arange(count)) % rings[0].shape[2]",
+        "places = torch.arange(count) % rings[0].shape[2]",
+        ("tests/serving/test_serving_materialize_gated.py::test_reference",),
+    ),
+]
