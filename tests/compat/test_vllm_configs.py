@@ -184,7 +184,17 @@ def test_an_empty_table_means_that_no_config_is_wanted(folder):
     assert optimal(8) == (4, 4)
 
 
-@pytest.mark.parametrize("entry", [{"BLOCK_SIZE_M": 8}, {"BLOCK_SIZE_M": 8, "num_warps": 0}, [8, 1], None])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"BLOCK_SIZE_M": 8},
+        {"BLOCK_SIZE_M": 8, "num_warps": 0},
+        {"BLOCK_SIZE_M": 8.5, "num_warps": 1},
+        {"BLOCK_SIZE_M": 8, "num_warps": True},
+        [8, 1],
+        None,
+    ],
+)
 def test_a_broken_entry_is_left_out_and_logged(folder, caplog, entry):
     folder({"8": entry, **entries({"64": (4, 1)})})
     caplog.set_level(logging.WARNING, logger="cute_ssm")
