@@ -54,14 +54,8 @@ def swap(call: dict, tensors: Iterable[str], indices: Iterable[str], one: int, o
             call[name][values == one], call[name][values == other] = other, one
 
 
-def check(
-    run: Callable[[dict], Any],
-    call: dict,
-    name: str,
-    changes: dict[Any, int],
-    owned: Callable[[Any], Parts],
-) -> None:
-    """Run a call as it is, and with some entries of an argument changed, and compare.
+class Sweep:
+    """A right call, run once, to which calls are compared that differ from it in some entries of an argument.
 
     Parameters
     ----------
@@ -69,24 +63,35 @@ def check(
         Runs the operator, in place.
     call
         Right arguments.
-    name, changes
-        The argument, and new values by position in it.
-    owned
-        The parts that the changed entry at a position keeps from being written; all else must be as in the right call.
     """
-    right, wrong = copy(call), copy(call)
-    for position, value in changes.items():
-        wrong[name][position] = value
-    before = copy(wrong)
-    run(right)
-    run(wrong)
-    for position in changes:
-        right[name][position] = before[name][position]
-        for tensor, part in owned(position):
-            right[tensor][part] = before[tensor][part]
-    for tensor, value in right.items():
-        if isinstance(value, torch.Tensor):
-            same(value, wrong[tensor], f"{name} with {changes}: {tensor}")
+
+    def __init__(self, run: Callable[[dict], Any], call: dict):
+        self.run, self.call, self.right = run, call, copy(call)
+        run(self.right)
+
+    def check(self, name: str, changes: dict[Any, int], owned: Callable[[Any], Parts]) -> None:
+        """Run with new values, by position, in the argument `name`.
+
+        `owned(position)` are the parts that a changed entry keeps from being written; all else must be as in the right
+        call.
+        """
+        wrong, want = copy(self.call), copy(self.right)
+        for position, value in changes.items():
+            wrong[name][position] = value
+        before = copy(wrong)
+        self.run(wrong)
+        for position in changes:
+            want[name][position] = before[name][position]
+            for tensor, part in owned(position):
+                want[tensor][part] = before[tensor][part]
+        for tensor, value in want.items():
+            if isinstance(value, torch.Tensor):
+                same(value, wrong[tensor], f"{name} with {changes}: {tensor}")
+
+
+def check(run: Callable[[dict], Any], call: dict, name: str, changes: dict[Any, int], owned: Any) -> None:
+    """Run one such comparison; see `Sweep`."""
+    Sweep(run, call).check(name, changes, owned)
 
 
 def same(want: torch.Tensor, got: torch.Tensor, what: str) -> None:

@@ -18,7 +18,7 @@ import replay_cases
 import scan_cases
 import token_cases
 import torch
-from out_of_range import check, outside, swap
+from out_of_range import Sweep, outside, swap
 
 import cute_ssm
 from cute_ssm.tuning.checkpointing_ssu import PAIR
@@ -109,12 +109,12 @@ def test_slots_of_a_selective_state_update(form, run):
     call = step_call(**ONE[form])
     slots, dtype = call["state"].shape[0], call["state_batch_indices"].dtype
     first = int(call["state_batch_indices"][0])
-    update, owned = run(cute_ssm.selective_state_update), step_owned(call)
-    check(update, call, "state_batch_indices", at(outside(slots, dtype, first)), owned)
+    update, owned = Sweep(run(cute_ssm.selective_state_update), call), step_owned(call)
+    update.check("state_batch_indices", at(outside(slots, dtype, first)), owned)
     if "dst_state_batch_indices" in call:  # outputs do not depend on where the state goes
         first = int(call["dst_state_batch_indices"][0])
         values = at(outside(slots, dtype, first))
-        check(update, call, "dst_state_batch_indices", values, functools.partial(owned, out=False))
+        update.check("dst_state_batch_indices", values, functools.partial(owned, out=False))
 
 
 def test_outputs_of_slots_out_of_range_are_zero_where_the_operator_allocates_them(run):
@@ -141,13 +141,13 @@ def sequences_call(**changes):
 def test_columns_offsets_and_destinations_of_sequences(form, run):
     call = sequences_call(**form)
     slots, columns = call["state"].shape[0], call["state_batch_indices"].shape[1]
-    update, owned = run(cute_ssm.selective_state_update), step_owned(call)
+    update, owned = Sweep(run(cute_ssm.selective_state_update), call), step_owned(call)
     beyond = [v for v in outside(columns + 1, torch.int64, 1) if v > 0]
-    check(update, call, "num_accepted_tokens", at(beyond), owned)
+    update.check("num_accepted_tokens", at(beyond), owned)
     below = [v for v in outside(columns + 1, torch.int64, 1) if v <= 0]
-    check(update, call, "num_accepted_tokens", at([*below, 0]), lambda b: ())  # column 0, as documented
+    update.check("num_accepted_tokens", at([*below, 0]), lambda b: ())  # column 0, as documented
     src = {(b, 0): v for b, v in at(outside(slots, torch.int64, int(call["state_batch_indices"][0, 0]))).items()}
-    check(update, call, "state_batch_indices", src, lambda at: owned(at[0]))
+    update.check("state_batch_indices", src, lambda at: owned(at[0]))
     dst = {
         (b, b % 2): v for b, v in at(outside(slots, torch.int64, int(call["dst_state_batch_indices"][0, 0]))).items()
     }
@@ -156,19 +156,18 @@ def test_columns_offsets_and_destinations_of_sequences(form, run):
         slot = int(call["dst_state_batch_indices"][at])
         return [(name, slot) for name in ("state", "state_scale") if name in call and slot >= 0]
 
-    check(update, call, "dst_state_batch_indices", dst, destination)
-    offsets(update, call, "cu_seqlens", len(call["x"]), owned)
+    update.check("dst_state_batch_indices", dst, destination)
+    offsets(update, "cu_seqlens", len(call["x"]), owned)
 
 
-def offsets(update, call, name, total, owned):
+def offsets(sweep, name, total, owned):
     """Offsets out of range spoil the sequences on both sides of them; half of the numbers at a time."""
-    call = {**call, name: call[name].long()} if call[name].dtype is torch.int32 else call
-    starts = call[name].tolist()
+    starts = sweep.call[name].tolist()
     for some in (slice(0, 6), slice(6, None)):
         places = range(1, len(starts) - 1, 2)
         values = [outside(total + 1, torch.int64, starts[place]) for place in places]
         changes = {place: numbers[i] for place, numbers, i in zip(places, values, range(11)[some])}
-        check(update, call, name, changes, lambda place: (*owned(place - 1), *owned(place)))
+        sweep.check(name, changes, lambda place: (*owned(place - 1), *owned(place)))
 
 
 @pytest.mark.parametrize("state", ["i8", pytest.param("bf16", marks=SLOW)])
@@ -183,7 +182,7 @@ def test_rows_of_intermediate_states(state, run):
         return [(name, line) for name in names if name in call]
 
     values = at(outside(lines, torch.int64, first))
-    check(run(cute_ssm.selective_state_update), call, "intermediate_state_indices", values, owned)
+    Sweep(run(cute_ssm.selective_state_update), call).check("intermediate_state_indices", values, owned)
 
 
 # --------------------------------------------------------------------------------------------------- checkpointing_ssu
@@ -220,10 +219,10 @@ CHECKPOINTING = [
 def test_slots_and_cursors_of_a_checkpointed_step(form, run):
     case = checkpointing_case(**form)
     call = checkpointing_cases.arguments(case)
-    step, indices = run(checkpointing(case)), call["state_batch_indices"]
+    step, indices = Sweep(run(checkpointing(case)), call), call["state_batch_indices"]
     slots = indices.tolist()
     values = outside(call["state"].shape[0], indices.dtype, slots[0])
-    check(step, call, "state_batch_indices", at(values), lambda b: [*slot_parts(case, call, slots[b]), ("out", b)])
+    step.check("state_batch_indices", at(values), lambda b: [*slot_parts(case, call, slots[b]), ("out", b)])
 
     def owned(slot):
         return [*slot_parts(case, call, slot), ("out", slots.index(slot))]
@@ -231,10 +230,10 @@ def test_slots_and_cursors_of_a_checkpointed_step(form, run):
     cursor = case.names[4]
     end = case.rows if case.ring else 2
     for name, bound in ((cursor, end), ("prev_num_accepted_tokens", case.window + 1)):
-        check(step, call, name, dict(zip(slots, outside(bound, torch.int32))), owned)
+        step.check(name, dict(zip(slots, outside(bound, torch.int32))), owned)
         for good in (0, bound - 1):
             edge = {**call, name: torch.where(call[name] == checkpointing_cases.UNUSED, call[name], good)}
-            check(step, edge, name, {slots[0]: -1, slots[2]: bound}, owned)
+            Sweep(step.run, edge).check(name, {slots[0]: -1, slots[2]: bound}, owned)
 
 
 @pytest.mark.parametrize("form", [{}, pytest.param({"history": "ring"}, marks=SLOW)], ids=str)
@@ -246,14 +245,14 @@ def test_offsets_of_packed_checkpointed_steps(form, run):
     def owned(b):
         return [*slot_parts(case, call, slots[b]), ("out", (0, slice(int(cu[b]), int(cu[b + 1]))))]
 
-    offsets(run(checkpointing(case)), call, "cu_seqlens", call["x"].shape[1], owned)
+    offsets(Sweep(run(checkpointing(case)), call), "cu_seqlens", call["x"].shape[1], owned)
 
 
 @pytest.mark.parametrize("form", [{}, pytest.param({"history": "ring", "state": "i8"}, marks=SLOW)], ids=str)
 def test_work_items_of_a_checkpointed_step(form, run):
     case = checkpointing_case(items=True, accepted=(0, 13, 5, 16), **form)
     call = checkpointing_cases.arguments(case)
-    items, step = call["work_items"].tolist(), run(checkpointing(case))
+    items, step = call["work_items"].tolist(), Sweep(run(checkpointing(case)), call)
 
     def owned(at):
         b, slot, _, _ = items[at[0]]
@@ -262,7 +261,7 @@ def test_work_items_of_a_checkpointed_step(form, run):
     bounds = (case.batch, call["state"].shape[0], case.window + 1, case.rows if case.ring else 2)
     for column, bound in enumerate(bounds):
         values = {(row, column): value for row, value in at(outside(bound, torch.int32), step=1).items()}
-        check(step, call, "work_items", values, owned)
+        step.check("work_items", values, owned)
 
 
 def test_number_of_writes_out_of_range(run):
@@ -278,9 +277,10 @@ def test_number_of_writes_out_of_range(run):
         ]
 
     with cute_ssm.tuning.override(form=PAIR):
+        step = Sweep(run(checkpointing(case)), call)
         for value in outside(case.batch + 1, torch.int32):
             rows = every[:writes] if value < 0 else every[writes:]
-            check(run(checkpointing(case)), call, "num_writes", {0: value}, functools.partial(owned, rows))
+            step.check("num_writes", {0: value}, functools.partial(owned, rows))
 
 
 # ---------------------------------------------------------------------------------------------------- gated delta rule
@@ -297,7 +297,7 @@ def test_slots_and_counts_of_the_gated_delta_rule(form, run):
     fields = {"batch": ROWS, "ratio": 1, "K": 64, "pads": (), "indices": torch.int64, **GATED[form]}
     case = gdn_cases.Case(**{**fields, "mode": "accepted_split"})
     call = gdn_cases.arguments(case)
-    rule, slots = run(cute_ssm.gated_delta_rule_mtp), call["initial_state"].shape[0]
+    rule, slots = Sweep(run(cute_ssm.gated_delta_rule_mtp), call), call["initial_state"].shape[0]
     sources, targets = (call[f"{name}_state_indices"] for name in ("initial", "output"))
 
     def owned(i, out=True):
@@ -305,17 +305,18 @@ def test_slots_and_counts_of_the_gated_delta_rule(form, run):
         return [*([("initial_state", target)] if target >= 0 else []), *([("output", i)] if out else [])]
 
     values = at(outside(slots, case.indices, int(sources[0])))
-    check(rule, call, "initial_state_indices", values, owned)
+    rule.check("initial_state_indices", values, owned)
     values = at(outside(slots, case.indices, int(targets[0])))
-    check(rule, call, "output_state_indices", values, functools.partial(owned, out=False))
+    rule.check("output_state_indices", values, functools.partial(owned, out=False))
     values = at(outside(case.tokens + 1, case.indices, int(call["accepted_steps"][0])))
-    check(rule, call, "accepted_steps", values, owned)
+    rule.check("accepted_steps", values, owned)
     for mode in ("scatter", "buffer_update"):
-        spoil_other_destinations(dataclasses.replace(case, mode=mode), rule)
+        spoil_other_destinations(dataclasses.replace(case, mode=mode), rule.run)
 
 
-def spoil_other_destinations(case, rule):
+def spoil_other_destinations(case, run):
     call = gdn_cases.arguments(case)
+    rule = Sweep(run, call)
     slots, sources = call["initial_state"].shape[0], call["initial_state_indices"].tolist()
 
     def owned(i):
@@ -324,15 +325,13 @@ def spoil_other_destinations(case, rule):
             return [*parts, ("intermediate_states_buffer", i), ("initial_state", sources[i])]
         return [*parts, *(("initial_state", int(s)) for s in call["ssm_state_indices"][i] if s >= 0)]
 
-    check(rule, call, "initial_state_indices", at(outside(slots, case.indices, sources[0])), owned)
+    rule.check("initial_state_indices", at(outside(slots, case.indices, sources[0])), owned)
     if case.mode == "scatter":
         targets = call["ssm_state_indices"]
         values = at(outside(slots, case.indices, int(targets[0, 0])))
         values = {(i, i % case.tokens): value for i, value in values.items()}
         slot = {place: int(targets[place]) for place in values}
-        check(
-            rule, call, "ssm_state_indices", values, lambda at: [("initial_state", slot[at])] if slot[at] >= 0 else []
-        )
+        rule.check("ssm_state_indices", values, lambda at: [("initial_state", slot[at])] if slot[at] >= 0 else [])
 
 
 REPLAY = [{}, {"tokens": 5, "state": "bf16", "out": "bf16", "K": 128, "indices": torch.int32}]
@@ -343,15 +342,15 @@ def test_slots_and_cursors_of_the_gated_delta_rule_replay(form, run):
     fields = {"batch": ROWS, "ratio": 1, "K": 64, "pads": (), "indices": torch.int64, "window": 8, "tokens": 2}
     case = replay_cases.Case(pending=(5, 8, 0, 7), **{**fields, **form})
     call = replay_cases.arguments(case)
-    replay, slots = run(cute_ssm.gated_delta_rule_replay), call["initial_state_indices"].tolist()
+    replay, slots = Sweep(run(cute_ssm.gated_delta_rule_replay), call), call["initial_state_indices"].tolist()
 
     def parts(slot):
         return [(name, slot) for name in ("initial_state", *replay_cases.RINGS)] + [("output", slots.index(slot))]
 
     values = at(outside(call["initial_state"].shape[0], case.indices, slots[0]))
-    check(replay, call, "initial_state_indices", values, lambda i: parts(slots[i]))
+    replay.check("initial_state_indices", values, lambda i: parts(slots[i]))
     for name, bound in (("ring_start", call["k_cache"].shape[2]), ("prev_num_accepted_tokens", case.window + 1)):
-        check(replay, call, name, dict(zip(slots, outside(bound, torch.int32))), parts)
+        replay.check(name, dict(zip(slots, outside(bound, torch.int32))), parts)
 
 
 # ------------------------------------------------------------------------------------------------------ selective_scan
@@ -361,16 +360,17 @@ def test_slots_and_offsets_of_a_scan(form, splits, run):
     length = 5 if splits == 1 else 24
     fields = {"lengths": (length,) * ROWS, "varlen": True, "indices": torch.int64, "nulls": (), "in_place": False}
     call = scan_cases.arguments(scan_cases.Case(**{"dim": 8, **fields, **form}))
-    scan, slots = run(cute_ssm.selective_scan), call["cache_indices"].tolist()
-    starts = call["query_start_loc"]
+    call["query_start_loc"] = starts = call["query_start_loc"].long()
+    slots = call["cache_indices"].tolist()
 
     def owned(b):
         return [("ssm_states", slots[b]), ("out", (slice(None), slice(int(starts[b]), int(starts[b + 1]))))]
 
     with cute_ssm.tuning.override(splits=splits):
+        scan = Sweep(run(cute_ssm.selective_scan), call)
         values = at(outside(call["ssm_states"].shape[0], torch.int64, slots[0]))
-        check(scan, call, "cache_indices", values, owned)
-        offsets(scan, call, "query_start_loc", call["u"].shape[-1], owned)
+        scan.check("cache_indices", values, owned)
+        offsets(scan, "query_start_loc", call["u"].shape[-1], owned)
 
 
 @pytest.mark.parametrize("chunks", [True, pytest.param(False, marks=SLOW)])
@@ -383,21 +383,21 @@ def test_blocks_and_chunks_of_a_scan(chunks, indices, run):
         computed=(3, 8) * (ROWS // 2) + (3,), chunks=chunks,
     )  # fmt: skip
     call = scan_cases.arguments(case)
-    scan, table, starts = run(cute_ssm.selective_scan), call["cache_indices"], call["query_start_loc"]
+    scan, table, starts = Sweep(run(cute_ssm.selective_scan), call), call["cache_indices"], call["query_start_loc"]
 
     def owned(b):
         return [("ssm_states", table[b].tolist()), ("out", (slice(None), slice(int(starts[b]), int(starts[b + 1]))))]
 
     for name in ("block_idx_first_scheduled_token", "block_idx_last_scheduled_token", "initial_state_idx"):
-        check(scan, call, name, at(outside(table.shape[1], indices, int(call[name][0]))), owned)
+        scan.check(name, at(outside(table.shape[1], indices, int(call[name][0]))), owned)
     initial, last = call["initial_state_idx"].tolist(), call["block_idx_last_scheduled_token"].tolist()
     values = at(outside(len(call["ssm_states"]), indices, int(table[0, initial[0]])))
-    check(scan, call, "cache_indices", {(b, initial[b]): v for b, v in values.items()}, lambda at: owned(at[0]))
+    scan.check("cache_indices", {(b, initial[b]): v for b, v in values.items()}, lambda at: owned(at[0]))
     places = {b: (b, last[b]) for b in values if last[b] != initial[b]}
     assert places
     # where the last state goes is not what the scan starts from: outputs and other states are right
-    check(
-        scan, call, "cache_indices", {place: values[b] for b, place in places.items()},
+    scan.check(
+        "cache_indices", {place: values[b] for b, place in places.items()},
         lambda at: [("ssm_states", int(table[at]))],
     )  # fmt: skip
     if not chunks:
@@ -406,7 +406,7 @@ def test_blocks_and_chunks_of_a_scan(chunks, indices, run):
     ends, last = call["cu_chunk_seqlen"].tolist(), call["last_chunk_indices"].tolist()
     inner = [first + 1 for first in (0, *(n + 1 for n in last[:-1]))]  # the end of each sequence's first chunk
     values = [*outside(call["u"].shape[-1] + 1, indices, ends[inner[0]]), ends[inner[-1] - 1]]
-    check(scan, call, "cu_chunk_seqlen", dict(zip(inner, values)), lambda at: owned(inner.index(at)))
+    scan.check("cu_chunk_seqlen", dict(zip(inner, values)), lambda at: owned(inner.index(at)))
     values = [[v for v in outside(count, indices, last[b]) if v != -1] for b in range(0, ROWS - 1, 2)]
     changes = {2 * i: numbers[i] for i, numbers in enumerate(values)}
-    check(scan, call, "last_chunk_indices", changes, lambda b: (*owned(b), *owned(b + 1)))
+    scan.check("last_chunk_indices", changes, lambda b: (*owned(b), *owned(b + 1)))
