@@ -30,6 +30,12 @@ from cute_ssm.runtime import emulation
 
 ptxsim = pytest.importorskip("ptxsim")
 SLOW = pytest.mark.slow
+# vectors without a free stride; of the two cursors only where checkpointing_ssu reads them, and accepted_steps where no
+# state is written and they are ignored
+CONTIGUOUS = {
+    "work_items", "num_writes", "rand_seed", "cache_buf_idx", "ring_start", "prev_num_accepted_tokens",
+    "accepted_steps", "query_start_loc", "cu_chunk_seqlen",
+}  # fmt: skip
 GUARD = 64  # elements around a strided view
 POISON = 99  # of integers: neither a slot, nor a cursor, nor an offset of these calls
 
@@ -251,11 +257,12 @@ def test_each_tensor_strided_alone_gives_the_bits_of_contiguous_ones(name, arch,
 
     tensors = {argument: t for argument, t in call.items() if isinstance(t, torch.Tensor)}
     want = ran(copy(call))
-    seen = 0
+    fixed = set()
     for argument, tensor in tensors.items():
         steps = given.get(tensor.data_ptr(), [])
         steps = steps[len(steps) - tensor.dim() :]  # operators put axes in front
         if not any(steps):
+            fixed.add(argument)
             continue
         memory, view = strided(tensor, steps)
         before = memory.clone()
@@ -267,8 +274,7 @@ def test_each_tensor_strided_alone_gives_the_bits_of_contiguous_ones(name, arch,
         if 0 not in view.stride():  # else it is never written
             before.as_strided(view.shape, view.stride(), GUARD).copy_(view.clone())
         same(before, memory, f"memory around {argument}")
-        seen += 1
-    assert seen >= len(tensors) - 2  # all but num_writes, a single seed, and what is ignored
+    assert fixed <= CONTIGUOUS
 
 
 def test_views_do_not_hide_what_is_read_between_elements():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32
 
+import cute_ssm
 import ptxsim
 from cute_ssm.device import bounds
 from cute_ssm.kernels.fakes import fake
@@ -74,3 +78,21 @@ def test_numbers_known_while_tracing():
     assert bool(bounds.in_range(3, 4))
     assert not bool(bounds.in_range(4, 4))
     assert not bool(bounds.in_range(-1, 4))
+
+
+def test_no_kernel_compares_what_it_has_converted_to_unsigned():
+    """The conversion of a size keeps its sign, so that such comparisons are signed; `in_range` is meant."""
+    unsigned, less = r"Uint(8|16|32|64)\([^()]*(\([^()]*\)[^()]*)*\)", r"(?<![<>])[<>]=?(?![<>])"
+    comparison = re.compile(f"{unsigned} *{less}|{less} *{unsigned}")
+    assert comparison.search("Uint32(k) <= Uint32(spec.window)")
+    assert comparison.search("bound > Uint32(Int32(k))")
+    assert not comparison.search("Uint32(1) << Uint32(lane)")
+    package = Path(cute_ssm.__file__).parent
+    found = [
+        f"{path.name}:{number}"
+        for folder in ("kernels", "device")
+        for path in sorted((package / folder).glob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if comparison.search(line) and "``" not in line
+    ]
+    assert not found
