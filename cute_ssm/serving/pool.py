@@ -350,7 +350,8 @@ class StatePool(PoolStorage):
         if bool(closed.any()):
             at = int(closed.nonzero()[0])
             fix = f"take slots by allocate(); rows that are padding have {self.pad_slot_id}"
-            raise ValueError(describe("state_batch_indices", "allocated slots", f"{int(slots[at])} at {at}", fix))
+            got = f"slot {int(slots[at])} at position {at}"
+            raise ValueError(describe("state_batch_indices", "allocated slots", got, fix))
         return accepted
 
     def _shift_conv(self, slots: Tensor, accepted: Tensor, cu_seqlens: Tensor | None) -> None:
