@@ -314,7 +314,8 @@ def test_a_commit_of_an_unallocated_slot_is_refused_by_name(make, backend):
     wrong = [free, pool._free[0], *([5] if pool.kind == "gated_delta" else [])]
     with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else torch.no_grad():
         for slot in wrong:
-            with pytest.raises(ValueError, match=f"state_batch_indices: expected allocated slots, got slot {slot} at position 1;"):
+            message = f"state_batch_indices: expected allocated slots, got slot {slot} at position 1;"
+            with pytest.raises(ValueError, match=message):
                 commit(used, slot, pool.pad_slot_id)
         assert same(pool, frozen), "something was written"
         commit(used, free, pool.pad_slot_id, accepted=torch.tensor([1, -1, 1]))  # is left as it is
