@@ -358,8 +358,8 @@ def _commit(
     if accepted.dim() != 1:
         raise ValueError(describe("num_accepted_tokens", "shape (batch,)", tuple(accepted.shape)))
     batch = rows.batch(accepted)
-    arguments.check_shape("num_accepted_tokens", accepted, (batch,), "(batch,)")
     rows.check(batch)
+    arguments.check_shape("num_accepted_tokens", accepted, (batch,), "(batch,)")
     for name in ("prev_num_accepted_tokens", rows.place_name):
         arguments.check_writable(name, named[name])
     if seeds is not None:
