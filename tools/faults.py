@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
+import json
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "tests" / "faults"
@@ -111,39 +114,96 @@ def copy() -> Iterator[Path]:
         yield folder
 
 
-def run_tests(folder: Path, tests: Iterable[str], first: bool) -> tuple[int, str]:
-    """(exit status, output) of pytest on node ids in a copy; ``first``: stop at the first failure."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("CUTE_SSM_", "PYTEST_"))}
-    environment |= {
-        "PYTHONPATH": os.pathsep.join(map(str, (folder, folder / "tools"))),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "CUTE_SSM_CACHE_DIR": str(folder / "kernels"),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "slow or not slow", "--tb=line"]
-    command += ["-x"] if first else []
-    try:
-        done = subprocess.run(
-            [*command, *tests],
-            cwd=folder,
+class Tester:
+    """Runs pytest in copies, each time in a process forked from one that has imported what no fault changes."""
+
+    def __init__(self) -> None:
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("CUTE_SSM_", "PYTEST_"))
+        }
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--serve"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             env=environment,
-            capture_output=True,
             text=True,
-            timeout=TIMEOUT_S,
-            check=False,
         )
-    except subprocess.TimeoutExpired:
-        return -1, f"no end within {TIMEOUT_S} s"
-    return done.returncode, done.stdout + done.stderr
+
+    def __enter__(self) -> Tester:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate()  # the end of its input ends it
+
+    def run(self, folder: Path, tests: Iterable[str], first: bool) -> tuple[int, str]:
+        """(exit status, output) of pytest on node ids in a copy; ``first``: stop at the first failure."""
+        arguments = ["-q", "-p", "no:cacheprovider", "-m", "slow or not slow", "--tb=line", *(["-x"] if first else [])]
+        if self.process.stdin is None or self.process.stdout is None:
+            raise RuntimeError("the process that runs tests has no pipes")
+        print(json.dumps([str(folder), [*arguments, *tests]]), file=self.process.stdin, flush=True)
+        reply = self.process.stdout.readline()
+        if not reply:
+            raise RuntimeError("the process that runs tests has ended")
+        status, output = json.loads(reply)
+        return status, output
 
 
-def attempt(fault: Fault, folder: Path) -> Outcome:
+def serve() -> None:
+    """Run the tests that standard input names, line by line; see `Tester`."""
+    replies = os.fdopen(os.dup(1), "w")
+    for module in ("numpy", "torch", "pytest", "cutlass.cute"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+    for line in sys.stdin:
+        folder, arguments = json.loads(line)
+        with tempfile.TemporaryFile("w+") as file:
+            child = os.fork()
+            if child == 0:
+                in_copy(folder, arguments, file.fileno())
+            status = wait(child)
+            file.seek(0)
+            print(json.dumps([status, file.read()]), file=replies, flush=True)
+
+
+def in_copy(folder: str, arguments: list[str], output: int) -> NoReturn:
+    """Run pytest in a copy, and end this process with its status."""
+    status = 3
+    try:
+        os.setsid()
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(folder)
+        paths = [folder, os.path.join(folder, "tools")]
+        os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "CUTE_SSM_CACHE_DIR": os.path.join(folder, "kernels")}
+        sys.path[:1] = paths  # in place of this file's folder
+        status = int(sys.modules["pytest"].main(arguments))
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+def wait(child: int) -> int:
+    """The exit status of a process; -1 if it had to be ended."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return -1
+
+
+def attempt(fault: Fault, folder: Path, tester: Tester) -> Outcome:
     """Put a fault into a copy, run its tests, and take it out again."""
     path, start = folder / fault.file, time.monotonic()
     before = path.read_text(encoding="utf-8")
     try:
         path.write_text(changed(fault, before), encoding="utf-8")
-        status, output = run_tests(folder, fault.tests, first=True)
+        status, output = tester.run(folder, fault.tests, first=True)
     finally:
         path.write_text(before, encoding="utf-8")
     result = {TESTS_FAILED: "caught", 0: "survived"}.get(status, f"pytest ended with status {status}")
@@ -159,10 +219,9 @@ def attempts(faults: Sequence[Fault], jobs: int) -> Iterator[Outcome]:
 
     def work() -> None:
         try:
-            with copy() as folder:
-                with contextlib.suppress(queue.Empty):
-                    while True:
-                        ended.put(attempt(waiting.get_nowait(), folder))
+            with copy() as folder, Tester() as tester, contextlib.suppress(queue.Empty):
+                while True:
+                    ended.put(attempt(waiting.get_nowait(), folder, tester))
         except BaseException as error:  # told by the main thread
             ended.put(error)
 
@@ -178,8 +237,8 @@ def attempts(faults: Sequence[Fault], jobs: int) -> Iterator[Outcome]:
 def passing(faults: Sequence[Fault]) -> str:
     """What is wrong with the tests of faults where there is no fault; nothing if they pass."""
     tests = dict.fromkeys(test for fault in faults for test in fault.tests)
-    with copy() as folder:
-        status, output = run_tests(folder, tests, first=False)
+    with copy() as folder, Tester() as tester:
+        status, output = tester.run(folder, tests, first=False)
     if status == 0 and " skipped" not in output.splitlines()[-1]:
         return ""
     return f"without a fault, these tests do not all pass:\n{output[-4000:]}"
@@ -190,8 +249,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="faults whose area or name has this text")
     parser.add_argument("--jobs", type=int, default=1, help="copies that are worked on at once")
     parser.add_argument("--list", action="store_true", help="say what would run")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--unchecked", action="store_true", help="do not run the tests without a fault first")
     options = parser.parse_args(arguments)
+    if options.serve:
+        serve()
+        return 0
     chosen = [
         fault._replace(name=f"{area}: {fault.name}")
         for area, faults in catalogue().items()
