@@ -326,6 +326,11 @@ class GatedDeltaRuleSpec(GatedDeltaSpec):
     def op(self) -> str:
         return "gated_delta_rule_mtp"
 
+    @property
+    def writes(self) -> bool:
+        """Whether any state is written."""
+        return self.write_final or self.write_buffer or self.scatter_dtype is not None
+
 
 @dataclass(frozen=True)
 class GatedDeltaRuleReplaySpec(GatedDeltaSpec):

@@ -3,6 +3,7 @@
 Registers hold memory as *words* (`convert`); whoever loads says how many bytes one access may take.
 """
 
+import cutlass
 import cutlass.cute as cute
 import cutlass.experimental.primitives as prims
 from cutlass import Int8, Int16, Int32, Int64
@@ -35,6 +36,12 @@ def pinned(value, *, loc=None, ip=None):
 def global_bytes(address, align=16):
     """Pointer to an address in global memory, a multiple of `align`; bulk copies take multiples of 16."""
     return cute.make_ptr(Int8, address, cute.AddressSpace.gmem, assumed_align=align)
+
+
+def either(condition, pointer, other):
+    """One of two pointers to shared memory, by a condition of each thread; loads of up to 8 bytes."""
+    chosen = cutlass.select_(condition, pointer.toint(), other.toint())
+    return cute.make_ptr(pointer.dtype, chosen, cute.AddressSpace.smem, assumed_align=8)
 
 
 _INTEGERS = {8: (T.i8, Int8), 16: (T.i16, Int16), 32: (T.i32, Int32), 64: (T.i64, Int64)}

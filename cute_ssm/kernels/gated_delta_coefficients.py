@@ -3,6 +3,11 @@
 One warp prepares a chunk for its CTA: products of keys and queries by tensor core, decays, the triangular solve.  Every
 warp then reads the results as operands, and takes each of its tiles through products, solution, and update.  The
 notation is that of `kernels.gated_delta_rule`.
+
+No value of a token reaches outputs of earlier ones, or states before it.  What later tokens are multiplied by is zero,
+exactly; but 0 times NaN or infinity is NaN.  So each warp looks at what it is about to multiply, and where any of it
+could be such a value, an overflow included, it passes the tokens of that tile one after the other (`in_turn`), with
+zeros in place of later ones.  Updates of the state take neither keys nor anything else of later tokens in any case.
 """
 
 import cutlass
@@ -10,7 +15,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
 from cute_ssm.device import convert, math, memory, mma
-from cute_ssm.tuning.gated_delta_rule import KEY_PAD
+from cute_ssm.tuning.gated_delta_rule import KEY_PAD, zeros_at
 
 BLOCK = 16  # columns of a tile that a warp holds four a lane and row
 EPSILON = 1e-6
@@ -47,7 +52,8 @@ class TokenChunk:
         self.groups = 2 * tokens // 8 if queries else self.key_groups
         self.blocks = K // BLOCK
         self.key_pitch = K + KEY_PAD
-        self.pitch = tokens + 4  # of tables; column `tokens` of the decays is that of the state
+        self.pitch = tokens + 4  # of tables; column `tokens` of the weights is the decay of the state
+        self.zeros = zeros_at(tokens, K)
 
     # ---------------------------------------------------------------------------------------------------- coefficients
     @cute.jit
@@ -55,17 +61,12 @@ class TokenChunk:
         """All that does not depend on rows of the state, by one warp.
 
         Lane c is token, or column, c, with its decay and step: 1 and 0 past the last token.  `scale` of queries.
-
-        A token whose decay or step is NaN takes part in products as one that changes nothing: what multiplies the
-        state in outputs, and in states, from it on is NaN, and nothing that those of earlier tokens are made of.
+        Above the diagonal, only `mix` and `solution` are read, and are zero whatever later tokens are.
         """
         count, pitch = self.tokens, self.pitch
-        unknown = alpha + beta != alpha + beta
-        unknown_before = (cute.arch.vote_ballot_sync(unknown) & ((Int32(2) << lane) - 1)) != 0  # or at this token
-        alpha, beta = Float32(1.0) if unknown else alpha, Float32(0.0) if unknown else beta
         self.store_gram(shared, lane)
         cute.arch.sync_warp()
-        solve, decays, vectors = (shared[name] for name in ("solve", "decays", "vectors"))
+        solve, weights, vectors = (shared[name] for name in ("solve", "weights", "vectors"))
         kappa, rho = Float32(1.0), Float32(scale)
         column = cutlass.min(lane, count - 1)
         if const_expr(self.l2norm):
@@ -73,20 +74,27 @@ class TokenChunk:
             if const_expr(self.queries):
                 rho *= math.rsqrt(read(vectors + (count + column)) + EPSILON)
         step = beta * kappa
-        decay = Float32(0.0) if lane < count else Float32(1.0)
+        kappa = kappa if lane < count else Float32(1.0)
+        token = lane if lane < count else Int32(-1)  # all tokens are behind the state
+        decay = Float32(1.0)
         for t in cutlass.range_constexpr(count):
-            decay *= cute.arch.shuffle_sync(alpha, t)
-            decay = Float32(1.0) if lane == t else decay
+            passed = decay * cute.arch.shuffle_sync(alpha, t)
+            decay = passed if token < t else decay
             weight = decay * kappa
             row_step, row_rho = cute.arch.shuffle_sync(step, t), cute.arch.shuffle_sync(rho, t)
             at = t * pitch + lane
             if lane <= count:
-                memory.store_words(decays + at, [convert.as_word(decay)])
+                memory.store_words(weights + (at + pitch), [convert.as_word(weight)])
+                if const_expr(t == 0):
+                    memory.store_words(weights + lane, [convert.as_word(Float32(1.0))])
             if lane < count:
                 memory.store_words(solve + at, [convert.as_word(row_step * weight * read(solve + at))])
                 if const_expr(self.queries):
                     mix = shared["mix"]
-                    memory.store_words(mix + at, [convert.as_word(row_rho * weight * read(mix + at))])
+                    value = row_rho * weight * read(mix + at)
+                    if const_expr(not self.shared_group):  # there, what is above the diagonal is not read
+                        value = value if token < t + 1 else Float32(0.0)
+                    memory.store_words(mix + at, [convert.as_word(value)])
         cute.arch.sync_warp()
         solution = self.substitute(solve, beta, lane)
         target = shared["solution"]
@@ -100,10 +108,8 @@ class TokenChunk:
                     for j in cutlass.range_constexpr(t + 1):
                         total = cute.math.fma(row[j], solution[j], total)
                     memory.store_words(target + ((count + t) * pitch + lane), [convert.as_word(total)])
-            gamma = read(decays + (lane * pitch + count))
-            shown = Float32(float("nan")) if unknown_before else gamma
-            memory.store_words(decays + (lane * pitch + count), [convert.as_word(shown)])
-            for n, value in enumerate((gamma * kappa, shown * rho, kappa)):
+            gamma = read(weights + ((lane + 1) * pitch + count))
+            for n, value in enumerate((gamma * kappa, gamma * rho)):
                 if const_expr(self.queries or n != 1):
                     memory.store_words(vectors + (n * count + lane), [convert.as_word(value)])
 
@@ -192,20 +198,14 @@ class TokenChunk:
         return (*scales, operands)
 
     # ----------------------------------------------------------------------------------------------------------- tiles
-    def products(self, tile, dtype, keys, lane, load_ahead=None):
-        """Products of a tile of `dtype` with all keys and queries, a list of 4 per group; and the next tile, if any.
-
-        `load_ahead` loads one block of it.
-        """
+    def products(self, tile, dtype, keys, lane):
+        """Products of a tile of `dtype` with all keys and queries, a list of 4 per group."""
         exact = dtype is not Float32
         high = [[Float32(0.0)] * 4 for _ in range(self.groups)]
         low = [[Float32(0.0)] * 4 for _ in range(self.groups)]
-        following = []
         for j in range(self.blocks):
             rows = [self.fragment(keys, lane, group, j) for group in range(self.groups)]
             x, y = (convert.unpack(words, dtype) for words in tile[j])
-            if load_ahead is not None:
-                following.append(load_ahead(j))
             for s in (0, 2):
                 operand = [x[s], y[s], x[s + 1], y[s + 1]]
                 rest = None
@@ -217,7 +217,7 @@ class TokenChunk:
                         low[group] = mma.mma_tf32(rest, rows[group][s : s + 2], low[group])
         if not exact:
             high = [[x + y for x, y in zip(*pair)] for pair in zip(high, low)]
-        return high, following
+        return high
 
     def multiply(self, parts, operand, total):
         """total + (high + low) (high + low)^T, small products first; in the order of products."""
@@ -226,8 +226,9 @@ class TokenChunk:
             total = mma.mma_tf32([left[0], left[2], left[1], left[3]], other, total)
         return total
 
-    def triangular(self, parts, operands, name):
+    def triangular(self, values, operands, name):
         """Products of all groups with a lower triangular matrix, a list of 4 per group."""
+        parts = [mma.split_fully(group) for group in values]
         result = []
         for n in range(self.key_groups):
             total = [Float32(0.0)] * 4
@@ -236,60 +237,128 @@ class TokenChunk:
             result.append(total)
         return result
 
-    def solve(self, products, coefficients, v):
-        """(U, outputs) of a tile: lists of 4 per group; up to 4 tokens, of 2: rows g and g + 8 of the lane's token.
+    def solve(self, products, coefficients, v, lane, following=None, load_ahead=None):
+        """(U, outputs, next tile): lists of 4 per group; up to 4 tokens, of 2: rows g and g + 8 of the lane's token.
 
-        Without queries there are no outputs: None.
+        Without queries there are no outputs, None, and U is that of tokens which all belong to the state.
+        `load_ahead` loads one block of the next tile, of the types of `following`, a tile that nobody needs.
         """
         key_scales, operands = coefficients[0], coefficients[-1]
         if self.shared_group:
-            query_scale, (high, low) = coefficients[1], operands
             (c,) = products
-            x = [cute.math.fma(-key_scales, c[2 * n], v[0][2 * n]) for n in range(2)]
-            top, rest = mma.split_fully(x)
-            total = [Float32(0.0)] * 4
-            for part in (low, high):
-                total = mma.mma_tf32([*top, *rest], [part[0], part[0]], total)
-            return [[total[0], total[2]]], [[cute.math.fma(query_scale, c[n], total[n]) for n in (1, 3)]]
-        groups = range(self.key_groups)
-        X = [
-            mma.split_fully([cute.math.fma(-key_scales[n][e & 1], products[n][e], v[n][e]) for e in range(4)])
-            for n in groups
-        ]
-        U = self.triangular(X, operands, "solution")
-        if not self.queries:
-            return U, None
-        O = self.triangular([mma.split_fully(u) for u in U], operands, "mix")
-        query_scales, R = coefficients[1], products[self.key_groups :]
-        return U, [[cute.math.fma(query_scales[n][e & 1], R[n][e], O[n][e]) for e in range(4)] for n in groups]
+            X = [[cute.math.fma(-key_scales, c[2 * n], v[0][2 * n]) for n in range(2)]]
+            R, query_scales = [[c[1], c[3]]], [[coefficients[1]] * 2]
+        else:
+            groups = range(self.key_groups)
+            X = [[cute.math.fma(-key_scales[n][e & 1], products[n][e], v[n][e]) for e in range(4)] for n in groups]
+            if not self.queries:
+                return self.triangular(X, operands, "solution"), None, None
+            R, query_scales = products[self.key_groups :], [[x[e & 1] for e in range(4)] for x in coefficients[1]]
+        U, O, following = self.isolated(X, operands, lane, following, load_ahead)
+        O = [[cute.math.fma(scale, r, o) for scale, r, o in zip(*lists)] for lists in zip(query_scales, R, O)]
+        return U, O, following
+
+    def both(self, X, operands):
+        """(U, A U) of up to 4 tokens."""
+        (high, low) = operands
+        top, rest = mma.split_fully(X[0])
+        total = [Float32(0.0)] * 4
+        for part in (low, high):
+            total = mma.mma_tf32([*top, *rest], [part[0], part[0]], total)
+        return [[total[0], total[2]]], [[total[1], total[3]]]
 
     @cute.jit
-    def update_operands(self, U, shared, t, some, lane):
-        """(decay, operands, pointers to keys) of `update` to the state after token t.
+    def isolated(self, X, operands, lane, following, load_ahead):
+        """(U, A U, next tile), where no zero of M or A is multiplied by what is not finite.
 
-        `some`: whether the state passes any token; None: it does.
+        Up to 4 tokens, both are products with X; else A U is one with U, which is not finite wherever X is not.  The
+        next tile is asked for behind the branch: loads ahead of it ptxas moves up into the products, which takes 197
+        registers in place of 144 (8 tokens, sm_90a, ptxas 13.0).
+        """
+        U = X if const_expr(self.shared_group) else self.triangular(X, operands, "solution")
+        values = [x for group in U for x in group]
+        squares = values[0] * values[0]
+        for x in values[1:]:
+            squares = cute.math.fma(x, x, squares)
+        O = X
+        if not cute.arch.vote_all_sync(squares < Float32.inf):
+            U, O = self.in_turn(X, operands, lane)
+            if const_expr(load_ahead is not None):
+                following = [load_ahead(j) for j in range(self.blocks)]
+        else:
+            if const_expr(load_ahead is not None):
+                following = [load_ahead(j) for j in range(self.blocks)]
+            if const_expr(self.shared_group):
+                U, O = self.both(X, operands)
+            else:
+                O = self.triangular(U, operands, "mix")
+        return U, O, following
+
+    @cute.jit
+    def in_turn(self, X, operands, lane):
+        """(U, A U), each token's from it and earlier ones alone; those of finite tokens are the same bits."""
+        lane = memory.pinned(Int32(lane))  # or what depends on it is computed before the branch
+        U = [[Float32(0.0)] * len(x) for x in X]
+        O = [[Float32(0.0)] * len(x) for x in X]
+        for t in cutlass.range(self.tokens, unroll=1):
+            kept = self.until(t, X, lane)
+            if const_expr(self.shared_group):
+                u, o = self.both(kept, operands)
+                U = self.replaced(t, U, u, self.key_tokens(lane))
+            else:
+                U = self.replaced(t, U, self.triangular(kept, operands, "solution"), self.key_tokens(lane))
+                o = self.triangular(U, operands, "mix")
+            O = self.replaced(t, O, o, self.query_tokens(lane))
+        return U, O
+
+    def key_tokens(self, lane):
+        """The tokens that elements of a product with keys belong to."""
+        t = lane & 3
+        if self.shared_group:
+            return [[t] * 2]
+        return [[8 * n + (t if e % 2 == 0 else 4 + (t ^ 2)) for e in range(4)] for n in range(self.key_groups)]
+
+    def query_tokens(self, lane):
+        """The same of a product with queries."""
+        return [[(lane & 3) ^ 2] * 2] if self.shared_group else self.key_tokens(lane)
+
+    def until(self, t, X, lane):
+        """X, with zeros for tokens later than t."""
+        tokens = self.key_tokens(lane)
+        nothing = Float32(0.0)
+        return [[cutlass.select_(j <= t, x, nothing) for j, x in zip(*lists)] for lists in zip(tokens, X)]
+
+    def replaced(self, t, old, new, tokens):
+        """`old`, with what `new` has of token t."""
+        return [[cutlass.select_(j == t, y, x) for j, x, y in zip(*lists)] for lists in zip(tokens, old, new)]
+
+    @cute.jit
+    def update_operands(self, U, shared, last, lane):
+        """(decay, operands, pointers to keys) of `update` to the state after token `last`; -1: before the first.
+
+        Later tokens' keys and U, which need not be finite, are replaced by zeros; after a Python int there are none.
         """
         g, lane_t = lane >> 2, lane & 3
-        decays = shared["decays"] + t * self.pitch
-        kappas = shared["vectors"] + 2 * self.tokens
-        gamma = read(decays + self.tokens)
-        nothing = Float32(0.0)
-        if const_expr(some is not None):
-            gamma = gamma if some else Float32(1.0)
+        table = shared["weights"] + (last + 1) * self.pitch
         columns = [lane_t] if const_expr(self.shared_group) else [lane_t, 4 + (lane_t ^ 2)]
         operands, rows = [], []
         for n in cutlass.range_constexpr(self.key_groups):
-            weights = [read(decays + (8 * n + c)) * read(kappas + (8 * n + c)) for c in columns]
-            if const_expr(some is not None):
-                weights = [w if some else nothing for w in weights]
-            high, low = mma.split_fully([U[n][e] * weights[e % len(columns)] for e in range(len(U[n]))])
+            weights = [read(table + (8 * n + c)) for c in columns]
+            values = [U[n][e] * weights[e % len(columns)] for e in range(len(U[n]))]
+            keys = [shared["keys"] + ((8 * n + c) * self.key_pitch + 2 * g) for c in columns]
+            if const_expr(not isinstance(last, int)):
+                seen = [8 * n + c <= last for c in columns]
+                values = [cutlass.select_(seen[e % len(columns)], x, Float32(0.0)) for e, x in enumerate(values)]
+                zeros = shared["keys"] + (self.zeros + 2 * g)
+                keys = [memory.either(some, row, zeros) for some, row in zip(seen, keys)]
+            high, low = mma.split_fully(values)
             if const_expr(self.shared_group):  # the second half of the operand is free for the low part
                 operands.append([[*high, *low]])
-                columns = columns * 2
+                keys = keys * 2
             else:
                 operands.append([[part[0], part[2], part[1], part[3]] for part in (low, high)])
-            rows.append([shared["keys"] + ((8 * n + c) * self.key_pitch + 2 * g) for c in columns])
-        return gamma, operands, rows
+            rows.append(keys)
+        return read(table + self.tokens), operands, rows
 
     def update(self, old, j, gamma, operands, rows):
         """Block j of the state after a token: four floats of both rows, from those of `old`."""

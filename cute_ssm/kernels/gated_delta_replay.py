@@ -197,16 +197,18 @@ class GatedDeltaRuleReplay(GatedDeltaRows):
             load_ahead = None
             if const_expr(m + 1 < self.tiles):
                 load_ahead = functools.partial(self.load_block, self.corner(state, (slot, h), row + TILE, lane))
-            tile = [[self.widen(words) for words in pair] for pair in tile]
+            loaded = tile
+            tile = [[self.widen(words) for words in pair] for pair in loaded]
             for c in cutlass.range(chunks, unroll=1):
                 tile = self.advance(tile, shared, c, column + m * TILE, lane)
             if flush:
                 corner = self.corner(state, (slot, h), row, lane)
                 for j in cutlass.range_constexpr(self.blocks):
                     self.store_block(corner, j, [convert.unpack(words, Float32) for words in tile[j]])
-            products, following = self.chunk.products(tile, Float32, latest["keys"], lane, load_ahead)
+            products = self.chunk.products(tile, Float32, latest["keys"], lane)
             V = self.load_values(latest["values"], column + m * TILE, self.chunk, lane)
-            U, O = self.chunk.solve(products, self.chunk.load_coefficients(latest, lane), V)
+            coefficients = self.chunk.load_coefficients(latest, lane)
+            U, O, following = self.chunk.solve(products, coefficients, V, lane, loaded, load_ahead)
             self.emit(out, O, U, (i, h, row), latest["values"], column + m * TILE, tokens, lane)
             tile = following
         if const_expr(self.spec.vector_output):
@@ -341,10 +343,10 @@ class GatedDeltaRuleReplay(GatedDeltaRows):
     def advance(self, tile, shared, c, column, lane):
         """The tile after the pending tokens of chunk c; those past the last one change nothing, by a step of 0."""
         places = self.pending_places(shared, c)
-        products, _ = self.pending.products(tile, Float32, places["keys"], lane)
+        products = self.pending.products(tile, Float32, places["keys"], lane)
         V = self.load_values(places["values"], column, self.pending, lane)
-        U, _ = self.pending.solve(products, self.pending.load_coefficients(places, lane), V)
-        step = self.pending.update_operands(U, places, PENDING - 1, None, lane)
+        U, _, _ = self.pending.solve(products, self.pending.load_coefficients(places, lane), V, lane)
+        step = self.pending.update_operands(U, places, PENDING - 1, lane)
         after = []
         for j in range(self.blocks):
             old = [convert.unpack(words, Float32) for words in tile[j]]

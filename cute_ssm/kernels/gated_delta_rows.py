@@ -80,6 +80,14 @@ class GatedDeltaRows:
                 values = memory.load(source, self.input_dtype, 4, 4 * self.input_dtype.width // 8)
             memory.store(target, values, Float32, 16)
 
+    @cute.jit
+    def clear_row(self, target, thread):
+        """A row of zeros, as long as a key."""
+        for step in cutlass.range_constexpr(-(-self.spec.K // (4 * self.threads))):
+            column = (thread + step * self.threads) * 4
+            if column < self.spec.K:
+                memory.store(target + column, [Float32(0.0)] * 4, Float32, 16)
+
     def stage_values(self, source, rows, live, target, thread, used=None):
         """This CTA's columns of values as they are; like `stage_keys`."""
         per_row = self.config.rows // 8

@@ -7,8 +7,8 @@ Per (request, value head), with the state S [V, K] and the equations of `referen
 
 A CTA owns `rows` rows of one head, its warps 16 of them at a time.  A warp asks for its first tile of the state before
 anything else, straight into registers; then all warps bring keys, queries and values to shared memory, the first one
-computes the coefficients, which depend on no row, and every warp goes its own way: while a tile is multiplied, the
-next one takes its registers, if nothing is to be written.
+computes the coefficients, which depend on no row, and every warp goes its own way: once a tile is multiplied, the next
+one takes its registers, if nothing is to be written.
 
 A *block* is 16 columns of a tile; lane ``4 g + t`` holds columns 4 t .. 4 t + 3 of rows g and g + 8 of it.  Products
 sum over columns, so any order of them will do: elements (2 s, 2 s + 1) are the operand of step s of S K^T, and elements
@@ -31,7 +31,7 @@ from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
@@ -51,7 +51,7 @@ class GatedDeltaRule(GatedDeltaSequential):
 
     def __init__(self, spec: GatedDeltaRuleSpec, config: GatedDeltaRuleConfig, arch: Arch):
         super().__init__(spec, config, arch)
-        self.writes = spec.write_final or spec.write_buffer or spec.scatter_dtype is not None
+        self.writes = spec.writes
 
     @staticmethod
     def default_config(spec: GatedDeltaRuleSpec, arch: Arch, units: int | None = None) -> GatedDeltaRuleConfig:
@@ -194,6 +194,8 @@ class GatedDeltaRule(GatedDeltaSequential):
         queries = keys + count * self.key_pitch
         self.stage_keys(lambda t, c: memory.address(q, i, t, key_head, c), count, tokens, queries, thread)
         self.stage_values(lambda t, c: memory.address(v, i, t, h, first + c), count, tokens, values, thread)
+        if const_expr(self.writes):
+            self.clear_row(keys + self.chunk.zeros, thread)
         cute.arch.sync_threads()
         if warp == 0:
             alpha, beta = self.gates(A_log, a, dt_bias, b, (i, h), tokens, lane)
@@ -207,9 +209,9 @@ class GatedDeltaRule(GatedDeltaSequential):
             if const_expr(m + 1 < self.tiles):
                 ahead = self.corner(state, (slot, h), row + TILE, lane)
                 load_ahead = None if const_expr(self.writes) else functools.partial(self.load_block, ahead)
-            products, following = self.chunk.products(tile, self.state_dtype, keys, lane, load_ahead)
+            products = self.chunk.products(tile, self.state_dtype, keys, lane)
             V = self.load_values(values, column + m * TILE, self.chunk, lane)
-            U, O = self.chunk.solve(products, coefficients, V)
+            U, O, following = self.chunk.solve(products, coefficients, V, lane, tile, load_ahead)
             self.emit(out, O, U, (i, h, row), values, column + m * TILE, tokens, lane)
             if const_expr(self.writes):
                 self.write_states(state, targets, tile, U, shared, (i, h, slot), row, tokens, lane)
@@ -245,29 +247,27 @@ class GatedDeltaRule(GatedDeltaSequential):
         i, h, slot = place
         if const_expr(buffer is not None):
             for t in cutlass.range(tokens, unroll=1):
-                self.write_state(self.corner(buffer, (i, t, h), row, lane), sources, t, Boolean(True), lane)
+                self.write_state(self.corner(buffer, (i, t, h), row, lane), sources, t, lane)
         if const_expr(scatter is not None):
             for t in cutlass.range(tokens, unroll=1):
                 target = Int64(scatter[i, t])
                 if in_range(target, state.shape[0]):
-                    self.write_state(self.corner(state, (target, h), row, lane), sources, t, Boolean(True), lane)
+                    self.write_state(self.corner(state, (target, h), row, lane), sources, t, lane)
         if const_expr(self.spec.write_final):
             target = slot
             if const_expr(dst is not None):
                 target = Int64(dst[i])
-            last, some = tokens - 1, Boolean(True)
+            count = tokens
             if const_expr(accepted is not None):
                 count = Int32(accepted[i])
-                last, some = cutlass.max(count, 1) - 1, count > 0
             if in_range(target, state.shape[0]):
-                self.write_state(self.corner(state, (target, h), row, lane), sources, last, some, lane)
+                self.write_state(self.corner(state, (target, h), row, lane), sources, count - 1, lane)
 
     @cute.jit
-    def write_state(self, corner, sources, t, some, lane):
-        """Blocks of the tile of the state after token t, or of the tile itself if not `some`, to `corner`."""
+    def write_state(self, corner, sources, t, lane):
+        """Blocks of the tile of the state after token t, or of the tile itself if t is -1, to `corner`."""
         tile, U, shared, blocks = sources
-        passes = some if const_expr(self.spec.accepted_dtype is not None) else None
-        step = self.chunk.update_operands(U, shared, t, passes, lane)
+        step = self.chunk.update_operands(U, shared, t, lane)
         for j in blocks:
             if const_expr(j % 4 == 0):  # or the compiler takes all keys out of the loop over tokens, into registers
                 cute.arch.sync_warp()

@@ -53,6 +53,9 @@ def gated_delta_rule_mtp(
     inside ``ptxsim.emulate()``.  The kernel computes all tokens at once on tensor cores, with float32 states and
     coefficients in two parts, so that its error is that of float32.
 
+    No value of a token reaches outputs of earlier tokens, or states before it: NaN, infinite values and overflows in q,
+    k, v, a or b change no bit of them.  Tokens beyond the accepted ones, padding for instance, may hold anything.
+
     Parameters
     ----------
     q, k : Tensor, (batch, tokens, heads, K), bfloat16/float16

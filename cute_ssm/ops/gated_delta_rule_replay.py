@@ -73,6 +73,9 @@ def gated_delta_rule_replay(
     inside ``ptxsim.emulate()``.  The kernel computes eight pending tokens at a time, and then all new ones, on tensor
     cores, with an error like that of float32.
 
+    No value of a token reaches outputs of earlier tokens, or states before it: NaN, infinite values and overflows in q,
+    k, v, a or b change no bit of them, nor do rows of the rings that are not pending, such as tokens once rejected.
+
     Parameters
     ----------
     q, k : Tensor, (batch, tokens, heads, K), bfloat16/float16

@@ -177,7 +177,7 @@ def gated_delta_rule_products(
         S_t       = gamma_t S + sum_{j <= t} D[t, j] u_j k^_j^T
 
     Decays are products of the tokens' decays, never quotients: no strength of decay overflows.  Raw keys and queries
-    are multiplied; their norms are applied to the products.
+    are multiplied; their norms are applied to the products.  No sum has a term of a later token, not even 0 times it.
 
     Parameters and results are those of `gated_delta_rule`.
     """
@@ -192,7 +192,7 @@ def gated_delta_rule_products(
     if use_qk_l2norm:
         kappa = torch.rsqrt(raw_k.square().sum(-1) + EPSILON)
         rho = scale * torch.rsqrt(raw_q.square().sum(-1) + EPSILON)
-    decay = torch.zeros(*alpha.shape, tokens, dtype=compute_dtype)
+    decay = torch.zeros(*alpha.shape, tokens, dtype=compute_dtype)  # above the diagonal nothing is used
     for t in range(tokens):
         decay[..., t, :t] = decay[..., t - 1, :t] * alpha[..., t, None]
         decay[..., t, t] = 1
@@ -203,8 +203,12 @@ def gated_delta_rule_products(
     L = beta[..., None] * kappa[..., None] * scaled * (raw_k @ raw_k.transpose(-1, -2))
     A = rho[..., None] * scaled * (raw_q @ raw_k.transpose(-1, -2))
     X = beta[..., None] * (values - (gamma * kappa)[..., None] * P)
-    U = torch.linalg.solve_triangular(L.tril(-1) + torch.eye(tokens, dtype=compute_dtype), X, upper=False)
-    out = (gamma * rho)[..., None] * R + A @ U
+    U, out = torch.empty_like(X), (gamma * rho)[..., None] * R
     states = gamma[..., None, None] * state.to(compute_dtype)[:, :, None]
-    states = states + torch.einsum("bhtj,bhjv,bhjk->bhtvk", scaled, U, raw_k)
+    for t in range(tokens):
+        before, seen = slice(t), slice(t + 1)
+        U[..., t, :] = X[..., t, :] - torch.einsum("bhj,bhjv->bhv", L[..., t, before], U[..., before, :])
+        out[..., t, :] += torch.einsum("bhj,bhjv->bhv", A[..., t, seen], U[..., seen, :])
+        weighted = scaled[..., t, seen, None] * U[..., seen, :]
+        states[:, :, t] += torch.einsum("bhjv,bhjk->bhvk", weighted, raw_k[..., seen, :])
     return out.transpose(1, 2), states.transpose(1, 2)

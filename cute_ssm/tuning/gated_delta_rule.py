@@ -85,15 +85,26 @@ def chunk_tokens(spec: GatedDeltaSpec) -> int:
     return max(spec.tokens, 4)
 
 
+def zeros_at(tokens: int, K: int) -> int:
+    """Return where a row of zeros lies behind keys and queries, in floats: on the banks of row 3.
+
+    That row is absent whenever zeros are read in place of any.
+    """
+    return 2 * tokens * (K + KEY_PAD) + 3 * KEY_PAD
+
+
 def shared_parts(spec: GatedDeltaSpec, rows: int) -> dict[str, int]:
     """Bytes of what a CTA keeps in shared memory: keys and queries, values, and the coefficients of each chunk.
 
-    Pending tokens come before new ones.
+    Pending tokens come before new ones; behind the keys of calls that write states lies a row of zeros.
     """
     tokens, pending = chunk_tokens(spec), spec.window if isinstance(spec, GatedDeltaRuleReplaySpec) else 0
     tables = sum(table_parts(PENDING, queries=False).values())
+    zeros = 0
+    if isinstance(spec, GatedDeltaRuleSpec) and spec.writes:
+        zeros = zeros_at(tokens, spec.K) + spec.K - 2 * tokens * (spec.K + KEY_PAD)
     return {
-        "keys": (pending + 2 * tokens) * (spec.K + KEY_PAD) * 4,
+        "keys": ((pending + 2 * tokens) * (spec.K + KEY_PAD) + zeros) * 4,
         "values": (pending + max(tokens, 8)) * (rows + VALUE_PAD) * 2,
         **({"pending": pending // PENDING * tables} if pending else {}),
         **table_parts(tokens),
@@ -104,11 +115,11 @@ def table_parts(tokens: int, queries: bool = True) -> dict[str, int]:
     """Bytes of the coefficients of a chunk of tokens."""
     table = tokens * (tokens + 4) * 4
     return {
-        "decays": table,
+        "weights": table + (tokens + 4) * 4,  # of tokens in the state after each, and before the first
         "solve": table,
         **({"mix": table} if queries else {}),
         "solution": 2 * table if tokens == 4 else table,  # there, the outputs' coefficients follow
-        "vectors": 3 * tokens * 4,
+        "vectors": 2 * tokens * 4,
     }
 
 
