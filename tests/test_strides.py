@@ -106,6 +106,15 @@ def materialize(state="i8", history="ring"):
     return {**call, "num_tokens": torch.tensor([2, 7])}
 
 
+def materialize_gated():
+    call = replay()
+    names = ("initial_state", *replay_cases.RINGS, "ring_start", "prev_num_accepted_tokens")
+    slots = call["initial_state_indices"]
+    more = {"state_batch_indices": slots, "dst_state_batch_indices": slots.flip(0), "num_tokens": torch.tensor([2, 7])}
+    out = torch.zeros_like(call["initial_state"])
+    return {**{name: call[name] for name in names}, **more, "out": out, "window": 8}
+
+
 STEP, CHECKPOINT, RULE = cute_ssm.selective_state_update, cute_ssm.checkpointing_ssu, cute_ssm.gated_delta_rule_mtp
 OPERATORS = {
     "one_token": (STEP, steps, {"lengths": (1, 1), "state": "i8", "destination": "vector"}),
@@ -135,6 +144,7 @@ OPERATORS = {
     "commit": (serving.commit, commit, {}),
     "build_work_items": (serving.build_work_items, work, {}),
     "materialize": (serving.materialize, materialize, {}),
+    "materialize_gated": (serving.materialize_gated_delta, materialize_gated, {}),
 }
 EVERY = list(OPERATORS)
 FEW = ("one_token", "tokens", "intermediates", "ring", "gated_delta_rule", "scan", "commit")  # emulated by default

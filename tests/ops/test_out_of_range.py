@@ -292,7 +292,9 @@ GATED = {
 }
 
 
-@pytest.mark.parametrize("form", [name if name == "tokens" else pytest.param(name, marks=SLOW) for name in GATED])
+@pytest.mark.parametrize(
+    "form", [name if name in ("tokens", "sequential") else pytest.param(name, marks=SLOW) for name in GATED]
+)
 def test_slots_and_counts_of_the_gated_delta_rule(form, run):
     fields = {"batch": ROWS, "ratio": 1, "K": 64, "pads": (), "indices": torch.int64, **GATED[form]}
     case = gdn_cases.Case(**{**fields, "mode": "accepted_split"})

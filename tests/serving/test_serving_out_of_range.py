@@ -71,6 +71,10 @@ def test_rows_of_a_commit(ring, varlen, indices):
     check(commit, call, "num_accepted_tokens", dict(enumerate(outside(tokens + 1, indices))), lambda b: owned(slots[b]))
     for name, bound in (("prev_num_accepted_tokens", window + 1), (place, places)):
         check(commit, call, name, dict(zip(slots, outside(bound, torch.int32))), owned)
+    few = {**copy(call), "window": 2}  # fewer than a row has tokens
+    few["prev_num_accepted_tokens"].clamp_(max=2)
+    few["num_accepted_tokens"].clamp_(max=2)
+    check(commit, few, "num_accepted_tokens", {0: 3, 2: tokens}, lambda b: owned(slots[b]))
     if varlen:
         spoil_offsets(commit, call, lambda b: owned(slots[b]))
 
