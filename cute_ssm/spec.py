@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cute_ssm.errors import UnsupportedSpecError, describe
 
@@ -24,6 +24,15 @@ ITEMSIZE = {
     "int32": 4,
     "int64": 8,
 }
+
+
+ROW_ALIGNMENTS = (16, 8, 4, 2)  # bytes
+
+
+def check_alignment(n_bytes: int) -> None:
+    """Raise unless rows of inputs are aligned to one of `ROW_ALIGNMENTS`."""
+    if n_bytes not in ROW_ALIGNMENTS:
+        raise UnsupportedSpecError(describe("input_bytes", " or ".join(map(str, ROW_ALIGNMENTS)), n_bytes))
 
 
 @dataclass(frozen=True)
@@ -272,6 +281,8 @@ class GatedDeltaSpec(Spec):
         Rows of ``output`` whose request is padding become zero instead of staying as they are.
     vector_output : bool
         Rows of a 16-bit ``output`` are aligned for stores of 16 bytes.
+    input_bytes : {16, 8, 4, 2}
+        Widest access to ``q, k, v``.  16: rows of q and k are aligned to 8 bytes, those of v to 16.
     """
 
     state_dtype: str
@@ -286,9 +297,11 @@ class GatedDeltaSpec(Spec):
     src_dtype: str
     zero_padding: bool
     vector_output: bool
+    input_bytes: int = field(default=16, kw_only=True)
 
     def text(self) -> str:
-        return f"{self.op}-{self.state_dtype}-{self.input_dtype}-{self.V}x{self.K}-{self.tokens}"
+        rows = "" if self.input_bytes == 16 else f"-by{self.input_bytes}"
+        return f"{self.op}-{self.state_dtype}-{self.input_dtype}-{self.V}x{self.K}-{self.tokens}{rows}"
 
     def check(self) -> None:
         if self.K not in DELTA_SIZES:
@@ -302,6 +315,7 @@ class GatedDeltaSpec(Spec):
             raise UnsupportedSpecError(describe("input_dtype", " or ".join(FLOATS[1:]), self.input_dtype))
         if self.tokens not in TOKEN_BUCKETS:
             raise UnsupportedSpecError(describe("tokens", f"one of {TOKEN_BUCKETS}", self.tokens))
+        check_alignment(self.input_bytes)
 
 
 @dataclass(frozen=True)
@@ -359,7 +373,6 @@ class GatedDeltaRuleReplaySpec(GatedDeltaSpec):
 
 CHECKPOINT_TOKENS = 64  # largest number of tokens of a call, and of rows of a window
 CHECKPOINT_DSTATES = (64, 96, 128, 256)
-ROW_ALIGNMENTS = (16, 8, 4, 2)  # bytes
 WAIT_FIRST, EARLY_READS = "wait_first", "early_reads"  # kinds of programmatic dependent launch
 
 
@@ -465,9 +478,7 @@ class CheckpointingSSUSpec(Spec):
                 raise UnsupportedSpecError(describe(name, f"1 to {CHECKPOINT_TOKENS}", getattr(self, name)))
         if self.history not in ("double", "double_x", "ring"):
             raise UnsupportedSpecError(describe("history", "double or double_x or ring", self.history))
-        if self.input_bytes not in ROW_ALIGNMENTS:
-            expected = " or ".join(map(str, ROW_ALIGNMENTS))
-            raise UnsupportedSpecError(describe("input_bytes", expected, self.input_bytes))
+        check_alignment(self.input_bytes)
         if self.pdl not in (None, WAIT_FIRST, EARLY_READS):
             raise UnsupportedSpecError(describe("pdl", f"None or {WAIT_FIRST} or {EARLY_READS}", self.pdl))
         if self.philox_rounds and self.state_dtype == "float32":

@@ -108,6 +108,15 @@ def load(ptr, dtype, count, access_bytes):
     return values
 
 
+def load_packed(ptr, count, access_bytes):
+    """`count` 32-bit words of 16-bit elements, from a multiple of `access_bytes` (2 to 16), by accesses of no more."""
+    if access_bytes == 2:
+        halves = [Int32(load_words(ptr + i, 1, 16)[0]) for i in range(2 * count)]
+        return [low & 0xFFFF | high << 16 for low, high in zip(halves[::2], halves[1::2])]
+    width = min(access_bytes // 4, count)
+    return [word for first in range(0, count, width) for word in load_words(ptr + 2 * first, width)]
+
+
 def store(ptr, values, dtype, access_bytes):
     """Round float32 values to nearest even and store them contiguously, by accesses of `access_bytes`."""
     if access_bytes < 4:

@@ -28,7 +28,7 @@ from cute_ssm.device import convert, launch, math, memory
 from cute_ssm.device.bounds import in_range
 from cute_ssm.kernels.fakes import fake
 from cute_ssm.kernels.gated_delta_coefficients import TokenChunk
-from cute_ssm.kernels.gated_delta_rows import GatedDeltaRows
+from cute_ssm.kernels.gated_delta_rows import KEY_BYTES, VALUE_BYTES, GatedDeltaRows
 from cute_ssm.spec import GatedDeltaRuleReplaySpec
 from cute_ssm.tuning.gated_delta_rule import (
     PENDING,
@@ -61,9 +61,7 @@ class GatedDeltaRuleReplay(GatedDeltaRows):
         keys, values = (batch, tokens, heads, spec.K), (batch, tokens, value_heads, spec.V)
         gates = (batch, tokens, value_heads)
         return (
-            fake(self.input_dtype, keys, (1,), 4),
-            fake(self.input_dtype, keys, (1,), 4),
-            fake(self.input_dtype, values, (1,), 8),
+            *self.input_fakes(keys, values),
             fake(self.state_dtype, (slots, value_heads, spec.V, spec.K), (1,), 4),
             fake(convert.DTYPES[spec.src_dtype], (batch,)),
             fake(self.input_dtype, (slots, heads, length, spec.K), (1,), 4),
@@ -234,11 +232,13 @@ class GatedDeltaRuleReplay(GatedDeltaRows):
 
         used = (count + (PENDING - 1)) // PENDING * PENDING
         self.stage_keys(
-            lambda t, c: memory.address(k_cache, slot, key_head, at(t), c), most, count, shared["keys"], thread, used
-        )
+            lambda t, c: memory.address(k_cache, slot, key_head, at(t), c), most, count, shared["keys"], thread,
+            used, KEY_BYTES,
+        )  # fmt: skip
         self.stage_values(
-            lambda t, c: memory.address(v_cache, slot, h, at(t), first + c), most, count, shared["values"], thread, used
-        )
+            lambda t, c: memory.address(v_cache, slot, h, at(t), first + c), most, count, shared["values"], thread,
+            used, VALUE_BYTES,
+        )  # fmt: skip
         queries = latest["keys"] + fresh * self.key_pitch
         self.stage_keys(lambda t, c: memory.address(k, i, t, key_head, c), fresh, tokens, latest["keys"], thread)
         self.stage_keys(lambda t, c: memory.address(q, i, t, key_head, c), fresh, tokens, queries, thread)
@@ -271,7 +271,7 @@ class GatedDeltaRuleReplay(GatedDeltaRows):
     @cute.jit
     def append_piece(self, source, target, count, live):
         if live:
-            memory.store_words(target, memory.load_words(source, count // 2))
+            memory.store_words(target, memory.load_packed(source, count // 2, self.value_bytes))
 
     # ---------------------------------------------------------------------------------------------------------- chunks
     def new_places(self, shared):

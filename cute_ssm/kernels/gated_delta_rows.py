@@ -10,8 +10,12 @@ from cutlass import Float32, Int32, const_expr
 
 from cute_ssm.arch import Arch
 from cute_ssm.device import convert, memory, mma
+from cute_ssm.kernels.fakes import fake
 from cute_ssm.kernels.gated_delta_coefficients import BLOCK, TokenChunk, row_of
 from cute_ssm.tuning.gated_delta_rule import KEY_PAD, VALUE_PAD, WARP, GatedDeltaRuleConfig, chunk_tokens
+
+KEY_BYTES = 8  # of an access to a row of keys, where they are aligned
+VALUE_BYTES = 16
 
 
 class GatedDeltaRows:
@@ -31,6 +35,14 @@ class GatedDeltaRows:
         self.value_pitch = config.rows + VALUE_PAD
         self.tiles = config.tiles()
         self.threads = WARP * config.warps
+        self.key_bytes = min(KEY_BYTES, spec.input_bytes)  # of an access to q or k
+        self.value_bytes = spec.input_bytes
+
+    def input_fakes(self, keys, values):
+        """q, k and v as the compiler sees them."""
+        row = fake(self.input_dtype, keys, (1,), self.key_bytes // 2)
+        other = fake(self.input_dtype, keys, (1,), self.key_bytes // 2)
+        return row, other, fake(self.input_dtype, values, (1,), self.value_bytes // 2)
 
     # ---------------------------------------------------------------------------------------------------------- states
     def corner(self, tensor, place, row, lane):
@@ -58,10 +70,10 @@ class GatedDeltaRows:
         return convert.pack(convert.unpack(words, self.state_dtype), Float32)
 
     # ------------------------------------------------------------------------------------------------- keys and values
-    def stage_keys(self, source, rows, live, target, thread, used=None):
+    def stage_keys(self, source, rows, live, target, thread, used=None, access=None):
         """Rows of keys or queries as float32, zeros from row `live` on; `source(row, column)` is where one lies.
 
-        Rows from `used` on, if given, stay as they are.
+        Rows from `used` on, if given, stay as they are.  `access`: bytes of a load, if they are no inputs.
         """
         per_row = self.spec.K // 4
         count = rows * per_row
@@ -69,15 +81,16 @@ class GatedDeltaRows:
             piece = thread + step * self.threads
             row, column = piece // per_row, piece % per_row * 4
             at = target + (row * self.key_pitch + column)
-            self.stage_key(source(row, column), at, piece < count if used is None else row < used, row < live)
+            some = piece < count if used is None else row < used
+            self.stage_key(source(row, column), at, some, row < live, access or self.key_bytes)
 
     @cute.jit
-    def stage_key(self, source, target, some, live):
+    def stage_key(self, source, target, some, live, access: cutlass.Constexpr):
         """Four elements."""
         if some:
             values = [Float32(0.0)] * 4
             if live:
-                values = memory.load(source, self.input_dtype, 4, 4 * self.input_dtype.width // 8)
+                values = memory.load(source, self.input_dtype, 4, access)
             memory.store(target, values, Float32, 16)
 
     @cute.jit
@@ -88,7 +101,7 @@ class GatedDeltaRows:
             if column < self.spec.K:
                 memory.store(target + column, [Float32(0.0)] * 4, Float32, 16)
 
-    def stage_values(self, source, rows, live, target, thread, used=None):
+    def stage_values(self, source, rows, live, target, thread, used=None, access=None):
         """This CTA's columns of values as they are; like `stage_keys`."""
         per_row = self.config.rows // 8
         count = rows * per_row
@@ -96,15 +109,16 @@ class GatedDeltaRows:
             piece = thread + step * self.threads
             row, column = piece // per_row, piece % per_row * 8
             at = target + (row * self.value_pitch + column) * 2
-            self.stage_value(source(row, column), at, piece < count if used is None else row < used, row < live)
+            some = piece < count if used is None else row < used
+            self.stage_value(source(row, column), at, some, row < live, access or self.value_bytes)
 
     @cute.jit
-    def stage_value(self, source, target, some, live):
+    def stage_value(self, source, target, some, live, access: cutlass.Constexpr):
         """Eight elements."""
         if some:
             words = [Int32(0)] * 4
             if live:
-                words = memory.load_words(source, 4)
+                words = memory.load_packed(source, 4, access)
             memory.store_words(target, words)
 
     def value_rows(self, values, column, lane, group, available):

@@ -74,9 +74,7 @@ class GatedDeltaRule(GatedDeltaSequential):
         if spec.write_buffer:
             buffer = fake(self.state_dtype, (cute.sym_int32(), cute.sym_int32(), *image), (1,), 4)
         return (
-            fake(self.input_dtype, keys, (1,), 4),
-            fake(self.input_dtype, keys, (1,), 4),
-            fake(self.input_dtype, values, (1,), 8),
+            *self.input_fakes(keys, values),
             fake(self.state_dtype, (slots, *image), (1,), 4),
             indices(spec.src_dtype, (batch,)),
             fake(Float32, (value_heads,)),

@@ -58,10 +58,8 @@ class GatedDeltaSequential(GatedDeltaRows):
 
     def load_row(self, tensor, place, lane):
         """Words of this lane's columns of a key or query, a list per block."""
-        n_bytes = 4 * self.input_dtype.width // 8
-        bits = convert.word_bits(self.input_dtype, n_bytes)
         row = memory.address(tensor, *place, lane % LANES * 4)
-        return [memory.load_words(row + BLOCK * j, n_bytes * 8 // bits, bits) for j in range(self.blocks)]
+        return [memory.load_packed(row + BLOCK * j, 2, self.key_bytes) for j in range(self.blocks)]
 
     def load_column(self, v, place, row, lane):
         """Values of this lane's two rows of a tile."""

@@ -78,9 +78,8 @@ def check_types(given: Mapping[str, Tensor]) -> None:
 
 def check_rows(given: Mapping[str, Tensor], more: Mapping[str, int]) -> None:
     """Raise unless rows are contiguous and aligned: those of all operators, and, to so many bytes, those of `more`."""
-    quad_bytes = QUAD * given["q"].element_size()
-    limits = {"q": quad_bytes, "k": quad_bytes, "v": ROW_BYTES}
-    limits |= {"initial_state": QUAD * given["initial_state"].element_size(), "output": 1, **more}
+    limits = dict.fromkeys(("q", "k", "v", "output"), 1)
+    limits |= {"initial_state": QUAD * given["initial_state"].element_size(), **more}
     for name in limits:
         if name in given:
             arguments.check_last_contiguous(name, given[name])
@@ -115,8 +114,21 @@ def spec_fields(given: Mapping[str, Tensor], l2norm: bool, zero_padding: bool) -
         "tokens": token_bucket(q.shape[1]),
         "l2norm": l2norm,
         "zero_padding": zero_padding,
+        "input_bytes": input_bytes(q, given["k"], v),
         "vector_output": output.element_size() == 2 and arguments.aligned(output, ROW_BYTES),
     }
+
+
+def input_bytes(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """Widest access to rows of inputs: `spec.GatedDeltaSpec.input_bytes`."""
+    keys = arguments.common_alignment((q, k), QUAD * q.element_size())
+    values = arguments.common_alignment((v,), ROW_BYTES)
+    return ROW_BYTES if keys == QUAD * q.element_size() and values == ROW_BYTES else min(keys, values)
+
+
+def layout(q: Tensor, k: Tensor, v: Tensor) -> tuple[object, ...]:
+    """What `input_bytes` depends on: a kernel for narrow accesses would take aligned rows too."""
+    return q.stride(), k.stride(), v.stride(), (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ROW_BYTES
 
 
 def check_slots(name: str, indices: Tensor, slots: int) -> None:

@@ -33,10 +33,26 @@ class Sequence(NamedTuple):
     ends: list[tuple[int, int | None]]
 
 
+ACCESS_BYTES = 16  # widest access to a row
 PER_SEQUENCE = (
     "cache_indices", "has_initial_state", "block_idx_first_scheduled_token", "block_idx_last_scheduled_token",
     "initial_state_idx", "last_chunk_indices",
 )  # fmt: skip
+
+
+def aligned(tensor: Tensor | None, n_bytes: int) -> bool:
+    """Whether the address and the strides that matter, but for the last, are multiples of `n_bytes`."""
+    if tensor is None:
+        return True
+    outer = zip(tensor.shape[:-1], tensor.stride()[:-1])
+    size = tensor.element_size()
+    return tensor.data_ptr() % n_bytes == 0 and all(n == 1 or s * size % n_bytes == 0 for n, s in outer)
+
+
+def layout(*tensors: Any) -> tuple[object, ...]:
+    """What alignment depends on: a kernel for rows at any address would take aligned ones too, slowly."""
+    given = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    return tuple((tensor.stride(), tensor.data_ptr() % ACCESS_BYTES) for tensor in given)
 
 
 def of_batch(tensors: Any) -> Any:

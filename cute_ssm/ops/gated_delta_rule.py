@@ -59,12 +59,12 @@ def gated_delta_rule_mtp(
     Parameters
     ----------
     q, k : Tensor, (batch, tokens, heads, K), bfloat16/float16
-        Queries and keys; tokens is 1 to 16, K a multiple of 16 up to 256.  Stride 1 in the last dimension, address and
-        other strides multiples of 8 bytes: slices of a fused projection are fine.
+        Queries and keys; tokens is 1 to 16, K a multiple of 16 up to 256.  Stride 1 in the last dimension.  Any
+        alignment will do, as of slices of a fused projection; addresses and other strides of q and k that are multiples
+        of 8 bytes, and of v of 16, are fastest.
     v : Tensor, (batch, tokens, value_heads, V), type of q
         Values; V is a multiple of 16 up to 256, or 512, value_heads a multiple of heads, and value head h uses row
-        ``h // (value_heads / heads)`` of q and k.  Stride 1 in the last dimension, address and other strides multiples
-        of 16 bytes.
+        ``h // (value_heads / heads)`` of q and k.  Stride 1 in the last dimension.
     initial_state : Tensor, (slots, value_heads, V, K), float32/bfloat16/float16
         Pool of states, **updated in place** if asked for.  Stride 1 in the last dimension; other strides are free
         multiples of 4 elements, and so is the address: pages may hold other data as well.
@@ -209,8 +209,8 @@ def _run(
         key = (
             q.shape, v.shape, state.dtype, q.dtype, src.dtype, a.dtype, dt_bias.dtype, output.dtype,
             None if buffer is None else (buffer.dtype, buffer.shape),
-            _dtype(scatter), _dtype(dst), _dtype(accepted), flags, q.device, output.data_ptr() % checks.ROW_BYTES,
-            output.stride(),
+            _dtype(scatter), _dtype(dst), _dtype(accepted), flags, q.device, *checks.layout(q, k, v),
+            output.data_ptr() % checks.ROW_BYTES, output.stride(),
         )  # fmt: skip
     except AttributeError:  # something is no tensor, which `_check` will name
         key = None

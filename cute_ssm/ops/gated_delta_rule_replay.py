@@ -80,10 +80,11 @@ def gated_delta_rule_replay(
     ----------
     q, k : Tensor, (batch, tokens, heads, K), bfloat16/float16
         Queries and keys of the new tokens; tokens is 1 to 16, K a multiple of 16 up to 256.  Stride 1 in the last
-        dimension, address and other strides multiples of 8 bytes.
+        dimension, at any alignment; addresses and other strides of q and k that are multiples of 8 bytes, and of v of
+        16, are fastest.
     v : Tensor, (batch, tokens, value_heads, V), type of q
         Values; V is a multiple of 16 up to 256, or 512, value_heads a multiple of heads.  Stride 1 in the last
-        dimension, address and other strides multiples of 16 bytes.
+        dimension.
     initial_state : Tensor, (slots, value_heads, V, K), float32/bfloat16/float16
         Pool of checkpoints, **updated in place** by steps that flush.  Stride 1 in the last dimension; other strides
         are free multiples of 4 elements, and so is the address.
@@ -205,7 +206,7 @@ def _run(
             q.shape, v.shape, state.dtype, q.dtype, src.dtype, a.dtype, dt_bias.dtype, output.dtype, k_cache.shape,
             window, use_qk_l2norm, zero_padding, q.device,
             output.data_ptr() % checks.ROW_BYTES, output.stride(), state.stride(),
-            k_cache.stride(), v_cache.stride(), g_cache.stride(), beta_cache.stride(),
+            k_cache.stride(), v_cache.stride(), g_cache.stride(), beta_cache.stride(), *checks.layout(q, k, v),
         )  # fmt: skip
     except AttributeError:  # something is no tensor, which `_check` will name
         key = None

@@ -15,7 +15,7 @@ from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
 from cute_ssm.ops import _library
 from cute_ssm.ops._plans import REFUSALS, Plans
-from cute_ssm.ops._scan_plan import Metadata, of_batch, plan_on_cpu
+from cute_ssm.ops._scan_plan import ACCESS_BYTES, Metadata, aligned, layout, of_batch, plan_on_cpu
 from cute_ssm.reference.selective_scan import selective_scan as reference
 from cute_ssm.spec import SelectiveScanSpec
 from cute_ssm.tuning import overridden
@@ -23,7 +23,6 @@ from cute_ssm.tuning import selective_scan as tuning
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
-ACCESS_BYTES = 16  # widest access to a row
 
 
 def selective_scan(
@@ -337,6 +336,7 @@ def _key(tensors: _Tensors, softplus: bool, block_size: int, out: Tensor, ungate
         u.shape, u.dtype, u.device, softplus, getattr(out, "dtype", None), ungated is None,
         *(getattr(t, "dtype", None) for t in tensors[1:]),
         *(getattr(t, "shape", None) for t in (tensors.B, starts, tensors.cache_indices, tensors.has_initial_state)),
+        *layout(u, tensors.delta, tensors.B, tensors.C, tensors.z, out, ungated, tensors.A, states),
     )  # fmt: skip
 
 
@@ -378,15 +378,6 @@ def _unit_strides(named: dict[str, Tensor | None]) -> dict[int, Tensor]:
     return copies
 
 
-def _aligned(tensor: Tensor | None, n_bytes: int) -> bool:
-    """Whether the address and the strides that matter, but for the last, are multiples of `n_bytes`."""
-    if tensor is None:
-        return True
-    outer = zip(tensor.shape[:-1], tensor.stride()[:-1])
-    size = tensor.element_size()
-    return tensor.data_ptr() % n_bytes == 0 and all(n == 1 or s * size % n_bytes == 0 for n, s in outer)
-
-
 def _spec(args: tuple[Any, ...], softplus: bool) -> SelectiveScanSpec:
     """The spec of canonical arguments."""
     u, states, delta, A, B, C, D, z, bias, starts, cache, initial, first, _, _, ends, _, out, ungated = args
@@ -395,7 +386,7 @@ def _spec(args: tuple[Any, ...], softplus: bool) -> SelectiveScanSpec:
         return None if tensor is None else arguments.DTYPE_NAMES[tensor.dtype]
 
     dstate = A.shape[1]
-    quad = all(_aligned(t, tuning.QUAD * t.element_size()) for t in (A, states) if t is not None)
+    quad = all(aligned(t, tuning.QUAD * t.element_size()) for t in (A, states) if t is not None)
     return SelectiveScanSpec(
         input_dtype=arguments.DTYPE_NAMES[u.dtype],
         state_dtype=name_of(states),
@@ -410,7 +401,7 @@ def _spec(args: tuple[Any, ...], softplus: bool) -> SelectiveScanSpec:
         blocks=first is not None,
         chunks=ends is not None,
         ungated=ungated is not None,
-        aligned=all(_aligned(t, ACCESS_BYTES) for t in (u, delta, B, C, z, out, ungated)),
+        aligned=all(aligned(t, ACCESS_BYTES) for t in (u, delta, B, C, z, out, ungated)),
         aligned_states=quad and dstate % tuning.QUAD == 0,
     )
 
