@@ -127,6 +127,14 @@ def smaller(a, b, *, loc=None, ip=None):
     return Float32(pure(T.f32(), [a, b], "min.NaN.f32 $0, $1, $2;", "=f,f,f", loc, ip))
 
 
+def any_nan(values):
+    """Whether, in any lane of a warp, one of the floats is NaN; also, now and then, where their products overflow."""
+    total = values[0]
+    for i in range(1, len(values), 2):  # NaN stays NaN, and an operation takes two more
+        total = cute.math.fma(total, *values[i : i + 2]) if i + 1 < len(values) else total * values[i]
+    return cute.arch.vote_any_sync(total != total)
+
+
 def from_lane(value, lane):
     """The value of the lane that each lane names."""
     return cute.arch.shuffle_sync(value, lane)

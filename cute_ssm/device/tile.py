@@ -113,6 +113,7 @@ class StateTile:
         self.per_piece = self.piece // 32
         self.blocks = rows // ROWS
         self.results = {8: 4, 16: 2, 32: 1}[dtype.width]  # accumulators of a quad
+        self.per_draw = 1 if dtype.width == 8 else 2  # quads that one call of `draw` serves
         self.wide = dtype is Float32 or (dtype is BFloat16 and inputs is Float16)  # operands are tf32
         self.operand = BFloat16 if dtype is BFloat16 else Float16
         self.normalised = not self.wide and self.operand is not inputs  # C is bfloat16 and has to become float16
@@ -335,22 +336,23 @@ class StateTile:
             for i in range(2)
             for half in range(2)
         ]
+        drawn = [None] * 4
+        if bits is not None:  # row g + 8 has those of row g, reversed
+            drawn = [each for half in bits for each in (half, [_reversed_bits(word) for word in half])]
         if self.scaled:
-            drawn = bits or [None] * 4
             return [convert.pack_quantised(rows[i], encode[i % 2], self.dtype, drawn[i])[0] for i in range(4)]
         if bits is None:
             return [convert.pack(row, self.dtype)[0] for row in rows]
-        return [convert.pack_stochastic(row, drawn, self.dtype, self.arch)[0] for row, drawn in zip(rows, bits)]
+        return [convert.pack_stochastic(row, each, self.dtype, self.arch)[0] for row, each in zip(rows, drawn)]
 
     def draw(self, keys, place, row, quad, lane):
-        """Random bits for `words` of as many quads as one call serves, from `quad` on: the map of `reference.rounding`.
+        """Random bits for `words` of `per_draw` quads, from `quad` on: the map of `reference.rounding`.
 
         `row` is that of row g in the head.
         """
         group = quad if self.dtype.width == 8 else quad // 2
         counter = (row // ROWS * 8 + row % 8) * (self.dstate // 8) + (group * 4 + lane % 4)
         words = philox.philox(keys, counter, *place)
-        mirrored = [_reversed_bits(word) for word in words]
         if self.dtype.width == 8:
-            return [[words[:2], mirrored[:2], words[2:], mirrored[2:]]]
-        return [[[words[i]], [mirrored[i]], [words[i + 1]], [mirrored[i + 1]]] for i in (0, 2)]
+            return [[words[:2], words[2:]]]
+        return [[[words[i]], [words[i + 1]]] for i in (0, 2)]

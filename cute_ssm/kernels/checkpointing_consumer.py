@@ -48,6 +48,8 @@ class Consumer:
         # whether a stage of a ring is used again
         self.again = not self.half.single or self.own > self.half.depth
         self.parts = PARTS[self.spec.input_dtype].get(self.spec.state_dtype, 2)
+        # rows of quantised states that are rounded stochastically: no registers are left beside them
+        self.random_rows = self.tile.scaled and self.spec.philox_rounds > 0
         self.zero_x = owner.zero + 7 * self.layout.x_pitch % 128
         self.zero_column = owner.zero + 7 * self.layout.column_pitch % 128
         self.history_steps = -(-self.spec.window // STEP)
@@ -247,9 +249,10 @@ class Consumer:
                 sums = self.raw_products(units, b_rows, count, base, natural, lane)
             elif count > base:
                 sums = self.raw_products(units, b_rows, count, base, natural, lane)
-            for e in cutlass.range_constexpr(4):
-                j = base + 2 * (lane % 4) + (e % 2 + e // 2 * 8)
-                new[e] = Float32(1.0) if j == k + t else Float32(0.0)
+            if const_expr(not self.random_rows):
+                for e in cutlass.range_constexpr(4):
+                    j = base + 2 * (lane % 4) + (e % 2 + e // 2 * 8)
+                    new[e] = Float32(1.0) if j == k + t else Float32(0.0)
             raw.append((sums, new))
         return raw, self.tile.projection(natural, row, lane)
 
@@ -311,19 +314,48 @@ class Consumer:
                 low, high = (self.load_float(scales + (block_row * ROWS * 4 + r * 32)) for r in range(2))
                 c = [c[0] * low, c[1] * low, c[2] * high, c[3] * high]
             sums[block_row] = [c[0] * scale[0], c[1] * scale[1], c[2] * scale[0], c[3] * scale[1]]
-        count = cutlass.min(k + n, k + (first + TOKENS))
-        for step in cutlass.range_constexpr(len(raw)):
-            if const_expr(step == 0):
-                sums = self.add_history(units, here, count, step, offset, decays, raw[step], sums, lane)
-            elif count > step * STEP:
-                sums = self.add_history(units, here, count, step, offset, decays, raw[step], sums, lane)
+        end = k + cutlass.min(n, first + TOKENS)
+        of_state, x = sums, (units, here + layout.x, offset)
+        sums = self.add_history(x, end, end, decays, raw, of_state, lane)
+        if const_expr(first + 1 < self.spec.tokens):
+            # zero times what is not finite is NaN: the first token's sums show it in x of any later one
+            if math.any_nan([value for c in sums for value in c[::2]]):
+                sums = self.add_history_by_token(x, k + first, end, decays, raw, of_state, lane)
         self.store_outputs(units, here, n, first, offset, sums, lane)
 
-    def add_history(self, units, here, count, step, offset, decays, raw, sums, lane):
+    @cute.jit
+    def add_history(self, x, count, end, decays, raw, sums, lane):
+        """sums + x^T CB^T of the positions below `end`, where x is zero from position `count` on."""
+        for step in cutlass.range_constexpr(len(raw)):
+            if const_expr(step == 0):
+                sums = self.add_positions(x, count, step, decays, raw, sums, lane)
+            elif end > step * STEP:
+                sums = self.add_positions(x, count, step, decays, raw, sums, lane)
+        return sums
+
+    def add_positions(self, x, count, step, decays, raw, sums, lane):
         """sums + x^T CB^T of 16 positions."""
-        at = self.x_words(units, here + self.layout.x, count, step * STEP, offset, lane)
-        parts = self.tokens.coefficients(self.scaled_products(decays, raw, step, lane))
+        units, rows, offset = x
+        at = self.x_words(units, rows, count, step * STEP, offset, lane)
+        parts = self.tokens.coefficients(self.scaled_products(decays, raw[step], step, lane))
         return [self.tokens.multiply(mma.load_matrices(at + m * 32, 4), parts, c) for m, c in enumerate(sums)]
+
+    @cute.jit
+    def add_history_by_token(self, x, first, end, decays, raw, sums, lane):
+        """`add_history` with each token's x, from position `first` on, kept from the tokens before it.
+
+        A token gets the bits that it has where x of the later ones is finite.
+        """
+        lane = memory.pinned(lane)  # opaque: nothing of this is computed, or kept, for what is finite
+        results = sums
+        for j in cutlass.range(first, end, unroll=1):
+            alone = self.add_history(x, j + 1, end, decays, raw, sums, lane)
+            column = j - first - 2 * (lane % 4)  # of the lane's two
+            results = [
+                [cutlass.select_(column == e % 2, new, old) for e, (new, old) in enumerate(zip(*both))]
+                for both in zip(alone, results)
+            ]
+        return results
 
     @cute.jit
     def scaled_products(self, decays, raw, step: cutlass.Constexpr, lane):
@@ -333,14 +365,16 @@ class Consumer:
         """
         record, c_t, diagonal, skip = decays
         raw, new = raw
-        p = lane % 4
+        p = memory.pinned(lane % 4) if const_expr(self.random_rows) else lane % 4
         f = self.load_decays(record, step, p)
         values = [Float32(0.0)] * 4
         for e in cutlass.range_constexpr(4):
             j = step * STEP + 2 * p + (e % 2 + e // 2 * 8)
             value = raw[e] * (power_of_two(c_t - f[2 * e]) * f[2 * e + 1])
             value = value if j <= diagonal else Float32(0.0)
-            if const_expr(skip is not None):
+            if const_expr(skip is not None and self.random_rows):
+                value += skip if j == diagonal else Float32(0.0)
+            elif const_expr(skip is not None):
                 value = cute.math.fma(new[e], skip, value)
             values[e] = value
         return values
@@ -411,8 +445,12 @@ class Consumer:
         ]
         scales = units + (here + layout.scales + tile * (layout.tile_rows * 4) + g * 4)
         first_row = column + tile % self.half.d_split * layout.tile_rows
+        if const_expr(self.random_rows):
+            first_row = memory.pinned(first_row)  # opaque: addresses and counters of rows are not kept for all tiles
         identity = self.tile.identity(decay, lane)
         for m in cutlass.range_constexpr(self.tile.blocks):
+            if const_expr(self.random_rows and m > 0):
+                cute.arch.sync_warp()  # else ptxas begins the next rows before these are stored, and spills
             unit, inverse = None, None
             if const_expr(self.tile.scaled):
                 # sums in units of the old scale, decayed: old elements are integers, or float8, and stay what they are
@@ -438,6 +476,11 @@ class Consumer:
                 for quad, result in zip(some, results):
                     bits = self.put_quad(at, m, quad, row, result, None, owner, random, bits, lane)
             return
+        bits = []
+        if random is not None:  # drawn first, by keys that are made here: while sums grow, registers are short
+            keys = philox.round_keys(memory.pinned(random), self.tile.rounds)
+            for quad in range(0, self.tile.quads, self.tile.per_draw):
+                bits += self.tile.draw(keys, philox.place(*owner, 0), row, quad, lane)
         largest, results = [None, None], []
         for quad in quads:
             result = self.new_quad(at, m, quad, x, history, identity, k, lane)
@@ -453,12 +496,9 @@ class Consumer:
             scale = math.larger(scale * unit[r], Float32(convert.SMALLEST_SCALE))
             self.store_scale(memory.address(state_scale, owner[0], owner[1], row + 8 * r), scale, lane)
             encode.append(factor)
-        if random is not None:  # only now: while sums grow, registers are short
-            random = philox.round_keys(memory.pinned(random), self.tile.rounds)
-        bits = []
         for quad, result in zip(quads, results):
             result = result or self.new_quad(at, m, quad, x, history, identity, k, lane)
-            bits = self.put_quad(at, m, quad, row, result, encode, owner, random, bits, lane)
+            bits = self.put_quad(at, m, quad, row, result, encode, owner, None, bits, lane)
 
     @cute.jit
     def store_scale(self, pointer, scale, lane):
