@@ -109,12 +109,34 @@ class TokenProducts:
             sums = [value * decays[n % 2] for n, value in enumerate(sums)]
             mine = first + tile * 16 + lane // 4
             xv = self.load_inputs(x, b, start, count, h, mine, lane)
-            for part in (high, low):
-                sums = mma_tf32([xv[0], xv[2], xv[1], xv[3]], part, sums)
+            of_state = sums
+            sums = self.add_inputs(xv, (high, low), of_state)
+            # zero times what is not finite is NaN: the first token's sums show it in x of any later one
+            if math.any_nan(sums[::2]):
+                sums = self.add_inputs_by_token(xv, (high, low), of_state, count, lane)
             self.emit(out, z, D, b, start, count, h, mine, sums, xv, lane)
             weights += [[xv[0] * factors[0], xv[1] * factors[1]], [xv[2] * factors[0], xv[3] * factors[1]]]
         if const_expr(self.owner.final):
             self.advance(pool, held, weights, decay, count, target, slot, h, first, cell, shared, lane)
+
+    def add_inputs(self, xv, coefficients, sums):
+        """sums + x times coefficients."""
+        for part in coefficients:
+            sums = mma_tf32([xv[0], xv[2], xv[1], xv[3]], part, sums)
+        return sums
+
+    @cute.jit
+    def add_inputs_by_token(self, xv, coefficients, sums, count, lane):
+        """`add_inputs` with each token's x kept from the tokens before it, which get the bits that they have where it is
+        finite."""
+        lane = memory.pinned(lane)  # opaque: nothing of this is computed, or kept, for what is finite
+        results = sums
+        for t in cutlass.range(count, unroll=1):
+            own = [lane % 4 * 2, lane % 4 * 2 + 1]  # the lane's two tokens
+            known = [cutlass.select_(own[i % 2] <= t, value, Float32(0.0)) for i, value in enumerate(xv)]
+            alone = self.add_inputs(known, coefficients, sums)
+            results = [cutlass.select_(own[n % 2] == t, alone[n], results[n]) for n in range(4)]
+        return results
 
     @cute.jit
     def load_inputs(self, x, b, start, count, h, row, lane):

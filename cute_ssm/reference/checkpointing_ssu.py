@@ -153,12 +153,15 @@ def outputs(state: Tensor, x: Tensor, B: Tensor, dt: Tensor, A: Tensor, C: Tenso
     n, m, heads = len(C), len(x), x.shape[1]
     B, C = (tensor.repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (B, C))
     sums = running_sums(A, dt)
-    ends = sums[:, m - n :]  # (nheads, new tokens)
-    later = torch.arange(m) > torch.arange(m - n, m)[:, None]
-    decay = torch.exp((ends[:, :, None] - sums[:, None, :]).masked_fill(later, -torch.inf))
-    coefficients = decay * dt[:, None, :] * torch.einsum("thn,jhn->htj", C, B)  # (nheads, new tokens, tokens)
-    of_state = torch.einsum("hpn,thn->thp", state, C)
-    return torch.exp(ends).T[..., None] * of_state + torch.einsum("htj,jhp->thp", coefficients, x)
+    results = [x.new_zeros(0, *x.shape[1:])]
+    for t in range(n):
+        known = m - n + t + 1  # tokens up to this one: zero times what later ones hold need not be zero
+        c = sums[:, :known]
+        products = torch.einsum("hn,jhn->hj", C[t], B[:known])  # (nheads, tokens)
+        coefficients = torch.exp(c[:, -1:] - c) * dt[:, :known] * products
+        of_state = torch.exp(c[:, -1])[:, None] * torch.einsum("hpn,hn->hp", state, C[t])
+        results.append((of_state + torch.einsum("hj,jhp->hp", coefficients, x[:known]))[None])
+    return torch.cat(results)
 
 
 def step_sizes(dt: Tensor, dt_bias: Tensor | None, softplus: bool) -> Tensor:
