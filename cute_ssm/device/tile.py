@@ -351,7 +351,7 @@ class StateTile:
         `row` is that of row g in the head.
         """
         group = quad if self.dtype.width == 8 else quad // 2
-        counter = (row // ROWS * 8 + row % 8) * (self.dstate // 8) + (group * 4 + lane % 4)
+        counter = ((row >> 4) * 8 + (row & 7)) * (self.dstate // 8) + (group * 4 + (lane & 3))
         words = philox.philox(keys, counter, *place)
         if self.dtype.width == 8:
             return [[words[:2], words[2:]]]

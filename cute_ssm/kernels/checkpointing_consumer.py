@@ -183,7 +183,8 @@ class Consumer:
             s = self.wait_tile(i, stages)
             at = [pointer + s * self.layout.tile_bytes for pointer in pointers]
             if const_expr(self.once):
-                self.finish(i, place, unit_at, stages, block, 0, self.tile.product(at, block[1]), lane)
+                mine = memory.pinned(lane) if const_expr(self.random_rows) else lane
+                self.finish(i, place, unit_at, stages, block, 0, self.tile.product(at, block[1]), mine)
             else:
                 self.token_blocks(i, place, unit_at, stages, at, lane)
             if held >= 0:
@@ -249,10 +250,9 @@ class Consumer:
                 sums = self.raw_products(units, b_rows, count, base, natural, lane)
             elif count > base:
                 sums = self.raw_products(units, b_rows, count, base, natural, lane)
-            if const_expr(not self.random_rows):
-                for e in cutlass.range_constexpr(4):
-                    j = base + 2 * (lane % 4) + (e % 2 + e // 2 * 8)
-                    new[e] = Float32(1.0) if j == k + t else Float32(0.0)
+            for e in cutlass.range_constexpr(4):
+                j = base + 2 * (lane % 4) + (e % 2 + e // 2 * 8)
+                new[e] = Float32(1.0) if j == k + t else Float32(0.0)
             raw.append((sums, new))
         return raw, self.tile.projection(natural, row, lane)
 
@@ -365,16 +365,14 @@ class Consumer:
         """
         record, c_t, diagonal, skip = decays
         raw, new = raw
-        p = memory.pinned(lane % 4) if const_expr(self.random_rows) else lane % 4
+        p = lane % 4
         f = self.load_decays(record, step, p)
         values = [Float32(0.0)] * 4
         for e in cutlass.range_constexpr(4):
             j = step * STEP + 2 * p + (e % 2 + e // 2 * 8)
             value = raw[e] * (power_of_two(c_t - f[2 * e]) * f[2 * e + 1])
             value = value if j <= diagonal else Float32(0.0)
-            if const_expr(skip is not None and self.random_rows):
-                value += skip if j == diagonal else Float32(0.0)
-            elif const_expr(skip is not None):
+            if const_expr(skip is not None):
                 value = cute.math.fma(new[e], skip, value)
             values[e] = value
         return values
