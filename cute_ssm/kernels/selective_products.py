@@ -127,8 +127,10 @@ class TokenProducts:
 
     @cute.jit
     def add_inputs_by_token(self, xv, coefficients, sums, count, lane):
-        """`add_inputs` with each token's x kept from the tokens before it, which get the bits that they have where it is
-        finite."""
+        """`add_inputs` with each token's x kept from the tokens before it.
+
+        A token gets the bits that it has where x of the later ones is finite.
+        """
         lane = memory.pinned(lane)  # opaque: nothing of this is computed, or kept, for what is finite
         results = sums
         for t in cutlass.range(count, unroll=1):

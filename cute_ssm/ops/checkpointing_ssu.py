@@ -72,6 +72,10 @@ def checkpointing_ssu(
     GPU run the compiled kernel; tensors on the CPU run the PyTorch reference, or the same compiled kernel inside
     ``ptxsim.emulate()``.
 
+    An output, and a state that is written, depend on no value of a later token: not a bit of them changes where x, dt,
+    B, C or z of later tokens or of tokens that were not accepted, or rows of the history at or after k, hold NaN or
+    infinities.
+
     Parameters
     ----------
     state : Tensor, (slots, nheads, dim, dstate), float32/bfloat16/float16/int16/int8/float8_e4m3fn
@@ -232,6 +236,8 @@ def checkpointing_ssu_ring(
 
         step did not write:  prev_num_accepted_tokens += a
         step wrote:          ring_start = (ring_start + prev_num_accepted_tokens) mod L;  prev_num_accepted_tokens = a
+
+    As there, an output, and a state that is written, depend on no value of a later token.
 
     Parameters
     ----------

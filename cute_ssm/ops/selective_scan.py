@@ -54,6 +54,9 @@ def selective_scan(
 
         delta' = softplus(delta + delta_bias);  h <- exp(A delta') h + (delta' u) B;  out = (h . C + D u) silu(z)
 
+    An output, and a state that prefix caching saves, depend on no value of a later token: not a bit of them changes
+    where u, delta, B, C or z of a later one hold NaN or infinities.
+
     Sequences are equally long (*dense*), or packed one after another (*varlen*, with ``query_start_loc``).  Tensors on
     a GPU run the compiled kernel; tensors on the CPU run the PyTorch reference, or the same compiled kernel inside
     ``ptxsim.emulate()``.
@@ -179,6 +182,8 @@ def selective_scan_fn(
     last_chunk_indices: Tensor | None = None,
 ) -> Tensor:
     """Run `selective_scan` in place, by vLLM's convention: the outputs replace ``delta``, and ``z`` if given.
+
+    As there, an output, and a state that prefix caching saves, depend on no value of a later token.
 
     Parameters
     ----------

@@ -59,6 +59,8 @@ def selective_state_update(
         dt' = softplus(dt + dt_bias);  h <- exp(A dt') h + (dt' x) B^T;  out = (h C + D x) silu(z)
 
     ``out`` is computed from h before it is rounded to the type of ``state``, and h is not rounded between tokens.
+    An output, and the state after a token, depend on no value of a later token: not a bit of them changes where x, dt,
+    B, C or z of a later one hold NaN or infinities.
     Tensors on a GPU run the compiled kernel; tensors on the CPU run the PyTorch reference, or the same compiled kernel
     inside ``ptxsim.emulate()``.
 

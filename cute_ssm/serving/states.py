@@ -107,6 +107,8 @@ def materialize(
 
     Notes
     -----
+    A state depends on no value of a later token: rows of the history that are not folded may hold NaN.
+
     With ``num_tokens`` 0, and if both pools have the same type, state and scales are copied byte for byte.  Otherwise
     the state is computed in float32 and rounded once; which random bits an element takes is documented in
     `cute_ssm.reference.rounding`, the last folded token's number among the pending ones being the token step.
