@@ -1,0 +1,91 @@
+"""Faults of the gradient policy, of pools that are copied and kept, and of states of gated delta nets behind tokens."""
+
+from faults import Fault
+
+GRADIENTS = "tests/ops/test_gradients.py::"
+EACH = GRADIENTS + "test_each_tensor_that_requires_grad_alone_is_refused_by_name"
+POOLS = "tests/serving/test_serving_pool_state.py::"
+COPY = POOLS + "test_a_copy_goes_on_like_the_pool_bit_for_bit_and_apart_from_it"
+LIBRARY, STORAGE = "cute_ssm/ops/_library.py", "cute_ssm/serving/storage.py"
+POOL, FOLD = "cute_ssm/serving/pool.py", "cute_ssm/kernels/gated_delta_materialize.py"
+GATED = "tests/serving/test_serving_out_of_range.py::test_rows_of_a_materialisation_of_gated_delta_nets"
+STATES = "tests/serving/test_serving_materialize_gated.py::test_emulated"
+
+FAULTS = [
+    Fault(
+        "step sizes are taken for weights",
+        "cute_ssm/ops/_gradients.py",
+        '("A", "A_log", "D",',
+        '("A", "dt", "A_log", "D",',
+        (EACH,),
+    ),
+    Fault(
+        "eager calls do not look at gradients",
+        LIBRARY,
+        "            values = checked(values)\n        run(*values)",
+        "            pass\n        run(*values)",
+        (EACH,),
+    ),
+    Fault(
+        "calls through the dispatcher do not look at gradients",
+        LIBRARY,
+        "            values = checked(values)\n        with",
+        "            pass\n        with",
+        (EACH,),
+    ),
+    Fault(
+        "gradients do not pass from segment to segment",
+        "cute_ssm/reference/selective_scan.py",
+        "        carry = next(grads)\n",
+        "        next(grads)\n",
+        (GRADIENTS + "test_gradcheck_of_the_recomputation_in_segments",),
+    ),
+    Fault(
+        "D, dt_bias and z of a decode step do not count as needing gradients",
+        "cute_ssm/integrations/transformers.py",
+        "(state, hidden_states, dt, A, B, C, D, dt_bias, z),\n",
+        "(state, hidden_states, dt, A, B, C),\n",
+        (
+            "tests/integrations/test_transformers.py::test_any_tensor_alone_that_requires_grad_makes_a_step_run_as_before",
+        ),
+    ),
+    Fault(
+        "views are pickled beside the memory",
+        STORAGE,
+        '_DERIVED = ("prev_num_accepted_tokens", "cache_buf_idx", "ring_start", "_arguments")',
+        "_DERIVED = ()",
+        (COPY,),
+    ),
+    Fault("draws of seeds are not kept", STORAGE, '            "draws": self._draws,\n', "", (COPY,)),
+    Fault(
+        "a slot that is freed stays allocated on the device",
+        POOL,
+        "        self._unallocated[slot] = True\n",
+        "",
+        (POOLS + "test_a_commit_of_an_unallocated_slot_is_refused_by_name[mamba2-reference]",),
+    ),
+    Fault(
+        "rows of unallocated slots are committed on a GPU",
+        POOL,
+        "accepted.masked_fill(closed, -1)",
+        "accepted",
+        (POOLS + "test_on_a_gpu_rows_of_unallocated_slots_count_as_left_alone",),
+    ),
+    Fault(
+        "pools of other sizes are taken for destinations",
+        POOL,
+        "            check_fits(self, target)\n",
+        "            pass\n",
+        (POOLS + "test_pools_that_do_not_fit",),
+    ),
+    Fault(
+        "values behind the folded tokens are read",
+        FOLD,
+        'stage_values(value, most, count, shared["values"]',
+        'stage_values(value, most, used, shared["values"]',
+        (STATES,),
+    ),
+    Fault("states without tokens are rounded anew", FOLD, "if count == 0:", "if count < 0:", (STATES,)),
+    Fault("slots beyond the pool are written", FOLD, "and in_range(target, out.shape[0])", "and target >= 0", (GATED,)),
+    Fault("more tokens than the window are folded", FOLD, "in_range(pending, window + 1)", "pending >= 0", (GATED,)),
+]
