@@ -1,0 +1,128 @@
+"""Faults of the kernels of the gated delta rule."""
+
+from faults import Fault
+
+KERNEL = "cute_ssm/kernels/gated_delta_rule.py"
+CHUNK = "cute_ssm/kernels/gated_delta_coefficients.py"
+ROWS = "cute_ssm/kernels/gated_delta_rows.py"
+SEQUENTIAL = "cute_ssm/kernels/gated_delta_sequential.py"
+REPLAY = "cute_ssm/kernels/gated_delta_replay.py"
+RULE = "tests/ops/test_gated_delta_rule.py::"
+LATER = "tests/ops/test_gated_delta_rule_later_tokens.py::"
+RING = "tests/ops/test_gated_delta_rule_replay.py::"
+RANGE = "tests/ops/test_out_of_range.py::"
+
+FAULTS = [
+    Fault(
+        "a later token that is not finite reaches earlier ones",
+        CHUNK,
+        "if not cute.arch.vote_all_sync(squares < Float32.inf):",
+        "if squares != squares and squares == squares:",
+        (LATER + "test_later_tokens_do_not_reach_earlier_outputs_and_states",),
+    ),
+    Fault(
+        "one lane decides for its warp whether tokens are taken in turn",
+        CHUNK,
+        "if not cute.arch.vote_all_sync(squares < Float32.inf):",
+        "if not cute.arch.vote_all_sync(squares < Float32.inf or lane > 0):",
+        (LATER + "test_later_tokens_do_not_reach_earlier_outputs_and_states",),
+    ),
+    Fault(
+        "a token in turn sees the one after it",
+        CHUNK,
+        "cutlass.select_(j <= t, x, nothing)",
+        "cutlass.select_(j <= t + 1, x, nothing)",
+        (LATER + "test_later_tokens_do_not_reach_earlier_outputs_and_states",),
+    ),
+    Fault(
+        "keys of rejected tokens are multiplied by zero",
+        CHUNK,
+        "keys = [memory.either(some, row, zeros) for some, row in zip(seen, keys)]",
+        "keys = list(keys)",
+        (LATER + "test_later_tokens_do_not_reach_earlier_outputs_and_states",),
+    ),
+    Fault(
+        "no barrier before the coefficients are computed",
+        KERNEL,
+        "        cute.arch.sync_threads()\n        if warp == 0:",
+        "        if warp == 0:",
+        (RULE + "test_schedules",),
+    ),
+    Fault(
+        "no barrier before the coefficients are read",
+        KERNEL,
+        "        cute.arch.sync_threads()\n        coefficients",
+        "        coefficients",
+        (RULE + "test_schedules",),
+    ),
+    Fault(
+        "the state after one token too many",
+        KERNEL,
+        "sources, count - 1, lane)",
+        "sources, cutlass.min(count, tokens - 1), lane)",
+        (LATER + "test_later_tokens_do_not_reach_earlier_outputs_and_states",),
+    ),
+    Fault(
+        "a slot beyond the pool",
+        KERNEL,
+        "            if in_range(target, state.shape[0]):\n                self.write_state(self.corner(state, (target, h), row, lane), sources, count",
+        "            if target >= 0:\n                self.write_state(self.corner(state, (target, h), row, lane), sources, count",
+        (RANGE + "test_slots_and_counts_of_the_gated_delta_rule",),
+    ),
+    Fault(
+        "small parts of products are left out",
+        CHUNK,
+        "for left, other in ((low, right_low), (low, right), (high, right_low), (high, right)):",
+        "for left, other in ((high, right),):",
+        (RULE + "test_error_is_that_of_sequential_float32",),
+    ),
+    Fault(
+        "outputs leave before all lanes have written them",
+        ROWS,
+        '        i, h, row = place\n        cute.arch.sync_warp()\n        per_token',
+        '        i, h, row = place\n        per_token',
+        (RULE + "test_schedules",),
+    ),
+    Fault(
+        "a single token does not decay the state",
+        SEQUENTIAL,
+        "cute.math.fma(weight, x, alpha * s)",
+        "cute.math.fma(weight, x, s)",
+        (RULE + "test_one_token_after_the_other",),
+    ),
+    Fault(
+        "the sum of two lanes in place of four",
+        SEQUENTIAL,
+        "for distance in (1, 2):",
+        "for distance in (1,):",
+        (RULE + "test_one_token_after_the_other",),
+    ),
+    Fault(
+        "a flush of a full window comes one step late",
+        REPLAY,
+        "flush = count + tokens > window and count > 0",
+        "flush = count + tokens > window + 1 and count > 0",
+        (RING + "test_forty_steps[emulate-bf16-7]",),
+    ),
+    Fault(
+        "rows of a ring do not wrap",
+        REPLAY,
+        "return row - length if row >= length else row",
+        "return row - length if row > length else row",
+        (RING + "test_forty_steps[emulate-bf16-7]",),
+    ),
+    Fault(
+        "keys of new tokens are appended by no CTA",
+        REPLAY,
+        "return count if nth == 0 and first == 0 else Int32(0)",
+        "return count if nth == 1 and first == 0 else Int32(0)",
+        (RING + "test_every_accepted_prefix_is_what_the_next_flush_folds[emulate]",),
+    ),
+    Fault(
+        "pending tokens are read one row late",
+        REPLAY,
+        "token = c * PENDING + lane",
+        "token = c * PENDING + lane + 1",
+        (RING + "test_bits_are_those_of_mtp",),
+    ),
+]

@@ -1,0 +1,96 @@
+"""Faults of the kernel of `selective_state_update`."""
+
+from faults import Fault
+
+KERNEL = "cute_ssm/kernels/selective_step.py"
+PRODUCTS = "cute_ssm/kernels/selective_products.py"
+ONE = "tests/ops/test_selective_state_update.py::"
+MANY = "tests/ops/test_selective_state_update_tokens.py::"
+RANGE = "tests/ops/test_out_of_range.py::"
+
+FAULTS = [
+    Fault(
+        "a scale is written to a padded destination",
+        KERNEL,
+        "if kept and self.view.owns_row(lane):",
+        "if self.view.owns_row(lane):",
+        (RANGE + "test_slots_of_a_selective_state_update",),
+    ),
+    Fault(
+        "no fence before the state leaves",
+        KERNEL,
+        '            if const_expr(self.final):\n                cute.arch.fence_proxy("async.shared", space="cta")\n',
+        "",
+        (ONE + "test_persistent_ring",),
+    ),
+    Fault(
+        "no barrier before the state leaves",
+        KERNEL,
+        "        cute.arch.sync_warp()\n        if const_expr(self.writes):",
+        "        if const_expr(self.writes):",
+        (ONE + "test_persistent_ring",),
+    ),
+    Fault(
+        "a stage is used again too early",
+        KERNEL,
+        "cute.arch.cp_async_bulk_wait_group(1, read=True)  # all but",
+        "cute.arch.cp_async_bulk_wait_group(2, read=True)  # all but",
+        (ONE + "test_persistent_ring", MANY + "test_persistent_ring"),
+    ),
+    Fault(
+        "the phase of a stage never changes",
+        KERNEL,
+        "place, phase, stage = ahead, phase ^ 1 if after == 0 else phase, after",
+        "place, phase, stage = ahead, phase, after",
+        (ONE + "test_persistent_ring",),
+    ),
+    Fault(
+        "the last copies are not waited for",
+        KERNEL,
+        "                if lane == 0:\n                    cute.arch.cp_async_bulk_wait_group(0, read=True)\n\n",
+        "                pass\n\n",
+        (ONE + "test_persistent_ring",),
+    ),
+    Fault(
+        "the column of the accepted token is one off",
+        KERNEL,
+        "column = taken - 1 if taken > 0 else Int64(0)",
+        "column = taken if taken > 0 else Int64(0)",
+        (RANGE + "test_columns_offsets_and_destinations_of_sequences",),
+    ),
+    Fault(
+        "the skip term uses D of the first row",
+        KERNEL,
+        "memory.load_scalar(memory.address(D, h, row), self.D_dtype)",
+        "memory.load_scalar(memory.address(D, h, 0), self.D_dtype)",
+        (ONE + "test_sm_100a",),
+    ),
+    Fault(
+        "the running decay is never multiplied in",
+        KERNEL,
+        "if carry < SMALLEST or carry > LARGEST:",
+        "if carry < 0.0:",
+        (MANY + "test_kernel",),
+    ),
+    Fault(
+        "random bits of the slot that is read",
+        KERNEL,
+        "        random = (*self.random(pool, slot, line, h, t), first)",
+        "        random = (*self.random(pool, slot, slot, h, t), first)",
+        (MANY + "test_random_bits_are_those_of_the_reference",),
+    ),
+    Fault(
+        "a causal mask one token late",
+        PRODUCTS,
+        "coefficients.append(value if j <= token else zero)",
+        "coefficients.append(value if j <= token + 1 else zero)",
+        (MANY + "test_sm_100a",),
+    ),
+    Fault(
+        "products of bfloat16 coefficients in one part",
+        PRODUCTS,
+        "for part in (high, low):",
+        "for part in (high,):",
+        (MANY + "test_sm_100a",),
+    ),
+]
