@@ -33,7 +33,7 @@ VARIABLES = (
     Variable(
         "CUTE_SSM_LOG",
         "off",
-        "off, compile (compilations, cache, what runs by the reference), calls (every call's way and arguments too)",
+        "off, compile (compilations, cache, what runs by the reference), calls (path and arguments of every call too)",
     ),
     Variable("CUTE_SSM_TUNING_DIR", "none", "folder of measured configs, preferred to the package's own"),
     Variable("VLLM_TUNED_CONFIG_FOLDER", "none", "vLLM's folder of tuned configs, which `cute_ssm.compat.vllm` reads"),

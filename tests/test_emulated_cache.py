@@ -267,5 +267,3 @@ def test_processes_that_race_compile_once_and_a_later_one_never(spawn, tmp_path)
     third, log = finish(spawn("never"))
     assert third == first
     assert "compiled" not in log and "loaded " in log
-    milliseconds = float(log[log.index("loaded ") :].split(" in ")[1].split()[0])
-    assert milliseconds < 1000

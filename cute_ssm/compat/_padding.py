@@ -11,7 +11,7 @@ NOBODY = -1  # no slot of a state of zeros
 
 
 class Padding(NamedTuple):
-    """A pool with one state, of zeros, and who reads it: slot 0 for padding, `NOBODY` for all others."""
+    """A pool with one state of zeros, and its indices: slot 0 for rows that are padding, `NOBODY` for all others."""
 
     state: Tensor
     scale: Tensor | None

@@ -103,7 +103,7 @@ def selective_state_update(
         Not of vLLM.  The seed of stochastic rounding, which saves drawing one in every layer.
     write_padded_rows : bool
         Not of vLLM.  False leaves rows of ``out`` whose sequence is padding as they are, which saves a few small
-        kernels; they matter only to who reads them, for example to take a maximum over all rows.
+        kernels; they matter only to callers that read them, for example to take a maximum over all rows.
 
     Raises
     ------

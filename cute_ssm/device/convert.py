@@ -73,7 +73,7 @@ def _pack_pair(low, high, dtype, *, loc=None, ip=None):
 
 @dsl_user_op
 def pack_finite(values, dtype, *, loc=None, ip=None):
-    """A word of two values, rounded to nearest even and kept finite: what is left of an infinite one is infinite."""
+    """A word of two values, rounded to nearest even and kept finite; infinite values stay infinite."""
     low, high = values
     text = f"cvt.rn.satfinite.{_PTX[dtype]}x2.f32 $0, $1, $2;"
     return Int32(pure(T.i32(), [high, low], text, "=r,f,f", loc, ip))

@@ -1,7 +1,7 @@
 """`UnalignedRows`: rows of x, z, B, C and out that no bulk copy can take, such as those of views of a fused projection.
 
 A warp copies them between global and shared memory, by accesses of the spec's ``input_bytes``.  The history's rows are
-aligned, and are copied in bulk as ever.
+aligned, and are copied in bulk.
 """
 
 import cutlass

@@ -39,7 +39,7 @@ def refuse_tangents(function: str, names: Sequence[str], values: Sequence[Any]) 
         return
     for name, value in zip(names, values):
         if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:  # type: ignore[no-untyped-call]
-            fix = f"{function} has no gradients, in forward mode neither: pass {name}.detach()"
+            fix = f"{function} has no gradients, not even in forward mode: pass {name}.detach()"
             raise GradientError(describe(name, "a tensor without a tangent", "a dual tensor", fix))
 
 

@@ -522,7 +522,7 @@ class StatePool(PoolStorage):
 
     # ---------------------------------------------------------------------------------------------------------- indices
     def _index(self, name: str, slots: int | Tensor) -> Tensor:
-        """Slots as an index on the pool's device, by no copy from the host."""
+        """Slots as an index on the pool's device, without a copy from the host."""
         device = self.state.device
         if isinstance(slots, Tensor):
             if slots.device != device or slots.dim() != 1 or slots.dtype not in (torch.int32, torch.int64):

@@ -187,7 +187,7 @@ class PoolStorage:
         Raises
         ------
         ValueError
-            If names, settings, shapes or types differ, or the list of free slots is none.  Nothing has been written.
+            If names, settings, shapes or types differ, or the list of free slots is invalid.  Nothing has been written.
         """
         own, others = self._tensors(), {"free", "seed", "settings"}
         if set(state_dict) != set(own) | others:

@@ -146,6 +146,8 @@ def table_path(options: argparse.Namespace) -> Path:
             raise ValueError(describe("--out", "a file", "none, and no home folder to put one into"))
         path = folder / f"{options.op}.json"
     there = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+        raise ValueError(describe("--out", "a file that can be written", str(path)))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(describe("--out", "a file in a folder that can be written", str(path)))
     return path

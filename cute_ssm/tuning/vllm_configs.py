@@ -83,7 +83,7 @@ def check_pair(config: Any) -> tuple[int, int]:
 
 
 def read(path: Path) -> dict[int, dict[str, int]] | None:
-    """Return the configs of a file, or None if it is none; what is wrong in it is logged and left out."""
+    """Return the configs of a file, or None if it cannot be parsed; invalid entries are logged and skipped."""
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -65,9 +65,10 @@ FAULTS = [
     Fault(
         "a slot beyond the pool",
         KERNEL,
-        "            if in_range(target, state.shape[0]):\n                self.write_state(self.corner(state, (target, h), row, lane), sources, count",
-        "            if target >= 0:\n                self.write_state(self.corner(state, (target, h), row, lane), sources, count",
+        "if in_range(target, state.shape[0]):",
+        "if target >= 0:",
         (RANGE + "test_slots_and_counts_of_the_gated_delta_rule",),
+        after="count = Int32(accepted[i])",
     ),
     Fault(
         "small parts of products are left out",

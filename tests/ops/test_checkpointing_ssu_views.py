@@ -141,7 +141,7 @@ def test_a_width_that_no_access_has_is_refused():
 
 
 def settings():
-    return _checkpointing_arguments.Settings(False, True, -1, 10, None, None, None, False)
+    return _checkpointing_arguments.Settings(False, True, -1, 10, None, None, None, None)
 
 
 @pytest.mark.parametrize(

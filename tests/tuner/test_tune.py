@@ -289,6 +289,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_search(tmp_path, c
     (tmp_path / "file").write_text("")
     assert main(["tune", OP, "--objective", "counters", "--out", str(tmp_path / "file" / "t.json")]) == 2
     assert "--out: expected a file in a folder that can be written" in capsys.readouterr().err
+    assert main(["tune", OP, "--objective", "counters", "--out", str(tmp_path)]) == 2
+    assert "--out: expected a file that can be written" in capsys.readouterr().err
 
 
 def test_only_rows_that_differ_from_the_rule_are_counted_as_better(problem):

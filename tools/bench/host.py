@@ -230,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         results = {"microseconds": rows, "cpu": platform.processor(), "versions": versions}
         if options.gpu:
             results["device"] = torch.cuda.get_device_name()
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n")
     return 0
 

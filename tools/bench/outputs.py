@@ -18,7 +18,7 @@ def destination(given: Path | None, name: str, goes_on: bool = False) -> Path:
     Parameters
     ----------
     goes_on : bool
-        A file that exists is gone on with, not overwritten; one of `RESULTS` is not even that unless it is given.
+        Append to a file that exists instead of refusing it; files of `RESULTS` are refused even so.
 
     Raises
     ------

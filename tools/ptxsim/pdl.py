@@ -3,7 +3,7 @@
 A kernel that does not wait runs beside the kernel before it, whose memory it may neither read nor overwrite.  The wait
 orders what the thread that executes it does next, and what other threads do after a barrier, mbarrier or warp barrier
 that comes after it: the clocks of `shadow` carry it.  Watched are kernels that contain the instruction or are launched
-with the attribute; the caller may declare tensors that are complete before the launch, which reads may then be of.
+with the attribute.  The caller may declare tensors that are complete before the launch: a kernel may read those early.
 
 PTX ISA: "griddepcontrol".
 """

@@ -71,7 +71,7 @@ def selective_state_update(
         Accepted for compatibility.
     write_padded_rows : bool
         Not of FlashInfer.  False leaves rows of ``out`` whose sequence is padding as they are, or zero if ``out`` was
-        not given, which saves a few small kernels; they matter only to who reads them.
+        not given, which saves a few small kernels; they matter only to callers that read them.
 
     Returns
     -------
