@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 import machine
 from cute_ssm import runtime, workloads
+from cute_ssm.demo import report as plotting
 from cute_ssm.kernels import registry
 from machine import model
 
@@ -233,10 +234,7 @@ def letters(life: Life, segments: list, first: float, last: float, width: int) -
 
 def picture(found: list[Life], path: str, title: str) -> None:
     """Write a PNG: a bar per warp, and the state's bytes in flight below, for each launch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = plotting.pyplot("bench")
     from matplotlib.patches import Patch
 
     rows = [max(2.0, 0.28 * len(life.warps) + 0.6) for life in found]

@@ -124,8 +124,13 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join([rule, *(f"{name:<{left}}  {value}" for name, value in rows), rule])
 
 
-def pyplot() -> Any:
+def pyplot(extra: str = "demo") -> Any:
     """Return matplotlib's pyplot, drawing to files only.
+
+    Parameters
+    ----------
+    extra : str
+        Extra of this package that installs it.
 
     Raises
     ------
@@ -135,7 +140,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("plot: the plot is drawn by matplotlib: pip install 'cute-ssm[demo]'") from error
+        raise ImportError(f"plot: the plot is drawn by matplotlib: pip install 'cute-ssm[{extra}]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot as found
 

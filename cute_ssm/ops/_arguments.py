@@ -19,6 +19,26 @@ DTYPE_NAMES = {
 }
 
 
+# Arguments that some function writes: for them the way out is never a copy, which would take the results.
+WRITTEN = frozenset((
+    "out", "output", "state", "state_scale", "out_scale", "initial_state", "ssm_states",
+    "intermediate_states_buffer", "intermediate_state_scales", "old_x", "old_B", "old_dt", "old_cumAdt",
+    "x_cache", "B_cache", "dt_cache", "k_cache", "v_cache", "g_cache", "beta_cache", "x_history", "B_history",
+    "dt_history", "cache_buf_idx", "ring_start", "prev_num_accepted_tokens", "work_items", "num_writes",
+))  # fmt: skip
+# Arguments of one value per head, and the dimensions that are expanded.
+PER_HEAD = {"dt": 1, "A": 2, "D": 1, "dt_bias": 1}
+
+
+def allocation(
+    tensor: Tensor, shape: Iterable[int] | None = None, dtype: torch.dtype | None = None, device: object = None
+) -> str:
+    """Return the way out for a tensor that is written: how to allocate it, like it is but for what is given."""
+    sizes = tuple(tensor.shape if shape is None else shape)
+    made = f"torch.zeros({sizes}, dtype={dtype or tensor.dtype}, device={str(device or tensor.device)!r})"
+    return f"it is written, so allocate it as {made}"
+
+
 def name_of(dtype: torch.dtype) -> str:
     """Return ``"float16"`` for ``torch.float16``."""
     return str(dtype).removeprefix("torch.")
@@ -35,30 +55,54 @@ def check_tensors(tensors: Mapping[str, object], optional: Iterable[str]) -> Non
             raise TypeError(describe(name, "a torch.Tensor", type(value).__name__))
         if device is None:
             first, device = name, value.device
+            if device.type not in ("cuda", "cpu"):
+                expected, fix = "a tensor on a GPU or on the CPU", "move all to one of them"
+                if name in WRITTEN:
+                    fix = f"{fix}; {allocation(value, device='cuda')}"
+                raise ValueError(describe(name, expected, f"one on {device}", fix))
         elif value.device != device:
             fix = f"move it with {name}.to({str(device)!r})"
+            if name in WRITTEN:
+                fix = allocation(value, device=device)
             raise ValueError(describe(name, f"a tensor on {device} like {first}", f"one on {value.device}", fix))
 
 
-def check_dtype(name: str, tensor: Tensor, allowed: Iterable[torch.dtype], why: str = "") -> None:
-    """Raise unless the tensor has one of the types."""
+def check_dtype(
+    name: str, tensor: Tensor, allowed: Iterable[torch.dtype], why: str = "", cast: bool = False, written: bool = False
+) -> None:
+    """Raise unless the tensor has one of the types.  `cast`: a cast is the way out, but of a tensor that is written."""
     allowed = tuple(allowed)
     if tensor.dtype not in allowed:
+        if written or name in WRITTEN:
+            why = f"{why}; " * bool(why) + allocation(tensor, dtype=allowed[0])
+        elif cast:
+            why = f"{why}; " * bool(why) + f"cast it with {name}.to({allowed[0]})"
         raise TypeError(describe(name, f"dtype {' or '.join(map(name_of, allowed))}", name_of(tensor.dtype), why))
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], letters: str) -> None:
     """Raise unless the shape is the given one; `letters` spells it in the user's terms."""
     if tensor.shape != shape:
-        raise ValueError(describe(name, f"shape {letters} = {shape}", tuple(tensor.shape)))
+        raise ValueError(
+            describe(name, f"shape {letters} = {shape}", tuple(tensor.shape), _of_shape(name, tensor, shape))
+        )
+
+
+def _of_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
+    """The way out for a tensor of another shape."""
+    if name in WRITTEN:
+        return allocation(tensor, shape)
+    axes = PER_HEAD.get(name, 0)
+    if axes and len(shape) > axes and tensor.shape == shape[:-axes]:
+        return f"pass {name}[..., {', '.join(['None'] * axes)}].expand({', '.join(map(str, shape))})"
+    return ""
 
 
 def check_last_contiguous(name: str, tensor: Tensor) -> None:
     """Raise unless the last dimension has stride 1."""
     if tensor.stride(-1) != 1:
-        raise ValueError(
-            describe(name, "stride 1 in its last dimension", f"strides {tensor.stride()}", f"pass {name}.contiguous()")
-        )
+        fix = allocation(tensor) if name in WRITTEN else f"pass {name}.contiguous()"
+        raise ValueError(describe(name, "stride 1 in its last dimension", f"strides {tensor.stride()}", fix))
 
 
 def aligned(tensor: Tensor, n_bytes: int) -> bool:
@@ -93,7 +137,7 @@ def check_writable(name: str, tensor: Tensor) -> None:
     """Raise if elements of a tensor that is written share memory."""
     if overlaps(tensor):
         expected = "elements that do not share memory"
-        raise ValueError(describe(name, expected, f"strides {tensor.stride()}", f"pass {name}.contiguous()"))
+        raise ValueError(describe(name, expected, f"strides {tensor.stride()}", allocation(tensor)))
 
 
 def first_rows(batch: int, *tensors: Any) -> tuple[Any, ...]:

@@ -121,7 +121,8 @@ def check_tied(name: str, tensor: object, inner: int, state: object) -> None:
         raise TypeError(describe("state", "a torch.Tensor", type(state).__name__))
     sizes = state.shape[2 : 2 + inner]
     if tensor.dim() <= inner or tensor.shape[-inner:] != sizes:
-        raise ValueError(describe(name, f"last dimensions {tuple(sizes)}", f"shape {tuple(tensor.shape)}"))
+        fix = f"pass {name}[..., {', '.join(['None'] * inner)}].expand(*{name}.shape, {', '.join(map(str, sizes))})"
+        raise ValueError(describe(name, f"last dimensions {tuple(sizes)}", f"shape {tuple(tensor.shape)}", fix))
     if any(tensor.stride()[-inner:]):
         several = "dimension" if inner == 1 else f"{inner} dimensions"
         fix = f"pass {name}[...{', :1' * inner}].expand({name}.shape)"
@@ -373,7 +374,7 @@ def _check_dtypes(given: dict[str, Tensor], names: dict[str, str]) -> None:
     for field in ("B", "C", "z", "out", "x_history", "B_history"):
         if field in given:
             name = names.get(field, field)
-            arguments.check_dtype(name, given[field], (dtype,), f"the type of x; cast it with {name}.to(x.dtype)")
+            arguments.check_dtype(name, given[field], (dtype,), "the type of x", cast=True)
 
 
 def _usual_strides(tensor: Tensor) -> Tensor:
@@ -405,10 +406,12 @@ def _check_strides(given: dict[str, Tensor], settings: Settings, names: dict[str
         if not arguments.aligned(tensor, ROW_BYTES):
             got = f"address {tensor.data_ptr():#x} and strides {tensor.stride()} of {tensor.element_size()} bytes"
             expected = f"an address, and strides but the last, of multiples of {ROW_BYTES} bytes"
-            raise ValueError(describe(name, expected, got, "pad its rows or slots"))
+            fix = f"pad its rows or slots: {arguments.allocation(tensor)}"
+            raise ValueError(describe(name, expected, got, fix))
     if "work_items" in given and given["work_items"].data_ptr() % ROW_BYTES:
         expected = f"an address that is a multiple of {ROW_BYTES} bytes"
-        raise ValueError(describe("work_items", expected, f"{given['work_items'].data_ptr():#x}", "clone it"))
+        fix = f"cute_ssm.serving.build_work_items makes one: {arguments.allocation(given['work_items'])}"
+        raise ValueError(describe("work_items", expected, f"{given['work_items'].data_ptr():#x}", fix))
     for field in WRITTEN:
         if field in given:
             arguments.check_writable(names.get(field, field), given[field])
@@ -420,7 +423,7 @@ def _check_inner(name: str, tensor: Tensor, count: int) -> None:
     for i in range(1, min(count, tensor.dim()) + 1):
         if tensor.stride(-i) != span:
             what = "stride 1 in its last dimension" if count == 1 else f"its last {count} dimensions contiguous"
-            fix = "it is updated in place" if name == "state" else f"pass {name}.contiguous()"
+            fix = arguments.allocation(tensor) if name in arguments.WRITTEN else f"pass {name}.contiguous()"
             raise ValueError(describe(name, what, f"strides {tensor.stride()}", fix))
         span *= tensor.shape[-i]
 

@@ -56,6 +56,14 @@ def check_shapes(given: Mapping[str, Tensor], more: Shapes) -> None:
     check_heads("v", heads, value_heads)
 
 
+def default_scale(q: Tensor) -> float:
+    """K to the power of -1/2."""
+    if q.dim() != 4 or not q.shape[-1]:
+        raise ValueError(describe("q", "shape (batch, tokens, heads, K)", tuple(q.shape), "K is at least 1"))
+    scale: float = q.shape[-1] ** -0.5
+    return scale
+
+
 def check_heads(name: str, heads: int, value_heads: int) -> None:
     """Raise unless every head has as many value heads."""
     if heads < 1 or value_heads % heads:
@@ -68,10 +76,10 @@ def check_types(given: Mapping[str, Tensor]) -> None:
     q = given["q"]
     arguments.check_dtype("q", q, HALVES)
     for name in ("k", "v"):
-        arguments.check_dtype(name, given[name], (q.dtype,), f"the type of q; cast it with {name}.to(q.dtype)")
+        arguments.check_dtype(name, given[name], (q.dtype,), "the type of q", cast=True)
     for name in ("initial_state", "a", "dt_bias", "output"):
         arguments.check_dtype(name, given[name], FLOATS)
-    arguments.check_dtype("b", given["b"], (given["a"].dtype,), "the type of a; cast it with b.to(a.dtype)")
+    arguments.check_dtype("b", given["b"], (given["a"].dtype,), "the type of a", cast=True)
     arguments.check_dtype("A_log", given["A_log"], (torch.float32,), "cast it once with A_log.float()")
     arguments.check_dtype("initial_state_indices", given["initial_state_indices"], INTEGERS)
 
@@ -93,7 +101,10 @@ def check_aligned(name: str, tensor: Tensor, n_bytes: int) -> None:
     if not arguments.aligned(tensor, n_bytes):
         got = f"address {tensor.data_ptr():#x} and strides {tensor.stride()} of {tensor.element_size()} bytes"
         expected = f"an address and outer strides that are multiples of {n_bytes} bytes"
-        raise ValueError(describe(name, expected, got, "pad its rows, or pass a copy of inputs"))
+        fix = "pass a copy"
+        if name in arguments.WRITTEN:
+            fix = f"pad its rows: {arguments.allocation(tensor)}"
+        raise ValueError(describe(name, expected, got, fix))
 
 
 def spec_fields(given: Mapping[str, Tensor], l2norm: bool, zero_padding: bool) -> dict[str, Any]:

@@ -5,15 +5,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from cute_ssm.errors import describe
 from cute_ssm.ops._gradients import constants, refuse_tangents
 
 NAMESPACE = "cute_ssm"
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def refuse_batched(names: Sequence[str], values: Sequence[Any]) -> None:
+    """Raise if a tensor is one of ``torch.func.vmap``."""
+    for name, value in zip(names, values):
+        if isinstance(value, torch.Tensor) and torch._C._functorch.is_batchedtensor(value):
+            fix = "operators have no rule for vmap: make its axis a part of the batch"
+            raise ValueError(describe(name, "a tensor with memory of its own", "one that vmap has batched", fix))
 
 
 class Operator(NamedTuple):
@@ -74,7 +83,11 @@ def register(
     def run_eagerly(*values: Any) -> None:
         if torch.is_grad_enabled():
             values = checked(values)
-        run(*values)
+        try:
+            run(*values)
+        except RuntimeError:  # whatever asks a batched tensor for its memory or its contents
+            refuse_batched(arguments, values)
+            raise
 
     def run_below_autograd(*values: Any) -> None:
         if torch.is_grad_enabled():

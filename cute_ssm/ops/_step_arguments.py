@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -105,6 +106,27 @@ def check(operands: Operands, settings: Settings) -> SelectiveStateUpdateSpec:
     if all(arguments.aligned(t, tuning.input_vector(spec, t.element_size()) * t.element_size()) for t in vectors):
         spec = dataclasses.replace(spec, vector_inputs=True)
     return spec
+
+
+_warned: set[tuple[object, ...]] = set()
+
+
+def warn_of_dense_A(spec: SelectiveStateUpdateSpec, A: Tensor) -> None:
+    """Warn once of an ``A`` that is dense beside one step size per head, and on the CPU holds one value per head.
+
+    What a tensor on a GPU holds is not read: there, the layout alone says so, when the plan of a call is made.
+    """
+    key = (A.shape, A.stride(), A.dtype, A.device.type)
+    if spec.A_tied or not spec.dt_tied or key in _warned or not A.numel():
+        return
+    if not A.is_cuda and not bool((A == A[..., :1, :1]).all()):
+        return
+    _warned.add(key)
+    warnings.warn(
+        f"A: strides {A.stride()}, beside one step size per head.  If A too holds one value per head, as of Mamba-2, "
+        "pass A[..., :1, :1].expand(A.shape): the kernel for a dense A costs about twice the instructions",
+        stacklevel=5,
+    )
 
 
 def limit(operands: Operands, settings: Settings) -> int:
@@ -380,7 +402,7 @@ def _check_dtypes(given: dict[str, Tensor]) -> None:
             arguments.check_dtype(name, given[name], dtypes)
     for name in ("B", "C", "z", "out"):
         if name in given:
-            arguments.check_dtype(name, given[name], (x.dtype,), f"the type of x; cast it with {name}.to(x.dtype)")
+            arguments.check_dtype(name, given[name], (x.dtype,), "the type of x", cast=True)
     if "intermediate_states_buffer" in given:
         why = "the type of state"
         arguments.check_dtype(
@@ -392,8 +414,9 @@ def _check_pool_layout(name: str, pool: Tensor) -> None:
     """Raise unless tiles of a pool of states are contiguous and can be copied in bulk."""
     if pool.stride(-1) != 1 or pool.stride(-2) != pool.shape[-1]:
         expected = "contiguous rows of dstate and heads of dim x dstate"
-        raise ValueError(describe(name, expected, f"strides {pool.stride()}", "the pool is updated in place"))
+        raise ValueError(describe(name, expected, f"strides {pool.stride()}", arguments.allocation(pool)))
     if not arguments.aligned(pool[..., 0], BULK_BYTES):
         got = f"address {pool.data_ptr():#x} and strides {pool.stride()} of {pool.element_size()} bytes"
         expected = f"an address, and strides of slots and heads, of multiples of {BULK_BYTES} bytes"
-        raise ValueError(describe(name, expected, got, "pad the slots of the pool"))
+        fix = f"pad the slots of the pool: {arguments.allocation(pool)}"
+        raise ValueError(describe(name, expected, got, fix))

@@ -140,7 +140,7 @@ def gated_delta_rule_mtp(
     if output is None:
         output = torch.empty_like(v, dtype=q.dtype, memory_format=torch.contiguous_format)
     if scale is None:
-        scale = q.shape[-1] ** -0.5
+        scale = checks.default_scale(q)
     run = _eager if type(q) is Tensor and not torch.compiler.is_compiling() else _overload
     run(
         q, k, v, initial_state, initial_state_indices, A_log, a, dt_bias, b, scale, output,

@@ -155,7 +155,7 @@ def gated_delta_rule_replay(
     if output is None:
         output = torch.empty_like(v, dtype=q.dtype, memory_format=torch.contiguous_format)
     if scale is None:
-        scale = q.shape[-1] ** -0.5
+        scale = checks.default_scale(q)
     if window is None:
         if q.dim() != 4 or k_cache.dim() != 4:
             raise ValueError(describe("k_cache", "4 dimensions like q, or a window", f"{k_cache.dim()} and {q.dim()}"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -333,11 +333,16 @@ def _plan(
     return _Plan(get(spec, config, arch), sm_count * config.ctas_per_sm, carried)
 
 
-def _key(tensors: _Tensors, softplus: bool, block_size: int, out: Tensor, ungated: Tensor | None) -> tuple[object, ...]:
+def _key(
+    tensors: _Tensors, softplus: bool, block_size: int, out: Tensor, ungated: Tensor | None
+) -> tuple[object, ...] | None:
     u, states, starts = tensors.u, tensors.ssm_states, tensors.query_start_loc
-    sequences = len(u) if starts is None else len(starts) - 1
+    try:
+        enough = tensors.cache_indices is not None or states is None or len(states) >= _sequences(tensors)
+    except (TypeError, AttributeError, IndexError):  # no tensors, or without axes, which the checks will name
+        return None
     return (
-        tensors.cache_indices is not None or states is None or len(states) >= sequences, block_size > 0,
+        enough, block_size > 0,
         u.shape, u.dtype, u.device, softplus, getattr(out, "dtype", None), ungated is None,
         *(getattr(t, "dtype", None) for t in tensors[1:]),
         *(getattr(t, "shape", None) for t in (tensors.B, starts, tensors.cache_indices, tensors.has_initial_state)),
@@ -464,7 +469,7 @@ def _check(tensors: _Tensors, null_block_id: int, block_size: int, outputs: dict
             raise ValueError(describe(name, "a positive number of tokens", number))
     _check_presence(given)
     _check_shapes(given)
-    _check_dtypes(given)
+    _check_dtypes(given, outputs)
     for name in ("A", "ssm_states"):
         if name in given and given[name].shape[-1] > 1:
             arguments.check_last_contiguous(name, given[name])
@@ -475,7 +480,7 @@ def _check(tensors: _Tensors, null_block_id: int, block_size: int, outputs: dict
     for name, tensor in outputs.items():
         if tensor is not None and any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride())):
             expected = "distinct elements, as it is written"
-            raise ValueError(describe(name, expected, f"strides {tensor.stride()}", f"pass {name}.contiguous()"))
+            raise ValueError(describe(name, expected, f"strides {tensor.stride()}", arguments.allocation(tensor)))
 
 
 _BLOCKS = ("block_idx_first_scheduled_token", "block_idx_last_scheduled_token", "initial_state_idx")
@@ -559,15 +564,15 @@ def _check_shapes(given: dict[str, Tensor]) -> None:
             raise ValueError(describe("ssm_states", f"at least batch = {batch} slots", states.shape[0], fix))
 
 
-def _check_dtypes(given: dict[str, Tensor]) -> None:
+def _check_dtypes(given: dict[str, Tensor], outputs: Iterable[str]) -> None:
     u = given["u"]
     arguments.check_dtype("u", u, FLOATS)
     for name in ("delta", "B", "C", "z", "out"):
         if name in given:
-            arguments.check_dtype(name, given[name], (u.dtype,), f"the type of u; cast it with {name}.to(u.dtype)")
+            arguments.check_dtype(name, given[name], (u.dtype,), "the type of u", cast=True, written=name in outputs)
     for name in ("A", "D", "delta_bias"):
         if name in given:
-            arguments.check_dtype(name, given[name], (torch.float32,), f"cast it with {name}.float()")
+            arguments.check_dtype(name, given[name], (torch.float32,), cast=True)
     if "ssm_states" in given:
         allowed = dict.fromkeys((u.dtype, torch.float32))
         arguments.check_dtype("ssm_states", given["ssm_states"], allowed, "the type of u or float32")

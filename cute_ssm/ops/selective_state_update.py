@@ -169,6 +169,11 @@ def selective_state_update(
     src, dst, zero_padding = state_batch_indices, dst_state_batch_indices, out is None
     result = out if out is not None else torch.empty_like(x, memory_format=torch.contiguous_format)
     written, rank = result, x.dim()
+    if rank < 3 and state.dim() == 4 and state.shape[1] != 1:
+        nheads, dim = state.shape[1:3]
+        fix = f"pass x.unflatten(-1, ({nheads}, {dim}))" if rank and x.shape[-1] == nheads * dim else ""
+        expected = f"shape {arguments.X_SHAPES['dense' if cu_seqlens is None else 'packed']}"
+        raise ValueError(describe("x", expected, tuple(x.shape), fix))
     if rank == 2 or state.dim() == 3 or A.dim() == 2 or B.dim() == 2:
         tokens, weights = (x, dt, B, C, z, result), (state, A, D, dt_bias)
         (x, dt, B, C, z, written), (state, A, D, dt_bias) = _with_heads(tokens, weights)
@@ -315,6 +320,7 @@ def _run(
     operands = Operands._make(tensors)
     settings = Settings(dt_softplus, disable_state_update, zero_padding, philox_rounds, cache_steps, pad_slot_id)
     spec = arguments.check(operands, settings)
+    arguments.warn_of_dense_A(spec, operands.A)
     if not x.is_cuda:
         with torch.no_grad():
             _run_on_cpu(spec, operands, settings)

@@ -86,7 +86,7 @@ def commit(
         rand_seed = rand_seed[None]
     if state_batch_indices is None:
         sizes = (NO_PAD, *sizes[1:])
-    run = _commit if _eager(prev_num_accepted_tokens) else _commit_overload
+    run = _commit_eager if _eager(prev_num_accepted_tokens) else _commit_overload
     run(
         prev_num_accepted_tokens, place, num_accepted_tokens, state_batch_indices, cu_seqlens, rand_seed,
         ring_start is not None, *sizes,
@@ -154,7 +154,7 @@ def build_work_items(
         num_writes = torch.empty(1, dtype=torch.int32, device=pnat.device)
     if state_batch_indices is None and isinstance(listed, Tensor) and 0 <= pad_slot_id < len(listed):
         raise ValueError(describe("pad_slot_id", "a slot that no row uses", pad_slot_id, "pass state_batch_indices"))
-    run = _build if _eager(pnat) else _build_overload
+    run = _build_eager if _eager(pnat) else _build_overload
     run(
         pnat, place, state_batch_indices, cu_seqlens, listed, num_writes, ring_start is not None, *sizes
     )  # fmt: skip
@@ -431,7 +431,8 @@ def _build(
         raise ValueError(describe("work_items", "shape (batch, 4)", tuple(work_items.shape)))
     if not work_items.is_contiguous() or work_items.data_ptr() % LIST_BYTES:
         got = f"address {work_items.data_ptr():#x} and strides {work_items.stride()}"
-        raise ValueError(describe("work_items", f"contiguous rows at a multiple of {LIST_BYTES} bytes", got))
+        expected = f"contiguous rows at a multiple of {LIST_BYTES} bytes"
+        raise ValueError(describe("work_items", expected, got, arguments.allocation(work_items)))
     arguments.check_dtype("num_writes", num_writes, (torch.int32,))
     arguments.check_shape("num_writes", num_writes, (1,), "(1,)")
     batch = rows.batch(work_items)
@@ -457,17 +458,17 @@ def _build(
         runtime.emulated(spec, config, archs.by_name(emulator.arch))(*operands)
 
 
-_commit_overload = _library.register(
+_commit_eager, _commit_overload = _library.register(
     "serving_commit(Tensor(a!) prev_num_accepted_tokens, Tensor(b!) place, Tensor num_accepted_tokens, "
     "Tensor? state_batch_indices, Tensor? cu_seqlens, Tensor(c!)? rand_seed, bool ring, int pad_slot_id, int tokens, "
     "int window, int places) -> ()",
     _commit,
     lambda *_: None,
-).overload
-_build_overload = _library.register(
+)
+_build_eager, _build_overload = _library.register(
     "serving_build_work_items(Tensor prev_num_accepted_tokens, Tensor place, Tensor? state_batch_indices, "
     "Tensor? cu_seqlens, Tensor(a!) work_items, Tensor(b!) num_writes, bool ring, int pad_slot_id, int tokens, "
     "int window, int places) -> ()",
     _build,
     lambda *_: None,
-).overload
+)

@@ -101,11 +101,11 @@ FLOAT = "expected dtype float32 or bfloat16 or float16, got "
 STATE = "expected dtype float32 or bfloat16 or float16 or int16 or int8 or float8_e4m3fn, got "
 INTEGER = "expected dtype int32 or int64, got "
 TENSOR = "expected a torch.Tensor, got "
-SHARED = r"expected elements that do not share memory, got strides .*\.contiguous\(\)"
+SHARED = "expected elements that do not share memory, got strides .*; it is written, so allocate it as torch.zeros"
 ROWS = "expected an address, and strides but the last, of multiples of 16 bytes, got address .*; pad its rows or slots"
 LAST = "expected stride 1 in its last dimension, got strides"
 LAST_TWO = "expected its last 2 dimensions contiguous, got strides"
-X_TYPE = "expected dtype bfloat16, got {}; the type of x; cast it with {}.to"
+X_TYPE = "expected dtype bfloat16, got {}; the type of x; (cast it with {}.to|it is written, so allocate it)"
 
 # (base, argument [> argument that the message names], how it is broken, error, what the message says after the name)
 BROKEN = [
@@ -212,7 +212,7 @@ BROKEN = [
     ("double", "dt_bias", dense, ValueError, r"one value per head, .*; pass dt_bias\[..., :1\].expand\(dt_bias.shape"),
     *(("double", name, wide, ValueError, LAST_TWO) for name in ("x", "B", "C", "z", "out", "old_x", "old_B")),
     *(("double", name, every_other, ValueError, LAST_TWO) for name in ("x", "B", "C", "z", "out", "old_x", "old_B")),
-    ("double", "state", wide, ValueError, "its last 3 dimensions contiguous, got strides .*; it is updated in place"),
+    ("double", "state", wide, ValueError, "its last 3 dimensions contiguous, got strides .*; it is written, so al"),
     ("quantised", "state_scale", wide, ValueError, LAST_TWO),
     *(("ring", name, every_other, ValueError, LAST) for name in ("x_cache", "B_cache", "dt_cache", "ring_start")),
     *(("double", name, every_other, ValueError, LAST) for name in (

@@ -25,7 +25,12 @@ BROKEN = [
     ("g_cache", lambda t: None, TypeError, "expected a torch.Tensor, got NoneType"),
     ("ring_start", lambda t: 3, TypeError, "expected a torch.Tensor, got int"),
     ("A_log", lambda t: np.zeros(2), TypeError, "expected a torch.Tensor, got ndarray"),
-    ("beta_cache", lambda t: t.to("meta"), ValueError, "expected a tensor on cpu like q, got one on meta; move it"),
+    (
+        "beta_cache",
+        lambda t: t.to("meta"),
+        ValueError,
+        "expected a tensor on cpu like q, got one on meta; it is written, so allocate it",
+    ),
     ("q", lambda t: t[0], ValueError, r"expected shape \(batch, tokens, heads, K\), got \(4, 1, 128\)"),
     ("v", lambda t: t[0], ValueError, r"expected shape \(batch, tokens, value_heads, V\), got \(4, 2, 64\)"),
     ("initial_state", lambda t: t[0], ValueError, r"expected shape \(slots, value_heads, V, K\), got \(2, 64, 128\)"),

@@ -104,11 +104,9 @@ def write_readme(kind: str, lines: Sequence[Line], readme: Path = README) -> boo
 
 def plots(lines: Sequence[Line], folder: Path) -> list[Path]:
     """Write a PNG for every operator and device: time, and share of a copy's bandwidth, against batch."""
-    import matplotlib
+    from cute_ssm.demo.report import pyplot as import_pyplot
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = import_pyplot("bench")
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for op, device, how in sorted({(line["op"], line["device"], line["how"]) for line in lines}):
