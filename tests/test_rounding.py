@@ -186,6 +186,22 @@ def test_stochastic_by_exact_arithmetic(pattern, bits, dtype):
     assert got.float().signbit() == value.signbit()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "mantissa", "used"),
+    [(torch.bfloat16, 7, 16), (torch.float16, 10, 13), (torch.float8_e4m3fn, 3, 16)],
+    ids=str,
+)
+def test_the_highest_random_bit_that_is_used_decides_halves(dtype, mantissa, used):
+    """Halfway between neighbours the number goes up from that bit on; bits above it do not count."""
+    half, above = 1 << used - 1, 65536 - (1 << used)
+    bits = torch.tensor([0, half - 1, half, 2 * half - 1, half - 1 + above, half + above])
+    for sign in (1.0, -1.0):
+        value = sign * (1.0 + 2.0 ** -(mantissa + 1))
+        got = rounding.round_stochastic(torch.full((6,), value), dtype, bits).float()
+        up = sign * (1.0 + 2.0**-mantissa)
+        assert got.tolist() == [sign, sign, up, up, sign, up]
+
+
 @pytest.mark.parametrize("dtype", (*FLOATS, torch.int8, torch.int16), ids=str)
 @pytest.mark.parametrize("scale", [1.0, 3e-6, 2.0**-127])
 def test_unbiased(dtype, scale):

@@ -9,6 +9,8 @@ ROUNDING = "cute_ssm/reference/rounding.py"
 BITS16 = "tests/device/test_convert.py::test_16_bits"
 QUANTISED = "tests/device/test_convert.py::test_quantised"
 WORDS = "tests/device/test_philox.py::test_words"
+EDGES = "tests/device/test_math.py::test_values_at_edges"
+ERRORS = "tests/device/test_math.py::test_relative_error_over_the_range"
 
 FAULTS = [
     Fault(
@@ -110,7 +112,7 @@ FAULTS = [
         ROUNDING,
         "torch.float8_e4m3fn: (20, 120, 16, 0x7E, 0x7F, torch.uint8)",
         "torch.float8_e4m3fn: (20, 120, 15, 0x7E, 0x7F, torch.uint8)",
-        ("tests/test_rounding.py::test_stochastic_by_exact_arithmetic",),
+        ("tests/test_rounding.py::test_the_highest_random_bit_that_is_used_decides_halves",),
     ),
     Fault(
         "rows of fragments without their reversal",
@@ -118,5 +120,54 @@ FAULTS = [
         "torch.where(rows % 16 < 8, words, _reversed(words))",
         "words",
         ("tests/test_rounding.py::test_mapping_by_fragments",),
+    ),
+    Fault(
+        "decays of infinite rates are NaN",
+        MATH,
+        "    x = larger(x, Float32(-128.0))",
+        "    x = larger(x, Float32(-float('inf')))",
+        (f"{EDGES}[decay]",),
+    ),
+    Fault(
+        "decays by one float of log2(e)",
+        MATH,
+        "    excess = cute.math.fma(x, Float32(-_LOG2E_LOW), excess)\n",
+        "",
+        (f"{ERRORS}[decay]",),
+    ),
+    Fault(
+        "softplus by a shorter series",
+        MATH,
+        "_ARTANH = tuple(1.0 / (2 * k + 1) for k in range(7))",
+        "_ARTANH = tuple(1.0 / (2 * k + 1) for k in range(5))",
+        (f"{ERRORS}[softplus]",),
+    ),
+    Fault(
+        "sigmoid of negative numbers is that of positive ones",
+        MATH,
+        "    return inverse if x >= 0.0 else e * inverse\n\n\n@cute.jit\ndef gate_exponent",
+        "    return inverse\n\n\n@cute.jit\ndef gate_exponent",
+        (f"{EDGES}[sigmoid]",),
+    ),
+    Fault(
+        "exponentials by one term less",
+        MATH,
+        "for factorial in (720, 120, 24, 6, 2):",
+        "for factorial in (120, 24, 6, 2):",
+        (f"{ERRORS}[exponential]",),
+    ),
+    Fault(
+        "sums over half a segment",
+        MATH,
+        "    while offset < lanes:\n",
+        "    while offset < lanes // 2:\n",
+        ("tests/device/test_math.py::test_sums_over_lanes",),
+    ),
+    Fault(
+        "a larger number hides a NaN",
+        MATH,
+        '"max.NaN.f32 $0, $1, $2;"',
+        '"max.f32 $0, $1, $2;"',
+        ("tests/device/test_math.py::test_larger_of_two_is_nan_if_one_is",),
     ),
 ]
