@@ -163,7 +163,10 @@ def serve() -> None:
                 in_copy(folder, arguments, file.fileno())
             status = wait(child)
             file.seek(0)
-            print(json.dumps([status, file.read()]), file=replies, flush=True)
+            try:
+                print(json.dumps([status, file.read()]), file=replies, flush=True)
+            except BrokenPipeError:  # nobody waits for it any more
+                return
 
 
 def in_copy(folder: str, arguments: list[str], output: int) -> NoReturn:

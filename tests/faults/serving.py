@@ -17,7 +17,7 @@ FAULTS = [
         COMMIT,
         "taken <= cutlass.min(count, window)",
         "taken <= count",
-        (RANGE + "test_rows_of_a_commit",),
+        (RANGE + "test_a_commit_of_more_tokens_than_a_window_holds_changes_nothing",),
     ),
     Fault(
         "a ring that does not turn",
@@ -73,21 +73,21 @@ FAULTS = [
         STATE,
         "second = total if lane + WARP == token else second",
         "second = total if lane == token else second",
-        (STATES + "test_emulated",),
+        (STATES + "test_emulated_for_blackwell",),
     ),
     Fault(
         "states decay by half of the window",
         STATE,
         "product = low if token < WARP else high",
         "product = low",
-        (STATES + "test_emulated",),
+        (STATES + "test_emulated_for_blackwell",),
     ),
     Fault(
         "random bits of the slot that is read",
         STATE,
         "philox.place(target, h, count - 1)",
         "philox.place(source, h, count - 1)",
-        (STATES + "test_bits_are_those_of_the_reference",),
+        (STATES + "test_bits_are_those_of_the_reference[slots-f16]",),
     ),
     Fault(
         "destinations are compared with the pool that is read",

@@ -107,6 +107,14 @@ def test_a_commit_of_windows_and_rings_near_the_end_of_32_bits():
     assert (pnat.tolist(), buffer.tolist()) == ([3], [1])
 
 
+def test_a_commit_of_more_tokens_than_a_window_holds_changes_nothing():
+    """A step may have more tokens than that, of which no more may be accepted."""
+    pnat, buffer = torch.tensor([1, 2, 3, 4], dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    call = {"prev_num_accepted_tokens": pnat, "cache_buf_idx": buffer, "window": 4, "tokens": 20}
+    run(serving.commit)({**call, "num_accepted_tokens": torch.tensor([4, 5, 20, 0])})
+    assert (pnat.tolist(), buffer.tolist()) == ([4, 2, 3, 0], [1, 0, 0, 1])
+
+
 @pytest.mark.parametrize("ring,varlen", [CURSORS[0], pytest.param(*CURSORS[1], marks=SLOW)])
 @pytest.mark.parametrize("indices", [torch.int64, pytest.param(torch.int32, marks=SLOW)])
 def test_rows_of_a_list_of_work(ring, varlen, indices):
