@@ -6,6 +6,10 @@ KERNEL = "cute_ssm/kernels/selective_scan.py"
 EXTENTS = "cute_ssm/kernels/selective_extents.py"
 DEVICE = "cute_ssm/device/scan.py"
 BASE = "tests/ops/test_selective_scan.py::test_kernel[base]"
+PERSISTENT = (
+    "tests/ops/test_selective_scan.py::test_persistent[lengths=(70, 70)-dim=130-{'async_mode': 'late'}-"
+    "{'lanes': 4, 'warps': 4}]"
+)
 PARTS = "tests/ops/test_selective_scan_parts.py::test_kernel[lengths=(53, 53, 53)]"
 
 FAULTS = [
@@ -14,14 +18,14 @@ FAULTS = [
         KERNEL,
         "        cute.arch.griddepcontrol_wait()\n",
         "",
-        ("tests/ops/test_selective_scan.py::test_persistent",),
+        (PERSISTENT,),
     ),
     Fault(
         "no barrier before the other half of the buffer is read",
         KERNEL,
         "brought, thread)\n            cute.arch.sync_threads()\n",
         "brought, thread)\n",
-        ("tests/ops/test_selective_scan.py::test_persistent",),
+        (PERSISTENT,),
     ),
     Fault(
         "C of the wrong group",
@@ -35,7 +39,7 @@ FAULTS = [
         KERNEL,
         "if valid and high == end:",
         "if high == end:",
-        ("tests/ops/test_selective_scan.py::test_kernel[dim=72]",),
+        (PERSISTENT,),
     ),
     Fault(
         "tokens outside a sequence take a step",
@@ -59,11 +63,11 @@ FAULTS = [
         (PARTS,),
     ),
     Fault(
-        "parts that do not begin at a block",
+        "a sequence of one part forgets its initial state",
         KERNEL,
-        "size = ((end - begin + (self.splits - 1)) // self.splits + (BLOCK - 1)) & -BLOCK",
-        "size = (end - begin + (self.splits - 1)) // self.splits",
-        ("tests/ops/test_selective_scan_parts.py::test_out_may_be_an_input",),
+        "real = real and (high < end or part == 0)",
+        "real = real and high < end",
+        ("tests/ops/test_selective_scan_parts.py::test_kernel[lengths=(45, 0, 12, 1, 30)-varlen=True]",),
     ),
     Fault(
         "the gate loses its sign",

@@ -73,14 +73,14 @@ FAULTS = [
         STATE,
         "second = total if lane + WARP == token else second",
         "second = total if lane == token else second",
-        (STATES + "test_emulated_for_blackwell",),
+        (STATES + "test_a_state_errs_like_one_rounding[bf16-1.0-emulated]",),
     ),
     Fault(
         "states decay by half of the window",
         STATE,
         "product = low if token < WARP else high",
         "product = low",
-        (STATES + "test_emulated_for_blackwell",),
+        (STATES + "test_a_state_errs_like_one_rounding[bf16-1.0-emulated]",),
     ),
     Fault(
         "random bits of the slot that is read",
@@ -94,7 +94,7 @@ FAULTS = [
         STATE,
         "target != pad_slot and in_range(target, out.shape[0])",
         "target != pad_slot and in_range(target, state.shape[0])",
-        (RANGE + "test_rows_of_a_materialisation",),
+        (RANGE + "test_destinations_are_compared_with_the_pool_that_is_written",),
     ),
     Fault(
         "new sequences find old cursors",
@@ -108,7 +108,7 @@ FAULTS = [
         POOL,
         "            self._draw(index)\n",
         "            self.rand_seed.index_fill_(1, index, 7)\n",
-        ("tests/serving/test_serving_pool.py::test_reset_and_copy_touch_nothing_else",),
+        ("tests/serving/test_serving_pool.py::test_pools_start_as_zeros_with_seeds_of_their_own",),
     ),
     Fault(
         "the reference takes pending tokens from the wrong buffer",

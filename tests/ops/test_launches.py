@@ -172,7 +172,7 @@ def test_other_kinds_of_launch_are_refused(value):
 
 
 def launches(run):
-    with ptxsim.emulate() as session:
+    with ptxsim.emulate(racecheck=True) as session:
         run()
     return session.launches
 

@@ -177,6 +177,18 @@ def test_rows_of_a_materialisation(fields):
             check(fold, call, name, {slots[b]: value for b, value in changes.items()}, owned)
 
 
+def test_destinations_are_compared_with_the_pool_that_is_written():
+    """Which may have fewer slots than that which is read."""
+    made = materialize.random(materialize.Case(dstate=64, dim=16, out="bf16", indices=torch.int64), 0)
+    call = made["call"]
+    written, read = len(call["out"]), len(call["state"])
+    assert written < read
+    src, dst = call["state_batch_indices"].tolist(), call["dst_state_batch_indices"].tolist()
+    good = [b for b in range(len(src)) if -1 not in (src[b], dst[b])]
+    changes = dict(zip(good, range(written, read)))
+    check(run(serving.materialize), call, "dst_state_batch_indices", changes, lambda b: [("out", dst[b])])
+
+
 @pytest.mark.parametrize("indices", [torch.int64, pytest.param(torch.int32, marks=SLOW)])
 def test_rows_of_a_materialisation_of_gated_delta_nets(indices):
     case = gated.Case(place=True, pads=(), pending=(5, 16, 2, 13, 8), counts=(5, 9, 1, 1, 3), indices=indices)

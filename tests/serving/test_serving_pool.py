@@ -306,6 +306,7 @@ def test_pools_start_as_zeros_with_seeds_of_their_own():
     assert not torch.equal(make(seed=8, state_dtype=torch.int8).rand_seed, pool.rand_seed)
     pool.reset_slot(3)
     assert (pool.rand_seed.flatten() != torch.tensor(seeds)).view(LAYERS, -1).nonzero()[:, 1].tolist() == [3] * LAYERS
+    assert len({*seeds, *pool.rand_seed.flatten().tolist()}) == len(seeds) + LAYERS, "new ones, of every layer"
     # SplitMix64 of the number of a draw, in Python's integers
     x = (((1 * 7 + 0) * LAYERS + 0) * 0x9E3779B97F4A7C15 + 7) % 2**64
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
