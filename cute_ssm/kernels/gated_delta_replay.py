@@ -205,7 +205,10 @@ class GatedDeltaRuleReplay(GatedDeltaRows):
                     self.store_block(corner, j, [convert.unpack(words, Float32) for words in tile[j]])
             products = self.chunk.products(tile, Float32, latest["keys"], lane)
             V = self.load_values(latest["values"], column + m * TILE, self.chunk, lane)
-            coefficients = self.chunk.load_coefficients(latest, lane)
+            here = lane
+            if const_expr(self.spec.K == 256):  # or addresses are kept through the loop, and some of them spilled
+                here = memory.pinned(Int32(lane))
+            coefficients = self.chunk.load_coefficients(latest, here)
             U, O, following = self.chunk.solve(products, coefficients, V, lane, loaded, load_ahead)
             self.emit(out, O, U, (i, h, row), latest["values"], column + m * TILE, tokens, lane)
             tile = following
