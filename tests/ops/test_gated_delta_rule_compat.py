@@ -82,6 +82,28 @@ def test_fla(tokens, l2norm, backend):
     assert (bare - want).abs().max() < 2**-8 * want.abs().max()
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_fla_gates_that_logits_cannot_give_are_refused(tokens):
+    """Never NaN in their place: decays above 1, steps above 1 (negative eigenvalues) or below 0; NaN stays NaN."""
+    q, v = (torch.zeros(1, tokens, heads, 64, dtype=torch.bfloat16) for heads in (1, 2))
+    good = torch.full((1, tokens, 2), 0.5)
+    for value in (1e-3, 0.5, float("inf")):
+        g = -good
+        g[0, -1, 1] = value
+        with pytest.raises(UnsupportedSpecError, match=r"^g: expected logarithms of decays, at most 0, got"):
+            fused_recurrent_gated_delta_rule(q, q, v, g, beta=good)
+    for value in (1.0001, 1.9, 2.0, -0.1, float("inf")):
+        beta = good.clone()
+        beta[0, -1, 1] = value
+        with pytest.raises(UnsupportedSpecError, match=r"^beta: expected steps from 0 to 1, got .*allow_neg_eigval"):
+            fused_recurrent_gated_delta_rule(q, q, v, -good, beta=beta)
+    g, beta = -good, good.clone()
+    g[0, -1, 0], beta[0, -1, 1] = float("nan"), float("nan")
+    out, _ = fused_recurrent_gated_delta_rule(q, q, v, g, beta=beta)
+    assert out[0, -1].isnan().all()
+    assert out[0, :-1].isfinite().all()
+
+
 def test_fla_refusals():
     q, v = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16), torch.zeros(1, 1, 2, 64, dtype=torch.bfloat16)
     for name in ("gk", "gv", "cu_seqlens"):
