@@ -30,7 +30,8 @@ FOLDER = ROOT / "tests" / "faults"
 COPIED = ("cute_ssm", "tools", "tests", "pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", ".ci")
 LEFT_OUT = ("__pycache__", ".pytest_cache", "plots")
 ENOUGH = 0.95
-TIMEOUT_S = 600
+TIMEOUT_S = 600  # of the tests of one fault
+TEST_S = 60  # of one test, where there are many
 TESTS_FAILED = 1  # pytest's exit status
 
 
@@ -141,7 +142,9 @@ class Tester:
         arguments = ["-q", "-p", "no:cacheprovider", "-m", "slow or not slow", "--tb=line", *(["-x"] if first else [])]
         if self.process.stdin is None or self.process.stdout is None:
             raise RuntimeError("the process that runs tests has no pipes")
-        print(json.dumps([str(folder), [*arguments, *tests]]), file=self.process.stdin, flush=True)
+        tests = list(tests)
+        limit = TIMEOUT_S + TEST_S * len(tests)
+        print(json.dumps([str(folder), [*arguments, *tests], limit]), file=self.process.stdin, flush=True)
         reply = self.process.stdout.readline()
         if not reply:
             raise RuntimeError("the process that runs tests has ended")
@@ -156,12 +159,12 @@ def serve() -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
     for line in sys.stdin:
-        folder, arguments = json.loads(line)
+        folder, arguments, limit = json.loads(line)
         with tempfile.TemporaryFile("w+") as file:
             child = os.fork()
             if child == 0:
                 in_copy(folder, arguments, file.fileno())
-            status = wait(child)
+            status = wait(child, limit)
             file.seek(0)
             try:
                 print(json.dumps([status, file.read()]), file=replies, flush=True)
@@ -187,9 +190,9 @@ def in_copy(folder: str, arguments: list[str], output: int) -> NoReturn:
         os._exit(status)
 
 
-def wait(child: int) -> int:
-    """The exit status of a process; -1 if it had to be ended."""
-    deadline = time.monotonic() + TIMEOUT_S
+def wait(child: int, limit: float) -> int:
+    """The exit status of a process; -1 if it had to be ended after `limit` seconds."""
+    deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
