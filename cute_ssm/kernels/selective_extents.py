@@ -7,7 +7,7 @@ slot is null; a state whose own destination is out of range is not saved.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32, Int64, const_expr
+from cutlass import Boolean, Int32, Int64, Uint32, const_expr
 
 from cute_ssm.device import memory
 from cute_ssm.device.bounds import in_range
@@ -78,41 +78,42 @@ class Extents:
     def segments(self, args, h, metadata, states, b, channel, extent, part, null_slot, block_size):
         """Scan a part of a sequence and save the states at the end of each of its blocks or chunks.
 
-        `extent` and `part` are (first token, end).  Sums with the number of tokens of a block, any positive number of
-        32 bits, are formed in 64.
+        `extent` and `part` are (first token, end).  A block may have any positive number of tokens of 32 bits.
         """
         _, cache, _, first_block, last_block, _, ends, _ = metadata
         begin, end = extent
         low, high = part
         thread, valid = args[5:]
-        first, count = Int64(0), (end - begin - 1) // block_size + 1
+        number, past = Int32(0), (end - begin - 1) // block_size + 1  # of the segment, and of the one after the last
         tokens = cutlass.min(block_size, end - begin)  # of the first segment
         if const_expr(self.spec.chunks):
             first, last = self.chunks(metadata, b)
-            count = Int32(last + 1 - first)
-            if count > 0:
-                tokens = Int32(Int64(ends[first + 1]) - Int64(ends[first]))
-        lead = Int64(0)  # tokens of the first block that are not the sequence's
-        if count > 1 and tokens < block_size:
-            lead = Int64(block_size - tokens)  # the first chunk completes a block
-        i, stop = Int32(0), begin
-        while i < count and low < high:
+            number, past = Int32(first), Int32(last + 1)
+            if number < past:
+                tokens = Int32(Int64(ends[number + 1]) - Int64(ends[number]))
+        lead = -begin - 1  # with the end of a segment: tokens of its blocks before its last token
+        if past - number > 1 and tokens < block_size:
+            lead += block_size - tokens  # the first chunk completes a block
+        stop = begin
+        while number < past and low < high:
             if const_expr(self.spec.chunks):
-                stop += Int32(Int64(ends[first + i + 1]) - Int64(ends[first + i]))
+                stop += Int32(Int64(ends[number + 1]) - Int64(ends[number]))
             else:
                 stop += cutlass.min(block_size, end - stop)
-            i += 1
+            number += 1
             if stop > low:  # else it ends in an earlier part
                 cut = cutlass.min(stop, high)
                 h = self.owner.segment(args, h, low, cut)
                 low = cut
                 if stop == cut:
-                    column = Int64(first_block[b]) + (lead + (stop - begin - 1)) // block_size
-                    if i == count:
-                        column = Int64(last_block[b])
+                    at = memory.pinned(Int32(b))  # or addresses are kept through the scan: sm_90a spills at dstate 256
+                    # modulo 2^32, which the sum is less than
+                    column = Int64(first_block[at]) + Int64(Uint32(lead + stop) // Uint32(block_size))
+                    if number == past:
+                        column = Int64(last_block[at])
                     slot = null_slot
                     if in_range(column, cache.shape[1]):
-                        slot = Int64(cache[b, column])
+                        slot = Int64(cache[at, column])
                     if slot != null_slot and in_range(slot, states.shape[0]) and valid:
                         row = memory.address(states, slot, channel, 0)
                         self.owner.store_quads(row, h, thread % self.owner.lanes)

@@ -21,12 +21,14 @@ import torch
 from out_of_range import Sweep, outside, swap
 
 import cute_ssm
+from cute_ssm.ops import selective_scan
 from cute_ssm.tuning.checkpointing_ssu import PAIR
 
 ptxsim = pytest.importorskip("ptxsim")
 ROWS = 13  # of a batch: more than there are numbers in `outside`
 ARCHES = ("sm_90a", pytest.param("sm_100a", marks=pytest.mark.slow))
 SLOW = pytest.mark.slow
+PLAN = selective_scan.plan_on_cpu
 
 
 @pytest.fixture(autouse=True)
@@ -412,3 +414,25 @@ def test_blocks_and_chunks_of_a_scan(chunks, indices, run):
     values = [[v for v in outside(count, indices, last[b]) if v != -1] for b in range(0, ROWS - 1, 2)]
     changes = {2 * i: numbers[i] for i, numbers in enumerate(values)}
     scan.check("last_chunk_indices", changes, lambda b: (*owned(b), *owned(b + 1)))
+
+
+@pytest.mark.parametrize("tokens", [8, 2**31 - 1])
+def test_blocks_of_as_many_tokens_as_32_bits_hold(tokens):
+    """The first of three chunks completes a block, and the second is in the next one."""
+    case = scan_cases.Case(
+        lengths=(11,), varlen=True, dim=8, nulls=(), in_place=False, block_size=8, computed=(8,), chunks=True
+    )
+    call = scan_cases.arguments(case)
+    call["cu_chunk_seqlen"] = torch.tensor([0, 3, 5, 11], dtype=torch.int32)
+    call |= {"block_size": tokens, "last_chunk_indices": torch.tensor([2], dtype=torch.int32)}
+    for name, column in (("first_scheduled_token", 0), ("last_scheduled_token", 2)):
+        call[f"block_idx_{name}"] = torch.tensor([column], dtype=torch.int32)
+    call["ssm_states"][call["cache_indices"][0, 1:]] = float("nan")
+    wanted = out_of_range.copy(call)
+    saved = [int(slot) for slot in call["cache_indices"][0]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selective_scan, "plan_on_cpu", PLAN)
+        cute_ssm.selective_scan(**wanted)
+    with ptxsim.emulate(arch="sm_90a"):
+        cute_ssm.selective_scan(**call)
+    assert torch.allclose(call["ssm_states"][saved], wanted["ssm_states"][saved], rtol=1e-5, atol=1e-6)
