@@ -25,6 +25,7 @@ WRITTEN = frozenset((
     "intermediate_states_buffer", "intermediate_state_scales", "old_x", "old_B", "old_dt", "old_cumAdt",
     "x_cache", "B_cache", "dt_cache", "k_cache", "v_cache", "g_cache", "beta_cache", "x_history", "B_history",
     "dt_history", "cache_buf_idx", "ring_start", "prev_num_accepted_tokens", "work_items", "num_writes",
+    "rand_seed",
 ))  # fmt: skip
 # Arguments of one value per head, and the dimensions that are expanded.
 PER_HEAD = {"dt": 1, "A": 2, "D": 1, "dt_bias": 1}

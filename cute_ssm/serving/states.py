@@ -264,7 +264,8 @@ def _check(o: _Operands, ring: bool, philox_rounds: int) -> MaterializeSpec:
         raise ValueError(describe("A", "stride 0 in its last 2 dimensions", f"strides {o.A.stride()}", fix))
     for name in ("state", "out"):
         if given[name].stride(-1) != 1 or given[name].stride(-2) != given[name].shape[-1]:
-            raise ValueError(describe(name, "contiguous rows of dstate", f"strides {given[name].stride()}"))
+            fix = arguments.allocation(given[name])
+            raise ValueError(describe(name, "contiguous rows of dstate", f"strides {given[name].stride()}", fix))
     for name in ("x_history", "B_history", "dt_history", "state_scale", "out_scale"):
         if name in given:
             arguments.check_last_contiguous(name, given[name])
@@ -272,7 +273,8 @@ def _check(o: _Operands, ring: bool, philox_rounds: int) -> MaterializeSpec:
         rows = given[name][..., 0, :] if name in ("state", "out") else given[name]
         if given[name].numel() and not arguments.aligned(rows, ROW_BYTES):
             got = f"address {rows.data_ptr():#x} and strides {given[name].stride()} of {rows.element_size()} bytes"
-            raise ValueError(describe(name, f"an address and strides of multiples of {ROW_BYTES} bytes", got))
+            expected = f"an address and strides of multiples of {ROW_BYTES} bytes"
+            raise ValueError(describe(name, expected, got, arguments.allocation(given[name])))
     for name in ("out", "out_scale"):
         if name in given:
             arguments.check_writable(name, given[name])

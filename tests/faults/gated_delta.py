@@ -80,8 +80,8 @@ FAULTS = [
     Fault(
         "outputs leave before all lanes have written them",
         ROWS,
-        '        i, h, row = place\n        cute.arch.sync_warp()\n        per_token',
-        '        i, h, row = place\n        per_token',
+        "        i, h, row = place\n        cute.arch.sync_warp()\n        per_token",
+        "        i, h, row = place\n        per_token",
         (RULE + "test_schedules",),
     ),
     Fault(

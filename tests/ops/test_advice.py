@@ -25,6 +25,7 @@ WRITTEN = {
     "scan": ("ssm_states", "out"),
     "commit": ("prev_num_accepted_tokens", "cache_buf_idx"),
     "work items": ("work_items", "num_writes"),
+    "materialize": ("out", "x_history", "B_history", "dt_history"),
 }
 COPIES = re.compile(r"\.contiguous\(|\.to\(|\.clone\(|cast it|clone it|copy")
 
@@ -49,6 +50,8 @@ BREAKS = {
 
 def given(call, name):
     arguments = CALLS[call][1]()
+    if call == "materialize":
+        arguments["out"] = torch.zeros_like(arguments["state"])
     if name not in arguments:  # results that are allocated if they are not given
         arguments[name] = torch.zeros_like(arguments["x" if "x" in arguments else "u" if "u" in arguments else "v"])
     return arguments

@@ -73,7 +73,7 @@ def results(given):
     return {n: v.clone() for n, v in given.items() if isinstance(v, torch.Tensor)}
 
 
-QUICK = [("selective_state_update", 1), ("selective_scan", 1), ("gated_delta_rule_mtp", 1),
+QUICK = [("selective_scan", 1), ("gated_delta_rule_mtp", 1),
          ("gated_delta_rule_mtp, one", 2), ("gated_delta_rule_replay", 4)]  # fmt: skip
 
 
@@ -123,7 +123,10 @@ def test_alignment_is_in_the_key_of_plans(name, monkeypatch):
     assert len(keys) == 3
 
 
-@pytest.mark.parametrize("name", ["gated_delta_rule_mtp", "gated_delta_rule_mtp, one", "gated_delta_rule_replay"])
+@pytest.mark.parametrize(
+    "name",
+    [*(pytest.param(n, marks=pytest.mark.slow) for n in list(CALLS)[-3:-1]), "gated_delta_rule_replay"],
+)
 @pytest.mark.parametrize("width", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("K", [128, pytest.param(256, marks=pytest.mark.slow)])
 def test_narrow_accesses_do_not_spill(name, width, K):
