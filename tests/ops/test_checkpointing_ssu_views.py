@@ -99,6 +99,19 @@ def test_the_widest_access_that_all_rows_allow_is_a_part_of_the_spec(shift, expe
     assert _checkpointing_arguments.input_bytes(operands(dataclasses.replace(BASE, shift=shift))) == expected
 
 
+@pytest.mark.parametrize("name", ["x", "B", "C", "z", "out"])
+def test_an_address_or_a_stride_alone_decides(name):
+    def rows(values, offset, gap):
+        wide = torch.zeros(values.numel() * 2, dtype=values.dtype)
+        row = values[0, 0].numel() + gap
+        strides = (values.shape[1] * row, row, values.shape[-1], 1)
+        return wide.as_strided(values.shape, strides, offset)
+
+    for offset, gap, expected in ((0, 0, 16), (1, 0, 2), (0, 1, 2), (4, 0, 8), (0, 4, 8), (8, 8, 16)):
+        changed = {name: rows(arguments(BASE)[name], offset, gap)}
+        assert _checkpointing_arguments.input_bytes(operands(BASE, **changed)) == expected
+
+
 def test_a_plan_is_used_for_rows_of_its_own_alignment_alone(monkeypatch):
     """An entry for rows of 2 bytes would take aligned rows; one for aligned rows refuses others."""
     launched = []
