@@ -22,8 +22,8 @@ FAULTS = [
     Fault(
         "eager calls do not look at gradients",
         LIBRARY,
-        "            values = checked(values)\n        run(*values)",
-        "            pass\n        run(*values)",
+        "            values = checked(values)\n        try:\n            run(*values)",
+        "            pass\n        try:\n            run(*values)",
         (EACH,),
     ),
     Fault(
