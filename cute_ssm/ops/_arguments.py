@@ -146,6 +146,14 @@ def first_rows(batch: int, *tensors: Any) -> tuple[Any, ...]:
     return tuple(t[:batch] if isinstance(t, Tensor) and t.dim() and t.shape[0] > batch else t for t in tensors)
 
 
+def first_of_batch(listed: Any, cu_seqlens: Any, *tensors: Any) -> tuple[Any, ...]:
+    """Return the first rows of tensors, as many as ``cu_seqlens`` or else `listed` counts; views, if they have more."""
+    counted = listed if cu_seqlens is None else cu_seqlens
+    if not isinstance(counted, Tensor) or not counted.dim():
+        return tensors  # the checks name what is wrong
+    return first_rows(counted.shape[0] - (cu_seqlens is not None), *tensors)
+
+
 def check_slots(name: str, indices: Tensor, used: Tensor, slots: int, pad_slot_id: int | None) -> None:
     """Raise if an index on the CPU that is `used` is neither a slot nor the pad; None: there is no pad."""
     outside = used & ((indices < 0) | (indices >= slots))

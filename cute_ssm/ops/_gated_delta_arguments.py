@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
-from cute_ssm.spec import token_bucket
+from cute_ssm.ops._plans import REFUSALS, Plans
+from cute_ssm.spec import GatedDeltaSpec, token_bucket
+from cute_ssm.tuning import overridden
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -19,6 +21,7 @@ QUAD = 4  # elements of the narrowest access to rows of q, k and states
 ROW_BYTES = 16  # of the accesses to rows of v and of a 16-bit output
 MOST_TOKENS = 16
 
+Plan = Callable[..., None]
 Shapes = dict[str, tuple[tuple[int, ...], str]]  # of arguments, in numbers and in letters
 
 
@@ -137,9 +140,33 @@ def input_bytes(q: Tensor, k: Tensor, v: Tensor) -> int:
     return ROW_BYTES if keys == QUAD * q.element_size() and values == ROW_BYTES else min(keys, values)
 
 
-def layout(q: Tensor, k: Tensor, v: Tensor) -> tuple[object, ...]:
+def layout(q: Tensor, k: Any, v: Tensor) -> tuple[object, ...] | None:
     """What `input_bytes` depends on: a kernel for narrow accesses would take aligned rows too."""
+    if not isinstance(k, Tensor):
+        return None
     return q.stride(), k.stride(), v.stride(), (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ROW_BYTES
+
+
+def run_loose(plans: Plans[Plan], key: Hashable, operands: tuple[Any, ...]) -> bool:
+    """Run a kernel for narrow accesses, if there is one for the layout of q, k and v and it takes the arguments."""
+    plan = None if key is None or overridden() else plans.get((key, layout(*operands[:3])))
+    if plan is None:
+        return False
+    try:
+        plan(*operands)
+    except REFUSALS:
+        return False
+    return True
+
+
+def remember(
+    plans: Plans[Plan], loose: Plans[Plan], key: Hashable, plan: Plan, spec: GatedDeltaSpec, rows: tuple[Any, ...]
+) -> None:
+    """Keep a plan, and one for narrow accesses with the layout of q, k and v."""
+    if spec.input_bytes == ROW_BYTES:
+        plans.remember(key, plan)
+    elif key is not None:
+        loose.remember((key, layout(*rows)), plan)
 
 
 def check_slots(name: str, indices: Tensor, slots: int) -> None:

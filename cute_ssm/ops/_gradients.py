@@ -35,7 +35,7 @@ def refuse(function: str, **tensors: object) -> None:
 
 def refuse_tangents(function: str, names: Sequence[str], values: Sequence[Any]) -> None:
     """Raise `GradientError` if an argument carries a tangent of forward-mode differentiation."""
-    if forward_ad._current_level < 0:
+    if getattr(forward_ad, "_current_level", 0) < 0:  # no level is open; where it has another name, tensors are asked
         return
     for name, value in zip(names, values):
         if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:  # type: ignore[no-untyped-call]

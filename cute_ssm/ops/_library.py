@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 
 from cute_ssm.errors import describe
-from cute_ssm.ops._gradients import constants, refuse_tangents
+from cute_ssm.ops._gradients import constants, refuse_tangents, requires_grad
 
 NAMESPACE = "cute_ssm"
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+transform_level = torch._C._functorch.maybe_current_level  # of ``torch.func``; None outside of its transforms
 
 
 def refuse_batched(names: Sequence[str], values: Sequence[Any]) -> None:
@@ -29,7 +31,11 @@ class Operator(NamedTuple):
     """Two ways to call an operator; both keep to the policy of `_gradients`."""
 
     eager: Callable[..., None]
-    """Straight to the implementation: for plain tensors that nothing traces."""
+    """Straight to the implementation: for plain tensors that nothing traces.
+
+    With grad mode off, and outside of transforms of ``torch.func`` (see `transform_level`), this is the implementation
+    and nothing else, which operators then call themselves.
+    """
     overload: Callable[..., None]
     """Through PyTorch's dispatcher: ``torch.ops.cute_ssm.name.default``."""
 
@@ -64,18 +70,16 @@ def register(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     overload: Any = getattr(getattr(torch.ops, NAMESPACE), name).default
     arguments = tuple(argument.name for argument in overload._schema.arguments)
-    tensors = [i for i, argument in enumerate(overload._schema.arguments) if "Tensor" in str(argument.type)]
+    tensors = itemgetter(*(i for i, a in enumerate(overload._schema.arguments) if "Tensor" in str(a.type)))
     run = eager or implementation
 
     def checked(values: tuple[Any, ...]) -> tuple[Any, ...]:
         try:
-            for i in tensors:
-                if values[i] is not None and values[i].requires_grad:
-                    break
-            else:
-                refuse_tangents(name, arguments, values)
-                return values
-        except AttributeError:  # no tensor, which the implementation names
+            found = True in [tensor.requires_grad for tensor in tensors(values) if tensor is not None]
+        except AttributeError:  # one is no tensor, which the implementation names
+            found = requires_grad(values)
+        if not found:
+            refuse_tangents(name, arguments, values)
             return values
         other = names(dict(zip(arguments, values))) if names else {}
         return constants(name, [other.get(argument, argument) for argument in arguments], values)

@@ -24,6 +24,28 @@ class Metadata(NamedTuple):
     last_chunk_indices: Tensor | None
 
 
+class Tensors(NamedTuple):
+    """The tensors of a call but its outputs, in the order of the signatures."""
+
+    u: Tensor
+    ssm_states: Tensor | None
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    delta_bias: Tensor | None
+    query_start_loc: Tensor | None
+    cache_indices: Tensor | None
+    has_initial_state: Tensor | None
+    block_idx_first_scheduled_token: Tensor | None
+    block_idx_last_scheduled_token: Tensor | None
+    initial_state_idx: Tensor | None
+    cu_chunk_seqlen: Tensor | None
+    last_chunk_indices: Tensor | None
+
+
 class Sequence(NamedTuple):
     """One sequence that is not null: tokens from ``begin``, and where each segment ends and saves its state."""
 
@@ -33,6 +55,7 @@ class Sequence(NamedTuple):
     ends: list[tuple[int, int | None]]
 
 
+QUERY_START_LOC = 9  # its place among the arguments of a scan, of which Metadata are the last
 ACCESS_BYTES = 16  # widest access to a row
 PER_SEQUENCE = (
     "cache_indices", "has_initial_state", "block_idx_first_scheduled_token", "block_idx_last_scheduled_token",
@@ -49,22 +72,35 @@ def aligned(tensor: Tensor | None, n_bytes: int) -> bool:
     return tensor.data_ptr() % n_bytes == 0 and all(n == 1 or s * size % n_bytes == 0 for n, s in outer)
 
 
-def layout(*tensors: Any) -> tuple[object, ...]:
+def layout(tensors: Tensors, out: Any, ungated: Any) -> tuple[object, ...]:
     """What alignment depends on: a kernel for rows at any address would take aligned ones too, slowly."""
-    given = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    named = (getattr(tensors, name) for name in ("u", "delta", "B", "C", "z", "A", "ssm_states"))
+    given = [tensor for tensor in (*named, out, ungated) if isinstance(tensor, Tensor)]
     return tuple((tensor.stride(), tensor.data_ptr() % ACCESS_BYTES) for tensor in given)
 
 
-def of_batch(tensors: Any) -> Any:
+def unit_strides(named: dict[str, Tensor | None]) -> dict[int, Tensor]:
+    """Contiguous copies, by identity, of the tensors with tokens whose last stride is not 1."""
+    copies: dict[int, Tensor] = {}
+    for name in ("u", "delta", "B", "C", "z", "out", "ungated"):
+        tensor = named[name]
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            copies.setdefault(id(tensor), tensor.contiguous())
+    return copies
+
+
+def of_batch(tensors: Tensors) -> Tensors:
     """The same named tuple of tensors, of those with a row for each sequence the first rows."""
     counted = tensors.u if tensors.query_start_loc is None else tensors.query_start_loc
-    given = [(name, getattr(tensors, name)) for name in PER_SEQUENCE if getattr(tensors, name) is not None]
-    if not given or not isinstance(counted, Tensor) or not counted.dim():
+    if not isinstance(counted, Tensor) or not counted.dim():
         return tensors
     batch = counted.shape[0] - (counted is tensors.query_start_loc)
-    firsts = {name: first_rows(batch, tensor)[0] for name, tensor in given}
-    changed = any(firsts[name] is not tensor for name, tensor in given)
-    return tensors._replace(**firsts) if changed else tensors
+    _, cache, initial, first, last, column, _, chunk = tensors[QUERY_START_LOC:]
+    for tensor in (cache, initial, first, last, column, chunk):
+        if isinstance(tensor, Tensor) and (shape := tensor.shape) and shape[0] > batch:
+            named = ((name, getattr(tensors, name)) for name in PER_SEQUENCE)
+            return tensors._replace(**{name: first_rows(batch, tensor)[0] for name, tensor in named})
+    return tensors
 
 
 def plan_on_cpu(

@@ -6,15 +6,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from cute_ssm import arch as archs
 from cute_ssm import runtime
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops import _checkpointing_arguments as arguments
 from cute_ssm.ops import _library
-from cute_ssm.ops._arguments import first_rows
+from cute_ssm.ops._arguments import first_of_batch, first_rows
 from cute_ssm.ops._checkpointing_arguments import TIED, Operands, Settings
+from cute_ssm.ops._library import transform_level
 from cute_ssm.ops._plans import REFUSALS, Plans
 from cute_ssm.reference.checkpointing_ssu import update as reference
 from cute_ssm.spec import CheckpointingSSUSpec
@@ -187,7 +188,7 @@ def checkpointing_ssu(
     The signature follows ``flashinfer.mamba.checkpointing_ssu`` of FlashInfer 0.6; there, the kernel starts running
     sums anew where a step appends to a history.  The recurrence is that of Dao and Gu, "Transformers are SSMs" (2024).
     """
-    pdl = arguments.pdl_of(enable_pdl)
+    pdl = None if enable_pdl is False else arguments.pdl_of(enable_pdl)
     settings = (False, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, None, pdl)
     tensors = (
         state, old_x, old_B, old_dt, old_cumAdt, cache_buf_idx, prev_num_accepted_tokens, x, dt, A, B, C, D, z, dt_bias,
@@ -277,7 +278,7 @@ def checkpointing_ssu_ring(
     The signature follows ``flashinfer.mamba.checkpointing_ssu`` of FlashInfer's development branch, without its scratch
     buffers: `cute_ssm.compat.flashinfer.mamba.checkpointing_ssu_ring` takes those too.
     """
-    pdl = arguments.pdl_of(enable_pdl)
+    pdl = None if enable_pdl is False else arguments.pdl_of(enable_pdl)
     settings = (True, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, window, pdl)
     tensors = (
         state, x_cache, B_cache, dt_cache, None, ring_start, prev_num_accepted_tokens, x, dt, A, B, C, D, z, dt_bias,
@@ -289,9 +290,11 @@ def checkpointing_ssu_ring(
 
 def _call(x: object) -> Callable[..., None]:
     """Return what runs a call: the operator that PyTorch knows, or, as it costs less, what is behind it."""
+    if type(x) is Tensor and not torch.compiler.is_compiling():
+        return _eager if is_grad_enabled() or transform_level() is not None else _run
     if not isinstance(x, Tensor):
         raise TypeError(describe("x", "a torch.Tensor", type(x).__name__))
-    return _eager if type(x) is Tensor and not torch.compiler.is_compiling() else _traced
+    return _traced
 
 
 class _Plan(NamedTuple):
@@ -302,9 +305,20 @@ class _Plan(NamedTuple):
 
 # Steady state: everything a kernel is chosen by, and what its own entry does not check before it launches.  The entry
 # checks types, strides, alignment, and the equality of sizes that several tensors have; if it refuses, the arguments
-# are examined one by one.  An entry for rows that are less aligned takes others too, so where there is one, alignment
-# is a part of the key: by itself, a key leads to such a plan if there is one.
+# are examined one by one.  An entry for rows of 16 bytes refuses others, and is tried first.  One for rows that are
+# less aligned would take all, so it is remembered with the layout it was chosen for.
 _plans: Plans[_Plan] = Plans()
+_loose_plans: Plans[_Plan] = Plans()
+
+
+def _layout(operands: Operands) -> tuple[object, ...] | None:
+    """All that `arguments.input_bytes` depends on."""
+    x, B, C, z, out = operands.x, operands.B, operands.C, operands.z, operands.out
+    if not all(isinstance(tensor, Tensor) for tensor in (C, out, x if z is None else z)):
+        return None
+    bits = x.data_ptr() | B.data_ptr() | C.data_ptr() | out.data_ptr() | (0 if z is None else z.data_ptr())
+    strides = (x.stride(), B.stride(), C.stride(), out.stride(), None if z is None else z.stride())
+    return bits % arguments.ROW_BYTES, strides
 
 
 def _run(
@@ -344,20 +358,24 @@ def _run(
     key: tuple[object, ...] | None
     try:
         # the total of packed tokens is left out: the entry compares it among the tensors that have it
-        sizes: tuple[object, ...] = (x.shape, x_history.shape, B.shape, state.shape)
+        sizes: tuple[Any, ...] = (x.shape, x_history.shape, B.shape, state.shape)
         if cu_seqlens is not None:
             sizes = (x.shape[2:], x_history.shape, B.shape[2:], state.shape, cu_seqlens.shape, cu_seqlens.dtype)
-        batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        state_batch_indices, work_items = first_rows(batch, state_batch_indices, work_items)
+        batch = sizes[0][0] if cu_seqlens is None else sizes[4][0] - 1
+        slots_shape = None if state_batch_indices is None else state_batch_indices.shape
+        items_shape = None if work_items is None else work_items.shape
+        if (slots_shape and slots_shape[0] > batch) or (items_shape and items_shape[0] > batch):
+            state_batch_indices, work_items = first_rows(batch, state_batch_indices, work_items)
+            slots_shape, items_shape = getattr(state_batch_indices, "shape", None), getattr(work_items, "shape", None)
         key = (
             sizes, state.dtype, x.dtype, dt.dtype, A.dtype, x.device, ring, dt_softplus, d_split, pdl, window,
             max_seqlen, z is None, None if D is None else D.dtype, None if dt_bias is None else dt_bias.dtype,
-            None if state_batch_indices is None else (state_batch_indices.dtype, state_batch_indices.shape),
+            slots_shape, None if state_batch_indices is None else state_batch_indices.dtype, items_shape,
             None if rand_seed is None else (rand_seed.shape, philox_rounds),
-            None if work_items is None else work_items.shape,
         )  # fmt: skip
     except (AttributeError, IndexError):  # something is no tensor, or has no axes, which the checks will name
         key = None
+        state_batch_indices, work_items = first_of_batch(x, cu_seqlens, state_batch_indices, work_items)
     tensors = (
         state, x_history, B_history, dt_history, cum_history, cursor, prev_num_accepted_tokens, x, dt, A, B, C, D, z,
         dt_bias, out, state_scale, state_batch_indices, cu_seqlens, rand_seed, work_items, num_writes,
@@ -365,14 +383,12 @@ def _run(
     plan = _plans.get(key)
     if plan is not None and not overridden():
         try:
-            if plan.input_bytes != arguments.ROW_BYTES:
-                alignment = arguments.input_bytes(Operands._make(tensors))
-                plan = plan if alignment == plan.input_bytes else _plans.get((key, alignment))
-            if plan is not None:
-                plan.launch(*tensors, pad_slot_id, plan.sm_count)
-                return
+            plan.launch(*tensors, pad_slot_id, plan.sm_count)
+            return
         except REFUSALS:
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
+    if _loose_plans and _run_loose(key, tensors, pad_slot_id):
+        return
     settings = Settings(ring, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, window, pdl)
     operands, spec = arguments.check(Operands._make(tensors), settings)
     if not x.is_cuda:
@@ -383,15 +399,29 @@ def _run(
         sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
         config = _config(spec, operands, settings, sm_count, arch)
         plan = _Plan(runtime.get(spec, config, arch), sm_count, spec.input_bytes)
-        _remember(key, plan)
+        _remember(key, plan, operands)
         plan.launch(*operands, pad_slot_id, plan.sm_count)
 
 
-def _remember(key: tuple[object, ...] | None, plan: _Plan) -> None:
-    if key is not None:
-        _plans.remember((key, plan.input_bytes), plan)
-        if plan.input_bytes != arguments.ROW_BYTES or key not in _plans:
-            _plans.remember(key, plan)
+def _run_loose(key: tuple[object, ...] | None, tensors: tuple[Any, ...], pad_slot_id: int) -> bool:
+    """Run a kernel for rows that are less aligned, if there is one for this layout and it takes the arguments."""
+    plan = None if key is None else _loose_plans.get((key, _layout(Operands._make(tensors))))
+    if plan is None or overridden():
+        return False
+    try:
+        plan.launch(*tensors, pad_slot_id, plan.sm_count)
+    except REFUSALS:
+        return False
+    return True
+
+
+def _remember(key: tuple[object, ...] | None, plan: _Plan, operands: Operands) -> None:
+    if key is None:
+        return
+    if plan.input_bytes == arguments.ROW_BYTES:
+        _plans.remember(key, plan)
+    else:
+        _loose_plans.remember((key, _layout(operands)), plan)
 
 
 def _config(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from cute_ssm import arch as archs
 from cute_ssm import runtime
@@ -15,6 +15,7 @@ from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
 from cute_ssm.ops import _gated_delta_arguments as checks
 from cute_ssm.ops import _library
+from cute_ssm.ops._library import transform_level
 from cute_ssm.ops._plans import REFUSALS, Plans
 from cute_ssm.reference.gated_delta_rule import gated_delta_rule as reference
 from cute_ssm.spec import GatedDeltaRuleSpec
@@ -141,7 +142,10 @@ def gated_delta_rule_mtp(
         output = torch.empty_like(v, dtype=q.dtype, memory_format=torch.contiguous_format)
     if scale is None:
         scale = checks.default_scale(q)
-    run = _eager if type(q) is Tensor and not torch.compiler.is_compiling() else _overload
+    if type(q) is not Tensor or torch.compiler.is_compiling():
+        run = _overload
+    else:
+        run = _eager if is_grad_enabled() or transform_level() is not None else _run
     run(
         q, k, v, initial_state, initial_state_indices, A_log, a, dt_bias, b, scale, output,
         intermediate_states_buffer, ssm_state_indices, disable_state_update, use_qk_l2norm, output_state_indices,
@@ -166,12 +170,11 @@ def _warn_of_default() -> None:
 
 
 # Steady state: everything a kernel is chosen by, but for strides and alignment.  Those, and the equality of sizes and
-# types, the kernel's own entry checks before it launches; if it refuses, the arguments are examined one by one.
+# types, the kernel's own entry checks before it launches; if it refuses, the arguments are examined one by one.  A
+# kernel for fully aligned q, k and v refuses others, and is tried first.  One for narrower accesses would take all, and
+# is remembered with the layout it was chosen for.
 _plans: Plans[Callable[..., None]] = Plans()
-
-
-def _dtype(tensor: Tensor | None) -> torch.dtype | None:
-    return None if tensor is None else tensor.dtype
+_loose_plans: Plans[Callable[..., None]] = Plans()
 
 
 def _run(
@@ -196,24 +199,34 @@ def _run(
 ) -> None:
     if scatter is not None or disable_state_update:
         dst = None
-    if isinstance(q, Tensor) and q.dim():
-        src, scatter, dst, accepted = arguments.first_rows(q.shape[0], src, scatter, dst, accepted)
-        if isinstance(scatter, Tensor) and scatter.dim() == 2 and q.dim() == 4 and scatter.shape[1] > q.shape[1]:
-            scatter = scatter[:, : q.shape[1]]
-    tensors = (q, k, v, state, src, A_log, a, dt_bias, b, output, buffer, scatter, dst, accepted)
     flags = (disable_state_update, use_qk_l2norm, zero_padding)
-    # without a state to write, the kernel has no argument for how many tokens it would pass
-    operands = (*tensors[:-1], None) if disable_state_update else tensors
     key: tuple[object, ...] | None
     try:
+        shape = q.shape
+        batch = shape[0]
+        if scatter is not None and (scatter.shape[0] > batch or scatter.shape[1] > shape[1]):
+            scatter = scatter[:batch, : shape[1]]
+        if src.shape[0] > batch:
+            src = src[:batch]
+        if dst is not None and dst.shape[0] > batch:
+            dst = dst[:batch]
+        if accepted is not None and accepted.shape[0] > batch:
+            accepted = accepted[:batch]
         key = (
-            q.shape, v.shape, state.dtype, q.dtype, src.dtype, a.dtype, dt_bias.dtype, output.dtype,
+            shape, v.shape, state.dtype, q.dtype, src.dtype, a.dtype, dt_bias.dtype, output.dtype,
             None if buffer is None else (buffer.dtype, buffer.shape),
-            _dtype(scatter), _dtype(dst), _dtype(accepted), flags, q.device, *checks.layout(q, k, v),
-            output.data_ptr() % checks.ROW_BYTES, output.stride(),
+            None if scatter is None else scatter.dtype, None if dst is None else dst.dtype,
+            None if accepted is None else accepted.dtype, flags, q.device, output.data_ptr() % checks.ROW_BYTES,
+            output.stride(),
         )  # fmt: skip
-    except AttributeError:  # something is no tensor, which `_check` will name
+    except (AttributeError, IndexError):  # something is no tensor, or has no axes, which `_check` will name
         key = None
+        src, scatter, dst, accepted = arguments.first_of_batch(q, None, src, scatter, dst, accepted)
+    tensors = (q, k, v, state, src, A_log, a, dt_bias, b, output, buffer, scatter, dst, accepted)
+    operands = tensors
+    if accepted is not None and disable_state_update:
+        # without a state to write, the kernel has no argument for how many tokens it would pass
+        operands = (*tensors[:-1], None)
     plan = _plans.get(key)
     if plan is not None and not overridden():
         try:
@@ -221,6 +234,8 @@ def _run(
             return
         except REFUSALS:
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
+    if _loose_plans and checks.run_loose(_loose_plans, key, (*operands, scale)):
+        return
     spec = _check(*tensors, flags)
     units = v.shape[0] * v.shape[2]
     if not q.is_cuda:
@@ -237,7 +252,7 @@ def _run(
         arch = runtime.target(q.device)
         config = tuning.choose(spec, arch, units, torch.cuda.get_device_properties(q.device).multi_processor_count)
         plan = runtime.get(spec, config, arch)
-        _plans.remember(key, plan)
+        checks.remember(_plans, _loose_plans, key, plan, spec, (q, k, v))
         plan(*operands, scale)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from cute_ssm import arch as archs
 from cute_ssm import runtime
@@ -13,6 +13,7 @@ from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
 from cute_ssm.ops import _gated_delta_arguments as checks
 from cute_ssm.ops import _library
+from cute_ssm.ops._library import transform_level
 from cute_ssm.ops._plans import REFUSALS, Plans
 from cute_ssm.reference.gated_delta_rule import gated_delta_rule_replay as reference
 from cute_ssm.reference.gated_delta_rule import gates
@@ -160,7 +161,10 @@ def gated_delta_rule_replay(
         if q.dim() != 4 or k_cache.dim() != 4:
             raise ValueError(describe("k_cache", "4 dimensions like q, or a window", f"{k_cache.dim()} and {q.dim()}"))
         window = k_cache.shape[2] - q.shape[1]
-    run = _eager if type(q) is Tensor and not torch.compiler.is_compiling() else _overload
+    if type(q) is not Tensor or torch.compiler.is_compiling():
+        run = _overload
+    else:
+        run = _eager if is_grad_enabled() or transform_level() is not None else _run
     run(
         q, k, v, initial_state, initial_state_indices, k_cache, v_cache, g_cache, beta_cache, ring_start,
         prev_num_accepted_tokens, A_log, a, dt_bias, b, scale, output, use_qk_l2norm, window, allocated,
@@ -169,8 +173,11 @@ def gated_delta_rule_replay(
 
 
 # Steady state: everything a kernel is chosen by, but for strides and alignment.  Those, and the equality of sizes and
-# types, the kernel's own entry checks before it launches; if it refuses, the arguments are examined one by one.
+# types, the kernel's own entry checks before it launches; if it refuses, the arguments are examined one by one.  A
+# kernel for fully aligned q, k and v refuses others, and is tried first.  One for narrower accesses would take all, and
+# is remembered with the layout it was chosen for.
 _plans: Plans[Callable[..., None]] = Plans()
+_loose_plans: Plans[Callable[..., None]] = Plans()
 
 
 def _run(
@@ -195,21 +202,23 @@ def _run(
     window: int,
     zero_padding: bool,
 ) -> None:
-    if isinstance(q, Tensor) and q.dim():
-        (src,) = arguments.first_rows(q.shape[0], src)
+    key: tuple[object, ...] | None
+    try:
+        shape = q.shape
+        if src.shape[0] > shape[0]:
+            src = src[: shape[0]]
+        key = (
+            shape, v.shape, state.dtype, q.dtype, src.dtype, a.dtype, dt_bias.dtype, output.dtype, k_cache.shape,
+            window, use_qk_l2norm, zero_padding, q.device,
+            output.data_ptr() % checks.ROW_BYTES, output.stride(), state.stride(),
+            k_cache.stride(), v_cache.stride(), g_cache.stride(), beta_cache.stride(),
+        )  # fmt: skip
+    except (AttributeError, IndexError):  # something is no tensor, or has no axes, which `_check` will name
+        key = None
+        (src,) = arguments.first_of_batch(q, None, src)
     tensors = (
         q, k, v, state, src, k_cache, v_cache, g_cache, beta_cache, ring_start, counts, A_log, a, dt_bias, b, output,
     )  # fmt: skip
-    key: tuple[object, ...] | None
-    try:
-        key = (
-            q.shape, v.shape, state.dtype, q.dtype, src.dtype, a.dtype, dt_bias.dtype, output.dtype, k_cache.shape,
-            window, use_qk_l2norm, zero_padding, q.device,
-            output.data_ptr() % checks.ROW_BYTES, output.stride(), state.stride(),
-            k_cache.stride(), v_cache.stride(), g_cache.stride(), beta_cache.stride(), *checks.layout(q, k, v),
-        )  # fmt: skip
-    except AttributeError:  # something is no tensor, which `_check` will name
-        key = None
     plan = _plans.get(key)
     if plan is not None and not overridden():
         try:
@@ -217,6 +226,8 @@ def _run(
             return
         except REFUSALS:
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
+    if _loose_plans and checks.run_loose(_loose_plans, key, (*tensors, scale, window)):
+        return
     given = _named(*tensors)
     spec = _check(given, window, use_qk_l2norm, zero_padding)
     units = v.shape[0] * v.shape[2]
@@ -234,7 +245,7 @@ def _run(
         arch = runtime.target(q.device)
         config = tuning.choose(spec, arch, units, torch.cuda.get_device_properties(q.device).multi_processor_count)
         plan = runtime.get(spec, config, arch)
-        _plans.remember(key, plan)
+        checks.remember(_plans, _loose_plans, key, plan, spec, (q, k, v))
         plan(*tensors, scale, window)
 
 

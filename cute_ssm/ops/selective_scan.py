@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from cute_ssm import arch as archs
 from cute_ssm import runtime
@@ -14,8 +14,10 @@ from cute_ssm.arch import Arch
 from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
 from cute_ssm.ops import _library
+from cute_ssm.ops._library import transform_level
 from cute_ssm.ops._plans import REFUSALS, Plans
-from cute_ssm.ops._scan_plan import ACCESS_BYTES, Metadata, aligned, layout, of_batch, plan_on_cpu
+from cute_ssm.ops._scan_plan import ACCESS_BYTES, Metadata, aligned, layout, of_batch, plan_on_cpu, unit_strides
+from cute_ssm.ops._scan_plan import Tensors as _Tensors
 from cute_ssm.reference.selective_scan import selective_scan as reference
 from cute_ssm.spec import SelectiveScanSpec
 from cute_ssm.tuning import overridden
@@ -154,7 +156,10 @@ def selective_scan(
         partial = query_start_loc is not None or cache_indices is not None
         allocate = torch.zeros_like if partial else torch.empty_like
         out = allocate(u, memory_format=torch.contiguous_format)
-    run = _eager if type(u) is Tensor and not torch.compiler.is_compiling() else _overload
+    if type(u) is not Tensor or torch.compiler.is_compiling():
+        run = _overload
+    else:
+        run = _eager if is_grad_enabled() or transform_level() is not None else _run
     run(*tensors, delta_softplus, null_block_id, block_size, out)
     return out
 
@@ -216,37 +221,19 @@ def selective_scan_fn(
         block_idx_first_scheduled_token, block_idx_last_scheduled_token, initial_state_idx, cu_chunk_seqlen,
         last_chunk_indices,
     )  # fmt: skip
-    run = _eager_in_place if type(u) is Tensor and not torch.compiler.is_compiling() else _overload_in_place
+    if type(u) is not Tensor or torch.compiler.is_compiling():
+        run = _overload_in_place
+    else:
+        run = _eager_in_place if is_grad_enabled() or transform_level() is not None else _run_in_place
     if not isinstance(u, Tensor):
         raise TypeError(describe("u", "a torch.Tensor", type(u).__name__))
     run(*tensors, delta_softplus, null_block_id, block_size)
     return delta if z is None else z
 
 
-class _Tensors(NamedTuple):
-    """The tensors of a call but its outputs, in the order of the signatures."""
-
-    u: Tensor
-    ssm_states: Tensor | None
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    delta_bias: Tensor | None
-    query_start_loc: Tensor | None
-    cache_indices: Tensor | None
-    has_initial_state: Tensor | None
-    block_idx_first_scheduled_token: Tensor | None
-    block_idx_last_scheduled_token: Tensor | None
-    initial_state_idx: Tensor | None
-    cu_chunk_seqlen: Tensor | None
-    last_chunk_indices: Tensor | None
-
-
 # Steady state: everything a kernel is chosen by, but for strides and alignment.  Those, and the equality of sizes and
-# types, the kernel's own entry checks before it launches; if it refuses, the arguments are examined one by one.
+# types, the kernel's own entry checks before it launches; if it refuses, the arguments are examined one by one.  One
+# for aligned arguments is tried first; one for any would take all, slowly, and is remembered with its call's layout.
 class _Plan(NamedTuple):
     """A kernel, the most CTAs of its grid, and the shape of what it needs to hand states on from part to part."""
 
@@ -263,6 +250,7 @@ class _Plan(NamedTuple):
 
 
 _plans: Plans[_Plan] = Plans()
+_loose_plans: Plans[_Plan] = Plans()
 
 
 def _run(*args: Any) -> None:
@@ -293,15 +281,16 @@ def _scan(
     """Scan into `out`, and into `ungated` what the gate has not seen; the names are those of errors."""
     tensors = of_batch(tensors)
     key = _key(tensors, softplus, block_size, out, ungated)
-    plan = _plans.get(key)
-    if plan is not None and not overridden():
-        try:
-            plan.run(_canonical(tensors, out, ungated), null_block_id, block_size, _sequences(tensors))
-            return
-        except REFUSALS:
-            pass  # other strides or alignment than last time, or a bad argument: the checks below tell
+    for plans in (_plans, _loose_plans):
+        plan = plans.get((key, layout(tensors, out, ungated)) if plans and plans is _loose_plans else key)
+        if plan is not None and not overridden():
+            try:
+                plan.run(_canonical(tensors, out, ungated), null_block_id, block_size, _sequences(tensors))
+                return
+            except REFUSALS:
+                pass  # other strides or alignment than last time, or a bad argument: the checks below tell
     _check(tensors, null_block_id, block_size, {out_name: out, ungated_name: ungated})
-    copies = _unit_strides({**tensors._asdict(), "out": out, "ungated": ungated})
+    copies = unit_strides({**tensors._asdict(), "out": out, "ungated": ungated})
     if copies:
         given = _Tensors._make(copies.get(id(t), t) for t in tensors)
         new_out, new_ungated = copies.get(id(out), out), None if ungated is None else copies.get(id(ungated), ungated)
@@ -318,7 +307,10 @@ def _scan(
     elif u.numel() and sequences:
         sm_count = torch.cuda.get_device_properties(u.device).multi_processor_count
         plan = _plan(spec, args, sequences, runtime.target(u.device), sm_count, runtime.get)
-        _plans.remember(key, plan)
+        if spec.aligned and (spec.aligned_states or spec.dstate % tuning.QUAD):
+            _plans.remember(key, plan)
+        else:
+            _loose_plans.remember(key and (key, layout(tensors, out, ungated)), plan)
         plan.run(args, null_block_id, block_size, sequences)
 
 
@@ -338,15 +330,15 @@ def _key(
 ) -> tuple[object, ...] | None:
     u, states, starts = tensors.u, tensors.ssm_states, tensors.query_start_loc
     try:
-        enough = tensors.cache_indices is not None or states is None or len(states) >= _sequences(tensors)
-    except (TypeError, AttributeError, IndexError):  # no tensors, or without axes, which the checks will name
+        sequences = u.shape[0] if starts is None else starts.shape[0] - 1
+        enough = tensors.cache_indices is not None or states is None or states.shape[0] >= sequences
+    except (AttributeError, IndexError):  # something is no tensor, or has no axes, which the checks will name
         return None
     return (
         enough, block_size > 0,
         u.shape, u.dtype, u.device, softplus, getattr(out, "dtype", None), ungated is None,
         *(getattr(t, "dtype", None) for t in tensors[1:]),
         *(getattr(t, "shape", None) for t in (tensors.B, starts, tensors.cache_indices, tensors.has_initial_state)),
-        *layout(u, tensors.delta, tensors.B, tensors.C, tensors.z, out, ungated, tensors.A, states),
     )  # fmt: skip
 
 
@@ -376,16 +368,6 @@ def _canonical(tensors: _Tensors, out: Tensor, ungated: Tensor | None) -> tuple[
         None if initial is None else initial.view(torch.uint8), *tensors[12:],
         channels(out), channels(ungated),
     )  # fmt: skip
-
-
-def _unit_strides(named: dict[str, Tensor | None]) -> dict[int, Tensor]:
-    """Contiguous copies, by identity, of the tensors with tokens whose last stride is not 1."""
-    copies: dict[int, Tensor] = {}
-    for name in ("u", "delta", "B", "C", "z", "out", "ungated"):
-        tensor = named[name]
-        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            copies.setdefault(id(tensor), tensor.contiguous())
-    return copies
 
 
 def _spec(args: tuple[Any, ...], softplus: bool) -> SelectiveScanSpec:

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from cute_ssm import arch as archs
 from cute_ssm import runtime
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops import _library
 from cute_ssm.ops import _step_arguments as arguments
-from cute_ssm.ops._arguments import first_rows
+from cute_ssm.ops._arguments import first_of_batch, first_rows
+from cute_ssm.ops._library import transform_level
 from cute_ssm.ops._plans import REFUSALS, Plans
 from cute_ssm.ops._step_arguments import Operands, Settings
 from cute_ssm.reference.selective_state_update import update as reference
@@ -184,7 +185,10 @@ def selective_state_update(
         src = src[:, 0]
     if dst is not None and x.dim() == 3 and cu_seqlens is None and _is_matrix("dst_state_batch_indices", dst):
         dst = dst[:, 0]
-    run = _eager if type(x) is Tensor and not torch.compiler.is_compiling() else _overload
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        run = _overload
+    else:
+        run = _eager if is_grad_enabled() or transform_level() is not None else _run
     run(
         state, x, dt, A, B, C, D, z, dt_bias, written, state_scale, src, dst, num_accepted_tokens, cu_seqlens,
         intermediate_states_buffer, intermediate_state_indices, intermediate_state_scales, rand_seed,
@@ -287,23 +291,32 @@ def _run(
         batch = x.shape[0]
         if cu_seqlens is not None:
             sizes, batch = (x.shape[1:], B.shape[1:], x.shape[0] > 0), cu_seqlens.shape[0] - 1
-        src, dst, accepted, saved_rows = first_rows(batch, src, dst, accepted, saved_rows)
+        src_shape = None if src is None else src.shape
+        dst_shape = None if dst is None else dst.shape
+        if (src_shape and src_shape[0] > batch) or (dst_shape and dst_shape[0] > batch):
+            src, dst = first_rows(batch, src, dst)
+            src_shape, dst_shape = getattr(src, "shape", None), getattr(dst, "shape", None)
         key = (
             sizes, state.dtype, x.dtype, dt.dtype, A.dtype, x.device, dt_softplus, disable_state_update, zero_padding,
             z is None, None if D is None else D.dtype, None if dt_bias is None else dt_bias.dtype,
-            None if src is None else (src.dtype, src.shape), None if dst is None else (dst.dtype, dst.shape),
+            src_shape, None if src is None else src.dtype, dst_shape, None if dst is None else dst.dtype,
             src is not None or state.shape[0] >= batch,
         )  # fmt: skip
         if cu_seqlens is not None or saved is not None or accepted is not None or seed is not None:
+            rows_shape = None if saved_rows is None else saved_rows.shape
+            if (rows_shape and rows_shape[0] > batch) or (accepted is not None and accepted.shape[0] > batch):
+                accepted, saved_rows = first_rows(batch, accepted, saved_rows)
+                rows_shape = getattr(saved_rows, "shape", None)
             key += (
                 None if cu_seqlens is None else (cu_seqlens.dtype, batch), cache_steps,
                 None if accepted is None else accepted.dtype, None if seed is None else (seed.shape, philox_rounds),
                 None if saved is None else saved.shape,
-                None if saved_rows is None else (saved_rows.dtype, saved_rows.shape),
+                rows_shape, None if saved_rows is None else saved_rows.dtype,
                 saved is None or saved_rows is not None or saved.shape[0] >= state.shape[0],
             )  # fmt: skip
     except (AttributeError, IndexError):  # something is no tensor, or has no axes, which the checks will name
         key = None
+        src, dst, accepted, saved_rows = first_of_batch(x, cu_seqlens, src, dst, accepted, saved_rows)
     tensors = (
         state, x, dt, A, B, C, D, z, dt_bias, out, scale, src, dst, accepted, cu_seqlens, saved, saved_rows,
         saved_scale, seed,

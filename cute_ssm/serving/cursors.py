@@ -200,14 +200,6 @@ def _places(
     return place, (pad_slot_id, tokens or 0, window, ring_length)
 
 
-def first_rows(listed: Any, cu_seqlens: Any, *tensors: Any) -> tuple[Any, ...]:
-    """Return the first rows of tensors, as many as ``cu_seqlens`` or else `listed` counts; views, if they have more."""
-    counted = listed if cu_seqlens is None else cu_seqlens
-    if not isinstance(counted, Tensor) or not counted.dim():
-        return tensors  # the checks name what is wrong
-    return arguments.first_rows(counted.shape[0] - (cu_seqlens is not None), *tensors)
-
-
 def _batch(batch: int | None, src: Tensor | None, cu_seqlens: Tensor | None) -> int:
     if batch is not None:
         return batch
@@ -346,7 +338,7 @@ def _commit(
     window: int,
     places: int,
 ) -> None:
-    accepted, src = first_rows(accepted, cu_seqlens, accepted, src)
+    accepted, src = arguments.first_of_batch(accepted, cu_seqlens, accepted, src)
     rows = _Rows(pnat, place, src, cu_seqlens, ring, pad_slot_id, tokens, window, places)
     operands = (pnat, place, accepted, src, cu_seqlens, seeds, *rows.scalars())
     key = _key(CommitSpec, rows, accepted, seeds)
@@ -416,7 +408,7 @@ def _build(
     window: int,
     places: int,
 ) -> None:
-    work_items, src = first_rows(work_items, cu_seqlens, work_items, src)
+    work_items, src = arguments.first_of_batch(work_items, cu_seqlens, work_items, src)
     rows = _Rows(pnat, place, src, cu_seqlens, ring, pad_slot_id, tokens, window, places)
     operands = (pnat, place, src, cu_seqlens, work_items, num_writes, *rows.scalars())
     key = _key(WorkItemsSpec, rows, work_items, num_writes)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from cute_ssm.errors import describe
-from cute_ssm.ops._arguments import name_of
+from cute_ssm.ops._arguments import first_of_batch, name_of
 from cute_ssm.ops._gated_delta_arguments import check_heads
 from cute_ssm.serving._folds import check_fits, fold_gated_delta, fold_mamba2
 from cute_ssm.serving._pool_checks import check_equal, check_sizes, check_spec, check_types
-from cute_ssm.serving.cursors import build_work_items, commit, first_rows
+from cute_ssm.serving.cursors import build_work_items, commit
 from cute_ssm.serving.storage import PoolStorage
 from cute_ssm.spec import (
     QUANTISED,
@@ -320,7 +320,7 @@ class StatePool(PoolStorage):
             As for `serving.commit`; and if a slot is not allocated, for pools on the CPU.  On a GPU, where the pool
             keeps a mask of its slots, such a row stays as it is.
         """
-        num_accepted_tokens, state_batch_indices = first_rows(
+        num_accepted_tokens, state_batch_indices = first_of_batch(
             num_accepted_tokens, cu_seqlens, num_accepted_tokens, state_batch_indices
         )
         num_accepted_tokens = self._of_allocated(state_batch_indices, num_accepted_tokens, cu_seqlens)

@@ -135,9 +135,12 @@ def test_a_plan_is_used_for_rows_of_its_own_alignment_alone(monkeypatch):
     run(BASE, arguments(BASE))
     for order in ((16, 4, 2), (2, 16, 4), (4, 2, 16)):
         monkeypatch.setattr(module, "_plans", Plans())
+        monkeypatch.setattr(module, "_loose_plans", Plans())
         for width in order:
             entry = Entry(width, *(wider for wider in (2, 4, 8, 16) if wider >= width))
-            module._remember(seen[0], module._Plan(entry, 132, width))
+            shift = {16: 0, 4: 2, 2: 1}[width]
+            tensors = operands(dataclasses.replace(BASE, shift=shift))
+            module._remember(seen[0], module._Plan(entry, 132, width), tensors)
         launched.clear()
         for shift in (0, 1, 2, 0, 2, 1, 1):
             run(BASE, arguments(dataclasses.replace(BASE, shift=shift)))
