@@ -241,7 +241,7 @@ def kept_states(case, call, b, t):
 UPDATE = token_cases.Tokens(lengths=(4,), dim=32)
 SOME_UPDATES = [
     UPDATE,  # up to 8 tokens of 16-bit states: multiplied by tensor core
-    dataclasses.replace(UPDATE, lengths=(8,), packed=True, state="bf16", io="f16"),
+    dataclasses.replace(UPDATE, lengths=(8,), packed=True, cache_steps=8, state="bf16", io="f16"),
     dataclasses.replace(UPDATE, lengths=(5,), state="f32", destination="matrix", accepted=True),
     dataclasses.replace(UPDATE, lengths=(10,), state="i8", destination="intermediates", layout="dense"),
 ]
