@@ -70,7 +70,7 @@ FAULTS = [
         KERNEL,
         "if carry < SMALLEST or carry > LARGEST:",
         "if carry < 0.0:",
-        (MANY + "test_kernel",),
+        (MANY + "test_products_and_loop[loop-decay=400.0]",),
     ),
     Fault(
         "random bits of the slot that is read",
