@@ -113,6 +113,8 @@ class SelectiveStateUpdateSpec(Spec):
         0: states are rounded to nearest even; else stochastically.
     seed_per_slot : bool
         ``rand_seed`` holds one seed per slot.
+    saturate : bool
+        New float16 states beyond +-65504 become that instead of infinite.
     """
 
     state_dtype: str
@@ -142,6 +144,7 @@ class SelectiveStateUpdateSpec(Spec):
     intermediate_dtype: str | None = None
     philox_rounds: int = 0
     seed_per_slot: bool = False
+    saturate: bool = field(default=False, kw_only=True)
 
     @property
     def op(self) -> str:
@@ -203,6 +206,8 @@ class SelectiveScanSpec(Spec):
         The output before the gate is stored as well.
     aligned, aligned_states : bool
         Rows of tokens, and rows of states and of A, allow accesses of 16 bytes.
+    saturate : bool
+        New float16 states beyond +-65504 become that instead of infinite.
     """
 
     input_dtype: str
@@ -220,6 +225,7 @@ class SelectiveScanSpec(Spec):
     ungated: bool
     aligned: bool
     aligned_states: bool
+    saturate: bool = field(default=False, kw_only=True)
 
     @property
     def op(self) -> str:
@@ -283,6 +289,8 @@ class GatedDeltaSpec(Spec):
         Rows of a 16-bit ``output`` are aligned for stores of 16 bytes.
     input_bytes : {16, 8, 4, 2}
         Widest access to ``q, k, v``.  16: rows of q and k are aligned to 8 bytes, those of v to 16.
+    saturate : bool
+        New float16 states beyond +-65504 become that instead of infinite.
     """
 
     state_dtype: str
@@ -298,6 +306,7 @@ class GatedDeltaSpec(Spec):
     zero_padding: bool
     vector_output: bool
     input_bytes: int = field(default=16, kw_only=True)
+    saturate: bool = field(default=False, kw_only=True)
 
     def text(self) -> str:
         rows = "" if self.input_bytes == 16 else f"-by{self.input_bytes}"
@@ -414,6 +423,8 @@ class CheckpointingSSUSpec(Spec):
     input_bytes : {16, 8, 4, 2}
         What the addresses and strides of rows of ``x, B, C, z, out`` are multiples of.  16: they are copied in bulk;
         less: by accesses of so many bytes.
+    saturate : bool
+        New float16 states beyond +-65504 become that instead of infinite.
     """
 
     state_dtype: str
@@ -438,6 +449,7 @@ class CheckpointingSSUSpec(Spec):
     seed_per_slot: bool = False
     pdl: str | None = None
     input_bytes: int = 16
+    saturate: bool = field(default=False, kw_only=True)
 
     @property
     def op(self) -> str:
@@ -561,6 +573,8 @@ class MaterializeSpec(Spec):
         0: states are rounded to nearest even; else stochastically.
     seed_per_slot : bool
         ``rand_seed`` holds one seed per slot.
+    saturate : bool
+        New float16 states beyond +-65504 become that instead of infinite.
     """
 
     state_dtype: str
@@ -575,6 +589,7 @@ class MaterializeSpec(Spec):
     count_dtype: str | None = None
     philox_rounds: int = 0
     seed_per_slot: bool = False
+    saturate: bool = field(default=False, kw_only=True)
 
     @property
     def op(self) -> str:
@@ -609,6 +624,8 @@ class MaterializeGatedDeltaSpec(Spec):
         Types of ``state_batch_indices`` and ``dst_state_batch_indices``.
     count_dtype : str or None
         Type of ``num_tokens``.  None: all pending tokens.
+    saturate : bool
+        New float16 states beyond +-65504 become that instead of infinite.
     """
 
     state_dtype: str
@@ -621,6 +638,7 @@ class MaterializeGatedDeltaSpec(Spec):
     src_dtype: str
     dst_dtype: str
     count_dtype: str | None = None
+    saturate: bool = field(default=False, kw_only=True)
 
     @property
     def op(self) -> str:

@@ -67,16 +67,14 @@ def _unpack_float16(word, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def _pack_pair(low, high, dtype, *, loc=None, ip=None):
-    return Int32(pure(T.i32(), [high, low], f"cvt.rn.{_PTX[dtype]}x2.f32 $0, $1, $2;", "=r,f,f", loc, ip))
+def _pack_pair(low, high, dtype, saturate=False, *, loc=None, ip=None):
+    name = f"cvt.rn{_finite(saturate)}.{_PTX[dtype]}x2.f32"
+    return Int32(pure(T.i32(), [high, low], f"{name} $0, $1, $2;", "=r,f,f", loc, ip))
 
 
-@dsl_user_op
-def pack_finite(values, dtype, *, loc=None, ip=None):
-    """A word of two values, rounded to nearest even and kept finite; infinite values stay infinite."""
-    low, high = values
-    text = f"cvt.rn.satfinite.{_PTX[dtype]}x2.f32 $0, $1, $2;"
-    return Int32(pure(T.i32(), [high, low], text, "=r,f,f", loc, ip))
+def _finite(saturate):
+    """The modifier that makes the largest finite number of what would be infinite; NaN stays NaN."""
+    return ".satfinite" if saturate else ""
 
 
 @dsl_user_op
@@ -132,18 +130,18 @@ def unpack(words, dtype):
     return [value for word in words for value in _UNPACK[dtype](word)]
 
 
-def pack(values, dtype):
-    """Words of `values` rounded to nearest even."""
+def pack(values, dtype, saturate=False):
+    """Words of `values` rounded to nearest even; 16-bit types may saturate instead of becoming infinite."""
     if dtype is Float32:
         return [as_word(value) for value in values]
-    return [_pack_pair(values[i], values[i + 1], dtype) for i in range(0, len(values), 2)]
+    return [_pack_pair(values[i], values[i + 1], dtype, saturate) for i in range(0, len(values), 2)]
 
 
 # ------------------------------------------------------------------------------------------------- stochastic rounding
 @dsl_user_op
-def _pack_pair_rs(low, high, random, dtype, *, loc=None, ip=None):
+def _pack_pair_rs(low, high, random, dtype, saturate, *, loc=None, ip=None):
     """Of the random word, the low half rounds the low element: the hardware's own order."""
-    text = f"cvt.rs.{_PTX[dtype]}x2.f32 $0, $1, $2, $3;"
+    text = f"cvt.rs{_finite(saturate)}.{_PTX[dtype]}x2.f32 $0, $1, $2, $3;"
     return Int32(pure(T.i32(), [high, low, random], text, "=r,f,f,r", loc, ip))
 
 
@@ -193,10 +191,10 @@ def _rebiased(value, random, half, dtype):
     return _cut(_add_half(scaled, random, half, shift), cut), scaled
 
 
-def pack_stochastic(values, words, dtype, arch):
+def pack_stochastic(values, words, dtype, arch, saturate=False):
     """Words of `values` in bfloat16 or float16, rounded stochastically with one random word for each two values.
 
-    Of an odd number of values, the last word's upper half is anything.
+    Of an odd number of values, the last word's upper half is anything.  float16 may saturate.
     By ``cvt.rs`` where the architecture has it: PTX states which random bits go where, and that as many of the
     discarded bits take part; that subnormal results discard more is taken from published models of the instruction.
     """
@@ -204,7 +202,7 @@ def pack_stochastic(values, words, dtype, arch):
     values = _padded(values, 2)
     for random, low, high in zip(words, values[::2], values[1::2]):
         if arch.cvt_rs:
-            packed.append(_pack_pair_rs(low, high, random, dtype))
+            packed.append(_pack_pair_rs(low, high, random, dtype, saturate))
             continue
         if dtype is BFloat16:
             word = _high_halves(_add_half(low, random, 0, 0), _add_half(high, random, 1, 0))
@@ -213,7 +211,8 @@ def pack_stochastic(values, words, dtype, arch):
             used = random & 0x1FFF1FFF
             grid = [_rebiased(low, used, 0, dtype), _rebiased(high, used, 1, dtype)]
             # what is added is less than any place of the result, but NaN where the value is
-            word = _pack_pair(*[cute.math.fma(value, Float32(2.0**112), was) for value, was in grid], dtype)
+            low, high = (cute.math.fma(value, Float32(2.0**112), was) for value, was in grid)
+            word = _pack_pair(low, high, dtype, saturate)
         packed.append(word)
     return packed
 
@@ -350,8 +349,8 @@ def widen(bits, dtype, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def narrow(value, dtype, *, loc=None, ip=None):
-    """One float32 rounded to nearest even, as an integer register of the result's width."""
+def narrow(value, dtype, saturate=False, *, loc=None, ip=None):
+    """One float32 rounded to nearest even, as an integer register of the result's width; see `pack`."""
     if dtype is Float32:
         return as_word(value, loc=loc, ip=ip)
-    return Int16(pure(T.i16(), [value], f"cvt.rn.{_PTX[dtype]}.f32 $0, $1;", "=h,f", loc, ip))
+    return Int16(pure(T.i16(), [value], f"cvt.rn{_finite(saturate)}.{_PTX[dtype]}.f32 $0, $1;", "=h,f", loc, ip))

@@ -81,9 +81,9 @@ def load_scalar(ptr, dtype, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def store_scalar(ptr, value, dtype, *, loc=None, ip=None):
-    """Round one float32 to nearest even and store it."""
-    bits = convert.narrow(value, dtype, loc=loc, ip=ip)
+def store_scalar(ptr, value, dtype, saturate=False, *, loc=None, ip=None):
+    """Round one float32 to nearest even and store it; 16-bit types may saturate."""
+    bits = convert.narrow(value, dtype, saturate, loc=loc, ip=ip)
     llvm.store(
         bits.ir_value(loc=loc, ip=ip), ptr.to_llvm_ptr(loc=loc, ip=ip), alignment=dtype.width // 8, loc=loc, ip=ip
     )
@@ -117,13 +117,16 @@ def load_packed(ptr, count, access_bytes):
     return [word for first in range(0, count, width) for word in load_words(ptr + 2 * first, width)]
 
 
-def store(ptr, values, dtype, access_bytes):
-    """Round float32 values to nearest even and store them contiguously, by accesses of `access_bytes`."""
+def store(ptr, values, dtype, access_bytes, saturate=False):
+    """Round float32 values to nearest even and store them contiguously, by accesses of `access_bytes`.
+
+    16-bit types may saturate (`convert.pack`).
+    """
     if access_bytes < 4:
         for i, value in enumerate(values):
-            store_scalar(ptr + i, value, dtype)
+            store_scalar(ptr + i, value, dtype, saturate)
         return
-    store_packed(ptr, convert.pack(values, dtype), dtype, access_bytes)
+    store_packed(ptr, convert.pack(values, dtype, saturate), dtype, access_bytes)
 
 
 def store_packed(ptr, words, dtype, access_bytes, count=None):

@@ -20,9 +20,9 @@ class StateView:
     of matrix products need them.
     """
 
-    def __init__(self, dtype, dstate, block, lanes, vector, philox_rounds, arch, ordered=False):
+    def __init__(self, dtype, dstate, block, lanes, vector, philox_rounds, arch, saturate=False, ordered=False):
         self.dtype, self.dstate, self.block, self.lanes, self.vector = dtype, dstate, block, lanes, vector
-        self.arch, self.rounds, self.ordered = arch, philox_rounds, ordered
+        self.arch, self.rounds, self.saturate, self.ordered = arch, philox_rounds, saturate, ordered
         self.scaled = dtype in (cutlass.Int16, cutlass.Int8, cutlass.Float8E4M3FN)
         self.stride = WARP // lanes
         self.steps = block // self.stride
@@ -123,8 +123,8 @@ class StateView:
         if self.scaled:
             packed = convert.pack_quantised(values, encode, self.dtype, words)
         elif self.rounds:
-            packed = convert.pack_stochastic(values, words, self.dtype, self.arch)
+            packed = convert.pack_stochastic(values, words, self.dtype, self.arch, self.saturate)
         else:
-            memory.store(pointer, values, self.dtype, self.access_bytes)
+            memory.store(pointer, values, self.dtype, self.access_bytes, self.saturate)
             return
         memory.store_packed(pointer, packed, self.dtype, self.access_bytes)

@@ -100,9 +100,9 @@ class StateTile:
     swizzled over its row: no eight rows of a chunk meet a bank twice.  A tensor map copies a tile at once.
     """
 
-    def __init__(self, dtype, inputs, rows, dstate, arch, philox_rounds=0):
+    def __init__(self, dtype, inputs, rows, dstate, arch, philox_rounds=0, saturate=False):
         self.dtype, self.inputs, self.rows, self.dstate = dtype, inputs, rows, dstate
-        self.arch, self.rounds = arch, philox_rounds
+        self.arch, self.rounds, self.saturate = arch, philox_rounds, saturate
         self.scaled = dtype in (Int16, Int8, cutlass.Float8E4M3FN)
         pitch = dstate * dtype.width // 8
         self.piece = max(size for size in (32, 64, 128) if pitch % size == 0)
@@ -342,8 +342,9 @@ class StateTile:
         if self.scaled:
             return [convert.pack_quantised(rows[i], encode[i % 2], self.dtype, drawn[i])[0] for i in range(4)]
         if bits is None:
-            return [convert.pack(row, self.dtype)[0] for row in rows]
-        return [convert.pack_stochastic(row, each, self.dtype, self.arch)[0] for row, each in zip(rows, drawn)]
+            return [convert.pack(row, self.dtype, self.saturate)[0] for row in rows]
+        pairs = zip(rows, drawn)
+        return [convert.pack_stochastic(row, each, self.dtype, self.arch, self.saturate)[0] for row, each in pairs]
 
     def draw(self, keys, place, row, quad, lane):
         """Random bits for `words` of `per_draw` quads, from `quad` on: the map of `reference.rounding`.

@@ -64,9 +64,8 @@ class TokenOperands:
     def _part(self, values, last, alone):
         """(values of the lane's four pairs as an operand, what it holds of them)."""
         if self.dtype is BFloat16:
-            words = [
-                (convert.pack(pair, BFloat16)[0] if last else convert.pack_finite(pair, BFloat16)) for pair in values
-            ]
+            # what is left of an infinite value is infinite
+            words = [convert.pack(pair, BFloat16, saturate=not last)[0] for pair in values]
             return words, [convert.unpack([word], BFloat16) for word in words]
         high = [mma.rounded(pair) if alone else pair if last else mma.split(pair)[0] for pair in values]
         return self._thin(high), high

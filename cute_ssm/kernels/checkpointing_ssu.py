@@ -61,7 +61,8 @@ class CheckpointingSSU:
         self.history = HistoryView(spec.history)
         state_dtype = convert.DTYPES[spec.state_dtype]
         tile_rows = spec.dim // config.d_split
-        self.tile = StateTile(state_dtype, self.input_dtype, tile_rows, spec.dstate, arch, spec.philox_rounds)
+        rounding = (spec.philox_rounds, spec.saturate)
+        self.tile = StateTile(state_dtype, self.input_dtype, tile_rows, spec.dstate, arch, *rounding)
         self.reads_before_wait = READS_BEFORE_WAIT if spec.pdl == EARLY_READS else ()
         self.steps = [Steps(self, half) for half in config.halves]
 

@@ -201,7 +201,7 @@ class MaterializeGatedDelta:
         for j in cutlass.range_constexpr(self.replay.blocks):
             for half in cutlass.range_constexpr(2):
                 values = convert.unpack(tile[j][half], Float32)
-                memory.store(corner[half] + BLOCK * j, values, self.out_dtype, n_bytes)
+                memory.store(corner[half] + BLOCK * j, values, self.out_dtype, n_bytes, self.spec.saturate)
 
     @cute.jit
     def copy_tile(self, state, out, places, lane):

@@ -60,7 +60,7 @@ class GatedDeltaRows:
         """Both rows' floats of block j, rounded to nearest even."""
         n_bytes = 4 * self.state_dtype.width // 8
         for pointer, values in zip(corner, rows):
-            memory.store(pointer + BLOCK * j, values, self.state_dtype, n_bytes)
+            memory.store(pointer + BLOCK * j, values, self.state_dtype, n_bytes, self.spec.saturate)
 
     def load_tile(self, corner):
         return [self.load_block(corner, j) for j in range(self.blocks)]

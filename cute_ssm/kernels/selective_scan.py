@@ -441,11 +441,12 @@ class SelectiveScan:
             state = (lane + i * self.lanes) * QUAD
             if const_expr(self.spec.aligned_states or padded):
                 if state < self.spec.dstate:
-                    memory.store(row + state, values[i * QUAD : (i + 1) * QUAD], dtype, QUAD * dtype.width // 8)
+                    quad = values[i * QUAD : (i + 1) * QUAD]
+                    memory.store(row + state, quad, dtype, QUAD * dtype.width // 8, self.spec.saturate)
             else:
                 for j in cutlass.range_constexpr(QUAD):
                     if state + j < self.spec.dstate:
-                        memory.store_scalar(row + (state + j), values[i * QUAD + j], dtype)
+                        memory.store_scalar(row + (state + j), values[i * QUAD + j], dtype, self.spec.saturate)
 
     # ------------------------------------------------------------------------------------------------------ arithmetic
     @cute.jit

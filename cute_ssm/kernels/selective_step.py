@@ -62,7 +62,8 @@ class SelectiveStep:
         state_dtype = convert.DTYPES[spec.state_dtype]
         vector = state_vector(spec)
         shape = (spec.dstate, config.block_rows, config.lanes, vector)
-        self.view = StateView(state_dtype, *shape, spec.philox_rounds, arch, ordered=bool(config.matmul))
+        rounding = (spec.philox_rounds, arch, spec.saturate)
+        self.view = StateView(state_dtype, *shape, *rounding, ordered=bool(config.matmul))
         self.blocks = config.rows // config.block_rows
         self.unit_bytes = config.unit_bytes(spec)
         self.one = spec.tokens == "one"

@@ -330,5 +330,5 @@ class MaterializeState:
         if self.out_scaled:
             return convert.pack_quantised(values, encode, self.out_dtype, words)
         if self.spec.philox_rounds:
-            return convert.pack_stochastic(values, words, self.out_dtype, self.arch)
-        return convert.pack(values, self.out_dtype)
+            return convert.pack_stochastic(values, words, self.out_dtype, self.arch, self.spec.saturate)
+        return convert.pack(values, self.out_dtype, self.spec.saturate)

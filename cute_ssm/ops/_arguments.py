@@ -106,6 +106,16 @@ def check_last_contiguous(name: str, tensor: Tensor) -> None:
         raise ValueError(describe(name, "stride 1 in its last dimension", f"strides {tensor.stride()}", fix))
 
 
+def check_saturate(saturate: bool, name: str, dtype: torch.dtype | None) -> None:
+    """Raise unless new states may saturate: those of `dtype` in the argument `name`, None if there are none."""
+    if not isinstance(saturate, bool):
+        raise TypeError(describe("saturate", "a bool", type(saturate).__name__))
+    if saturate and dtype is not torch.float16:
+        fix = "it is for float16 states only: others have the range of float32, or scales"
+        kind = "no states" if dtype is None else f"{name_of(dtype)} states in {name}"
+        raise ValueError(describe("saturate", f"False with {kind}", saturate, fix))
+
+
 def aligned(tensor: Tensor, n_bytes: int) -> bool:
     """Whether the address and all strides but the last are multiples of `n_bytes`."""
     size = tensor.element_size()

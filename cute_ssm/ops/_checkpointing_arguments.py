@@ -59,6 +59,7 @@ class Settings(NamedTuple):
     max_seqlen: int | None
     window: int | None
     pdl: str | None
+    saturate: bool
 
 
 # Operand -> its name in the two signatures.
@@ -246,6 +247,7 @@ def _check_combinations(given: dict[str, Tensor], settings: Settings) -> None:
     def refuse(name: str, expected: str, got: object, fix: str = "") -> None:
         raise ValueError(describe(name, expected, got, fix))
 
+    arguments.check_saturate(settings.saturate, "state", given["state"].dtype)
     state_dtype = arguments.name_of(given["state"].dtype)
     if state_dtype in QUANTISED and "state_scale" not in given:
         refuse("state_scale", f"scales of a state of {state_dtype}", None)
@@ -454,6 +456,7 @@ def _spec(operands: Operands, settings: Settings, tokens: int, window: int) -> C
         work_items=o.work_items is not None,
         philox_rounds=settings.philox_rounds if o.rand_seed is not None else 0,
         seed_per_slot=o.rand_seed is not None and o.rand_seed.shape[0] != 1,
+        saturate=settings.saturate,
         pdl=settings.pdl,
         input_bytes=input_bytes(o),
     )

@@ -59,6 +59,7 @@ class Settings(NamedTuple):
     philox_rounds: int
     cache_steps: int
     pad_slot_id: int
+    saturate: bool
 
 
 WRITTEN = ("state", "state_scale", "out", "intermediate_states_buffer", "intermediate_state_scales")
@@ -265,6 +266,7 @@ def _spec(operands: Operands, settings: Settings, tokens: str) -> SelectiveState
         intermediate_dtype=name_of(o.intermediate_state_indices),
         philox_rounds=settings.philox_rounds if o.rand_seed is not None else 0,
         seed_per_slot=o.rand_seed is not None and o.rand_seed.shape[0] != 1,
+        saturate=settings.saturate,
     )
 
 
@@ -274,6 +276,7 @@ def _check_combinations(given: dict[str, Tensor], settings: Settings) -> None:
     def refuse(name: str, expected: str, got: object, fix: str = "") -> None:
         raise ValueError(describe(name, expected, got, fix))
 
+    arguments.check_saturate(settings.saturate, "state", given["state"].dtype)
     quantised = arguments.name_of(given["state"].dtype) in QUANTISED
     if quantised and "state_scale" not in given:
         refuse("state_scale", f"scales of a state of {arguments.name_of(given['state'].dtype)}", None)

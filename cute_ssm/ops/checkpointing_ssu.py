@@ -56,6 +56,7 @@ def checkpointing_ssu(
     *,
     work_items: Tensor | None = None,
     num_writes: Tensor | None = None,
+    saturate: bool = False,
 ) -> Tensor:
     """Return the outputs at T new tokens of every sequence, whose state may lag by up to W accepted tokens.
 
@@ -139,6 +140,9 @@ def checkpointing_ssu(
         sequences without tokens have the slot ``pad_slot_id``.
     num_writes : Tensor, (1,), int32
         Number of work items that write.
+    saturate : bool
+        Of new float16 states, make +-65504 what would round to an infinity, infinite sums included.  NaN stays NaN.
+        An error with states of other types.
 
     Returns
     -------
@@ -189,7 +193,7 @@ def checkpointing_ssu(
     sums anew where a step appends to a history.  The recurrence is that of Dao and Gu, "Transformers are SSMs" (2024).
     """
     pdl = None if enable_pdl is False else arguments.pdl_of(enable_pdl)
-    settings = (False, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, None, pdl)
+    settings = (False, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, None, pdl, saturate)
     tensors = (
         state, old_x, old_B, old_dt, old_cumAdt, cache_buf_idx, prev_num_accepted_tokens, x, dt, A, B, C, D, z, dt_bias,
         out, state_scale, state_batch_indices, cu_seqlens, rand_seed, work_items, num_writes,
@@ -228,6 +232,7 @@ def checkpointing_ssu_ring(
     window: int | None = None,
     work_items: Tensor | None = None,
     num_writes: Tensor | None = None,
+    saturate: bool = False,
 ) -> Tensor:
     """Do what `checkpointing_ssu` does, with the history in a ring of L rows per slot.
 
@@ -262,6 +267,8 @@ def checkpointing_ssu_ring(
         W.  None: L - T, where T is ``max_seqlen`` with ``cu_seqlens``.
     work_items : Tensor, (batch, 4), int32, contiguous, optional
         As there, with ``ring_start`` in place of the active buffer.
+    saturate : bool
+        As there.
 
     Returns
     -------
@@ -279,7 +286,7 @@ def checkpointing_ssu_ring(
     buffers: `cute_ssm.compat.flashinfer.mamba.checkpointing_ssu_ring` takes those too.
     """
     pdl = None if enable_pdl is False else arguments.pdl_of(enable_pdl)
-    settings = (True, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, window, pdl)
+    settings = (True, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, window, pdl, saturate)
     tensors = (
         state, x_cache, B_cache, dt_cache, None, ring_start, prev_num_accepted_tokens, x, dt, A, B, C, D, z, dt_bias,
         out, state_scale, state_batch_indices, cu_seqlens, rand_seed, work_items, num_writes,
@@ -352,6 +359,7 @@ def _run(
     max_seqlen: int | None,
     window: int | None,
     pdl: str | None,
+    saturate: bool = False,
 ) -> None:
     if state_batch_indices is None and work_items is None:
         pad_slot_id = NO_PAD
@@ -369,6 +377,7 @@ def _run(
             slots_shape, items_shape = getattr(state_batch_indices, "shape", None), getattr(work_items, "shape", None)
         key = (
             sizes, state.dtype, x.dtype, dt.dtype, A.dtype, x.device, ring, dt_softplus, d_split, pdl, window,
+            saturate,
             max_seqlen, z is None, None if D is None else D.dtype, None if dt_bias is None else dt_bias.dtype,
             slots_shape, None if state_batch_indices is None else state_batch_indices.dtype, items_shape,
             None if rand_seed is None else (rand_seed.shape, philox_rounds),
@@ -389,7 +398,7 @@ def _run(
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
     if _loose_plans and _run_loose(key, tensors, pad_slot_id):
         return
-    settings = Settings(ring, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, window, pdl)
+    settings = Settings(ring, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, window, pdl, saturate)
     operands, spec = arguments.check(Operands._make(tensors), settings)
     if not x.is_cuda:
         with torch.no_grad():
@@ -480,7 +489,7 @@ _eager, _overload = _library.register(
     "Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor(f!) out, Tensor(g!)? state_scale, "
     "Tensor? state_batch_indices, Tensor? cu_seqlens, Tensor? rand_seed, Tensor? work_items, Tensor? num_writes, "
     "bool ring, bool dt_softplus, int pad_slot_id, int philox_rounds, int? d_split, int? max_seqlen, int? window, "
-    "str? pdl) -> ()",
+    "str? pdl, bool saturate=False) -> ()",
     _run_traced,
     lambda *_: None,
     eager=_run,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -18,6 +18,7 @@ from cute_ssm.ops import _library
 from cute_ssm.ops._library import transform_level
 from cute_ssm.ops._plans import REFUSALS, Plans
 from cute_ssm.reference.gated_delta_rule import gated_delta_rule as reference
+from cute_ssm.reference.rounding import saturated
 from cute_ssm.spec import GatedDeltaRuleSpec
 from cute_ssm.tuning import gated_delta_rule as tuning
 from cute_ssm.tuning import overridden
@@ -42,6 +43,7 @@ def gated_delta_rule_mtp(
     output_state_indices: Tensor | None = None,
     *,
     accepted_steps: Tensor | None = None,
+    saturate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run 1 to 16 tokens of the gated delta rule for every request, and return all outputs.
 
@@ -98,6 +100,9 @@ def gated_delta_rule_mtp(
     accepted_steps : Tensor, (batch,), int32/int64, optional
         Number of leading tokens, 0 to tokens, whose state is the one written to the pool; outputs are those of all
         tokens.  None: all.  Not together with ``ssm_state_indices``.
+    saturate : bool
+        Of new float16 states, make +-65504 what would round to an infinity, infinite sums included.  NaN stays NaN.
+        An error with states of other types.
 
     Returns
     -------
@@ -149,7 +154,7 @@ def gated_delta_rule_mtp(
     run(
         q, k, v, initial_state, initial_state_indices, A_log, a, dt_bias, b, scale, output,
         intermediate_states_buffer, ssm_state_indices, disable_state_update, use_qk_l2norm, output_state_indices,
-        accepted_steps, allocated,
+        accepted_steps, allocated, saturate,
     )  # fmt: skip
     return output, initial_state
 
@@ -177,6 +182,15 @@ _plans: Plans[Callable[..., None]] = Plans()
 _loose_plans: Plans[Callable[..., None]] = Plans()
 
 
+class Flags(NamedTuple):
+    """The arguments of a call that are no tensors, but for the scale."""
+
+    disable_state_update: bool
+    use_qk_l2norm: bool
+    zero_padding: bool
+    saturate: bool
+
+
 def _run(
     q: Tensor,
     k: Tensor,
@@ -196,10 +210,11 @@ def _run(
     dst: Tensor | None,
     accepted: Tensor | None,
     zero_padding: bool,
+    saturate: bool = False,
 ) -> None:
     if scatter is not None or disable_state_update:
         dst = None
-    flags = (disable_state_update, use_qk_l2norm, zero_padding)
+    flags = Flags(disable_state_update, use_qk_l2norm, zero_padding, saturate)
     key: tuple[object, ...] | None
     try:
         shape = q.shape
@@ -271,10 +286,10 @@ def _check(
     scatter: Tensor | None,
     dst: Tensor | None,
     accepted: Tensor | None,
-    flags: tuple[bool, bool, bool],
+    flags: Flags,
 ) -> GatedDeltaRuleSpec:
     """Validate the arguments and return the spec of the call."""
-    disabled, l2norm, zero_padding = flags
+    disabled, l2norm, zero_padding, saturate = flags
     named = {
         "q": q, "k": k, "v": v, "initial_state": state, "initial_state_indices": src, "A_log": A_log, "a": a,
         "dt_bias": dt_bias, "b": b, "output": output, "intermediate_states_buffer": buffer,
@@ -293,6 +308,7 @@ def _check(
     checks.check_shapes(given, shapes)
     _check_buffer(buffer, (batch, tokens, *v.shape[2:], q.shape[3]))
     checks.check_types(given)
+    arguments.check_saturate(saturate, "initial_state", state.dtype)
     if buffer is not None:
         arguments.check_dtype("intermediate_states_buffer", buffer, (state.dtype,), "the type of initial_state")
     for name in indices:
@@ -320,6 +336,7 @@ def _check(
         accepted_dtype=None if disabled else name_of(accepted),
         write_final=not disabled and scatter is None,
         write_buffer=buffer is not None,
+        saturate=saturate,
     )
     spec.check()
     return spec
@@ -335,7 +352,7 @@ def _check_buffer(buffer: Tensor | None, shape: tuple[int, ...]) -> None:
         raise ValueError(describe("intermediate_states_buffer", expected, got, "its first axis is the batch"))
 
 
-def _check_indices(tensors: tuple[Any, ...], flags: tuple[bool, bool, bool]) -> None:
+def _check_indices(tensors: tuple[Any, ...], flags: Flags) -> None:
     """Raise if an index on the CPU leads outside, or if two requests would use one slot against the contract."""
     q, state, src, scatter, dst, accepted = (tensors[i] for i in (0, 3, 4, 11, 12, 13))
     slots, tokens, disabled = state.shape[0], q.shape[1], flags[0]
@@ -383,10 +400,10 @@ def _reference(
     dst: Tensor | None,
     accepted: Tensor | None,
     scale: float,
-    flags: tuple[bool, bool, bool],
+    flags: Flags,
 ) -> None:
     """Gather, compute in float32, round, scatter: what the kernel does, by PyTorch."""
-    disabled, l2norm, zero_padding = flags
+    disabled, l2norm, zero_padding, saturate = flags
     real = src >= 0
     if zero_padding:
         output[~real] = 0
@@ -396,7 +413,7 @@ def _reference(
     first = state[source]
     out, states = reference(first, q[rows], k[rows], v[rows], a[rows], b[rows], A_log, dt_bias, scale, l2norm)
     output[rows] = out.to(output.dtype)
-    states = states.to(state.dtype)
+    states = (saturated(states) if saturate else states).to(state.dtype)
     if buffer is not None:
         buffer[rows, : q.shape[1]] = states
     if disabled:
@@ -417,7 +434,7 @@ _eager, _overload = _library.register(
     "gated_delta_rule_mtp(Tensor q, Tensor k, Tensor v, Tensor(a!) initial_state, Tensor initial_state_indices, "
     "Tensor A_log, Tensor a, Tensor dt_bias, Tensor b, float scale, Tensor(b!) output, "
     "Tensor(c!)? intermediate_states_buffer, Tensor? ssm_state_indices, bool disable_state_update, bool use_qk_l2norm, "
-    "Tensor? output_state_indices, Tensor? accepted_steps, bool zero_padding) -> ()",
+    "Tensor? output_state_indices, Tensor? accepted_steps, bool zero_padding, bool saturate=False) -> ()",
     _run,
     lambda *_: None,
 )

@@ -17,6 +17,7 @@ from cute_ssm.ops._library import transform_level
 from cute_ssm.ops._plans import REFUSALS, Plans
 from cute_ssm.reference.gated_delta_rule import gated_delta_rule_replay as reference
 from cute_ssm.reference.gated_delta_rule import gates
+from cute_ssm.reference.rounding import saturated
 from cute_ssm.spec import WINDOW_BUCKETS, GatedDeltaRuleReplaySpec, token_bucket, window_bucket
 from cute_ssm.tuning import gated_delta_rule as tuning
 from cute_ssm.tuning import overridden
@@ -48,6 +49,7 @@ def gated_delta_rule_replay(
     use_qk_l2norm: bool = True,
     *,
     window: int | None = None,
+    saturate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Verify 1 to 16 new tokens of every request whose state lags behind by up to `window` accepted tokens.
 
@@ -116,6 +118,9 @@ def gated_delta_rule_replay(
         Divide q and all k by ``sqrt(sum of squares + 1e-6)``.
     window : int, optional
         Most pending tokens, 1 to 64; the same in all steps.  None: ``L - tokens``.
+    saturate : bool
+        Of new float16 states, make +-65504 what would round to an infinity, infinite sums included.  NaN stays NaN.
+        An error with states of other types.
 
     Returns
     -------
@@ -168,6 +173,7 @@ def gated_delta_rule_replay(
     run(
         q, k, v, initial_state, initial_state_indices, k_cache, v_cache, g_cache, beta_cache, ring_start,
         prev_num_accepted_tokens, A_log, a, dt_bias, b, scale, output, use_qk_l2norm, window, allocated,
+        saturate,
     )  # fmt: skip
     return output, initial_state
 
@@ -201,6 +207,7 @@ def _run(
     use_qk_l2norm: bool,
     window: int,
     zero_padding: bool,
+    saturate: bool = False,
 ) -> None:
     key: tuple[object, ...] | None
     try:
@@ -209,7 +216,7 @@ def _run(
             src = src[: shape[0]]
         key = (
             shape, v.shape, state.dtype, q.dtype, src.dtype, a.dtype, dt_bias.dtype, output.dtype, k_cache.shape,
-            window, use_qk_l2norm, zero_padding, q.device,
+            window, use_qk_l2norm, zero_padding, saturate, q.device,
             output.data_ptr() % checks.ROW_BYTES, output.stride(), state.stride(),
             k_cache.stride(), v_cache.stride(), g_cache.stride(), beta_cache.stride(),
         )  # fmt: skip
@@ -229,14 +236,14 @@ def _run(
     if _loose_plans and checks.run_loose(_loose_plans, key, (*tensors, scale, window)):
         return
     given = _named(*tensors)
-    spec = _check(given, window, use_qk_l2norm, zero_padding)
+    spec = _check(given, window, use_qk_l2norm, zero_padding, saturate)
     units = v.shape[0] * v.shape[2]
     if not q.is_cuda:
         _check_values(src, ring_start, counts, state.shape[0], k_cache.shape[2], window)
         emulator = runtime.emulator()
         if emulator is None:
             runtime.by_reference(spec, tensors)
-            _reference(given, scale, window, use_qk_l2norm, zero_padding)
+            _reference(given, scale, window, use_qk_l2norm, zero_padding, saturate)
         elif units:
             arch = archs.by_name(emulator.arch)
             config = tuning.choose(spec, arch, units, emulator.sm_count or arch.sm_count)
@@ -258,7 +265,9 @@ def _named(*tensors: Tensor) -> dict[str, Tensor]:
     return dict(zip(NAMES, tensors))
 
 
-def _check(given: dict[str, Tensor], window: int, use_qk_l2norm: bool, zero_padding: bool) -> GatedDeltaRuleReplaySpec:
+def _check(
+    given: dict[str, Tensor], window: int, use_qk_l2norm: bool, zero_padding: bool, saturate: bool
+) -> GatedDeltaRuleReplaySpec:
     """Validate the arguments and return the spec of the call."""
     arguments.check_tensors(given, ())
     q, state, k_cache = (given[name] for name in ("q", "initial_state", "k_cache"))
@@ -286,6 +295,7 @@ def _check(given: dict[str, Tensor], window: int, use_qk_l2norm: bool, zero_padd
         expected = f"at least window + tokens = {window} + {tokens} rows"
         raise ValueError(describe("k_cache", expected, length, "all rings are as long"))
     checks.check_types(given)
+    arguments.check_saturate(saturate, "initial_state", state.dtype)
     for name in ("k_cache", "v_cache"):
         arguments.check_dtype(name, given[name], (q.dtype,), "the type of q")
     for name in ("g_cache", "beta_cache"):
@@ -298,6 +308,7 @@ def _check(given: dict[str, Tensor], window: int, use_qk_l2norm: bool, zero_padd
     spec = GatedDeltaRuleReplaySpec(
         **{**checks.spec_fields(given, use_qk_l2norm, zero_padding), "tokens": token_bucket(max(tokens, 4))},
         window=window_bucket(window),
+        saturate=saturate,
     )
     spec.check()
     return spec
@@ -319,7 +330,9 @@ def _check_values(src: Tensor, ring_start: Tensor, counts: Tensor, slots: int, l
             raise ValueError(describe(name, f"values from 0 to {most}", got, "serving.commit keeps it there"))
 
 
-def _reference(given: dict[str, Tensor], scale: float, window: int, use_qk_l2norm: bool, zero_padding: bool) -> None:
+def _reference(
+    given: dict[str, Tensor], scale: float, window: int, use_qk_l2norm: bool, zero_padding: bool, saturate: bool
+) -> None:
     """Gather, compute in float32, round, scatter: what the kernel does, by PyTorch."""
     q, k, v, state, src, *rings, ring_start, counts, A_log, a, dt_bias, b, output = (given[name] for name in NAMES)
     real = src >= 0
@@ -339,6 +352,7 @@ def _reference(given: dict[str, Tensor], scale: float, window: int, use_qk_l2nor
     out, folded = reference(state[slots], old, pending, q, new, scale, use_qk_l2norm)
     output[rows] = out.to(output.dtype)
     flush = (pending + tokens > window) & (pending > 0)
+    folded = saturated(folded) if saturate else folded
     state[slots[flush]] = folded[flush].to(state.dtype)
     fresh = (start[:, None] + pending[:, None] + torch.arange(tokens)) % length
     for ring, rows_of_tokens in zip(rings, new):
@@ -349,7 +363,7 @@ _eager, _overload = _library.register(
     "gated_delta_rule_replay(Tensor q, Tensor k, Tensor v, Tensor(a!) initial_state, Tensor initial_state_indices, "
     "Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor(d!) g_cache, Tensor(e!) beta_cache, Tensor ring_start, "
     "Tensor prev_num_accepted_tokens, Tensor A_log, Tensor a, Tensor dt_bias, Tensor b, float scale, "
-    "Tensor(f!) output, bool use_qk_l2norm, int window, bool zero_padding) -> ()",
+    "Tensor(f!) output, bool use_qk_l2norm, int window, bool zero_padding, bool saturate=False) -> ()",
     _run,
     lambda *_: None,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,15 +16,14 @@ from cute_ssm.ops import _arguments as arguments
 from cute_ssm.ops import _library
 from cute_ssm.ops._library import transform_level
 from cute_ssm.ops._plans import REFUSALS, Plans
+from cute_ssm.ops._scan_arguments import check
 from cute_ssm.ops._scan_plan import ACCESS_BYTES, Metadata, aligned, layout, of_batch, plan_on_cpu, unit_strides
 from cute_ssm.ops._scan_plan import Tensors as _Tensors
+from cute_ssm.reference.rounding import saturated
 from cute_ssm.reference.selective_scan import selective_scan as reference
 from cute_ssm.spec import SelectiveScanSpec
 from cute_ssm.tuning import overridden
 from cute_ssm.tuning import selective_scan as tuning
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-INTEGERS = (torch.int32, torch.int64)
 
 
 def selective_scan(
@@ -49,6 +48,8 @@ def selective_scan(
     cu_chunk_seqlen: Tensor | None = None,
     last_chunk_indices: Tensor | None = None,
     out: Tensor | None = None,
+    *,
+    saturate: bool = False,
 ) -> Tensor:
     """Run the selective state-space recurrence over every sequence and return the outputs.
 
@@ -107,6 +108,9 @@ def selective_scan(
         With ``cu_chunk_seqlen``: number of each sequence's last chunk.
     out : Tensor, like u, optional
         **Written.**  It may be u, delta or z itself.  Allocated if None; zero then where no sequence has a token.
+    saturate : bool
+        Of new float16 states, make +-65504 what would round to an infinity, infinite sums included.  NaN stays NaN.
+        An error with states of other types.
 
     Returns
     -------
@@ -160,7 +164,7 @@ def selective_scan(
         run = _overload
     else:
         run = _eager if is_grad_enabled() or transform_level() is not None else _run
-    run(*tensors, delta_softplus, null_block_id, block_size, out)
+    run(*tensors, delta_softplus, null_block_id, block_size, out, saturate)
     return out
 
 
@@ -185,6 +189,8 @@ def selective_scan_fn(
     initial_state_idx: Tensor | None = None,
     cu_chunk_seqlen: Tensor | None = None,
     last_chunk_indices: Tensor | None = None,
+    *,
+    saturate: bool = False,
 ) -> Tensor:
     """Run `selective_scan` in place, by vLLM's convention: the outputs replace ``delta``, and ``z`` if given.
 
@@ -194,7 +200,7 @@ def selective_scan_fn(
     ----------
     u, ssm_states, A, B, C, D, delta_bias, delta_softplus, query_start_loc, cache_indices, has_initial_state, \
     null_block_id, block_size, block_idx_first_scheduled_token, block_idx_last_scheduled_token, initial_state_idx, \
-    cu_chunk_seqlen, last_chunk_indices
+    cu_chunk_seqlen, last_chunk_indices, saturate
         As for `selective_scan`; ``ssm_states`` is **updated in place**.
     delta : Tensor, (batch, dim, length) or varlen (dim, total), type of u
         Step size.  **Overwritten** by the outputs before the gate.
@@ -227,8 +233,13 @@ def selective_scan_fn(
         run = _eager_in_place if is_grad_enabled() or transform_level() is not None else _run_in_place
     if not isinstance(u, Tensor):
         raise TypeError(describe("u", "a torch.Tensor", type(u).__name__))
-    run(*tensors, delta_softplus, null_block_id, block_size)
+    run(*tensors, delta_softplus, null_block_id, block_size, saturate)
     return delta if z is None else z
+
+
+class _Flags(NamedTuple):
+    delta_softplus: bool
+    saturate: bool = False
 
 
 # Steady state: everything a kernel is chosen by, but for strides and alignment.  Those, and the equality of sizes and
@@ -255,22 +266,25 @@ _loose_plans: Plans[_Plan] = Plans()
 
 def _run(*args: Any) -> None:
     """Run on the arguments of the operator ``cute_ssm::selective_scan``."""
-    tensors, (softplus, null_block_id, block_size, out) = _Tensors(*args[:-4]), args[-4:]
-    _scan(tensors, softplus, null_block_id, block_size, out, None)
+    count = len(_Tensors._fields)
+    tensors, (softplus, null_block_id, block_size, out, *saturate) = _Tensors(*args[:count]), args[count:]
+    _scan(tensors, _Flags(softplus, *saturate), null_block_id, block_size, out, None)
 
 
 def _run_in_place(*args: Any) -> None:
     """Run on the arguments of the operator ``cute_ssm::selective_scan_fn``."""
-    tensors, (softplus, null_block_id, block_size) = _Tensors(*args[:-3]), args[-3:]
+    count = len(_Tensors._fields)
+    tensors, (softplus, null_block_id, block_size, *saturate) = _Tensors(*args[:count]), args[count:]
+    flags = _Flags(softplus, *saturate)
     if tensors.z is None:
-        _scan(tensors, softplus, null_block_id, block_size, tensors.delta, None, "delta")
+        _scan(tensors, flags, null_block_id, block_size, tensors.delta, None, "delta")
     else:
-        _scan(tensors, softplus, null_block_id, block_size, tensors.z, tensors.delta, "z", "delta")
+        _scan(tensors, flags, null_block_id, block_size, tensors.z, tensors.delta, "z", "delta")
 
 
 def _scan(
     tensors: _Tensors,
-    softplus: bool,
+    flags: _Flags,
     null_block_id: int,
     block_size: int,
     out: Tensor,
@@ -280,7 +294,7 @@ def _scan(
 ) -> None:
     """Scan into `out`, and into `ungated` what the gate has not seen; the names are those of errors."""
     tensors = of_batch(tensors)
-    key = _key(tensors, softplus, block_size, out, ungated)
+    key = _key(tensors, flags, block_size, out, ungated)
     for plans in (_plans, _loose_plans):
         plan = plans.get((key, layout(tensors, out, ungated)) if plans and plans is _loose_plans else key)
         if plan is not None and not overridden():
@@ -289,18 +303,19 @@ def _scan(
                 return
             except REFUSALS:
                 pass  # other strides or alignment than last time, or a bad argument: the checks below tell
-    _check(tensors, null_block_id, block_size, {out_name: out, ungated_name: ungated})
+    outputs = {out_name: out, ungated_name: ungated}
+    check(tensors._asdict(), outputs, null_block_id, block_size, flags.saturate)
     copies = unit_strides({**tensors._asdict(), "out": out, "ungated": ungated})
     if copies:
         given = _Tensors._make(copies.get(id(t), t) for t in tensors)
         new_out, new_ungated = copies.get(id(out), out), None if ungated is None else copies.get(id(ungated), ungated)
-        _scan(given, softplus, null_block_id, block_size, new_out, new_ungated, out_name, ungated_name)
+        _scan(given, flags, null_block_id, block_size, new_out, new_ungated, out_name, ungated_name)
         for target, source in ((out, new_out), (ungated, new_ungated)):
             if target is not None and source is not None and target is not source:
                 target.copy_(source)
         return
     args = _canonical(tensors, out, ungated)
-    spec = _spec(args, softplus)
+    spec = _spec(args, flags)
     sequences, u = _sequences(tensors), args[0]
     if not u.is_cuda:
         _run_on_cpu(spec, args, null_block_id, block_size, sequences)
@@ -326,7 +341,7 @@ def _plan(
 
 
 def _key(
-    tensors: _Tensors, softplus: bool, block_size: int, out: Tensor, ungated: Tensor | None
+    tensors: _Tensors, flags: _Flags, block_size: int, out: Tensor, ungated: Tensor | None
 ) -> tuple[object, ...] | None:
     u, states, starts = tensors.u, tensors.ssm_states, tensors.query_start_loc
     try:
@@ -336,7 +351,7 @@ def _key(
         return None
     return (
         enough, block_size > 0,
-        u.shape, u.dtype, u.device, softplus, getattr(out, "dtype", None), ungated is None,
+        u.shape, u.dtype, u.device, flags, getattr(out, "dtype", None), ungated is None,
         *(getattr(t, "dtype", None) for t in tensors[1:]),
         *(getattr(t, "shape", None) for t in (tensors.B, starts, tensors.cache_indices, tensors.has_initial_state)),
     )  # fmt: skip
@@ -370,7 +385,7 @@ def _canonical(tensors: _Tensors, out: Tensor, ungated: Tensor | None) -> tuple[
     )  # fmt: skip
 
 
-def _spec(args: tuple[Any, ...], softplus: bool) -> SelectiveScanSpec:
+def _spec(args: tuple[Any, ...], flags: _Flags) -> SelectiveScanSpec:
     """The spec of canonical arguments."""
     u, states, delta, A, B, C, D, z, bias, starts, cache, initial, first, _, _, ends, _, out, ungated = args
 
@@ -386,7 +401,7 @@ def _spec(args: tuple[Any, ...], softplus: bool) -> SelectiveScanSpec:
         has_D=D is not None,
         has_z=z is not None,
         has_bias=bias is not None,
-        delta_softplus=bool(softplus),
+        delta_softplus=bool(flags.delta_softplus),
         query_dtype=name_of(starts),
         cache_dtype=name_of(cache),
         has_initial=initial is not None,
@@ -395,6 +410,7 @@ def _spec(args: tuple[Any, ...], softplus: bool) -> SelectiveScanSpec:
         ungated=ungated is not None,
         aligned=all(aligned(t, ACCESS_BYTES) for t in (u, delta, B, C, z, out, ungated)),
         aligned_states=quad and dstate % tuning.QUAD == 0,
+        saturate=flags.saturate,
     )
 
 
@@ -408,17 +424,18 @@ def _run_on_cpu(
     emulator = runtime.emulator()
     if emulator is None:
         runtime.by_reference(spec, args)
-        _reference(args, spec.delta_softplus, segments)
+        _reference(args, spec, segments)
     elif u.numel() and sequences:
         arch = archs.by_name(emulator.arch)
         plan = _plan(spec, args, sequences, arch, emulator.sm_count or arch.sm_count, runtime.emulated)
         plan.run(args, null_block_id, block_size, sequences)
 
 
-def _reference(args: tuple[Any, ...], softplus: bool, segments: list[Any]) -> None:
+def _reference(args: tuple[Any, ...], spec: SelectiveScanSpec, segments: list[Any]) -> None:
     """Scan the sequences one by one: what the kernel does, by PyTorch."""
     u, states, delta, A, B, C, D, z, bias = args[:9]
     out, ungated = args[17:]
+    softplus = spec.delta_softplus
     for sequence in segments:
         state = None if sequence.source is None else states[sequence.source][None]
         begin, row = sequence.begin, slice(sequence.row, sequence.row + 1)
@@ -431,141 +448,8 @@ def _reference(args: tuple[Any, ...], softplus: bool, segments: list[Any]) -> No
                 ungated[part] = y.to(ungated.dtype)
             out[part] = gated.to(out.dtype)
             if target is not None:
-                states[target] = state[0].to(states.dtype)
+                states[target] = (saturated(state[0]) if spec.saturate else state[0]).to(states.dtype)
             begin = stop
-
-
-# --------------------------------------------------------------------------------------------------------------- checks
-def _check(tensors: _Tensors, null_block_id: int, block_size: int, outputs: dict[str, Tensor | None]) -> None:
-    """Raise unless the arguments are as documented; the contents of tensors are not looked at."""
-    named: dict[str, Any] = tensors._asdict()
-    for name, tensor in outputs.items():
-        named.setdefault(name, tensor)
-    required = ("u", "delta", "A", "B", "C", "out")
-    arguments.check_tensors(named, [name for name in named if name not in required])
-    given = {name: tensor for name, tensor in named.items() if tensor is not None}
-    for name, number, least in (("null_block_id", null_block_id, None), ("block_size", block_size, 1)):
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise TypeError(describe(name, "an int", type(number).__name__))
-        if least is not None and number < least:
-            raise ValueError(describe(name, "a positive number of tokens", number))
-    _check_presence(given)
-    _check_shapes(given)
-    _check_dtypes(given, outputs)
-    for name in ("A", "ssm_states"):
-        if name in given and given[name].shape[-1] > 1:
-            arguments.check_last_contiguous(name, given[name])
-    if "cu_chunk_seqlen" in given:
-        arguments.check_last_contiguous("cu_chunk_seqlen", given["cu_chunk_seqlen"])
-    if "query_start_loc" in given:
-        arguments.check_last_contiguous("query_start_loc", given["query_start_loc"])
-    for name, tensor in outputs.items():
-        if tensor is not None and any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride())):
-            expected = "distinct elements, as it is written"
-            raise ValueError(describe(name, expected, f"strides {tensor.stride()}", arguments.allocation(tensor)))
-
-
-_BLOCKS = ("block_idx_first_scheduled_token", "block_idx_last_scheduled_token", "initial_state_idx")
-_CHUNKS = ("cu_chunk_seqlen", "last_chunk_indices")
-
-
-def _check_presence(given: dict[str, Tensor]) -> None:
-    """Raise if an argument lacks another that it needs."""
-    for names in (_BLOCKS, _CHUNKS):
-        present = [name for name in names if name in given]
-        if present and len(present) < len(names):
-            missing = next(name for name in names if name not in given)
-            raise ValueError(describe(missing, f"a tensor, as {present[0]} is given", None, "pass all of them or none"))
-    needs = {_CHUNKS[0]: _BLOCKS[0], _BLOCKS[0]: "cache_indices", "cache_indices": "ssm_states"}
-    needs["has_initial_state"] = "ssm_states"
-    for name, needed in needs.items():
-        if name in given and needed not in given:
-            # a null slot skips a sequence, so cache_indices mean something without states
-            if name == "cache_indices" and _BLOCKS[0] not in given:
-                continue
-            raise ValueError(describe(needed, f"a tensor, as {name} is given", None))
-    if _BLOCKS[0] in given and given["cache_indices"].dim() != 2:
-        shape = tuple(given["cache_indices"].shape)
-        raise ValueError(describe("cache_indices", f"shape (batch, blocks), as {_BLOCKS[0]} is given", shape))
-
-
-def _check_shapes(given: dict[str, Tensor]) -> None:
-    """Raise unless all shapes agree; `given` holds the arguments that are not None."""
-    u, A, B = given["u"], given["A"], given["B"]
-    varlen = "query_start_loc" in given
-    rank, letters = (2, "(dim, total)") if varlen else (3, "(batch, dim, length)")
-    if u.dim() != rank:
-        fix = "without query_start_loc sequences have one length" if varlen else "packed ones need query_start_loc"
-        raise ValueError(describe("u", f"shape {letters}", tuple(u.shape), fix))
-    if A.dim() != 2:
-        raise ValueError(describe("A", "shape (dim, dstate)", tuple(A.shape)))
-    if varlen and (given["query_start_loc"].dim() != 1 or not given["query_start_loc"].shape[0]):
-        raise ValueError(describe("query_start_loc", "shape (batch + 1,)", tuple(given["query_start_loc"].shape)))
-    dim, length = u.shape[-2:]
-    batch = given["query_start_loc"].shape[0] - 1 if varlen else u.shape[0]
-    dstate = A.shape[1]
-    if not 1 <= dstate <= 256:
-        raise ValueError(describe("A", "dstate of 1 to 256", f"dstate = {dstate}"))
-    lead: tuple[int, ...] = () if varlen else (batch,)
-    front = "" if varlen else "batch, "
-    tail = "total" if varlen else "length"
-    grouped = B.dim() == len(lead) + 3
-    if not grouped and B.dim() != len(lead) + 2:
-        raise ValueError(describe("B", f"shape ({front}ngroups, dstate, {tail})", tuple(B.shape)))
-    ngroups = B.shape[-3] if grouped else 1
-    if ngroups < 1 or dim % ngroups:
-        raise ValueError(describe("B", f"ngroups that divides dim = {dim}", f"ngroups = {ngroups}"))
-    columns = (*lead, *((ngroups,) if grouped else ()), dstate, length)
-    columns_text = f"({front}{'ngroups, ' if grouped else ''}dstate, {tail})"
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {
-        "A": ((dim, dstate), "(dim, dstate)"),
-        "B": (columns, columns_text),
-        "C": (columns, columns_text),
-        "D": ((dim,), "(dim,)"),
-        "delta_bias": ((dim,), "(dim,)"),
-        **{name: ((*lead, dim, length), letters) for name in ("delta", "z", "out")},
-        **{name: ((batch,), "(batch,)") for name in ("has_initial_state", *_BLOCKS, "last_chunk_indices")},
-    }
-    for name, (shape, text) in shapes.items():
-        if name in given:
-            arguments.check_shape(name, given[name], shape, text)
-    if "cache_indices" in given:
-        cache = given["cache_indices"]
-        if cache.dim() not in (1, 2) or cache.shape[0] != batch or (cache.dim() == 2 and not cache.shape[1]):
-            expected = f"shape (batch,) = {(batch,)} or (batch, n)"
-            raise ValueError(describe("cache_indices", expected, tuple(cache.shape)))
-    if "cu_chunk_seqlen" in given and given["cu_chunk_seqlen"].dim() != 1:
-        raise ValueError(describe("cu_chunk_seqlen", "shape (chunks + 1,)", tuple(given["cu_chunk_seqlen"].shape)))
-    if "ssm_states" in given:
-        states = given["ssm_states"]
-        if states.dim() != 3 or states.shape[1:] != (dim, dstate):
-            expected = f"shape (slots, dim, dstate) = (slots, {dim}, {dstate})"
-            raise ValueError(describe("ssm_states", expected, tuple(states.shape)))
-        if "cache_indices" not in given and states.shape[0] < batch:
-            fix = "pass cache_indices to say which slot each sequence uses"
-            raise ValueError(describe("ssm_states", f"at least batch = {batch} slots", states.shape[0], fix))
-
-
-def _check_dtypes(given: dict[str, Tensor], outputs: Iterable[str]) -> None:
-    u = given["u"]
-    arguments.check_dtype("u", u, FLOATS)
-    for name in ("delta", "B", "C", "z", "out"):
-        if name in given:
-            arguments.check_dtype(name, given[name], (u.dtype,), "the type of u", cast=True, written=name in outputs)
-    for name in ("A", "D", "delta_bias"):
-        if name in given:
-            arguments.check_dtype(name, given[name], (torch.float32,), cast=True)
-    if "ssm_states" in given:
-        allowed = dict.fromkeys((u.dtype, torch.float32))
-        arguments.check_dtype("ssm_states", given["ssm_states"], allowed, "the type of u or float32")
-    for name in ("query_start_loc", "cache_indices"):
-        if name in given:
-            arguments.check_dtype(name, given[name], INTEGERS)
-    if "has_initial_state" in given:
-        arguments.check_dtype("has_initial_state", given["has_initial_state"], (torch.bool,))
-    for name in (*_BLOCKS, *_CHUNKS):
-        if name in given:
-            arguments.check_dtype(name, given[name], (given["cache_indices"].dtype,), "the type of cache_indices")
 
 
 _INPUTS = (
@@ -575,12 +459,14 @@ _INPUTS = (
     "Tensor? last_chunk_indices, bool delta_softplus, int null_block_id, int block_size"
 )
 _eager, _overload = _library.register(
-    f"selective_scan(Tensor u, Tensor(a!)? ssm_states, Tensor delta, {_INPUTS.format(z='')}, Tensor(b!) out) -> ()",
+    f"selective_scan(Tensor u, Tensor(a!)? ssm_states, Tensor delta, {_INPUTS.format(z='')}, Tensor(b!) out, "
+    "bool saturate=False) -> ()",
     _run,
     lambda *_: None,
 )
 _eager_in_place, _overload_in_place = _library.register(
-    f"selective_scan_fn(Tensor u, Tensor(a!)? ssm_states, Tensor(b!) delta, {_INPUTS.format(z='(c!)')}) -> ()",
+    f"selective_scan_fn(Tensor u, Tensor(a!)? ssm_states, Tensor(b!) delta, {_INPUTS.format(z='(c!)')}, "
+    "bool saturate=False) -> ()",
     _run_in_place,
     lambda *_: None,
 )

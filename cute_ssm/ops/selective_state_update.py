@@ -52,6 +52,8 @@ def selective_state_update(
     dst_state_batch_indices: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     num_accepted_tokens: Tensor | None = None,
+    *,
+    saturate: bool = False,
 ) -> Tensor:
     """Advance the state of every sequence by its tokens and return the outputs.
 
@@ -126,6 +128,9 @@ def selective_state_update(
         Sequence b owns the packed rows cu_seqlens[b] to cu_seqlens[b + 1]; it may own none.
     num_accepted_tokens : Tensor, (batch,), int32/int64, optional
         Sequence b starts from the slot in column ``num_accepted_tokens[b] - 1`` (at least 0) of state_batch_indices.
+    saturate : bool
+        Of new float16 states, make +-65504 what would round to an infinity, infinite sums included.  NaN stays NaN.
+        An error with states of other types.
 
     Returns
     -------
@@ -192,7 +197,7 @@ def selective_state_update(
     run(
         state, x, dt, A, B, C, D, z, dt_bias, written, state_scale, src, dst, num_accepted_tokens, cu_seqlens,
         intermediate_states_buffer, intermediate_state_indices, intermediate_state_scales, rand_seed,
-        dt_softplus, disable_state_update, zero_padding, philox_rounds, cache_steps, pad_slot_id,
+        dt_softplus, disable_state_update, zero_padding, philox_rounds, cache_steps, pad_slot_id, saturate,
     )  # fmt: skip
     return result
 
@@ -283,6 +288,7 @@ def _run(
     philox_rounds: int,
     cache_steps: int,
     pad_slot_id: int,
+    saturate: bool = False,
 ) -> None:
     key: tuple[object, ...] | None
     try:
@@ -300,7 +306,7 @@ def _run(
             sizes, state.dtype, x.dtype, dt.dtype, A.dtype, x.device, dt_softplus, disable_state_update, zero_padding,
             z is None, None if D is None else D.dtype, None if dt_bias is None else dt_bias.dtype,
             src_shape, None if src is None else src.dtype, dst_shape, None if dst is None else dst.dtype,
-            src is not None or state.shape[0] >= batch,
+            src is not None or state.shape[0] >= batch, saturate,
         )  # fmt: skip
         if cu_seqlens is not None or saved is not None or accepted is not None or seed is not None:
             rows_shape = None if saved_rows is None else saved_rows.shape
@@ -331,7 +337,8 @@ def _run(
         except REFUSALS:
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
     operands = Operands._make(tensors)
-    settings = Settings(dt_softplus, disable_state_update, zero_padding, philox_rounds, cache_steps, pad_slot_id)
+    flags = (dt_softplus, disable_state_update, zero_padding)
+    settings = Settings(*flags, philox_rounds, cache_steps, pad_slot_id, saturate)
     spec = arguments.check(operands, settings)
     arguments.warn_of_dense_A(spec, operands.A)
     if not x.is_cuda:
@@ -389,7 +396,7 @@ _eager, _overload = _library.register(
     "Tensor? dst_state_batch_indices, Tensor? num_accepted_tokens, Tensor? cu_seqlens, "
     "Tensor(d!)? intermediate_states_buffer, Tensor? intermediate_state_indices, "
     "Tensor(e!)? intermediate_state_scales, Tensor? rand_seed, bool dt_softplus, bool disable_state_update, "
-    "bool zero_padding, int philox_rounds, int cache_steps, int pad_slot_id) -> ()",
+    "bool zero_padding, int philox_rounds, int cache_steps, int pad_slot_id, bool saturate=False) -> ()",
     _run,
     lambda *_: None,
 )

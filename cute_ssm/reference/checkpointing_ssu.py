@@ -242,7 +242,7 @@ def _write(o: Operands, spec: CheckpointingSSUSpec, slot: int, state: Tensor) ->
         head, row, column = torch.meshgrid(*(torch.arange(size) for size in state.shape), indexing="ij")
         itemsize = o.state.element_size()
         bits = rounding.fragment_bits(seed, spec.philox_rounds, slot, head, row, column, spec.dstate, itemsize)
-    stored, scale = rounding.store(state, o.state.dtype, bits=bits)
+    stored, scale = rounding.store(state, o.state.dtype, bits=bits, saturate=spec.saturate)
     o.state[slot] = stored
     if scale is not None and o.state_scale is not None:
         o.state_scale[slot] = scale

@@ -7,7 +7,8 @@ hardware makes (0x7FFF in both 16-bit types, 0x7F in float8).
 is added to the cut part, and a carry rounds away from zero: the result is one of the two neighbours and right on
 average.  bfloat16 adds all of r to its 16 cut bits.  float16 adds the low 13 bits of r to its 13.  float8 adds r to the
 upper 16 of its 20.  Subnormal results have longer cut parts, of which the highest 13 (float16) or 16 (float8) bits
-count.  The 16-bit types overflow to infinity.  These are the results of ``cvt.rs.{bf16x2,f16x2}.f32``.
+count.  The 16-bit types overflow to infinity, unless
+float16 states are asked to saturate.  These are the results of ``cvt.rs.{bf16x2,f16x2}.f32``.
 
 **Quantised.**  int8, int16 and float8_e4m3fn keep one float32 *scale* for each row, that is, for each (slot, head, row)
 over dstate; an element is ``q * scale``.  See `row_scale`.  An integer is ``h / scale`` rounded to nearest even, or
@@ -47,6 +48,7 @@ from cute_ssm.errors import describe
 
 # The largest magnitude of each quantised type; -128 and -32768 are never produced.
 LARGEST = {torch.int8: 127, torch.int16: 32767, torch.float8_e4m3fn: 448}
+LARGEST_HALF = 65504.0  # of float16
 SMALLEST_SCALE = 2.0**-126  # of a row of zeros, or nearly: the smallest normal float32, whose reciprocal is one too
 
 _MASK = 0xFFFFFFFF
@@ -265,7 +267,14 @@ def quantise(values: Tensor, encode: Tensor, dtype: torch.dtype, bits: Tensor | 
     return ((exact * 65536.0).floor().long() + bits.long() >> 16).to(dtype)
 
 
-def store(values: Tensor, dtype: torch.dtype, *, bits: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def saturated(values: Tensor) -> Tensor:
+    """Return values, of which float16 makes +-65504 where they are beyond, or infinite; NaN stays NaN."""
+    return values.clamp(-LARGEST_HALF, LARGEST_HALF)
+
+
+def store(
+    values: Tensor, dtype: torch.dtype, *, bits: Tensor | None = None, saturate: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Round a state into memory.
 
     Parameters
@@ -275,6 +284,8 @@ def store(values: Tensor, dtype: torch.dtype, *, bits: Tensor | None = None) -> 
         float32, bfloat16, float16, int16, int8 or float8_e4m3fn.
     bits : integer Tensor, (..., dstate), optional
         16 random bits for each element: round stochastically.
+    saturate : bool
+        Make `saturated` float16.
 
     Returns
     -------
@@ -291,6 +302,8 @@ def store(values: Tensor, dtype: torch.dtype, *, bits: Tensor | None = None) -> 
     """
     if values.dtype is not torch.float32:
         raise TypeError(describe("values", "float32", values.dtype))
+    if saturate:
+        values = saturated(values)
     if dtype is torch.float32:
         if bits is not None:
             raise ValueError(describe("bits", "None for float32, which is not rounded", "a tensor"))

@@ -120,7 +120,7 @@ def _keep(
         if rounds and o.rand_seed is not None:
             seeds = o.rand_seed[source[sequences] if len(o.rand_seed) > 1 else torch.zeros_like(sequences)]
             bits = _random_bits(seeds, rounds, lines, pool.shape[-3:], t)
-        stored, scale = rounding.store(states[sequences], pool.dtype, bits=bits)
+        stored, scale = rounding.store(states[sequences], pool.dtype, bits=bits, saturate=settings.saturate)
         pool[at] = stored
         if scale is not None and scales is not None:
             scales[at] = scale

@@ -118,6 +118,7 @@ def materialize(
     rows: list[tuple[int, int, int, int]],
     seeds: Tensor | None,
     rounds: int,
+    saturate: bool = False,
 ) -> None:
     """Write the states that pending tokens lead to, `reference.checkpointing_ssu.fold`, in float32.
 
@@ -135,6 +136,8 @@ def materialize(
         token, and the seed of the source.
     rounds : int
         Rounds of Philox.
+    saturate : bool
+        Make float16 `rounding.saturated`.
     """
     (state, scale), (target, target_scale) = pool, out
     for source, destination, place, count in rows:
@@ -148,7 +151,7 @@ def materialize(
                 bits = rounding.random_bits(seed, rounds, destination, head, row, column, state.shape[-1], count - 1)
             first = rounding.load(state[source], None if scale is None else scale[source])
             values = fold(first, *history.read(source, place, count), A.float())
-            stored, new_scale = rounding.store(values, target.dtype, bits=bits)
+            stored, new_scale = rounding.store(values, target.dtype, bits=bits, saturate=saturate)
         target[destination] = stored
         if target_scale is not None and new_scale is not None:
             target_scale[destination] = new_scale
@@ -161,6 +164,7 @@ def materialize_gated_delta(
     rows: list[tuple[int, int, int, int]],
     use_qk_l2norm: bool,
     compute_dtype: torch.dtype = torch.float32,
+    saturate: bool = False,
 ) -> None:
     """Write the states that pending tokens lead to, `reference.gated_delta_rule.recurrence`, rounded to nearest even.
 
@@ -174,6 +178,8 @@ def materialize_gated_delta(
     use_qk_l2norm : bool
         Normalise keys.
     compute_dtype : torch.dtype
+    saturate : bool
+        Make float16 `rounding.saturated`.
     """
     results = []
     for source, destination, start, count in rows:
@@ -183,6 +189,8 @@ def materialize_gated_delta(
             k, v, g, beta = (ring[source][:, places].transpose(0, 1)[None] for ring in rings)
             _, states = recurrence(state[source][None], k, k, v, g, beta, 1.0, use_qk_l2norm, compute_dtype)
             result = states[0, -1]
+        if saturate and (count or state.dtype != out.dtype):
+            result = rounding.saturated(result)
         results.append((destination, result))
     for destination, result in results:
         out[destination] = result.to(out.dtype)

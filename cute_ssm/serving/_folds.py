@@ -37,6 +37,7 @@ def fold_mamba2(
     target: PoolStorage,
     num_tokens: Tensor | None,
     philox_rounds: int,
+    saturate: bool,
 ) -> None:
     names = ("x_cache", "B_cache", "dt_cache") if pool.ring_start is not None else ("old_x", "old_B", "old_dt")
     if A is None or len(A) != pool.layers:
@@ -55,6 +56,7 @@ def fold_mamba2(
             out_scale=None if target is pool else new_scale,
             pad_slot_id=pool.pad_slot_id if target is pool else NO_PAD,
             rand_seed=None if seeds is None else seeds[layer], philox_rounds=philox_rounds,
+            saturate=saturate,
         )  # fmt: skip
 
 
@@ -66,6 +68,7 @@ def fold_gated_delta(
     target: PoolStorage,
     num_tokens: Tensor | None,
     use_qk_l2norm: bool,
+    saturate: bool,
 ) -> None:
     if A is not None:
         raise ValueError(describe("A", "None for gated delta nets, whose decays are in the history", "a value"))
@@ -73,5 +76,5 @@ def fold_gated_delta(
         materialize_gated_delta(
             **pool._arguments[layer], state_batch_indices=read, dst_state_batch_indices=written,
             num_tokens=num_tokens, out=None if target is pool else target.state[layer],
-            use_qk_l2norm=use_qk_l2norm,
+            use_qk_l2norm=use_qk_l2norm, saturate=saturate,
         )  # fmt: skip

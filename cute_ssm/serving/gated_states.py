@@ -39,6 +39,7 @@ def materialize_gated_delta(
     out: Tensor | None = None,
     use_qk_l2norm: bool = True,
     window: int | None = None,
+    saturate: bool = False,
 ) -> Tensor:
     """Write the true state of slots, with their pending tokens folded in, to other slots or to another pool.
 
@@ -61,6 +62,9 @@ def materialize_gated_delta(
         As the steps have it.
     window : int, optional
         Most pending tokens, 1 to 64, as the steps have it.  None: the rows of the rings, or 64.
+    saturate : bool
+        Of new float16 states, make +-65504 what would round to an infinity.  NaN stays NaN, and what is copied stays as
+        it is.  An error if the result is of another type.
 
     Returns
     -------
@@ -92,10 +96,10 @@ def materialize_gated_delta(
         state_batch_indices, dst_state_batch_indices, num_tokens,
     )  # fmt: skip
     if type(initial_state) is Tensor and not torch.compiler.is_compiling():
-        _eager(*tensors, use_qk_l2norm, window)
+        _eager(*tensors, use_qk_l2norm, window, saturate)
     else:
         # PyTorch lets no operator write an argument that is passed twice
-        _overload(*tensors[:7], out, *tensors[8:], use_qk_l2norm, window)
+        _overload(*tensors[:7], out, *tensors[8:], use_qk_l2norm, window, saturate)
     return target
 
 
@@ -133,6 +137,7 @@ def _run(
     counts: Tensor | None,
     use_qk_l2norm: bool,
     window: int,
+    saturate: bool = False,
 ) -> None:
     if isinstance(src, Tensor) and src.dim() == 1:
         dst, counts = arguments.first_rows(src.shape[0], dst, counts)
@@ -142,7 +147,7 @@ def _run(
         key = (
             state.shape, out.shape, k_cache.shape, v_cache.shape, state.dtype, out.dtype, k_cache.dtype, src.dtype,
             dst.dtype, None if counts is None else counts.dtype, use_qk_l2norm, window, state.device, src.shape[0],
-            state.stride(), out.stride(), k_cache.stride(), v_cache.stride(),
+            state.stride(), out.stride(), k_cache.stride(), v_cache.stride(), saturate,
         )  # fmt: skip
     except (AttributeError, IndexError):  # something is no tensor, or has no axes, which the checks will name
         key = None
@@ -154,7 +159,7 @@ def _run(
         except REFUSALS:
             pass  # other alignment than last time, or a bad argument: the checks below tell
     operands = _Operands(*tensors)
-    spec = _check(operands, use_qk_l2norm, window)
+    spec = _check(operands, use_qk_l2norm, window, saturate)
     units = src.shape[0] * state.shape[1]
     if state.is_cuda:
         if units:
@@ -170,14 +175,14 @@ def _run(
     emulator = runtime.emulator()
     if emulator is None:
         runtime.by_reference(spec, operands)
-        reference.materialize_gated_delta(state, operands[1:5], out, rows, use_qk_l2norm)
+        reference.materialize_gated_delta(state, operands[1:5], out, rows, use_qk_l2norm, saturate=saturate)
     elif units:
         arch = archs.by_name(emulator.arch)
         config = tuning.choose_materialize(spec, units, emulator.sm_count or arch.sm_count)
         runtime.emulated(spec, config, arch)(*operands, window)
 
 
-def _check(o: _Operands, use_qk_l2norm: bool, window: int) -> MaterializeGatedDeltaSpec:
+def _check(o: _Operands, use_qk_l2norm: bool, window: int, saturate: bool) -> MaterializeGatedDeltaSpec:
     """Validate the arguments and return the spec of the call."""
     named = o._asdict()
     arguments.check_tensors(named, ("num_tokens",))
@@ -217,6 +222,7 @@ def _check(o: _Operands, use_qk_l2norm: bool, window: int) -> MaterializeGatedDe
         raise ValueError(describe("window", f"at most {length}, the rows of the rings", window))
     for name in ("initial_state", "out"):
         arguments.check_dtype(name, given[name], checks.FLOATS)
+    arguments.check_saturate(saturate, "initial_state" if o.out is o.initial_state else "out", o.out.dtype)
     arguments.check_dtype("k_cache", o.k_cache, checks.HALVES)
     arguments.check_dtype("v_cache", o.v_cache, (o.k_cache.dtype,), "the type of k_cache")
     for name in ("g_cache", "beta_cache"):
@@ -242,6 +248,7 @@ def _check(o: _Operands, use_qk_l2norm: bool, window: int) -> MaterializeGatedDe
         src_dtype=arguments.name_of(o.state_batch_indices.dtype),
         dst_dtype=arguments.name_of(o.dst_state_batch_indices.dtype),
         count_dtype=None if o.num_tokens is None else arguments.name_of(o.num_tokens.dtype),
+        saturate=saturate,
     )
     spec.check()
     return spec
@@ -261,18 +268,20 @@ def _run_library(
     counts: Tensor | None,
     use_qk_l2norm: bool,
     window: int,
+    saturate: bool = False,
 ) -> None:
     target = state if out is None else out
     _run(
-        state, k_cache, v_cache, g_cache, beta_cache, ring_start, pnat, target, src, dst, counts, use_qk_l2norm, window
+        state, k_cache, v_cache, g_cache, beta_cache, ring_start, pnat, target, src, dst, counts, use_qk_l2norm, window,
+        saturate,
     )  # fmt: skip
 
 
 _eager, _overload = _library.register(
     "serving_materialize_gated_delta(Tensor(a!) initial_state, Tensor k_cache, Tensor v_cache, Tensor g_cache, "
     "Tensor beta_cache, Tensor ring_start, Tensor prev_num_accepted_tokens, Tensor(b!)? out, "
-    "Tensor state_batch_indices, Tensor dst_state_batch_indices, Tensor? num_tokens, bool use_qk_l2norm, int window) "
-    "-> ()",
+    "Tensor state_batch_indices, Tensor dst_state_batch_indices, Tensor? num_tokens, bool use_qk_l2norm, int window, "
+    "bool saturate=False) -> ()",
     _run_library,
     lambda *_: None,
     eager=_run,

@@ -463,6 +463,7 @@ class StatePool(PoolStorage):
         philox_rounds: int = 10,
         use_qk_l2norm: bool = True,
         destination_pool: StatePool | None = None,
+        saturate: bool = False,
     ) -> None:
         """Write the true states of slots, pending tokens folded in, to other slots, which have no pending tokens then.
 
@@ -482,6 +483,8 @@ class StatePool(PoolStorage):
         destination_pool : StatePool, optional
             Where destinations lie: a pool of the same device, layers and sizes of states and convolutions.  Its types
             of states, window, history and number of slots may be others.  None: this pool.
+        saturate : bool
+            Of new float16 states, make +-65504 what would round to an infinity (`serving.materialize`).
 
         Raises
         ------
@@ -499,9 +502,9 @@ class StatePool(PoolStorage):
         if target is not self:
             check_fits(self, target)
         if self.kind == "mamba2":
-            fold_mamba2(self, A, read, written, target, num_tokens, philox_rounds)
+            fold_mamba2(self, A, read, written, target, num_tokens, philox_rounds, saturate)
         else:
-            fold_gated_delta(self, A, read, written, target, num_tokens, use_qk_l2norm)
+            fold_gated_delta(self, A, read, written, target, num_tokens, use_qk_l2norm, saturate)
         if self.conv_state is not None and target.conv_state is not None:
             if num_tokens is None:
                 most = min(self.conv_state.shape[3], target.conv_state.shape[3])

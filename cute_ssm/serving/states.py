@@ -46,6 +46,7 @@ def materialize(
     pad_slot_id: int = -1,
     rand_seed: Tensor | None = None,
     philox_rounds: int = 10,
+    saturate: bool = False,
 ) -> Tensor:
     """Write the true state of slots, with their pending tokens folded in, to other slots or to another pool.
 
@@ -89,6 +90,9 @@ def materialize(
         Round stochastically, with this seed or that of the slot that is read.  Not if the result is float32.
     philox_rounds : int
         Rounds of the Philox generator.
+    saturate : bool
+        Of new float16 states, make +-65504 what would round to an infinity.  NaN stays NaN, and what is copied stays as
+        it is.  An error if the result is of another type.
 
     Returns
     -------
@@ -127,11 +131,11 @@ def materialize(
     )  # fmt: skip
     eager = type(state) is Tensor and not torch.compiler.is_compiling()
     if eager:
-        _eager(*tensors, ring_start is not None, pad_slot_id, philox_rounds)
+        _eager(*tensors, ring_start is not None, pad_slot_id, philox_rounds, saturate)
     else:
         # PyTorch lets no operator write an argument that is passed twice
         given = (None, None) if out is None else (target, target_scale)
-        _overload(*tensors[:8], *given, *tensors[10:], ring_start is not None, pad_slot_id, philox_rounds)
+        _overload(*tensors[:8], *given, *tensors[10:], ring_start is not None, pad_slot_id, philox_rounds, saturate)
     return target
 
 
@@ -177,6 +181,7 @@ def _run(
     ring: bool,
     pad_slot_id: int,
     philox_rounds: int,
+    saturate: bool = False,
 ) -> None:
     if isinstance(src, Tensor) and src.dim() == 1:
         dst, counts = arguments.first_rows(src.shape[0], dst, counts)
@@ -189,6 +194,7 @@ def _run(
             state.shape, out.shape, x_history.shape, B_history.shape, state.dtype, out.dtype, x_history.dtype, A.dtype,
             src.dtype, dst.dtype, None if counts is None else counts.dtype, ring, state.device, src.numel() > 0,
             None if seed is None else (seed.shape, philox_rounds), out_scale is None, state_scale is None,
+            saturate,
         )  # fmt: skip
     except AttributeError:  # something is no tensor, which the checks will name
         key = None
@@ -200,7 +206,7 @@ def _run(
         except REFUSALS:
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
     operands = _Operands(*tensors)
-    spec = _check(operands, ring, philox_rounds)
+    spec = _check(operands, ring, philox_rounds, saturate)
     work = src.shape[0] * state.shape[1]
     if state.is_cuda:
         if work:
@@ -217,7 +223,8 @@ def _run(
     if emulator is None:
         runtime.by_reference(spec, operands)
         pools = (state, state_scale), (out, out_scale)
-        reference.materialize(pools[0], _history(operands, ring), A[:, 0, 0], pools[1], rows, seed, spec.philox_rounds)
+        history, rounding = _history(operands, ring), (seed, spec.philox_rounds, saturate)
+        reference.materialize(pools[0], history, A[:, 0, 0], pools[1], rows, *rounding)
     elif work:
         kernel = runtime.emulated(spec, tuning.choose_materialize(), archs.by_name(emulator.arch))
         kernel(*operands, pad_slot_id)
@@ -230,7 +237,7 @@ def _history(o: _Operands, ring: bool) -> History:
     return DoubleBuffer(o.x_history, o.B_history, o.dt_history, o.dt_history)
 
 
-def _check(o: _Operands, ring: bool, philox_rounds: int) -> MaterializeSpec:
+def _check(o: _Operands, ring: bool, philox_rounds: int, saturate: bool) -> MaterializeSpec:
     """Validate the arguments and return the spec of the call."""
     place_name = "ring_start" if ring else "cache_buf_idx"
     named = {place_name if name == "cursor" else name: value for name, value in o._asdict().items()}
@@ -239,6 +246,7 @@ def _check(o: _Operands, ring: bool, philox_rounds: int) -> MaterializeSpec:
     _check_shapes(given, ring)
     arguments.check_dtype("state", o.state, STATES)
     arguments.check_dtype("out", o.out, STATES)
+    arguments.check_saturate(saturate, "state" if o.out is o.state else "out", o.out.dtype)
     arguments.check_dtype("x_history", o.x_history, FLOATS[1:])
     arguments.check_dtype("B_history", o.B_history, (o.x_history.dtype,), "the type of x_history")
     arguments.check_dtype("A", o.A, FLOATS)
@@ -291,6 +299,7 @@ def _check(o: _Operands, ring: bool, philox_rounds: int) -> MaterializeSpec:
         count_dtype=None if o.num_tokens is None else arguments.name_of(o.num_tokens.dtype),
         philox_rounds=0 if o.rand_seed is None else philox_rounds,
         seed_per_slot=o.rand_seed is not None and o.rand_seed.shape[0] != 1,
+        saturate=saturate,
     )
     spec.check()
     return spec
@@ -380,11 +389,12 @@ def _run_library(
     ring: bool,
     pad_slot_id: int,
     philox_rounds: int,
+    saturate: bool = False,
 ) -> None:
     target, target_scale = (state, state_scale) if out is None else (out, out_scale)
     _run(
         state, state_scale, x_history, B_history, dt_history, cursor, pnat, A, target, target_scale, src, dst, counts,
-        seed, ring, pad_slot_id, philox_rounds,
+        seed, ring, pad_slot_id, philox_rounds, saturate,
     )  # fmt: skip
 
 
@@ -392,7 +402,7 @@ _eager, _overload = _library.register(
     "serving_materialize(Tensor(a!) state, Tensor(b!)? state_scale, Tensor x_history, Tensor B_history, "
     "Tensor dt_history, Tensor cursor, Tensor prev_num_accepted_tokens, Tensor A, Tensor(c!)? out, "
     "Tensor(d!)? out_scale, Tensor state_batch_indices, Tensor dst_state_batch_indices, Tensor? num_tokens, "
-    "Tensor? rand_seed, bool ring, int pad_slot_id, int philox_rounds) -> ()",
+    "Tensor? rand_seed, bool ring, int pad_slot_id, int philox_rounds, bool saturate=False) -> ()",
     _run_library,
     lambda *_: None,
     eager=_run,
