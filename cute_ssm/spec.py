@@ -532,10 +532,13 @@ class CommitSpec(CursorSpec):
         Type of ``num_accepted_tokens``.
     seeds : bool
         Seeds of the slots advance too.
+    unallocated : bool
+        A mask says which slots no sequence has.
     """
 
     accepted_dtype: str
     seeds: bool
+    unallocated: bool = False
 
     @property
     def op(self) -> str:

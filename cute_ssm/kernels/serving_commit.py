@@ -8,7 +8,7 @@ from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, const_expr
+from cutlass import Int32, Int64, Uint8, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from cute_ssm.arch import Arch
@@ -40,8 +40,9 @@ class CommitCursors:
         seeds = None
         if self.spec.seeds:
             seeds = fake(Int64, (layers, slots), (1,))
+        closed = fake(Uint8, (slots,)) if self.spec.unallocated else None
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        return pnat, cursor, accepted, src, cu, seeds, Int64(0), Int32(0), Int32(0), Int32(0), stream
+        return pnat, cursor, accepted, src, cu, seeds, closed, Int64(0), Int32(0), Int32(0), Int32(0), stream
 
     @cute.jit
     def __call__(
@@ -52,6 +53,7 @@ class CommitCursors:
         src: Optional[cute.Tensor],
         cu: Optional[cute.Tensor],
         seeds: Optional[cute.Tensor],
+        unallocated: Optional[cute.Tensor],
         pad_slot: Int64,
         tokens: Int32,
         window: Int32,
@@ -59,7 +61,7 @@ class CommitCursors:
         stream,
     ):
         """Shapes and types as in `cute_ssm.serving.commit`; `places` counts the values of the cursor."""
-        self.kernel(pnat, cursor, accepted, src, cu, seeds, pad_slot, tokens, window, places).launch(
+        self.kernel(pnat, cursor, accepted, src, cu, seeds, unallocated, pad_slot, tokens, window, places).launch(
             grid=[cute.ceil_div(accepted.shape[0], self.threads), 1, 1], block=[self.threads, 1, 1], stream=stream
         )
 
@@ -72,6 +74,7 @@ class CommitCursors:
         src: Optional[cute.Tensor],
         cu: Optional[cute.Tensor],
         seeds: Optional[cute.Tensor],
+        unallocated: Optional[cute.Tensor],
         pad_slot: Int64,
         tokens: Int32,
         window: Int32,
@@ -81,6 +84,9 @@ class CommitCursors:
         if b < accepted.shape[0]:
             sizes = (pad_slot, tokens, window, places)
             slot, count, kept, place, live = self.rows.load((pnat, cursor, src, cu), b, sizes)
+            if const_expr(unallocated is not None):
+                if live:
+                    live = unallocated[slot] == 0
             taken = Int64(accepted[b])
             if live and taken >= 0 and taken <= cutlass.min(count, window):
                 if self.rows.writes(kept, count, window):

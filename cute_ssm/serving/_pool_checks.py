@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.spec import Spec
@@ -14,6 +15,15 @@ from cute_ssm.spec import Spec
 def check_equal(what: str, own: object, other: object) -> None:
     if own != other:
         raise ValueError(describe(f"destination_pool: {what}", own if isinstance(own, str) else repr(own), other))
+
+
+def check_allocated(name: str, slots: Tensor, unallocated: Tensor, rows: Tensor, pad_slot_id: int) -> None:
+    """Raise if a slot of `rows`, a mask, is one that no sequence has; all tensors are on the CPU, slots in range."""
+    closed = unallocated[slots.where(rows, 0)] & rows if len(unallocated) else torch.zeros_like(rows)
+    if bool(closed.any()):
+        at = int(closed.nonzero()[0])
+        fix = f"take slots by allocate(); rows that are padding have {pad_slot_id}"
+        raise ValueError(describe(name, "allocated slots", f"slot {int(slots[at])} at position {at}", fix))
 
 
 def check_sizes(**sizes: int) -> None:

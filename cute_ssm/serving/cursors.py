@@ -15,6 +15,7 @@ from cute_ssm.ops import _arguments as arguments
 from cute_ssm.ops import _library
 from cute_ssm.ops._plans import REFUSALS, Plans
 from cute_ssm.reference import serving as reference
+from cute_ssm.serving._pool_checks import check_allocated
 from cute_ssm.spec import CommitSpec, WorkItemsSpec
 from cute_ssm.tuning import overridden
 from cute_ssm.tuning import serving as tuning
@@ -38,6 +39,7 @@ def commit(
     state_batch_indices: Tensor | None = None,
     pad_slot_id: int = -1,
     rand_seed: Tensor | None = None,
+    unallocated: Tensor | None = None,
 ) -> None:
     """Advance the cursors of a batch after a step of the model, by the numbers of accepted tokens.
 
@@ -72,6 +74,9 @@ def commit(
     rand_seed : Tensor, (layers, slots), int64, optional
         Seeds of stochastic rounding, those of committed rows **advanced by one** in every layer; stride 1 in the last
         dimension.
+    unallocated : Tensor, (slots,), bool, optional
+        True for slots that no sequence has: a row that would advance one is refused on the CPU, and stays as it is on
+        a GPU.
 
     Raises
     ------
@@ -88,7 +93,7 @@ def commit(
         sizes = (NO_PAD, *sizes[1:])
     run = _commit_eager if _eager(prev_num_accepted_tokens) else _commit_overload
     run(
-        prev_num_accepted_tokens, place, num_accepted_tokens, state_batch_indices, cu_seqlens, rand_seed,
+        prev_num_accepted_tokens, place, num_accepted_tokens, state_batch_indices, cu_seqlens, rand_seed, unallocated,
         ring_start is not None, *sizes,
     )  # fmt: skip
 
@@ -332,6 +337,7 @@ def _commit(
     src: Tensor | None,
     cu_seqlens: Tensor | None,
     seeds: Tensor | None,
+    unallocated: Tensor | None,
     ring: bool,
     pad_slot_id: int,
     tokens: int,
@@ -340,12 +346,15 @@ def _commit(
 ) -> None:
     accepted, src = arguments.first_of_batch(accepted, cu_seqlens, accepted, src)
     rows = _Rows(pnat, place, src, cu_seqlens, ring, pad_slot_id, tokens, window, places)
-    operands = (pnat, place, accepted, src, cu_seqlens, seeds, *rows.scalars())
-    key = _key(CommitSpec, rows, accepted, seeds)
+    mask = unallocated
+    if isinstance(mask, Tensor) and mask.dtype is torch.bool:
+        mask = mask.view(torch.uint8)  # as the kernel reads it
+    operands = (pnat, place, accepted, src, cu_seqlens, seeds, mask, *rows.scalars())
+    key = _key(CommitSpec, rows, accepted, seeds, unallocated)
     if _run_plan(key, operands):
         return
-    named = {**rows.named(), "num_accepted_tokens": accepted, "rand_seed": seeds}
-    arguments.check_tensors(named, ("state_batch_indices", "cu_seqlens", "rand_seed"))
+    named = {**rows.named(), "num_accepted_tokens": accepted, "rand_seed": seeds, "unallocated": unallocated}
+    arguments.check_tensors(named, ("state_batch_indices", "cu_seqlens", "rand_seed", "unallocated"))
     arguments.check_dtype("num_accepted_tokens", accepted, INTEGERS)
     if accepted.dim() != 1:
         raise ValueError(describe("num_accepted_tokens", "shape (batch,)", tuple(accepted.shape)))
@@ -361,8 +370,12 @@ def _commit(
             raise ValueError(describe("rand_seed", expected, tuple(seeds.shape)))
         arguments.check_last_contiguous("rand_seed", seeds)
         arguments.check_writable("rand_seed", seeds)
+    if unallocated is not None:
+        arguments.check_dtype("unallocated", unallocated, (torch.bool,))
+        arguments.check_shape("unallocated", unallocated, (pnat.shape[0],), "(slots,)")
     spec = CommitSpec(
-        **rows.spec(), accepted_dtype=arguments.DTYPE_NAMES[accepted.dtype], seeds=seeds is not None
+        **rows.spec(), accepted_dtype=arguments.DTYPE_NAMES[accepted.dtype], seeds=seeds is not None,
+        unallocated=unallocated is not None,
     )  # fmt: skip
     if pnat.is_cuda:
         if batch:
@@ -371,7 +384,7 @@ def _commit(
             plan(*operands)
         return
     cursors = rows.cursors(batch)
-    _check_accepted(accepted, cursors)
+    _check_accepted(accepted, cursors, unallocated, pad_slot_id)
     emulator = runtime.emulator()
     if emulator is None:
         runtime.by_reference(spec, operands)
@@ -381,8 +394,13 @@ def _commit(
         runtime.emulated(spec, tuning.choose_commit(), arch)(*operands)
 
 
-def _check_accepted(accepted: Tensor, cursors: reference.Cursors) -> None:
-    """Raise on numbers that no step can have accepted, and on slots that two rows would advance."""
+def _check_accepted(
+    accepted: Tensor, cursors: reference.Cursors, unallocated: Tensor | None, pad_slot_id: int
+) -> None:
+    """Raise on numbers that no step can have accepted, and on slots that no row or two rows may advance."""
+    if unallocated is not None:
+        advanced = cursors.live & (accepted >= 0)
+        check_allocated("state_batch_indices", cursors.slots, unallocated, advanced, pad_slot_id)
     most = cursors.counts.clamp(max=cursors.window)
     bad = (cursors.live & (accepted > most)).nonzero()[:, 0].tolist()
     if bad:
@@ -452,8 +470,8 @@ def _build(
 
 _commit_eager, _commit_overload = _library.register(
     "serving_commit(Tensor(a!) prev_num_accepted_tokens, Tensor(b!) place, Tensor num_accepted_tokens, "
-    "Tensor? state_batch_indices, Tensor? cu_seqlens, Tensor(c!)? rand_seed, bool ring, int pad_slot_id, int tokens, "
-    "int window, int places) -> ()",
+    "Tensor? state_batch_indices, Tensor? cu_seqlens, Tensor(c!)? rand_seed, Tensor? unallocated, bool ring, "
+    "int pad_slot_id, int tokens, int window, int places) -> ()",
     _commit,
     lambda *_: None,
 )

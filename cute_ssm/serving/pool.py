@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cute_ssm.errors import describe
-from cute_ssm.ops._arguments import first_of_batch, name_of
+from cute_ssm.ops._arguments import first_rows, name_of
 from cute_ssm.ops._gated_delta_arguments import check_heads
 from cute_ssm.serving._folds import check_fits, fold_gated_delta, fold_mamba2
 from cute_ssm.serving._pool_checks import check_equal, check_sizes, check_spec, check_types
@@ -290,12 +290,13 @@ class StatePool(PoolStorage):
     ) -> tuple[Tensor, Tensor]:
         """List the rows of a batch for the operator, before a step: `serving.build_work_items` on the pool's cursors.
 
-        Rows have `tokens` new tokens each, or those of ``cu_seqlens``.
+        Rows have `tokens` new tokens each, or those of ``cu_seqlens``; ``work_items`` may be longer.
         """
         return build_work_items(
             self.prev_num_accepted_tokens,
             **self._cursor_arguments(cu_seqlens),
             state_batch_indices=state_batch_indices,
+            batch=_batch(state_batch_indices, cu_seqlens),
             work_items=work_items,
             num_writes=num_writes,
         )
@@ -305,54 +306,41 @@ class StatePool(PoolStorage):
     ) -> None:
         """Advance cursors, seeds and the inputs of the convolutions, after a step: see `serving.commit`.
 
+        Cursors and seeds take one launch and no allocation; inputs of convolutions are moved by PyTorch.
+
         Parameters
         ----------
         state_batch_indices : Tensor, (batch,), int32/int64
             Slot of each row: allocated ones, or `pad_slot_id`.
         num_accepted_tokens : Tensor, (batch,), int32/int64
-            How many of its new tokens each row keeps; a negative number leaves the row as it is.
+            How many of its new tokens each row keeps; a negative number leaves the row as it is.  It may be longer.
         cu_seqlens : Tensor, (batch + 1,), int32/int64, optional
             As the step had it.
 
         Raises
         ------
         ValueError, TypeError, UnsupportedArchError
-            As for `serving.commit`; and if a slot is not allocated, for pools on the CPU.  On a GPU, where the pool
-            keeps a mask of its slots, such a row stays as it is.
+            As for `serving.commit`; and if a slot is not allocated, for pools on the CPU.  On a GPU such a row stays
+            as it is.
         """
-        num_accepted_tokens, state_batch_indices = first_of_batch(
-            num_accepted_tokens, cu_seqlens, num_accepted_tokens, state_batch_indices
-        )
-        num_accepted_tokens = self._of_allocated(state_batch_indices, num_accepted_tokens, cu_seqlens)
+        batch = _batch(state_batch_indices, cu_seqlens)
+        if batch is not None:
+            if isinstance(num_accepted_tokens, Tensor) and num_accepted_tokens.shape[:1] < (batch,):
+                expected = f"at least {batch} numbers, one for each row"
+                raise ValueError(describe("num_accepted_tokens", expected, tuple(num_accepted_tokens.shape)))
+            num_accepted_tokens, state_batch_indices = first_rows(batch, num_accepted_tokens, state_batch_indices)
         commit(
             self.prev_num_accepted_tokens,
             num_accepted_tokens,
             **self._cursor_arguments(cu_seqlens),
             state_batch_indices=state_batch_indices,
             rand_seed=self.rand_seed,
+            unallocated=self._unallocated,
         )
         if self.conv_state is not None:
-            self._shift_conv(state_batch_indices.long(), num_accepted_tokens.long(), cu_seqlens)
-
-    def _of_allocated(self, slots: Tensor, accepted: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """The numbers of accepted tokens, on a GPU with -1 for slots that are not allocated; on a CPU, raise there."""
-        tensors = [slots, accepted] if cu_seqlens is None else [slots, accepted, cu_seqlens]
-        if not all(isinstance(t, Tensor) and t.dim() == 1 and t.device == self.state.device for t in tensors):
-            return accepted  # `commit` names what is wrong
-        if len(slots) != len(accepted) or slots.dtype not in (torch.int32, torch.int64):
-            return accepted
-        closed = self._unallocated.index_select(0, slots.clamp(0, self.slots - 1))
-        if slots.device.type != "cpu":
-            return accepted.masked_fill(closed, -1)
-        closed &= (slots != self.pad_slot_id) & (slots >= 0) & (slots < self.slots) & (accepted >= 0)
-        if cu_seqlens is not None and len(cu_seqlens) == len(slots) + 1:
-            closed &= cu_seqlens.diff() > 0
-        if bool(closed.any()):
-            at = int(closed.nonzero()[0])
-            fix = f"take slots by allocate(); rows that are padding have {self.pad_slot_id}"
-            got = f"slot {int(slots[at])} at position {at}"
-            raise ValueError(describe("state_batch_indices", "allocated slots", got, fix))
-        return accepted
+            slots = state_batch_indices.long()
+            closed = self._unallocated[slots.clamp(0, self.slots - 1)]
+            self._shift_conv(slots, num_accepted_tokens.long().masked_fill(closed, -1), cu_seqlens)
 
     def _shift_conv(self, slots: Tensor, accepted: Tensor, cu_seqlens: Tensor | None) -> None:
         """Move accepted inputs of convolutions behind the older ones, of rows whose slot and count `commit` takes."""
@@ -548,6 +536,14 @@ class StatePool(PoolStorage):
             foreign = {to for _, to in pairs} & {of for of, to in pairs if not (same and of == to)}
             if foreign or len({to for _, to in pairs}) != len(written):
                 raise ValueError(describe("destination", "distinct slots that are no sources", written.tolist()))
+
+
+def _batch(slots: object, cu_seqlens: object) -> int | None:
+    """Rows of a batch, as its offsets or else its slots tell; None if they are no tensors, which others name."""
+    counted = slots if cu_seqlens is None else cu_seqlens
+    if not isinstance(counted, Tensor) or counted.dim() != 1:
+        return None
+    return max(counted.shape[0] - (cu_seqlens is not None), 0)
 
 
 def _raw(tensor: Tensor) -> Tensor:

@@ -66,10 +66,10 @@ FAULTS = [
     ),
     Fault(
         "rows of unallocated slots are committed on a GPU",
-        POOL,
-        "accepted.masked_fill(closed, -1)",
-        "accepted",
-        (POOLS + "test_on_a_gpu_rows_of_unallocated_slots_count_as_left_alone",),
+        "cute_ssm/kernels/serving_commit.py",
+        "live = unallocated[slot] == 0",
+        "live = unallocated[slot] >= 0",
+        (POOLS + "test_on_a_gpu_rows_of_unallocated_slots_are_left_alone",),
     ),
     Fault(
         "pools of other sizes are taken for destinations",

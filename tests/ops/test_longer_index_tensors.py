@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import checkpointing_cases
@@ -48,6 +49,25 @@ def commit(ring=False, **fields):
 def listed(**fields):
     call = cursor_arguments(Cursors(batch=6, **fields))[0]
     return {**call, "work_items": torch.zeros(6, 4, dtype=torch.int32), "num_writes": torch.zeros(1).int()}
+
+
+def of_pool(method):
+    """A method of a pool, called with the pool among its arguments."""
+
+    def call(pool, **arguments):
+        return getattr(pool, method)(**arguments)
+
+    return call
+
+
+def pool_call(packed=False, **more):
+    """Arguments of a pool's methods, the slots of the batch among them, and its cursors, which a commit writes."""
+    pool = serving.StatePool.gated_delta(1, 5, heads=1, value_heads=1, K=64, V=64, window=8, tokens=3)
+    slots = torch.tensor([pool.allocate(), -1, pool.allocate()])
+    call = {"pool": pool, "state_batch_indices": slots}
+    if packed:
+        call["cu_seqlens"] = torch.tensor([0, 3, 3, 5])
+    return call | {name: value.clone() for name, value in more.items()}
 
 
 # operator, arguments, and which of them have a row for each sequence
@@ -107,6 +127,23 @@ CALLS = {
     "work items, packed": (
         serving.build_work_items, lambda: listed(varlen=True), ("state_batch_indices", "work_items")
     ),
+    "commit of a pool": (
+        of_pool("commit"), lambda: pool_call(num_accepted_tokens=torch.tensor([2, 0, 1])), ("num_accepted_tokens",)
+    ),
+    "commit of a pool, packed": (
+        of_pool("commit"), lambda: pool_call(True, num_accepted_tokens=torch.tensor([2, 0, 1])),
+        ("num_accepted_tokens", "state_batch_indices"),
+    ),
+    "work items of a pool": (
+        of_pool("build_work_items"),
+        lambda: pool_call(work_items=torch.zeros(3, 4).int(), num_writes=torch.zeros(1).int()),
+        ("work_items",),
+    ),
+    "work items of a pool, packed": (
+        of_pool("build_work_items"),
+        lambda: pool_call(True, work_items=torch.zeros(3, 4).int(), num_writes=torch.zeros(1).int()),
+        ("work_items", "state_batch_indices"),
+    ),
     "materialize": (
         serving.materialize,
         lambda: materialize_arguments(Materialize(), 0)["call"],
@@ -130,6 +167,8 @@ def test_rows_after_those_of_the_batch_are_not_looked_at(call):
     operator, make, names = CALLS[call]
     exact = make()
     long = copy(exact) | {name: longer(exact[name]) for name in names}
+    if "pool" in exact:
+        long["pool"] = deepcopy(exact["pool"])
     before = copy(long)
     operator(**exact)
     operator(**long)
@@ -141,6 +180,8 @@ def test_rows_after_those_of_the_batch_are_not_looked_at(call):
             assert same(got[len(value) :], before[name][len(value) :])
             got = got[: len(value)]
         assert same(got, value), name
+    if "pool" in exact:
+        assert same(long["pool"]._cursors, exact["pool"]._cursors)
 
 
 @pytest.mark.parametrize(("call", "name"), EACH, ids=str)

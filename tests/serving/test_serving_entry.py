@@ -51,12 +51,14 @@ def integers(*shape):
 
 
 def test_commit(monkeypatch):
-    spec = CommitSpec(True, "int64", None, "int32", True)
+    spec = CommitSpec(True, "int64", None, "int32", True, True)
     function = compiled(serving_commit.CommitCursors, spec, monkeypatch)
     tensors = {"pnat": integers(7), "place": integers(7), "accepted": integers(3), "src": integers(3).long()}
     tensors |= {"cu": None, "seeds": torch.zeros(2, 7, dtype=torch.int64)}
+    tensors |= {"unallocated": torch.zeros(7, dtype=torch.bool).view(torch.uint8)}
     wrong = {"pnat": integers(8), "place": integers(7).long(), "accepted": integers(4), "src": integers(3)}
     wrong |= {"cu": integers(4), "seeds": torch.zeros(2, 6, dtype=torch.int64)}
+    wrong |= {"unallocated": torch.zeros(6, dtype=torch.bool).view(torch.uint8)}
     check(function, tensors, [-1, 6, 16, 22], wrong)
 
 

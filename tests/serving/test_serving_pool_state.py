@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import out_of_range
 import pytest
 import torch
 from bits import each_same_bits, same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cute_ssm
 from cute_ssm import serving
@@ -329,20 +331,77 @@ def test_a_commit_of_an_unallocated_slot_is_refused_by_name(make, backend):
             commit(used, slot, pool.pad_slot_id)
 
 
+class Ops(TorchDispatchMode):
+    """Names of what PyTorch runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Emulated calls whose contents the host does not look at."""
+    out_of_range.unchecked(monkeypatch)
+    with ptxsim.emulate(arch="sm_90a") as session:
+        yield session
+
+
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
-def test_on_a_gpu_rows_of_unallocated_slots_count_as_left_alone(kind):
-    """What the pool's mask makes of the numbers of accepted tokens there, with slots that lead outside too."""
-    pool, _ = started(gated)
-    used = [slot for slot in range(5) if slot not in pool._free]
+@pytest.mark.parametrize("make", ["gated delta", "ring with seeds"])
+def test_on_a_gpu_rows_of_unallocated_slots_are_left_alone(make, kind, as_on_a_gpu):
+    """Cursors, seeds and inputs of convolutions; slots that lead outside among them."""
+    pool = POOLS[make]()
+    one, freed, two = (pool.allocate() for _ in range(3))
+    pool.free(freed)
+    fresh = pool._free[0]
+    pool.conv_state.random_(1, 100)
+    frozen = copy.deepcopy(pool)
+    slots = torch.tensor([one, freed, two, fresh, 5, -1, 99, -(2**31)], dtype=kind)
+    pool.commit(slots, torch.tensor([1, 1, 2, 1, 1, 1, 1, 1]))
+    assert pool.prev_num_accepted_tokens.nonzero().flatten().tolist() == sorted([one, two])
+    assert not pool._cursors[1].any()
+    if pool.rand_seed is not None:
+        assert (pool.rand_seed != frozen.rand_seed)[0].nonzero().flatten().tolist() == sorted([one, two])
+    moved = (pool.conv_state != frozen.conv_state).any(-1).any(-1).any(0)
+    assert moved.nonzero().flatten().tolist() == sorted([one, two])
 
-    class OnGpu(torch.Tensor):
-        device = type("Device", (), {"type": "cuda", "__eq__": lambda *_: True, "__hash__": lambda _: 0})()
 
-    slots = torch.tensor([used[0], pool._free[0], used[1], 5, -1, 99, -(2**31)], dtype=kind).as_subclass(OnGpu)
-    accepted = torch.arange(7).as_subclass(OnGpu)
-    got = pool._of_allocated(slots, accepted, None)
-    assert got[:4].tolist() == [0, -1, 2, -1], "used, free, used, reserved"
-    assert accepted.tolist() == list(range(7))
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_commit_of_a_pool_is_one_launch_and_allocates_nothing(packed, as_on_a_gpu):
+    pool = mamba2(conv_shape=None, conv_dtype=None, state_dtype=torch.float16, seed=3)
+    slots = torch.tensor([pool.allocate(), pool.pad_slot_id, 3])
+    call = (slots, torch.tensor([2, 1, 1])), {"cu_seqlens": torch.tensor([0, 3, 4, 6])} if packed else {}
+    pool.commit(*call[0], **call[1])  # compiles
+    launched = len(as_on_a_gpu.launches)
+    with Ops() as ops:
+        pool.commit(*call[0], **call[1])
+    assert len(as_on_a_gpu.launches) == launched + 1
+    assert {*ops.names} <= {"view", "detach", "alias"}, "what makes no view allocates and launches"
+    assert pool.prev_num_accepted_tokens.nonzero().flatten().tolist() == [slots[0]]
+
+
+@pytest.mark.parametrize("kind", POOLS)
+def test_a_commit_can_be_traced(kind):
+    """As one graph, and refuses slots as it does without a compiler."""
+    pool, run = started(POOLS[kind])
+    twin = copy.deepcopy(pool)
+    accepted = torch.tensor([1, 2, 0])
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def commit(slots, accepted):
+        pool.commit(slots, accepted)
+
+    commit(run.slots, accepted)
+    twin.commit(run.slots, accepted)
+    assert same(pool, twin) and pool.prev_num_accepted_tokens.any()
+    with pytest.raises(ValueError, match="state_batch_indices: expected allocated slots"):
+        commit(torch.tensor([*run.slots[:2], pool._free[0]]), torch.ones_like(accepted))
+    assert same(pool, twin)
 
 
 # --------------------------------------------------------------------------------------------------------- other pools
