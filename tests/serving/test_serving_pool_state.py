@@ -174,7 +174,8 @@ def test_a_pool_that_is_pickled_in_a_process_goes_on_in_another(tmp_path):
         "pool, slots = pickle.load(open(sys.argv[2], 'rb'))\n"
         "torch.save([t.Run(pool, slots[:2].tolist()).step(number) for number in range(7, 12)], sys.argv[3])"
     )
-    folders = os.pathsep.join(map(str, Path(__file__).parents[:2]))
+    here = Path(__file__).parent
+    folders = os.pathsep.join(map(str, (here, here.parent, here.parent / "ops")))
     subprocess.run([sys.executable, "-c", code, folders, tmp_path / "pool", tmp_path / "steps"], check=True)
     for number, got in zip(range(7, 12), torch.load(tmp_path / "steps", weights_only=True)):
         same_bits(run.step(number), got)
