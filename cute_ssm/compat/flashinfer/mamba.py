@@ -45,7 +45,7 @@ def selective_state_update(
     num_accepted_tokens: Tensor | None = None,
     backend: str = "auto",
     *,
-    write_padded_rows: bool = True,
+    write_padded_rows: bool = False,
 ) -> Tensor:
     """Advance states by their tokens, like FlashInfer's function of this name.
 
@@ -70,14 +70,15 @@ def selective_state_update(
     backend : {"auto", "flashinfer", "cake"}
         Accepted for compatibility.
     write_padded_rows : bool
-        Not of FlashInfer.  False leaves rows of ``out`` whose sequence is padding as they are, or zero if ``out`` was
-        not given, which saves a few small kernels; they matter only to callers that read them.
+        Not of FlashInfer.  True writes rows of ``out`` whose sequence is padding as FlashInfer does: the outputs of a
+        state of zeros.  It costs a second launch, a state of zeros for it, and a few small kernels of PyTorch; rows of
+        padding matter only to callers that read them.
 
     Returns
     -------
     Tensor
-        ``out`` if given, else a new tensor of the shape of x, T axis included.  Rows whose sequence is padding hold the
-        outputs of a state of zeros.
+        ``out`` if given, else a new tensor of the shape of x, T axis included.  Rows whose sequence is padding are as
+        they were in ``out``, or zero if it was not given, unless ``write_padded_rows``.
 
     Raises
     ------
@@ -89,6 +90,8 @@ def selective_state_update(
     Differences from FlashInfer:
 
     * Without ``state_batch_indices`` no sequence is padding.
+    * Rows of padding are not written; FlashInfer writes the outputs of a state of zeros.  Pass
+      ``write_padded_rows=True`` to have those.
     * With an intermediate buffer, the last state also goes to ``state`` unless ``disable_state_update``, and that
       argument holds with ``dst_state_batch_indices`` too; pad entries are checked in every mode.
     * D may be None, all types of states may be rounded stochastically, those with scales too, and ``rand_seed`` may
