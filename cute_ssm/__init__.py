@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cute_ssm.ops.selective_state_update import selective_state_update as selective_state_update
 
 __version__ = "0.1.0"
-IMPORTED = time.time()  # no module of this package has been read before
+_IMPORTED = time.time()  # no module of this package has been read before
 
 _PUBLIC = {
     "checkpointing_ssu": "cute_ssm.ops.checkpointing_ssu",

@@ -149,7 +149,7 @@ def test_another_emulator_has_entries_of_its_own(cache, compiled, monkeypatch):
 
 def test_sources_that_are_newer_than_the_import_are_not_stored(cache, warnings, monkeypatch):
     monkeypatch.setattr(toolchain, "sources_changed", SOURCES_CHANGED)
-    monkeypatch.setattr(cute_ssm, "IMPORTED", 0.0)
+    monkeypatch.setattr(cute_ssm, "_IMPORTED", 0.0)
     assert works(runtime.emulated(TinySpec(), arch=arch.SM_90A))
     assert entries(cache) == []
     assert ["sources of cute_ssm have changed" in text for text in warnings()] == [True]

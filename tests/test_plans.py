@@ -6,7 +6,9 @@ The GPU is pretended: tensors that say they are on one, and kernels that note th
 from __future__ import annotations
 
 import logging
+import operator
 import pkgutil
+import sys
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
 
@@ -19,6 +21,7 @@ import step_cases
 import test_serving_cursors as cursors
 import test_serving_materialize as states
 import test_serving_materialize_gated as gated
+import token_cases
 import torch
 
 import cute_ssm
@@ -267,3 +270,159 @@ def test_further_factors_of_cursors(kernel, monkeypatch):
     few, many = (cursors.arguments(cursors.Case(batch=n))[0] for n in (128, 129))
     few, many = (key_of("serving.build_work_items", call, monkeypatch) for call in (few, many))
     assert few != many
+
+
+# ------------------------------------------------------------------------------------------------------------------ fit
+def signature(tensor):
+    """What an entry checks of a tensor: its type, whether dimensions are tied (0), packed (1) or apart, alignment."""
+    if tensor is None:
+        return None, (), 0
+    size = tensor.element_size()
+    bits = 16 | tensor.data_ptr()
+    for stride in tensor.stride()[:-1]:
+        bits |= stride * size
+    kinds, packed = [], 1
+    for extent, stride in zip(reversed(tensor.shape), reversed(tensor.stride())):
+        kinds.append(0 if stride == 0 else 1 if stride == packed else 2)
+        packed *= extent
+    return tensor.dtype, tuple(kinds), bits & -bits
+
+
+class Entry:
+    """A compiled kernel whose entry refuses other types, freer strides and less alignment than those of its first call.
+
+    One that was compiled for freer strides, or for less alignment, would take what is packed and aligned.
+    """
+
+    def __init__(self, made_for, launched):
+        self.made_for, self.launched, self.first = made_for, launched, None
+
+    def __call__(self, *arguments):
+        got = [signature(a) for a in arguments if a is None or isinstance(a, torch.Tensor)]
+        self.first = self.first or got
+        for (dtype, kinds, bits), (wanted, freest, least) in zip(got, self.first):
+            if dtype != wanted or len(kinds) != len(freest) or bits < least or any(map(operator.gt, kinds, freest)):
+                raise ValueError("Mismatched argument")
+        self.launched.append(self.made_for)
+
+
+def changes(call):
+    """(name, value) for calls in which one argument is another: its type, its strides, whether it is given, a flag."""
+    for name, value in call.items():
+        if isinstance(value, bool):
+            yield name, not value
+        elif isinstance(value, int):
+            yield name, value + 1
+        if not isinstance(value, torch.Tensor):
+            continue
+        yield name, None
+        family = (
+            (torch.float32, torch.bfloat16, torch.float16) if value.is_floating_point() else (torch.int32, torch.int64)
+        )
+        for dtype in {*family} - {value.dtype}:
+            other = torch.empty_strided(value.shape, value.stride(), dtype=dtype).zero_()
+            yield name, other
+        for more in (1, 8, 16):
+            wide = torch.zeros(*value.shape[:-1], value.shape[-1] + more, dtype=value.dtype)
+            yield name, wide[..., : value.shape[-1]]
+            if more == 1:
+                yield name, wide[..., 1:]
+        if 0 in value.stride():
+            yield name, value.contiguous()
+
+
+TOKENS = token_cases.Tokens(
+    packed=True, lengths=(3, 1), pads=(), destination="matrix", accepted=True, state="i8", rounds=5, cache_steps=3
+)
+FITTED = {
+    "selective_state_update": [
+        step_cases.Case(), step_cases.Case(layout="dense", strided=True),
+        step_cases.Case(separate=True, state="bf16"), TOKENS,
+    ],
+    "checkpointing_ssu": [
+        checkpointing_cases.Case(pads=()), checkpointing_cases.Case(pads=(), shift=1),
+        checkpointing_cases.Case(pads=(), items=True, rounds=5),
+    ],
+    "gated_delta_rule_mtp": [
+        gdn_cases.Case(pads=(), mode=mode, strided=mode == "split")
+        for mode in ("update", "buffer", "scatter", "split", "accepted")
+    ],
+    "gated_delta_rule_replay": [replay_cases.Case(pads=()), replay_cases.Case(pads=(), strided=True)],
+    "selective_scan": [
+        scan_cases.Case(lengths=(8, 8), nulls=(), in_place=False, layout=layout)
+        for layout in ("packed", "odd")
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in FITTED.items() for case in cases], ids=str)
+def test_a_call_runs_the_kernel_of_its_own_kind_whatever_plans_there_are(name, case, kernel, monkeypatch):
+    """A call beside one that differs in one argument: each runs what it runs alone, in either order."""
+    module, function, _, where = CALLS[name]
+    monkeypatch.setattr(_plans, "MOST_PLANS", 4096)
+    launched = []
+
+    def get(spec, config, target):
+        entry = entries.setdefault((spec, config), Entry((spec, config), launched))
+        entry.first = None  # takes what it was asked for
+        return entry
+
+    def ran(call):
+        launched.clear()
+        try:
+            with torch.no_grad():
+                function(**{n: v.as_subclass(OnGpu) if n in where and v is not None else v for n, v in call.items()})
+        except (TypeError, ValueError) as error:
+            return str(error).partition(":")[0]
+        return tuple(launched)
+
+    monkeypatch.setattr(runtime, "get", get)
+    base = sys.modules[type(case).__module__].arguments(case)
+    legal = 0
+    for changed, value in changes(base):
+        other = {**base, changed: value}
+        alone = []
+        for call in (base, other):
+            entries = {}
+            module._plans.clear()
+            getattr(module, "_loose_plans", {}).clear()
+            alone.append(ran(call))
+        assert alone[0] and not isinstance(alone[0], str), alone[0]
+        legal += not isinstance(alone[1], str)
+        for order in ((0, 1, 0), (1, 0, 1)):
+            entries = {}
+            module._plans.clear()
+            getattr(module, "_loose_plans", {}).clear()
+            for which in order:
+                assert ran((base, other)[which]) == alone[which], (changed, order)
+    assert legal > 10
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_only_what_an_entry_raises_is_a_refusal(name, kernel, monkeypatch):
+    """A fault in what runs a plan must not become a slow path that nobody sees."""
+    run(name, 2)
+
+    def broken(*_):
+        raise AttributeError("a fault")
+
+    monkeypatch.setattr(Kernel, "__call__", broken)
+    with pytest.raises(AttributeError, match="a fault"):
+        run(name, 2)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_log_says_once_that_plans_refuse_what_is_right(name, kernel, settings, caplog):
+    log = logging.getLogger("cute_ssm")
+    level = log.level
+    try:
+        settings(LOG="compile")
+        for _ in range(3):
+            run(name, 2)
+            assert not caplog.records
+        for _ in range(2):
+            kernel.refuses = 1
+            run(name, 2)
+        assert [record.getMessage().startswith("a plan refused") for record in caplog.records] == [True]
+    finally:
+        log.setLevel(level)

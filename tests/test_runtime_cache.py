@@ -12,6 +12,7 @@ import threading
 import pytest
 from tiny_spec import TinyConfig, TinySpec
 
+import cute_ssm
 from cute_ssm import arch, runtime
 from cute_ssm.errors import CompileError, CuteSsmError, UnsupportedArchError, UnsupportedSpecError
 from cute_ssm.runtime import compiler, store, toolchain
@@ -211,7 +212,8 @@ def test_another_toolchain_has_a_folder_of_its_own(cache, compiled, monkeypatch)
 
 def test_edited_sources_are_not_stored_under_the_digest_of_the_old_ones(cache, compiled, warnings, monkeypatch):
     monkeypatch.setattr(toolchain, "sources_changed", SOURCES_CHANGED)
-    monkeypatch.setattr(toolchain, "_hash_sources", toolchain.sources_digest)
+    digest = toolchain.sources_digest()
+    monkeypatch.setattr(toolchain, "_hash_sources", lambda: digest)
     runtime.get(TinySpec(), arch=SM_90A)
     monkeypatch.setattr(toolchain, "_hash_sources", lambda: "of the edited sources")
     runtime.forget()
@@ -220,6 +222,23 @@ def test_edited_sources_are_not_stored_under_the_digest_of_the_old_ones(cache, c
     assert len(objects(cache)) == 1
     assert len(warnings()) == 1
     assert "the sources of cute_ssm have changed" in warnings()[0]
+
+
+def test_a_time_in_the_future_is_no_edit_until_it_changes(tmp_path, monkeypatch):
+    file = tmp_path / "kernel.py"
+    file.touch()
+    monkeypatch.setattr(toolchain, "sources_changed", SOURCES_CHANGED)
+    digest = toolchain.sources_digest()
+    monkeypatch.setattr(toolchain, "_hash_sources", lambda: digest)
+    monkeypatch.setattr(toolchain, "_sources", lambda: [file])
+    for ahead, edited in ((-3600, False), (3600, True)):  # of the import: read later, and perhaps edited since
+        os.utime(file, (0, cute_ssm._IMPORTED + ahead))
+        monkeypatch.setattr(toolchain, "_AHEAD", {})
+        assert toolchain.sources_changed() == edited
+    monkeypatch.setattr(toolchain, "_AHEAD", toolchain._ahead())
+    assert not toolchain.sources_changed()
+    file.write_text("# edited")
+    assert toolchain.sources_changed()
 
 
 def refuse(code):

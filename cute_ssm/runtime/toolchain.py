@@ -8,6 +8,7 @@ import importlib.metadata
 import platform
 import re
 import sys
+import time
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -83,16 +84,27 @@ def sources_changed() -> bool:
     """Say whether the sources have been edited, so that what runs here is not what the digest stands for.
 
     Modules are read when they are imported, the digest later, and what is traced is read again: a file that is newer
-    than this package's import may be any of these.
+    than this package's import may be any of these.  One whose time lay in the future from the first, as clocks that
+    differ leave it, counts once that time is another.
     """
-    newest = max(file.stat().st_mtime for file in _sources())
-    return newest > cute_ssm.IMPORTED or _hash_sources() != sources_digest()
+    times = ((file, file.stat().st_mtime) for file in _sources())
+    newer = any(at > cute_ssm._IMPORTED and at != _AHEAD.get(file) for file, at in times)
+    return newer or _hash_sources() != sources_digest()
 
 
 def _sources() -> list[Path]:
     root = Path(cute_ssm.__file__).parent
     tops = [root / top for top in _SOURCES]
     return [file for top in tops for file in ([top] if top.is_file() else sorted(top.rglob("*.py")))]
+
+
+def _ahead() -> dict[Path, float]:
+    """Times of sources that are in the future."""
+    now = time.time()
+    return {file: changed for file in _sources() if (changed := file.stat().st_mtime) > now}
+
+
+_AHEAD = _ahead()
 
 
 def _hash_sources() -> str:
