@@ -26,7 +26,14 @@ import torch
 
 import cute_ssm
 from cute_ssm import arch, ops, runtime, serving, tuning
-from cute_ssm.ops import _plans, checkpointing_ssu, gated_delta_rule, gated_delta_rule_replay, selective_scan
+from cute_ssm.ops import (
+    _gated_delta_arguments,
+    _plans,
+    checkpointing_ssu,
+    gated_delta_rule,
+    gated_delta_rule_replay,
+    selective_scan,
+)
 from cute_ssm.ops import selective_state_update as step
 from cute_ssm.serving import cursors as serving_cursors
 from cute_ssm.serving import gated_states
@@ -396,6 +403,35 @@ def test_a_call_runs_the_kernel_of_its_own_kind_whatever_plans_there_are(name, c
             for which in order:
                 assert ran((base, other)[which]) == alone[which], (changed, order)
     assert legal > 10
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_calls_at_two_alignments_share_a_key_and_both_have_plans(name, kernel, monkeypatch):
+    """An aligned call does not even look at layouts; another one is found after the aligned plan has refused."""
+    module, function, build, where = CALLS[name]
+    launched, entries = [], {}
+
+    def get(spec, config, target):
+        return entries.setdefault(spec, Entry(spec, launched))
+
+    def run(call):
+        function(**{n: v.as_subclass(OnGpu) if n in where else v for n, v in call.items()})
+        return launched[-1]
+
+    monkeypatch.setattr(runtime, "get", get)
+    base = build(2)
+    changed = "B" if name == "selective_state_update" else where[0]
+    inner = base[changed].shape[-2 if name == "checkpointing_ssu" else -1 :]
+    wide = torch.zeros(*base[changed].shape[: -len(inner)], inner.numel() + 1, dtype=base[changed].dtype)
+    other = {**base, changed: wide[..., :-1].unflatten(-1, inner)}
+    kinds = [run(base), run(other)]
+    assert kinds[0] != kinds[1]
+    monkeypatch.setattr(runtime, "get", lambda *_: pytest.fail("there is a plan"))
+    assert [run(call) for call in (base, other, base, other)] == kinds * 2
+    layouts = {checkpointing_ssu: "_layout", step: "_layout", selective_scan: "layout"}
+    place = module if module in layouts else _gated_delta_arguments
+    monkeypatch.setattr(place, layouts.get(module, "layout"), lambda *_: pytest.fail("an aligned call has no need"))
+    assert run(base) == kinds[0]
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -198,7 +198,11 @@ def checkpointing_ssu(
         state, old_x, old_B, old_dt, old_cumAdt, cache_buf_idx, prev_num_accepted_tokens, x, dt, A, B, C, D, z, dt_bias,
         out, state_scale, state_batch_indices, cu_seqlens, rand_seed, work_items, num_writes,
     )  # fmt: skip
-    _call(x)(*tensors, *settings)
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        run = _traced
+    else:
+        run = _eager if is_grad_enabled() or transform_level() is not None else _run
+    run(*tensors, *settings)
     return out
 
 
@@ -291,17 +295,12 @@ def checkpointing_ssu_ring(
         state, x_cache, B_cache, dt_cache, None, ring_start, prev_num_accepted_tokens, x, dt, A, B, C, D, z, dt_bias,
         out, state_scale, state_batch_indices, cu_seqlens, rand_seed, work_items, num_writes,
     )  # fmt: skip
-    _call(x)(*tensors, *settings)
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        run = _traced
+    else:
+        run = _eager if is_grad_enabled() or transform_level() is not None else _run
+    run(*tensors, *settings)
     return out
-
-
-def _call(x: object) -> Callable[..., None]:
-    """Return what runs a call: the operator that PyTorch knows, or, as it costs less, what is behind it."""
-    if type(x) is Tensor and not torch.compiler.is_compiling():
-        return _eager if is_grad_enabled() or transform_level() is not None else _run
-    if not isinstance(x, Tensor):
-        raise TypeError(describe("x", "a torch.Tensor", type(x).__name__))
-    return _traced
 
 
 class _Plan(NamedTuple):
@@ -467,6 +466,8 @@ def _traced(*values: Any) -> None:
     arguments, and a copy has other strides.
     """
     call = dict(zip((*Operands._fields, *Settings._fields), values))
+    if not isinstance(call["x"], Tensor):
+        raise TypeError(describe("x", "a torch.Tensor", type(call["x"]).__name__))
     for name, inner in TIED.items():
         if call[name] is not None:
             arguments.check_tied(name, call[name], inner, call["state"])

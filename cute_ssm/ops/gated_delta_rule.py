@@ -214,7 +214,6 @@ def _run(
 ) -> None:
     if scatter is not None or disable_state_update:
         dst = None
-    flags = Flags(disable_state_update, use_qk_l2norm, zero_padding, saturate)
     key: tuple[object, ...] | None
     try:
         shape = q.shape
@@ -231,8 +230,8 @@ def _run(
             shape, v.shape, state.dtype, q.dtype, src.dtype, a.dtype, dt_bias.dtype, output.dtype,
             None if buffer is None else (buffer.dtype, buffer.shape),
             None if scatter is None else scatter.dtype, None if dst is None else dst.dtype,
-            None if accepted is None else accepted.dtype, flags, q.device, output.data_ptr() % checks.ROW_BYTES,
-            output.stride(),
+            None if accepted is None else accepted.dtype, disable_state_update, use_qk_l2norm, zero_padding, saturate,
+            q.device, output.data_ptr() % checks.ROW_BYTES, output.stride(),
         )  # fmt: skip
     except (AttributeError, IndexError):  # something is no tensor, or has no axes, which `_check` will name
         key = None
@@ -251,6 +250,7 @@ def _run(
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
     if _loose_plans and checks.run_loose(_loose_plans, key, (*operands, scale)):
         return
+    flags = Flags(disable_state_update, use_qk_l2norm, zero_padding, saturate)
     spec = _check(*tensors, flags)
     units = v.shape[0] * v.shape[2]
     if not q.is_cuda:

@@ -267,14 +267,14 @@ _loose_plans: Plans[_Plan] = Plans()
 def _run(*args: Any) -> None:
     """Run on the arguments of the operator ``cute_ssm::selective_scan``."""
     count = len(_Tensors._fields)
-    tensors, (softplus, null_block_id, block_size, out, *saturate) = _Tensors(*args[:count]), args[count:]
+    tensors, (softplus, null_block_id, block_size, out, *saturate) = _Tensors._make(args[:count]), args[count:]
     _scan(tensors, _Flags(softplus, *saturate), null_block_id, block_size, out, None)
 
 
 def _run_in_place(*args: Any) -> None:
     """Run on the arguments of the operator ``cute_ssm::selective_scan_fn``."""
     count = len(_Tensors._fields)
-    tensors, (softplus, null_block_id, block_size, *saturate) = _Tensors(*args[:count]), args[count:]
+    tensors, (softplus, null_block_id, block_size, *saturate) = _Tensors._make(args[:count]), args[count:]
     flags = _Flags(softplus, *saturate)
     if tensors.z is None:
         _scan(tensors, flags, null_block_id, block_size, tensors.delta, None, "delta")
@@ -352,8 +352,8 @@ def _key(
     return (
         enough, block_size > 0,
         u.shape, u.dtype, u.device, flags, getattr(out, "dtype", None), ungated is None,
-        *(getattr(t, "dtype", None) for t in tensors[1:]),
-        *(getattr(t, "shape", None) for t in (tensors.B, starts, tensors.cache_indices, tensors.has_initial_state)),
+        *[getattr(t, "dtype", None) for t in tensors[1:]],
+        *[getattr(t, "shape", None) for t in (tensors.B, starts, tensors.cache_indices, tensors.has_initial_state)],
     )  # fmt: skip
 
 

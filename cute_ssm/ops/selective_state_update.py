@@ -328,14 +328,19 @@ def _run(
         saved_scale, seed,
     )  # fmt: skip
     plan = _plans.get(key)
-    if plan is None and _loose_plans:
-        plan = _loose_plans.get((key, _layout(tensors)))
     if plan is not None and not overridden():
         try:
             plan[0](*tensors, pad_slot_id, plan[1], plan[2])
             return
         except REFUSALS:
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
+    plan = _loose_plans.get((key, _layout(tensors))) if _loose_plans else None
+    if plan is not None and not overridden():
+        try:
+            plan[0](*tensors, pad_slot_id, plan[1], plan[2])
+            return
+        except REFUSALS:
+            pass  # a bad argument
     operands = Operands._make(tensors)
     flags = (dt_softplus, disable_state_update, zero_padding)
     settings = Settings(*flags, philox_rounds, cache_steps, pad_slot_id, saturate)

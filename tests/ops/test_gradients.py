@@ -143,6 +143,16 @@ def test_tangents_of_forward_mode_are_refused(name):
             assert same({n: v for n, v in call.items() if n != argument}, before)
 
 
+def test_what_requires_grad_is_noticed_beside_what_is_no_tensor_and_whatever_levels_are_called(monkeypatch):
+    call = CALLS["gated_delta_rule_mtp"]()
+    call["k"].requires_grad_()
+    with pytest.raises(GradientError, match=r"^k: "):
+        cute_ssm.gated_delta_rule_mtp(**{**call, "initial_state_indices": [0, 1, 2]})
+    monkeypatch.delattr(forward_ad, "_current_level")
+    with pytest.raises(GradientError, match=r"^k: "):
+        cute_ssm.gated_delta_rule_mtp(**call)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", CALLS)
 def test_nothing_is_refused_without_grad_mode(name, mode):
