@@ -93,7 +93,7 @@ def _of_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
     """The way out for a tensor of another shape."""
     if name in WRITTEN:
         return allocation(tensor, shape)
-    axes = PER_HEAD.get(name, 0)
+    axes = PER_HEAD.get(name.partition("[")[0], 0)  # A[1]: that of a layer
     if axes and len(shape) > axes and tensor.shape == shape[:-axes]:
         return f"pass {name}[..., {', '.join(['None'] * axes)}].expand({', '.join(map(str, shape))})"
     return ""

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from cute_ssm.errors import describe
+from cute_ssm.ops._gradients import refuse_tangents
 from cute_ssm.serving._pool_checks import check_equal
 from cute_ssm.serving.gated_states import materialize_gated_delta
-from cute_ssm.serving.states import materialize
+from cute_ssm.serving.states import check_A, materialize
 from cute_ssm.serving.storage import PoolStorage
 
 NO_PAD = -1  # of slots, which are not negative
@@ -29,9 +30,37 @@ def check_fits(pool: PoolStorage, target: PoolStorage) -> None:
     check_equal("conv_state (type, channels, width)", *convs)
 
 
+def check_decays(pool: PoolStorage, A: object) -> Sequence[Tensor]:
+    """Return A of every layer, none for gated delta nets; raise unless all layers can be folded with it."""
+    if pool.kind == "gated_delta":
+        if A is not None:
+            raise ValueError(describe("A", "None for gated delta nets, whose decays are in the history", "a value"))
+        return ()
+    expected = f"one tensor for each of {pool.layers} layers"
+    if A is None:
+        raise ValueError(describe("A", expected, None))
+    if not isinstance(A, (Sequence, Tensor)) or (isinstance(A, Tensor) and not A.dim()):
+        raise TypeError(describe("A", expected, type(A).__name__))
+    if len(A) != pool.layers:
+        raise ValueError(describe("A", expected, len(A)))
+    decays = [A[layer] for layer in range(pool.layers)]
+    for layer, tensor in enumerate(decays):
+        name = f"A[{layer}]"
+        if not isinstance(tensor, Tensor):
+            raise TypeError(describe(name, "a torch.Tensor", type(tensor).__name__))
+        if tensor.device != pool.state.device:
+            expected = f"a tensor on {pool.state.device} like the pool"
+            fix = f"move it with {name}.to({str(pool.state.device)!r})"
+            raise ValueError(describe(name, expected, f"one on {tensor.device}", fix))
+        check_A(name, tensor, pool.state.shape[2:])
+    if torch.is_grad_enabled():
+        refuse_tangents("materialize", [f"A[{layer}]" for layer in range(pool.layers)], decays)
+    return decays
+
+
 def fold_mamba2(
     pool: PoolStorage,
-    A: Sequence[Tensor] | None,
+    A: Sequence[Tensor],
     read: Tensor,
     written: Tensor,
     target: PoolStorage,
@@ -40,9 +69,6 @@ def fold_mamba2(
     saturate: bool,
 ) -> None:
     names = ("x_cache", "B_cache", "dt_cache") if pool.ring_start is not None else ("old_x", "old_B", "old_dt")
-    if A is None or len(A) != pool.layers:
-        got = None if A is None else len(A)
-        raise ValueError(describe("A", f"one tensor for each of {pool.layers} layers", got))
     seeds = None if target.state.dtype is torch.float32 else pool.rand_seed
     for layer in range(pool.layers):
         x, B, dt = (pool.history[name][layer] for name in names)
@@ -62,7 +88,6 @@ def fold_mamba2(
 
 def fold_gated_delta(
     pool: PoolStorage,
-    A: Sequence[Tensor] | None,
     read: Tensor,
     written: Tensor,
     target: PoolStorage,
@@ -70,8 +95,6 @@ def fold_gated_delta(
     use_qk_l2norm: bool,
     saturate: bool,
 ) -> None:
-    if A is not None:
-        raise ValueError(describe("A", "None for gated delta nets, whose decays are in the history", "a value"))
     for layer in range(pool.layers):
         materialize_gated_delta(
             **pool._arguments[layer], state_batch_indices=read, dst_state_batch_indices=written,

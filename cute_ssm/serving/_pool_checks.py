@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,8 +23,20 @@ def check_allocated(name: str, slots: Tensor, unallocated: Tensor, rows: Tensor,
     closed = unallocated[slots.where(rows, 0)] & rows if len(unallocated) else torch.zeros_like(rows)
     if bool(closed.any()):
         at = int(closed.nonzero()[0])
-        fix = f"take slots by allocate(); rows that are padding have {pad_slot_id}"
-        raise ValueError(describe(name, "allocated slots", f"slot {int(slots[at])} at position {at}", fix))
+        refuse_slot(name, int(slots[at]), at, pad_slot_id)
+
+
+def refuse_slot(name: str, slot: int, at: int, pad_slot_id: int) -> NoReturn:
+    fix = f"take slots by allocate(); rows that are padding have {pad_slot_id}"
+    raise ValueError(describe(name, "allocated slots", f"slot {slot} at position {at}", fix))
+
+
+def as_slot(name: str, slot: object) -> int:
+    """Return a slot that the host knows."""
+    try:
+        return operator.index(slot)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(describe(name, "an int, or a tensor of slots", type(slot).__name__)) from None
 
 
 def check_sizes(**sizes: int) -> None:
@@ -40,8 +53,17 @@ def check_types(
         if not isinstance(dtype, torch.dtype) and not (dtype is None and name == "conv_dtype"):
             raise TypeError(describe(name, "a torch.dtype", repr(dtype)))
     if conv_shape is not None:
+        if not isinstance(conv_shape, Sequence) or isinstance(conv_shape, str):
+            raise TypeError(describe("conv_shape", "(channels, width), the shape of the weight", repr(conv_shape)))
+        if len(conv_shape) != 2:
+            raise ValueError(describe("conv_shape", "(channels, width), the shape of the weight", repr(conv_shape)))
         channels, width = conv_shape
         check_sizes(**{"conv_shape: channels": channels, "conv_shape: width": width})
+
+
+def check_seed(seed: object, name: str = "seed") -> None:
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise TypeError(describe(name, "an int or None", repr(seed)))
 
 
 def check_spec(spec: Spec, names: Mapping[str, str]) -> None:

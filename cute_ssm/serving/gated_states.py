@@ -44,8 +44,8 @@ def materialize_gated_delta(
     """Write the true state of slots, with their pending tokens folded in, to other slots or to another pool.
 
     What `materialize` is for `checkpointing_ssu`, for `gated_delta_rule_replay`: one launch for all rows of one layer,
-    for prefix caching, preemption and migration.  Cursors and rings stay as they are, so that whoever keeps using the
-    destination sets its cursors to zero (`StatePool.materialize` does).
+    for prefix caching, preemption and migration.  Cursors and rings stay as they are: set the cursors of a
+    destination to zero before its next step (`StatePool.materialize` does).
 
     Parameters
     ----------

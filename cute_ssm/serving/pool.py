@@ -11,8 +11,17 @@ from torch import Tensor
 from cute_ssm.errors import describe
 from cute_ssm.ops._arguments import first_rows, name_of
 from cute_ssm.ops._gated_delta_arguments import check_heads
-from cute_ssm.serving._folds import check_fits, fold_gated_delta, fold_mamba2
-from cute_ssm.serving._pool_checks import check_equal, check_sizes, check_spec, check_types
+from cute_ssm.serving._folds import check_decays, check_fits, fold_gated_delta, fold_mamba2
+from cute_ssm.serving._pool_checks import (
+    as_slot,
+    check_allocated,
+    check_equal,
+    check_seed,
+    check_sizes,
+    check_spec,
+    check_types,
+    refuse_slot,
+)
 from cute_ssm.serving.cursors import build_work_items, commit
 from cute_ssm.serving.storage import PoolStorage
 from cute_ssm.spec import (
@@ -100,10 +109,11 @@ class StatePool(PoolStorage):
 
         Raises
         ------
-        ValueError
-            If a number is not positive, or a seed is given for float32 states.
+        ValueError, TypeError
+            If a number is not positive, or a seed is no int or given for float32 states.
         """
         check_sizes(layers=layers, slots=slots, window=window, tokens=tokens)
+        check_seed(seed)
         if seed is not None and state[1] is torch.float32:
             raise ValueError(describe("seed", "None with float32 states, which are not rounded", seed))
         self.layers, self.slots, self.window, self.tokens = layers, slots + 1, window, tokens
@@ -385,6 +395,7 @@ class StatePool(PoolStorage):
         ValueError
             If the slot is not one that was allocated.
         """
+        slot = as_slot("slot", slot)
         if not 0 <= slot < self.slots - 1 or slot in self._free:
             raise ValueError(describe("slot", "one that is allocated", slot))
         self._free.append(slot)
@@ -423,10 +434,11 @@ class StatePool(PoolStorage):
 
         Raises
         ------
-        ValueError
-            If there are not as many of both, one is out of range, as far as the host can see, or pools differ.
+        ValueError, TypeError
+            If there are not as many of both, pools differ, or, as far as the host can see, a slot is out of range or a
+            destination is not allocated: ``allocate`` would reset it.  The host sees ints, and tensors on the CPU.
         """
-        target = self if destination_pool is None else destination_pool
+        target = self._other(destination_pool)
         read, written = self._index("source", source), target._index("destination", destination)
         self._check_pairs(read, written, target)
         own, others = self._slotted(), target._slotted()
@@ -437,6 +449,7 @@ class StatePool(PoolStorage):
             for name, tensor in own.items():
                 check_equal(f"{name}.dtype", tensor.dtype, others[name].dtype)
                 check_equal(f"{name}.shape", (..., *tensor.shape[2:]), (..., *others[name].shape[2:]))
+        target._check_allocated("destination", destination)
         for name, tensor in own.items():
             _copy(tensor, read, others[name], written)
         target._cursors[:, written] = self._cursors[:, read].to(target._cursors.device)
@@ -476,23 +489,26 @@ class StatePool(PoolStorage):
 
         Raises
         ------
-        ValueError
+        ValueError, TypeError
             If the pools do not fit, or as `serving.materialize`, `materialize_gated_delta` and `copy_slot` say.
+            Nothing has been written in any layer.
 
         Notes
         -----
         Where the states that are written are not float32, they are rounded stochastically if this pool has seeds, with
         those of the sources.
         """
-        target = self if destination_pool is None else destination_pool
+        target = self._other(destination_pool)
         read, written = self._index("source", source), target._index("destination", destination)
         self._check_pairs(read, written, target, same=True)
         if target is not self:
             check_fits(self, target)
+        decays = check_decays(self, A)
+        target._check_allocated("destination", destination)
         if self.kind == "mamba2":
-            fold_mamba2(self, A, read, written, target, num_tokens, philox_rounds, saturate)
+            fold_mamba2(self, decays, read, written, target, num_tokens, philox_rounds, saturate)
         else:
-            fold_gated_delta(self, A, read, written, target, num_tokens, use_qk_l2norm, saturate)
+            fold_gated_delta(self, read, written, target, num_tokens, use_qk_l2norm, saturate)
         if self.conv_state is not None and target.conv_state is not None:
             if num_tokens is None:
                 most = min(self.conv_state.shape[3], target.conv_state.shape[3])
@@ -522,9 +538,26 @@ class StatePool(PoolStorage):
             if device.type == "cpu" and bool(((slots < 0) | (slots >= self.slots)).any()):
                 raise ValueError(describe(name, f"slots in [0, {self.slots})", slots.tolist()))
             return slots.long()
-        if not 0 <= slots < self.slots:
-            raise ValueError(describe(name, f"a slot in [0, {self.slots})", slots))
-        return torch.full((1,), slots, dtype=torch.int64, device=device)
+        slot = as_slot(name, slots)
+        if not 0 <= slot < self.slots:
+            raise ValueError(describe(name, f"a slot in [0, {self.slots})", slot))
+        return torch.full((1,), slot, dtype=torch.int64, device=device)
+
+    def _other(self, pool: StatePool | None) -> StatePool:
+        if pool is None:
+            return self
+        if not isinstance(pool, StatePool):
+            raise TypeError(describe("destination_pool", "a StatePool or None", type(pool).__name__))
+        return pool
+
+    def _check_allocated(self, name: str, slots: int | Tensor) -> None:
+        """Raise if slots in range, but for padding, are such as no sequence has, as far as the host can see."""
+        if isinstance(slots, Tensor):
+            if slots.device.type == "cpu":
+                index = slots.long()
+                check_allocated(name, index, self._unallocated, index != self.pad_slot_id, self.pad_slot_id)
+        elif slots != self.pad_slot_id and (slots in self._free or slots == self.slots - 1):
+            refuse_slot(name, slots, 0, self.pad_slot_id)
 
     def _check_pairs(self, read: Tensor, written: Tensor, target: StatePool, same: bool = False) -> None:
         if read.shape != written.shape:

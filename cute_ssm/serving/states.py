@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,8 +51,8 @@ def materialize(
     """Write the true state of slots, with their pending tokens folded in, to other slots or to another pool.
 
     For prefix caching, offloading and migration: a slot of `checkpointing_ssu` holds an older state and the inputs of
-    the tokens since.  One launch for all rows of one layer; cursors and history stay as they are, so that whoever
-    keeps using the destination sets its cursors to zero (`StatePool.materialize` does).
+    the tokens since.  One launch for all rows of one layer; cursors and history stay as they are: set
+    the cursors of a destination to zero before its next step (`StatePool.materialize` does).
 
     Parameters
     ----------
@@ -244,12 +244,12 @@ def _check(o: _Operands, ring: bool, philox_rounds: int, saturate: bool) -> Mate
     arguments.check_tensors(named, OPTIONAL)
     given = {name: tensor for name, tensor in named.items() if tensor is not None}
     _check_shapes(given, ring)
+    check_A("A", o.A, o.state.shape[1:])
     arguments.check_dtype("state", o.state, STATES)
     arguments.check_dtype("out", o.out, STATES)
     arguments.check_saturate(saturate, "state" if o.out is o.state else "out", o.out.dtype)
     arguments.check_dtype("x_history", o.x_history, FLOATS[1:])
     arguments.check_dtype("B_history", o.B_history, (o.x_history.dtype,), "the type of x_history")
-    arguments.check_dtype("A", o.A, FLOATS)
     for name in ("dt_history", "state_scale", "out_scale"):
         if name in given:
             arguments.check_dtype(name, given[name], (torch.float32,))
@@ -267,9 +267,6 @@ def _check(o: _Operands, ring: bool, philox_rounds: int, saturate: bool) -> Mate
         if philox_rounds < 1:
             raise ValueError(describe("philox_rounds", "1 or more with rand_seed", philox_rounds))
         arguments.check_last_contiguous("rand_seed", o.rand_seed)
-    if any(o.A.stride()[1:]):
-        fix = "pass A[:, :1, :1].expand(A.shape)"
-        raise ValueError(describe("A", "stride 0 in its last 2 dimensions", f"strides {o.A.stride()}", fix))
     for name in ("state", "out"):
         if given[name].stride(-1) != 1 or given[name].stride(-2) != given[name].shape[-1]:
             fix = arguments.allocation(given[name])
@@ -303,6 +300,15 @@ def _check(o: _Operands, ring: bool, philox_rounds: int, saturate: bool) -> Mate
     )
     spec.check()
     return spec
+
+
+def check_A(name: str, A: Tensor, shape: Sequence[int]) -> None:
+    """Raise unless A has the shape of one slot's state, a type that kernels read, and one value per head."""
+    arguments.check_shape(name, A, tuple(shape), "(nheads, dim, dstate)")
+    arguments.check_dtype(name, A, FLOATS)
+    if any(A.stride()[1:]):
+        fix = f"pass {name}[:, :1, :1].expand({name}.shape)"
+        raise ValueError(describe(name, "stride 0 in its last 2 dimensions", f"strides {A.stride()}", fix))
 
 
 def _check_scales(name: str, given: dict[str, Tensor], same: bool) -> None:
@@ -354,7 +360,6 @@ def _check_shapes(given: dict[str, Tensor], ring: bool) -> None:
         }
     shapes: dict[str, tuple[tuple[int, ...], str]] = {
         **{name: (shape, "(slots, ..., rows, ...)") for name, shape in history.items()},
-        "A": ((nheads, dim, dstate), "(nheads, dim, dstate)"),
         "out": ((given["out"].shape[0], nheads, dim, dstate), "(slots, nheads, dim, dstate)"),
         "state_scale": ((slots, nheads, dim), "(slots, nheads, dim)"),
         "out_scale": ((given["out"].shape[0], nheads, dim), "(slots, nheads, dim)"),

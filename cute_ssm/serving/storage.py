@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cute_ssm.errors import describe
 from cute_ssm.ops._arguments import name_of
+from cute_ssm.serving._pool_checks import check_seed
 
 PoolT = TypeVar("PoolT", bound="PoolStorage")
 # what is made from the other attributes, by `_bind`
@@ -186,30 +187,43 @@ class PoolStorage:
 
         Raises
         ------
-        ValueError
+        ValueError, TypeError
             If names, settings, shapes or types differ, or the list of free slots is invalid.  Nothing has been written.
         """
         own, others = self._tensors(), {"free", "seed", "settings"}
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(describe("state_dict", "a dict that state_dict() returned", type(state_dict).__name__))
         if set(state_dict) != set(own) | others:
-            differ = sorted(set(state_dict) ^ (set(own) | others))
+            differ = sorted(map(str, set(state_dict) ^ (set(own) | others)))
             raise ValueError(describe("state_dict", "what a pool like this one returned", f"{differ} in one alone"))
+        settings, seed = state_dict["settings"], state_dict["seed"]
+        if not isinstance(settings, Mapping):
+            raise TypeError(describe("state_dict: settings", "a dict", type(settings).__name__))
         for name, value in self._settings().items():
-            if state_dict["settings"].get(name) != value:
-                got = state_dict["settings"].get(name)
+            got = settings.get(name)
+            if type(got) is not type(value) or got != value:
                 raise ValueError(describe(f"state_dict: {name}", repr(value), repr(got), "make a pool like it"))
+        check_seed(seed, "state_dict: seed")
+        if (seed is None) != (self.rand_seed is None):
+            expected = "an int" if seed is None else "None for a pool that does not round stochastically"
+            raise ValueError(describe("state_dict: seed", expected, seed, "make a pool like it"))
         for name, tensor in own.items():
             given = state_dict[name]
+            if isinstance(given, Tensor) and (given.is_meta or given.layout is not torch.strided):
+                got = f"one on {given.device} of layout {given.layout}"
+                raise ValueError(describe(f"state_dict: {name}", "a dense tensor that holds data", got))
             if not isinstance(given, Tensor) or given.shape != tensor.shape or given.dtype != tensor.dtype:
                 got = f"{name_of(given.dtype)} of {tuple(given.shape)}" if isinstance(given, Tensor) else given
                 expected = f"{name_of(tensor.dtype)} of {tuple(tensor.shape)}"
                 raise ValueError(describe(f"state_dict: {name}", expected, got, "make a pool like it"))
-        free = [int(slot) for slot in state_dict["free"]]
+        free = _free_slots(state_dict["free"])
         if len(set(free)) != len(free) or not all(0 <= slot < self.slots - 1 for slot in free):
             raise ValueError(describe("state_dict: free", f"distinct slots below {self.slots - 1}", free))
-        for name, tensor in own.items():
-            tensor.copy_(state_dict[name])
+        with torch.no_grad():  # what is kept may be part of a graph
+            for name, tensor in own.items():
+                tensor.copy_(state_dict[name])
         self._free[:] = free
-        self._root = state_dict["seed"]
+        self._root = seed
         closed = torch.zeros(self.slots, dtype=torch.bool)
         closed[[*free, self.slots - 1]] = True
         self._unallocated.copy_(closed)
@@ -240,6 +254,17 @@ class PoolStorage:
                 shape = ", ".join(map(str, tensor.shape))
                 lines.append(f"  {name.removeprefix('history.')}: {name_of(tensor.dtype)} ({shape})")
         return "\n".join(lines)
+
+
+def _free_slots(kept: object) -> list[int]:
+    """Slots in a state dict, a tensor or a sequence of ints, as a list."""
+    slots = kept
+    if isinstance(kept, Tensor) and kept.dim() == 1 and kept.dtype in (torch.int32, torch.int64) and not kept.is_meta:
+        slots = kept.tolist()
+    if not isinstance(slots, (list, tuple)) or not all(type(slot) is int for slot in slots):
+        got = f"{name_of(kept.dtype)} of {tuple(kept.shape)}" if isinstance(kept, Tensor) else repr(kept)
+        raise TypeError(describe("state_dict: free", "a tensor of slots, (n,), int64", got))
+    return list(slots)
 
 
 def _bytes(number: int) -> str:

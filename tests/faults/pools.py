@@ -72,6 +72,28 @@ FAULTS = [
         (POOLS + "test_on_a_gpu_rows_of_unallocated_slots_are_left_alone",),
     ),
     Fault(
+        "the first layer is written before A of the others is looked at",
+        "cute_ssm/serving/_folds.py",
+        "        check_A(name, tensor, pool.state.shape[2:])\n",
+        "",
+        (POOLS + "test_a_layer_that_cannot_be_folded_leaves_all_layers_as_they_are",),
+    ),
+    Fault(
+        "sequences are copied to slots that nobody allocated",
+        POOL,
+        """        target._check_allocated("destination", destination)
+        for name""",
+        "        for name",
+        (POOLS + "test_destinations_that_nobody_allocated_are_refused_by_name",),
+    ),
+    Fault(
+        "any seed is kept",
+        STORAGE,
+        '        check_seed(seed, "state_dict: seed")\n',
+        "",
+        (POOLS + "test_a_state_dict_with_wrong_contents_changes_nothing",),
+    ),
+    Fault(
         "pools of other sizes are taken for destinations",
         POOL,
         "            check_fits(self, target)\n",

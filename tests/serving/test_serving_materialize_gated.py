@@ -327,6 +327,7 @@ def test_pools_of_gated_delta_nets_materialize_into_slots_and_other_pools_alike(
     other = serving.StatePool.gated_delta(
         LAYERS, 7, heads=1, value_heads=2, K=64, V=64, window=16, tokens=3, conv_shape=(3, 4), conv_dtype=torch.float32
     )
+    assert sorted(other.allocate() for _ in range(7)) == list(range(7))
     for tensor in other._tensors().values():
         tensor.fill_(3)
     frozen, rest = memory(pool.to(copy=True)), [0, 1, 2, 4, 6, 7]

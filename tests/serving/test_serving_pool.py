@@ -278,6 +278,7 @@ def everything(pool):
 @pytest.mark.parametrize("kind", [int, torch.int32, torch.int64])
 def test_reset_and_copy_touch_nothing_else(state, kind):
     pool = make(state_dtype=state, seed=None if state is torch.float32 else 1)
+    assert [pool.allocate() for _ in range(6)] == list(range(6))
     for tensor in everything(pool):
         tensor.random_(1, 3)
     before = [tensor.clone() for tensor in everything(pool)]

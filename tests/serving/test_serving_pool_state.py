@@ -13,6 +13,7 @@ from pathlib import Path
 import out_of_range
 import pytest
 import torch
+import torch.autograd.forward_ad as fwad
 from bits import each_same_bits, same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -227,6 +228,50 @@ BAD_DICTS = {
 }
 
 
+BAD_CONTENTS = {
+    "settings: expected a dict, got NoneType": {"settings": None},
+    "window: expected 8, got 8.0": {"settings": {**mamba2()._settings(), "window": 8.0}},
+    "free: expected a tensor of slots, (n,), int64, got None": {"free": None},
+    "free: expected a tensor of slots, (n,), int64, got [1.5]": {"free": [1.5]},
+    "free: expected a tensor of slots, (n,), int64, got float32 of (2,)": {"free": torch.ones(2)},
+    "free: expected a tensor of slots, (n,), int64, got int64 of ()": {"free": torch.tensor(1)},
+    "seed: expected an int or None, got 'x'": {"seed": "x"},
+    "seed: expected an int or None, got 1.5": {"seed": 1.5},
+    "seed: expected an int, got None": {"seed": None},
+    "conv_state: expected a dense tensor that holds data": {"conv_state": mamba2().conv_state.to("meta")},
+    "draws: expected int64 of (6,), got 3": {"draws": 3},
+}
+
+
+@pytest.mark.parametrize("message", BAD_CONTENTS)
+def test_a_state_dict_with_wrong_contents_changes_nothing(message):
+    def make():
+        return mamba2(state_dtype=torch.float16, seed=3)
+
+    pool, _ = started(make)
+    frozen = copy.deepcopy(pool)
+    with pytest.raises((ValueError, TypeError), match=r"^state_dict: ") as caught:
+        pool.load_state_dict({**make().state_dict(), **BAD_CONTENTS[message]})
+    assert message in str(caught.value)
+    assert same(pool, frozen) and pool._free == frozen._free and pool._root == frozen._root
+    same_bits(pool._unallocated, frozen._unallocated)
+
+
+def test_state_dicts_that_are_none_and_such_with_graphs():
+    pool, _ = started(mamba2)
+    for wrong in (None, 3, [1]):
+        with pytest.raises(TypeError, match="state_dict: expected a dict that state_dict"):
+            pool.load_state_dict(wrong)
+    with pytest.raises(ValueError, match="state_dict: expected what a pool like this one returned"):
+        pool.load_state_dict({**pool.state_dict(), 7: None, "more": None})
+    with pytest.raises(ValueError, match="state_dict: seed: expected None for a pool that does not round"):
+        pool.load_state_dict({**pool.state_dict(), "seed": 3})
+    kept = copy.deepcopy(pool.state_dict())
+    kept["state"].requires_grad_()
+    pool.load_state_dict({**kept, "free": tuple(kept["free"].tolist())})
+    assert not pool.state.requires_grad
+
+
 @pytest.mark.parametrize("message", BAD_DICTS)
 def test_a_state_dict_of_another_pool_changes_nothing(message):
     pool, _ = started(mamba2)
@@ -243,7 +288,7 @@ REFUSED = {
     "state_dtype: expected float32 or bfloat16 or": lambda: mamba2(state_dtype=torch.float64),
     "input_dtype: expected bfloat16 or float16": lambda: mamba2(input_dtype=torch.float32),
     "input_dtype: expected bfloat16 or float16, got float32": lambda: gated(input_dtype=torch.float32),
-    "K: expected": lambda: gated(K=80),
+    "K: expected": lambda: gated(K=84),
     "V: expected": lambda: gated(V=40),
     "tokens: expected 1 to 16": lambda: gated(tokens=17),
     "window: expected 1 to 64": lambda: gated(window=200),
@@ -271,6 +316,24 @@ MISUSED = {
     "tokens: expected a positive integer": lambda: gated(tokens=2.0),
     "dim: expected a positive integer": lambda: mamba2(dim=True),
     "seed: expected None with float32 states": lambda: mamba2(seed=1),
+    "seed: expected an int or None, got 'a'": lambda: mamba2(seed="a"),
+    "seed: expected an int or None, got 1.5": lambda: mamba2(seed=1.5, state_dtype=torch.float16),
+    "seed: expected an int or None, got True": lambda: mamba2(seed=True, state_dtype=torch.float16),
+    "conv_shape: expected (channels, width), the shape of the weight, got (3,)": lambda: mamba2(conv_shape=(3,)),
+    "conv_shape: expected (channels, width), the shape of the weight, got 5": lambda: gated(conv_shape=5),
+    "conv_shape: expected (channels, width), the shape of the weight, got 'ab'": lambda: gated(conv_shape="ab"),
+    "conv_shape: expected (channels, width), the shape of the weight, got (3, 4, 5)": (
+        lambda: mamba2(conv_shape=(3, 4, 5))
+    ),
+    "conv_shape: channels: expected a positive integer": lambda: mamba2(conv_shape=("3", 4)),
+    "destination_pool: expected a StatePool or None, got str": lambda: mamba2().copy_slot(0, 1, destination_pool="x"),
+    "destination_pool: expected a StatePool or None, got dict": (
+        lambda: gated().materialize(None, 0, 1, destination_pool={})
+    ),
+    "source: expected an int, or a tensor of slots, got str": lambda: gated().copy_slot("0", 1),
+    "destination: expected an int, or a tensor of slots, got float": lambda: gated().copy_slot(0, 1.0),
+    "slot: expected an int, or a tensor of slots, got NoneType": lambda: gated().free(None),
+    "slots: expected an int, or a tensor of slots, got list": lambda: gated().reset_slot([1]),
 }
 
 
@@ -405,6 +468,76 @@ def test_a_commit_can_be_traced(kind):
     assert same(pool, twin)
 
 
+@pytest.mark.parametrize("indices", [int, torch.int32, torch.int64])
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("make", [mamba2, gated])
+def test_destinations_that_nobody_allocated_are_refused_by_name(make, elsewhere, indices):
+    """`allocate` would reset them: a free slot, one that is free again, the reserved one of a gated-delta pool."""
+    pool, run = started(make)
+    target = started(make)[0] if elsewhere else pool
+    other = {"destination_pool": target} if elsewhere else {}
+    decays = rates() if make is mamba2 else None
+    frozen = copy.deepcopy(target)
+    source = int(run.slots[0])
+
+    def given(slot):
+        return slot if indices is int else torch.tensor([slot], dtype=indices)
+
+    for slot in (target._free[-1], target._free[0], *([5] if make is gated else [])):
+        message = f"destination: expected allocated slots, got slot {slot} at position 0; take slots by allocate"
+        with pytest.raises(ValueError, match=message):
+            pool.copy_slot(given(source), given(slot), **other)
+        with pytest.raises(ValueError, match=message):
+            pool.materialize(decays, given(source), given(slot), **other)
+    assert same(target, frozen)
+    slot = target.allocate()
+    pool.copy_slot(given(source), given(slot), **other)
+    assert target.state[:, slot].any()
+    same_bits(target.state[:, slot], pool.state[:, source])
+    if make is mamba2:
+        pool.copy_slot(given(source), given(target.pad_slot_id), **other)  # of padding nobody asks
+        pool.materialize(decays, given(source), given(target.pad_slot_id), **other)
+
+
+def dual(tensor):
+    return fwad.make_dual(tensor, torch.ones_like(tensor))
+
+
+UNUSABLE = {
+    r"A\[1\]: expected shape \(nheads, dim, dstate\) = \(2, 16, 64\), got \(2, 16\)": lambda A: A[..., 0],
+    r"A\[1\]: expected shape .*; pass A\[1\]\[..., None, None\].expand\(2, 16, 64\)": lambda A: A[:, 0, 0],
+    r"A\[1\]: expected a torch.Tensor, got NoneType": lambda A: None,
+    r"A\[1\]: expected dtype float32 or bfloat16 or float16, got float64": lambda A: A.double(),
+    r"A\[1\]: expected a tensor on cpu like the pool, got one on meta": lambda A: A.to("meta"),
+    r"A\[1\]: expected stride 0 in its last 2 dimensions": lambda A: A.contiguous(),
+    r"A\[1\]: expected a tensor without a tangent": lambda A: dual(A[:, 0, 0])[:, None, None].expand(A.shape),
+}
+
+
+@pytest.mark.parametrize("message", UNUSABLE)
+def test_a_layer_that_cannot_be_folded_leaves_all_layers_as_they_are(message):
+    pool, run = started(mamba2)
+    slot = pool.allocate()
+    frozen = copy.deepcopy(pool)
+    with fwad.dual_level():
+        first, second = rates()
+        with pytest.raises((ValueError, TypeError), match=message):
+            pool.materialize([first, UNUSABLE[message](second)], int(run.slots[0]), slot)
+    assert same(pool, frozen)
+
+
+def test_decays_may_be_one_tensor_of_all_layers_and_are_no_iterator():
+    pool, run = started(mamba2)
+    one, two = pool.allocate(), pool.allocate()
+    A = torch.stack([rate[:, 0, 0] for rate in rates()])[..., None, None].expand(LAYERS, 2, 16, 64)
+    pool.materialize(A, int(run.slots[0]), one)
+    pool.materialize(rates(), int(run.slots[0]), two)
+    same_bits(pool.state[:, one], pool.state[:, two])
+    for wrong in (iter(rates()), 3, torch.tensor(1.0)):
+        with pytest.raises(TypeError, match="A: expected one tensor for each of 2 layers, got "):
+            pool.materialize(wrong, int(run.slots[0]), one)
+
+
 # --------------------------------------------------------------------------------------------------------- other pools
 @pytest.mark.parametrize("kind", POOLS)
 def test_a_sequence_that_is_swapped_to_another_pool_and_back_goes_on_bit_for_bit(kind):
@@ -439,6 +572,7 @@ def test_materialize_into_another_pool_is_that_into_another_slot(history, count)
     other = serving.StatePool.mamba2(
         LAYERS, 9, nheads=2, dim=16, dstate=64, window=5, tokens=2, state_dtype=torch.float16, history="double", **CONV
     )
+    assert sorted(other.allocate() for _ in range(9)) == list(range(9))
     for tensor in other._tensors().values():
         tensor.fill_(7)
     frozen = memory(copy.deepcopy(pool)), memory(copy.deepcopy(other))
@@ -467,6 +601,7 @@ def test_materialize_into_a_pool_of_another_type(out):
     other = mamba2(state_dtype=out)
     exact = mamba2()
     for target in (other, exact):
+        assert {target.allocate(), target.allocate()} == {0, 1}
         pool.materialize(rates(), run.slots[:2], torch.tensor([0, 1]), destination_pool=target)
     want = exact.state[:, :2]
     got = other.state[:, :2].float() * (1 if other.state_scale is None else other.state_scale[:, :2, ..., None])
