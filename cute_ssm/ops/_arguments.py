@@ -153,7 +153,7 @@ def check_writable(name: str, tensor: Tensor) -> None:
 
 def first_rows(batch: int, *tensors: Any) -> tuple[Any, ...]:
     """Return views of the first `batch` rows of tensors that are longer, such as buffers of a CUDA graph."""
-    return tuple(t[:batch] if isinstance(t, Tensor) and t.dim() and t.shape[0] > batch else t for t in tensors)
+    return tuple([t[:batch] if isinstance(t, Tensor) and t.dim() and t.shape[0] > batch else t for t in tensors])
 
 
 def first_of_batch(listed: Any, cu_seqlens: Any, *tensors: Any) -> tuple[Any, ...]:

@@ -394,9 +394,7 @@ def _commit(
         runtime.emulated(spec, tuning.choose_commit(), arch)(*operands)
 
 
-def _check_accepted(
-    accepted: Tensor, cursors: reference.Cursors, unallocated: Tensor | None, pad_slot_id: int
-) -> None:
+def _check_accepted(accepted: Tensor, cursors: reference.Cursors, unallocated: Tensor | None, pad_slot_id: int) -> None:
     """Raise on numbers that no step can have accepted, and on slots that no row or two rows may advance."""
     if unallocated is not None:
         advanced = cursors.live & (accepted >= 0)

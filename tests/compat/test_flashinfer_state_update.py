@@ -82,7 +82,7 @@ def test_destinations_longer_than_the_batch(columns, emulate):
 @pytest.mark.parametrize("kind", ["one token", "several", "packed", "int8"])
 def test_padded_rows_hold_the_outputs_of_a_zero_state(kind, given):
     state, call, scale = states(4), tokens(6), None
-    options, rows = {"state_batch_indices": torch.tensor([2, 9, 0], dtype=torch.int32)}, {0: [2], 1: [3], 2: [4]}
+    options, rows = {"state_batch_indices": torch.tensor([2, 9, 0, 99], dtype=torch.int32)}, {0: [2], 1: [3], 2: [4]}
     if kind in ("one token", "int8"):
         call, rows = tokens(3), {0: [0], 1: [1], 2: [2]}
     elif kind == "several":

@@ -132,13 +132,6 @@ FAULTS = [
         ),
     ),
     Fault(
-        "longer destinations are not trimmed",
-        "cute_ssm/compat/flashinfer/mamba.py",
-        "return indices[:batch] if more else indices",
-        "return indices",
-        ("tests/compat/test_flashinfer_state_update.py::test_one_token",),
-    ),
-    Fault(
         "states of flash-linear-attention are not transposed",
         "cute_ssm/compat/fla.py",
         "pool.copy_(initial_state.mT)",

@@ -106,20 +106,19 @@ def selective_state_update(
         raise ValueError(describe("cache_steps", f"at least T = {_steps(x)}", cache_steps))
     if isinstance(state_scale, Tensor) and state_scale.dim() == 4 and state_scale.shape[3] == 1:
         state_scale = state_scale.squeeze(3)
-    batch = cu_seqlens.shape[0] - 1 if isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 else x.shape[0]
     if cache_steps >= 1 and cu_seqlens is None and x.dim() < 4:
         x, dt, B, C, z = (_with_steps(tensor) for tensor in (x, dt, B, C, z))
         if isinstance(out, Tensor) and out.dim() == 3:
             fix = "the result has an axis of T = 1 tokens with cache_steps; pass out.unsqueeze(1)"
             raise ValueError(describe("out", f"shape {tuple(x.shape)}", tuple(out.shape), fix))
-    src = _rows(state_batch_indices, batch)
     result = _update(
-        state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, src, pad_slot_id, state_scale, out, disable_state_update,
-        intermediate_states_buffer, intermediate_state_indices, intermediate_state_scales, _one_seed(rand_seed),
-        philox_rounds, cache_steps, algorithm, _rows(dst_state_batch_indices, batch), cu_seqlens, num_accepted_tokens,
+        state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices, pad_slot_id, state_scale, out,
+        disable_state_update, intermediate_states_buffer, intermediate_state_indices, intermediate_state_scales,
+        _one_seed(rand_seed), philox_rounds, cache_steps, algorithm, dst_state_batch_indices, cu_seqlens,
+        num_accepted_tokens,
     )  # fmt: skip
-    if write_padded_rows and src is not None:
-        padded = padding(state, state_scale, src, num_accepted_tokens, pad_slot_id)
+    if write_padded_rows and state_batch_indices is not None:
+        padded = padding(state, state_scale, state_batch_indices, num_accepted_tokens, pad_slot_id)
         _update(
             padded.state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, padded.slots, NOBODY, padded.scale, result,
             disable_state_update=True, cache_steps=cache_steps, algorithm=algorithm, cu_seqlens=cu_seqlens,
@@ -293,8 +292,3 @@ def _with_steps(tensor: Any) -> Any:
     if isinstance(tensor, Tensor) and tensor.dim() == 2:
         tensor = tensor.unsqueeze(1)
     return tensor.unsqueeze(1) if isinstance(tensor, Tensor) and tensor.dim() == 3 else tensor
-
-
-def _rows(indices: Any, batch: int) -> Any:
-    more = isinstance(indices, Tensor) and indices.dim() in (1, 2) and indices.shape[0] > batch
-    return indices[:batch] if more else indices
