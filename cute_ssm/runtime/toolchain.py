@@ -23,7 +23,7 @@ TVM_FFI_RANGE = ((0, 1, 11), (0, 2))
 OPTIONS = "--enable-tvm-ffi --gpu-arch {arch}"
 
 # Everything that tracing a kernel can execute.
-_SOURCES = ("arch.py", "device", "kernels", "spec.py", "tuning")
+_SOURCES = ("arch.py", "device", "kernels", "spec", "tuning")
 
 Range = tuple[tuple[int, ...], tuple[int, ...]]
 

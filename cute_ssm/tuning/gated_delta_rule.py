@@ -56,16 +56,18 @@ class GatedDeltaRuleConfig(Config):
         """Tiles of rows of each warp."""
         return self.rows // (TILE * self.warps)
 
-    def shared_bytes(self, spec: GatedDeltaSpec) -> int:
+    def shared_bytes(self, spec: GatedDeltaSpec | MaterializeGatedDeltaSpec) -> int:
         """Shared memory of one CTA."""
         if self.sequential:
             return 0
+        if isinstance(spec, MaterializeGatedDeltaSpec):
+            spec = spec.replay()
         end = 0
         for size in shared_parts(spec, self.rows).values():
             end = -(-end // PART_BYTES) * PART_BYTES + size
         return end
 
-    def check(self, spec: GatedDeltaSpec, arch: Arch) -> None:
+    def check(self, spec: GatedDeltaSpec | MaterializeGatedDeltaSpec, arch: Arch) -> None:
         """Raise `UnsupportedSpecError` if the kernel cannot run so."""
         even = 1 <= self.warps <= MOST_WARPS and self.rows % (TILE * self.warps) == 0
         problems = {
