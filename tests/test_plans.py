@@ -439,10 +439,13 @@ def test_only_what_an_entry_raises_is_a_refusal(name, kernel, monkeypatch):
     """A fault in what runs a plan must not become a slow path that nobody sees."""
     run(name, 2)
 
-    def broken(*_):
-        raise AttributeError("a fault")
+    faults = [AttributeError("a fault")]
 
-    monkeypatch.setattr(Kernel, "__call__", broken)
+    def broken_once(*_):
+        if faults:
+            raise faults.pop()
+
+    monkeypatch.setattr(Kernel, "__call__", broken_once)
     with pytest.raises(AttributeError, match="a fault"):
         run(name, 2)
 

@@ -3,6 +3,7 @@
 from faults import Fault
 
 PDL = "tests/ops/test_launches.py::"
+PLANS = "tests/test_plans.py::"
 
 FAULTS = [
     Fault(
@@ -46,5 +47,43 @@ FAULTS = [
         "        launch.prefer_shared()\n",
         "",
         (PDL + "test_kernels_prefer_shared_memory_to_cache[selective_state_update]",),
+    ),
+    Fault(
+        "a fault of a plan is a refusal",
+        "cute_ssm/ops/_plans.py",
+        "REFUSALS = (TypeError, ValueError)",
+        "REFUSALS = (TypeError, ValueError, AttributeError)",
+        (PLANS + "test_only_what_an_entry_raises_is_a_refusal[selective_scan]",),
+    ),
+    Fault(
+        "a flag is missing in the key of plans",
+        "cute_ssm/ops/selective_state_update.py",
+        "x.device, dt_softplus, disable_state_update,",
+        "x.device, disable_state_update,",
+        (PLANS + "test_a_call_runs_the_kernel_of_its_own_kind_whatever_plans_there_are",),
+    ),
+    Fault(
+        "plans for narrow rows do not know their layout",
+        "cute_ssm/ops/_gated_delta_arguments.py",
+        "    return q.stride(), k.stride(), v.stride(), ",
+        "    return ",
+        (PLANS + "test_a_call_runs_the_kernel_of_its_own_kind_whatever_plans_there_are",),
+    ),
+    Fault(
+        "what requires grad is not noticed beside what is no tensor",
+        "cute_ssm/ops/_library.py",
+        "found = requires_grad(values)",
+        "found = False",
+        (
+            "tests/ops/test_gradients.py::"
+            "test_what_requires_grad_is_noticed_beside_what_is_no_tensor_and_whatever_levels_are_called",
+        ),
+    ),
+    Fault(
+        "a time in the future is an edit",
+        "cute_ssm/runtime/toolchain.py",
+        " and at != _AHEAD.get(file)",
+        "",
+        ("tests/test_runtime_cache.py::test_a_time_in_the_future_is_no_edit_until_it_changes",),
     ),
 ]
