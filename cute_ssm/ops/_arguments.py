@@ -45,6 +45,12 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def not_tensors(**given: object) -> TypeError:
+    """Return the error that names the first argument that is no tensor."""
+    name, value = next((name, value) for name, value in given.items() if not isinstance(value, Tensor))
+    return TypeError(describe(name, "a torch.Tensor", type(value).__name__))
+
+
 def check_tensors(tensors: Mapping[str, object], optional: Iterable[str]) -> None:
     """Raise unless all are tensors (or None where optional) of one device."""
     optional = set(optional)

@@ -136,9 +136,8 @@ def gated_delta_rule_mtp(
     Hatamizadeh, "Gated Delta Networks" (2024), and its form by products that of Yang et al., "Parallelizing Linear
     Transformers with the Delta Rule over Sequence Length" (2024).
     """
-    for name, value in (("q", q), ("v", v)):
-        if not isinstance(value, Tensor):
-            raise TypeError(describe(name, "a torch.Tensor", type(value).__name__))
+    if not (isinstance(q, Tensor) and isinstance(v, Tensor)):
+        raise arguments.not_tensors(q=q, v=v)
     if disable_state_update is None:
         _warn_of_default()
         disable_state_update = True

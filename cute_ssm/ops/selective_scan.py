@@ -262,19 +262,18 @@ class _Plan(NamedTuple):
 
 _plans: Plans[_Plan] = Plans()
 _loose_plans: Plans[_Plan] = Plans()
+_COUNT = len(_Tensors._fields)
 
 
 def _run(*args: Any) -> None:
     """Run on the arguments of the operator ``cute_ssm::selective_scan``."""
-    count = len(_Tensors._fields)
-    tensors, (softplus, null_block_id, block_size, out, *saturate) = _Tensors._make(args[:count]), args[count:]
+    tensors, (softplus, null_block_id, block_size, out, *saturate) = _Tensors._make(args[:_COUNT]), args[_COUNT:]
     _scan(tensors, _Flags(softplus, *saturate), null_block_id, block_size, out, None)
 
 
 def _run_in_place(*args: Any) -> None:
     """Run on the arguments of the operator ``cute_ssm::selective_scan_fn``."""
-    count = len(_Tensors._fields)
-    tensors, (softplus, null_block_id, block_size, *saturate) = _Tensors._make(args[:count]), args[count:]
+    tensors, (softplus, null_block_id, block_size, *saturate) = _Tensors._make(args[:_COUNT]), args[_COUNT:]
     flags = _Flags(softplus, *saturate)
     if tensors.z is None:
         _scan(tensors, flags, null_block_id, block_size, tensors.delta, None, "delta")

@@ -13,7 +13,7 @@ from cute_ssm import runtime
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops import _library
 from cute_ssm.ops import _step_arguments as arguments
-from cute_ssm.ops._arguments import first_of_batch, first_rows
+from cute_ssm.ops._arguments import first_of_batch, first_rows, not_tensors
 from cute_ssm.ops._library import transform_level
 from cute_ssm.ops._plans import REFUSALS, Plans
 from cute_ssm.ops._step_arguments import Operands, Settings
@@ -171,7 +171,7 @@ def selective_state_update(
     if algorithm not in ALGORITHMS:
         raise ValueError(describe("algorithm", " or ".join(ALGORITHMS), repr(algorithm)))
     if not (isinstance(state, Tensor) and isinstance(x, Tensor) and isinstance(A, Tensor) and isinstance(B, Tensor)):
-        raise _not_tensors(state=state, x=x, A=A, B=B)
+        raise not_tensors(state=state, x=x, A=A, B=B)
     src, dst, zero_padding = state_batch_indices, dst_state_batch_indices, out is None
     result = out if out is not None else torch.empty_like(x, memory_format=torch.contiguous_format)
     written, rank = result, x.dim()
@@ -200,11 +200,6 @@ def selective_state_update(
         dt_softplus, disable_state_update, zero_padding, philox_rounds, cache_steps, pad_slot_id, saturate,
     )  # fmt: skip
     return result
-
-
-def _not_tensors(**given: object) -> TypeError:
-    name, value = next((name, value) for name, value in given.items() if not isinstance(value, Tensor))
-    return TypeError(describe(name, "a torch.Tensor", type(value).__name__))
 
 
 def _insert(tensor: Any, rank: int, axis: int) -> Any:
