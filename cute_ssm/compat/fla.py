@@ -33,11 +33,11 @@ def fused_recurrent_gated_delta_rule(
     v : Tensor, (batch, tokens, value_heads, V), type of q
         V is a multiple of 16 up to 256, or 512.
     g : Tensor, (batch, tokens, value_heads), optional
-        Logarithms of the decays, at most 0: states that grow are refused.  None: no decay.
+        Logarithms of the decays, of any sign.  None: no decay.
     gk, gv, cu_seqlens
         Decays per key or value channel, and packed sequences: refused.
     beta : Tensor, (batch, tokens, value_heads), optional
-        Steps, from 0 to 1: those up to 2 of ``allow_neg_eigval`` are refused.  None: 1.
+        Steps; up to 2 with ``allow_neg_eigval``.  None: 1.
     scale : float, optional
         Of q; None: ``K ** -0.5``.
     initial_state : Tensor, (batch, value_heads, K, V), float32/bfloat16/float16, optional
@@ -55,13 +55,12 @@ def fused_recurrent_gated_delta_rule(
     Raises
     ------
     UnsupportedSpecError
-        An argument that is refused, or values of g or beta that are.
+        An argument that is refused.
 
     Notes
     -----
-    Values of g and beta are looked at, which waits for a GPU, and cannot be captured into a CUDA graph.  States are
-    copied to and from the layout of `cute_ssm.gated_delta_rule_mtp`, [V, K], which updates a pool in place: an engine
-    calls that.
+    States are copied to and from the layout of `cute_ssm.gated_delta_rule_mtp`, [V, K], which updates a pool in place:
+    an engine calls that.
     """
     for name, value in (("gk", gk), ("gv", gv), ("cu_seqlens", cu_seqlens)):
         if value is not None:
@@ -78,32 +77,18 @@ def fused_recurrent_gated_delta_rule(
         if value is not None and value.shape != (batch, tokens, value_heads):
             expected = f"shape (batch, tokens, value_heads) = {(batch, tokens, value_heads)}"
             raise ValueError(describe(name, expected, tuple(value.shape)))
-    _check_gates(g, beta)
     if initial_state is not None and initial_state.shape != (batch, value_heads, K, V):
         expected = f"shape (batch, value_heads, K, V) = {(batch, value_heads, K, V)}"
         raise ValueError(describe("initial_state", expected, tuple(initial_state.shape)))
     pool = torch.zeros(batch, value_heads, V, K, device=v.device)
     if initial_state is not None:
         pool.copy_(initial_state.mT)
-    # the operator's own gates, inverted: g = -softplus(a), beta = sigmoid(b)
-    decay = torch.zeros(batch, tokens, value_heads, device=v.device) if g is None else -g.float()
-    a = torch.where(decay < 20, decay + torch.log(-torch.expm1(-decay)), decay)
-    b = torch.full_like(decay, torch.inf) if beta is None else torch.logit(beta.float())
+    decay = torch.zeros(batch, tokens, value_heads, device=v.device) if g is None else g.float()
+    step = torch.ones_like(decay) if beta is None else beta.float()
     zeros = torch.zeros(value_heads, device=v.device)
     out, pool = gated_delta_rule_mtp(
         q.contiguous(), k.contiguous(), v.contiguous(), pool,
-        torch.arange(batch, device=v.device, dtype=torch.int32), zeros, a, zeros, b, scale,
-        disable_state_update=not output_final_state, use_qk_l2norm=use_qk_l2norm_in_kernel,
+        torch.arange(batch, device=v.device, dtype=torch.int32), zeros, decay, zeros, step, scale,
+        disable_state_update=not output_final_state, use_qk_l2norm=use_qk_l2norm_in_kernel, gate_logits=False,
     )  # fmt: skip
     return out, pool.mT if output_final_state else None
-
-
-def _check_gates(g: Tensor | None, beta: Tensor | None) -> None:
-    """Raise if a gate is none that the operator's own functions can give; NaN may be padding, and is let through."""
-    if g is not None and bool((g > 0).any()):
-        fix = "a softplus gives no decay above 1: the operator computes it from logits"
-        raise UnsupportedSpecError(describe("g", "logarithms of decays, at most 0", float(g.nan_to_num(0).max()), fix))
-    if beta is not None and bool(((beta < 0) | (beta > 1)).any()):
-        low, high = (float(x) for x in beta.nan_to_num(0).aminmax())
-        fix = "a sigmoid gives no step outside, such as those of allow_neg_eigval"
-        raise UnsupportedSpecError(describe("beta", "steps from 0 to 1", f"{low:.4g} to {high:.4g}", fix))

@@ -226,9 +226,13 @@ class GatedDeltaRule(GatedDeltaSequential):
         alpha, beta = Float32(1.0), Float32(0.0)
         if lane < tokens:
             x = memory.load_scalar(memory.address(a, i, lane, h), self.gate_dtype)
-            x += memory.load_scalar(memory.address(dt_bias, h), self.dt_bias_dtype)
-            alpha = math.gate_decay(memory.load_scalar(memory.address(A_log, h), Float32), x)
-            beta = math.sigmoid(memory.load_scalar(memory.address(b, i, lane, h), self.gate_dtype))
+            beta = memory.load_scalar(memory.address(b, i, lane, h), self.gate_dtype)
+            if const_expr(self.spec.gate_logits):
+                x += memory.load_scalar(memory.address(dt_bias, h), self.dt_bias_dtype)
+                alpha = math.gate_decay(memory.load_scalar(memory.address(A_log, h), Float32), x)
+                beta = math.sigmoid(beta)
+            else:
+                alpha = math.exponential(x)
         return alpha, beta
 
     # ----------------------------------------------------------------------------------------------------------- states

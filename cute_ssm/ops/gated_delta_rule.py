@@ -17,7 +17,7 @@ from cute_ssm.ops import _gated_delta_arguments as checks
 from cute_ssm.ops import _library
 from cute_ssm.ops._library import transform_level
 from cute_ssm.ops._plans import REFUSALS, Plans
-from cute_ssm.reference.gated_delta_rule import gated_delta_rule as reference
+from cute_ssm.reference.gated_delta_rule import gates, recurrence
 from cute_ssm.reference.rounding import saturated
 from cute_ssm.spec import GatedDeltaRuleSpec
 from cute_ssm.tuning import gated_delta_rule as tuning
@@ -44,6 +44,7 @@ def gated_delta_rule_mtp(
     *,
     accepted_steps: Tensor | None = None,
     saturate: bool = False,
+    gate_logits: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Run 1 to 16 tokens of the gated delta rule for every request, and return all outputs.
 
@@ -103,6 +104,9 @@ def gated_delta_rule_mtp(
     saturate : bool
         Of new float16 states, make +-65504 what would round to an infinity, infinite sums included.  NaN stays NaN.
         An error with states of other types.
+    gate_logits : bool
+        False: a and b are the gates themselves, g of any sign and any beta (up to 2 for negative eigenvalues), and
+        nothing depends on ``A_log`` and ``dt_bias``.
 
     Returns
     -------
@@ -153,7 +157,7 @@ def gated_delta_rule_mtp(
     run(
         q, k, v, initial_state, initial_state_indices, A_log, a, dt_bias, b, scale, output,
         intermediate_states_buffer, ssm_state_indices, disable_state_update, use_qk_l2norm, output_state_indices,
-        accepted_steps, allocated, saturate,
+        accepted_steps, allocated, saturate, gate_logits,
     )  # fmt: skip
     return output, initial_state
 
@@ -188,6 +192,7 @@ class Flags(NamedTuple):
     use_qk_l2norm: bool
     zero_padding: bool
     saturate: bool
+    gate_logits: bool
 
 
 def _run(
@@ -210,6 +215,7 @@ def _run(
     accepted: Tensor | None,
     zero_padding: bool,
     saturate: bool = False,
+    gate_logits: bool = True,
 ) -> None:
     if scatter is not None or disable_state_update:
         dst = None
@@ -230,7 +236,7 @@ def _run(
             None if buffer is None else (buffer.dtype, buffer.shape),
             None if scatter is None else scatter.dtype, None if dst is None else dst.dtype,
             None if accepted is None else accepted.dtype, disable_state_update, use_qk_l2norm, zero_padding, saturate,
-            q.device, output.data_ptr() % checks.ROW_BYTES, output.stride(),
+            gate_logits, q.device, output.data_ptr() % checks.ROW_BYTES, output.stride(),
         )  # fmt: skip
     except (AttributeError, IndexError):  # something is no tensor, or has no axes, which `_check` will name
         key = None
@@ -249,7 +255,7 @@ def _run(
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
     if _loose_plans and checks.run_loose(_loose_plans, key, (*operands, scale)):
         return
-    flags = Flags(disable_state_update, use_qk_l2norm, zero_padding, saturate)
+    flags = Flags(disable_state_update, use_qk_l2norm, zero_padding, saturate, gate_logits)
     spec = _check(*tensors, flags)
     units = v.shape[0] * v.shape[2]
     if not q.is_cuda:
@@ -288,7 +294,7 @@ def _check(
     flags: Flags,
 ) -> GatedDeltaRuleSpec:
     """Validate the arguments and return the spec of the call."""
-    disabled, l2norm, zero_padding, saturate = flags
+    disabled, l2norm, zero_padding, saturate, gate_logits = flags
     named = {
         "q": q, "k": k, "v": v, "initial_state": state, "initial_state_indices": src, "A_log": A_log, "a": a,
         "dt_bias": dt_bias, "b": b, "output": output, "intermediate_states_buffer": buffer,
@@ -336,6 +342,7 @@ def _check(
         write_final=not disabled and scatter is None,
         write_buffer=buffer is not None,
         saturate=saturate,
+        gate_logits=gate_logits,
     )
     spec.check()
     return spec
@@ -402,7 +409,7 @@ def _reference(
     flags: Flags,
 ) -> None:
     """Gather, compute in float32, round, scatter: what the kernel does, by PyTorch."""
-    disabled, l2norm, zero_padding, saturate = flags
+    disabled, l2norm, zero_padding, saturate, gate_logits = flags
     real = src >= 0
     if zero_padding:
         output[~real] = 0
@@ -410,7 +417,8 @@ def _reference(
     if not rows.numel():
         return
     first = state[source]
-    out, states = reference(first, q[rows], k[rows], v[rows], a[rows], b[rows], A_log, dt_bias, scale, l2norm)
+    g, beta = gates(a, b, A_log, dt_bias) if gate_logits else (a, b)
+    out, states = recurrence(first, q[rows], k[rows], v[rows], g[rows], beta[rows], scale, l2norm)
     output[rows] = out.to(output.dtype)
     states = (saturated(states) if saturate else states).to(state.dtype)
     if buffer is not None:
@@ -433,7 +441,8 @@ _eager, _overload = _library.register(
     "gated_delta_rule_mtp(Tensor q, Tensor k, Tensor v, Tensor(a!) initial_state, Tensor initial_state_indices, "
     "Tensor A_log, Tensor a, Tensor dt_bias, Tensor b, float scale, Tensor(b!) output, "
     "Tensor(c!)? intermediate_states_buffer, Tensor? ssm_state_indices, bool disable_state_update, bool use_qk_l2norm, "
-    "Tensor? output_state_indices, Tensor? accepted_steps, bool zero_padding, bool saturate=False) -> ()",
+    "Tensor? output_state_indices, Tensor? accepted_steps, bool zero_padding, bool saturate=False, "
+    "bool gate_logits=True) -> ()",
     _run,
     lambda *_: None,
 )

@@ -272,6 +272,8 @@ class GatedDeltaRuleSpec(GatedDeltaSpec):
         Types of ``output_state_indices``, ``ssm_state_indices`` and ``accepted_steps``.  None: the argument is absent.
     write_final, write_buffer : bool
         Write the final state to the pool; write the states after all tokens to the buffer.
+    gate_logits : bool
+        ``a`` and ``b`` are logits; else they are g, the logarithm of the decay, and beta.
     """
 
     dst_dtype: str | None
@@ -279,6 +281,7 @@ class GatedDeltaRuleSpec(GatedDeltaSpec):
     accepted_dtype: str | None
     write_final: bool
     write_buffer: bool
+    gate_logits: bool = field(default=True, kw_only=True)
 
     @property
     def op(self) -> str:

@@ -82,26 +82,27 @@ def test_fla(tokens, l2norm, backend):
     assert (bare - want).abs().max() < 2**-8 * want.abs().max()
 
 
+@pytest.mark.parametrize("backend", ["reference", "emulate"])
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_fla_gates_that_logits_cannot_give_are_refused(tokens):
-    """Never NaN in their place: decays above 1, steps above 1 (negative eigenvalues) or below 0; NaN stays NaN."""
-    q, v = (torch.zeros(1, tokens, heads, 64, dtype=torch.bfloat16) for heads in (1, 2))
-    good = torch.full((1, tokens, 2), 0.5)
-    for value in (1e-3, 0.5, float("inf")):
-        g = -good
-        g[0, -1, 1] = value
-        with pytest.raises(UnsupportedSpecError, match=r"^g: expected logarithms of decays, at most 0, got"):
-            fused_recurrent_gated_delta_rule(q, q, v, g, beta=good)
-    for value in (1.0001, 1.9, 2.0, -0.1, float("inf")):
-        beta = good.clone()
-        beta[0, -1, 1] = value
-        with pytest.raises(UnsupportedSpecError, match=r"^beta: expected steps from 0 to 1, got .*allow_neg_eigval"):
-            fused_recurrent_gated_delta_rule(q, q, v, -good, beta=beta)
-    g, beta = -good, good.clone()
-    g[0, -1, 0], beta[0, -1, 1] = float("nan"), float("nan")
-    out, _ = fused_recurrent_gated_delta_rule(q, q, v, g, beta=beta)
-    assert out[0, -1].isnan().all()
-    assert out[0, :-1].isfinite().all()
+def test_fla_gates_that_no_logits_have(tokens, backend):
+    """Decays above 1, steps above 1 (negative eigenvalues) and below 0; NaN stays NaN, from its token on."""
+    torch.manual_seed(tokens)
+    q, k = (torch.nn.functional.normalize(torch.randn(1, tokens, 1, 64), dim=-1).bfloat16() for _ in "qk")
+    v, state = torch.randn(1, tokens, 2, 64).bfloat16(), torch.randn(1, 2, 64, 64)
+    g, beta = torch.rand(1, tokens, 2) - 0.5, torch.rand(1, tokens, 2) * 3 - 1
+    beta[0, 0], g[0, 0] = torch.tensor([2.0, 1.5]), torch.tensor([0.75, -0.25])
+    want, final = recurrence(q, k, v, g, beta, 0.25, state, False)
+    options = {"scale": 0.25, "initial_state": state, "output_final_state": True}
+    with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else contextlib.nullcontext():
+        out, got = fused_recurrent_gated_delta_rule(q, k, v, g, beta=beta, **options)
+        poisoned = g.clone()
+        poisoned[0, -1] = float("nan")
+        later, lost = fused_recurrent_gated_delta_rule(q, k, v, poisoned, beta=beta, **options)
+    assert (out - want).abs().max() < 2**-8 * want.abs().max()
+    assert (got - final).abs().max() < 2e-6 * final.abs().max()
+    assert torch.equal(later[:, :-1], out[:, :-1])
+    assert later[:, -1].isnan().all()
+    assert lost.isnan().all()
 
 
 def test_fla_refusals():
