@@ -8,7 +8,7 @@ A slot or cursor out of range, or j beyond the pending tokens, makes a row of th
 it.  Rows of the rings behind token j are not read.
 """
 
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -21,9 +21,18 @@ from cute_ssm.device import convert, launch, memory
 from cute_ssm.device.bounds import in_range
 from cute_ssm.kernels.fakes import fake
 from cute_ssm.kernels.gated_delta_coefficients import BLOCK
-from cute_ssm.kernels.gated_delta_replay import GatedDeltaRuleReplay
+from cute_ssm.kernels.gated_delta_replay import GatedDeltaRuleReplay, Pending, Rings, Unit
 from cute_ssm.spec import MaterializeGatedDeltaSpec
 from cute_ssm.tuning.gated_delta_rule import PENDING, TILE, WARP, GatedDeltaRuleConfig, choose_materialize, shared_parts
+
+
+class Tile(NamedTuple):
+    """Rows from `row` on of one head's state, in the slot that is read and in that which is written."""
+
+    source: Int64
+    target: Int64
+    head: Int32
+    row: Int32
 
 
 class MaterializeGatedDelta:
@@ -135,16 +144,14 @@ class MaterializeGatedDelta:
         live = in_range(pending, window + 1) and in_range(start, length)
         if live and in_range(count, Int64(pending) + 1):
             key_head, _ = divmod(h, per_key)
-            rings = (k_cache, v_cache, g_cache, beta_cache)
-            place = (i, h, key_head, first, source, target)
-            self.work(rings, (state, out), shared, place, (start, Int32(count), length))
+            rings = Rings(k_cache, v_cache, g_cache, beta_cache)
+            place = Unit(i, h, key_head, first, source, Int32(0))
+            self.work(rings, state, out, shared, place, target, Pending(start, Int32(count), length))
 
     @cute.jit
-    def work(self, rings, pools, shared, place, ring):
+    def work(self, rings, state, out, shared, place, target, ring):
         """All rows of this CTA."""
-        state, out = pools
-        _, h, _, first, source, target = place
-        _, count, _ = ring
+        h, first, source, count = place.head, place.first, place.slot, ring.tokens
         thread, lane = cute.arch.thread_idx()[0], cute.arch.lane_idx()
         warp = cute.arch.make_warp_uniform(thread // WARP) if const_expr(self.config.warps > 1) else Int32(0)
         column = warp * (self.replay.tiles * TILE)
@@ -153,11 +160,11 @@ class MaterializeGatedDelta:
             self.stage(rings, shared, place, ring, chunks, thread)
             cute.arch.sync_threads()
             for c in cutlass.range(warp, chunks, self.config.warps, unroll=1):
-                alpha, beta = self.replay.pending_gates(rings, (0, h, 0, first, source, 0), ring, c, lane)
+                alpha, beta = self.replay.pending_gates(rings, place, ring, c, lane)
                 self.replay.pending.prepare(alpha, beta, Float32(1.0), self.replay.pending_places(shared, c), lane)
             cute.arch.sync_threads()
         for m in cutlass.range_constexpr(self.replay.tiles):
-            places = (source, target, h, first + column + m * TILE)
+            places = Tile(source, target, h, first + column + m * TILE)
             if const_expr(self.copies):
                 if count == 0:
                     self.copy_tile(state, out, places, lane)
@@ -169,8 +176,7 @@ class MaterializeGatedDelta:
     @cute.jit
     def stage(self, rings, shared, place, ring, chunks, thread):
         """Keys and values of the pending tokens to shared memory, zeros behind them up to whole chunks."""
-        k_cache, v_cache = rings[:2]
-        _, h, key_head, first, source, _ = place
+        h, key_head, first, source = place.head, place.key_head, place.first, place.slot
         start, count, length = ring
         most, used = self.spec.window, chunks * PENDING
 
@@ -178,10 +184,10 @@ class MaterializeGatedDelta:
             return self.replay.ring_row(self.replay.ring_row(start + row, length), length)
 
         def key(t, c):
-            return memory.address(k_cache, source, key_head, at(t), c)
+            return memory.address(rings.k, source, key_head, at(t), c)
 
         def value(t, c):
-            return memory.address(v_cache, source, h, at(t), first + c)
+            return memory.address(rings.v, source, h, at(t), first + c)
 
         self.replay.stage_keys(key, most, count, shared["keys"], thread, used)
         self.replay.stage_values(value, most, count, shared["values"], thread, used)

@@ -16,6 +16,7 @@ PDL: as in `kernels.gated_delta_rule`.
 """
 
 import functools
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -39,6 +40,34 @@ from cute_ssm.tuning.gated_delta_rule import (
     shared_parts,
     table_parts,
 )
+
+
+class Rings(NamedTuple):
+    """The history of all slots, by its tensors."""
+
+    k: cute.Tensor
+    v: cute.Tensor
+    g: cute.Tensor
+    beta: cute.Tensor
+
+
+class Pending(NamedTuple):
+    """Where a slot's pending tokens are in rings of `length` rows."""
+
+    start: Int32
+    tokens: Int32
+    length: Int32
+
+
+class Unit(NamedTuple):
+    """Rows of one head's state from `first` on, of row `row` of the batch; `nth` of the value heads of its key head."""
+
+    row: Int32
+    head: Int32
+    key_head: Int32
+    first: Int32
+    slot: Int64
+    nth: Int32
 
 
 class GatedDeltaRuleReplay(GatedDeltaRows):
@@ -163,9 +192,9 @@ class GatedDeltaRuleReplay(GatedDeltaRows):
             start, count = ring_start[slot], pending_counts[slot]
         if count >= 0 and count <= window and in_range(start, length):
             key_head, nth = divmod(h, per_key)
-            new, rings = (q, k, v, A_log, a, dt_bias, b), (k_cache, v_cache, g_cache, beta_cache)
-            self.work(new, rings, (state, out), shared, (scale, window), (i, h, key_head, first, slot, nth),
-                      (start, count, length))  # fmt: skip
+            new, rings = (q, k, v, A_log, a, dt_bias, b), Rings(k_cache, v_cache, g_cache, beta_cache)
+            self.work(new, rings, (state, out), shared, (scale, window),
+                      Unit(i, h, key_head, first, slot, nth), Pending(start, count, length))  # fmt: skip
         elif const_expr(self.spec.zero_padding):
             self.clear_outputs(out, i, h, first, q.shape[1])
 
@@ -174,8 +203,7 @@ class GatedDeltaRuleReplay(GatedDeltaRows):
         """All rows of this CTA."""
         state, out = results
         scale, window = scalars
-        i, h, _, first, slot, _ = place
-        _, count, _ = ring
+        i, h, first, slot, count = place.row, place.head, place.first, place.slot, ring.tokens
         tokens = new[0].shape[1]
         thread = cute.arch.thread_idx()[0]
         lane = cute.arch.lane_idx()
@@ -224,7 +252,7 @@ class GatedDeltaRuleReplay(GatedDeltaRows):
     def stage(self, new, rings, shared, place, ring, tokens, thread):
         """Pending and new keys, queries and values to shared memory; new keys and values to the ring."""
         q, k, v = new[:3]
-        k_cache, v_cache = rings[:2]
+        k_cache, v_cache = rings.k, rings.v
         i, h, key_head, first, slot, nth = place
         start, count, length = ring
         latest = self.new_places(shared)
@@ -315,7 +343,7 @@ class GatedDeltaRuleReplay(GatedDeltaRows):
     def new_gates(self, new, rings, place, ring, tokens, lane):
         """Decay and step of the lane's new token; its logarithm and step also to the ring."""
         _, _, _, A_log, a, dt_bias, b = new
-        i, h, _, first, slot, _ = place
+        i, h, first, slot = place.row, place.head, place.first, place.slot
         start, count, length = ring
         alpha, beta = Float32(1.0), Float32(0.0)
         if lane < tokens:
@@ -326,21 +354,21 @@ class GatedDeltaRuleReplay(GatedDeltaRows):
             beta = math.sigmoid(memory.load_scalar(memory.address(b, i, lane, h), self.gate_dtype))
             if first == 0:
                 row = self.ring_row(self.ring_row(start + count, length) + lane, length)
-                memory.store_scalar(memory.address(rings[2], slot, h, row), -exponent, Float32)
-                memory.store_scalar(memory.address(rings[3], slot, h, row), beta, Float32)
+                memory.store_scalar(memory.address(rings.g, slot, h, row), -exponent, Float32)
+                memory.store_scalar(memory.address(rings.beta, slot, h, row), beta, Float32)
         return alpha, beta
 
     @cute.jit
     def pending_gates(self, rings, place, ring, c, lane):
         """Decay and step of the lane's token of chunk c, from the ring."""
-        _, h, _, _, slot, _ = place
+        h, slot = place.head, place.slot
         start, count, length = ring
         alpha, beta = Float32(1.0), Float32(0.0)
         token = c * PENDING + lane
         if lane < PENDING and token < count:
             row = self.ring_row(start + token, length)
-            alpha = math.exponential(memory.load_scalar(memory.address(rings[2], slot, h, row), Float32))
-            beta = memory.load_scalar(memory.address(rings[3], slot, h, row), Float32)
+            alpha = math.exponential(memory.load_scalar(memory.address(rings.g, slot, h, row), Float32))
+            beta = memory.load_scalar(memory.address(rings.beta, slot, h, row), Float32)
         return alpha, beta
 
     def advance(self, tile, shared, c, column, lane):

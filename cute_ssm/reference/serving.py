@@ -8,7 +8,9 @@ folds all pending tokens, so that afterwards only its own are pending.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,41 @@ from torch import Tensor
 from cute_ssm.reference import rounding
 from cute_ssm.reference.checkpointing_ssu import History, fold
 from cute_ssm.reference.gated_delta_rule import recurrence
+
+
+class Move(NamedTuple):
+    """A state that goes from one slot to another, with pending tokens folded in.
+
+    Attributes
+    ----------
+    source, destination : int
+        Slots.
+    place : int
+        Active buffer of the source, or start of its ring.
+    tokens : int
+        Pending tokens that are folded, from the oldest on.
+    """
+
+    source: int
+    destination: int
+    place: int
+    tokens: int
+
+
+class DeltaRings(NamedTuple):
+    """The history of `gated_delta_rule_replay`.
+
+    Attributes
+    ----------
+    k : Tensor, (slots, heads, L, K)
+    v : Tensor, (slots, value_heads, L, V)
+    g, beta : Tensor, (slots, value_heads, L)
+    """
+
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
 
 
 @dataclass(frozen=True)
@@ -115,7 +152,7 @@ def materialize(
     history: History,
     A: Tensor,
     out: tuple[Tensor, Tensor | None],
-    rows: list[tuple[int, int, int, int]],
+    rows: Sequence[Move],
     seeds: Tensor | None,
     rounds: int,
     saturate: bool = False,
@@ -129,7 +166,7 @@ def materialize(
     history : History
         Pending tokens of all slots of `pool`.
     A : Tensor, (nheads,)
-    rows : list of (source, destination, buffer or start of the ring, number of tokens)
+    rows : sequence of Move
         With no tokens, and if both pools have the same type, the bytes of the state are copied.
     seeds : Tensor, (1,) or (slots,), int64, optional
         Round stochastically, by the map of rows of `reference.rounding`, with the number of tokens less one as the
@@ -159,9 +196,9 @@ def materialize(
 
 def materialize_gated_delta(
     state: Tensor,
-    rings: tuple[Tensor, Tensor, Tensor, Tensor],
+    rings: DeltaRings,
     out: Tensor,
-    rows: list[tuple[int, int, int, int]],
+    rows: Sequence[Move],
     use_qk_l2norm: bool,
     compute_dtype: torch.dtype = torch.float32,
     saturate: bool = False,
@@ -172,8 +209,8 @@ def materialize_gated_delta(
     ----------
     state, out : Tensor, (slots, value_heads, V, K)
         States that are read and **written**; they may be the same.
-    rings : k (slots, heads, L, K), v (slots, value_heads, L, V), g and beta (slots, value_heads, L)
-    rows : list of (source, destination, start of the ring, number of tokens)
+    rings : DeltaRings
+    rows : sequence of Move
         With no tokens, and if both pools have the same type, the bytes of the state are copied.
     use_qk_l2norm : bool
         Normalise keys.
@@ -185,7 +222,7 @@ def materialize_gated_delta(
     for source, destination, start, count in rows:
         result = state[source].clone()
         if count:
-            places = (start + torch.arange(count)) % rings[0].shape[2]
+            places = (start + torch.arange(count)) % rings.k.shape[2]
             k, v, g, beta = (ring[source][:, places].transpose(0, 1)[None] for ring in rings)
             _, states = recurrence(state[source][None], k, k, v, g, beta, 1.0, use_qk_l2norm, compute_dtype)
             result = states[0, -1]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
+from cute_ssm.reference.serving import Move
 
 
 class SlotRows(NamedTuple):
@@ -36,8 +37,8 @@ class SlotRows(NamedTuple):
     cursor_name: str
     places: int
 
-    def read(self, live: Tensor, pad_slot_id: int) -> list[tuple[int, int, int, int]]:
-        """Return (source, destination, cursor, tokens) of rows that are live; raise if what they hold does not fit."""
+    def read(self, live: Tensor, pad_slot_id: int) -> list[Move]:
+        """Return what rows that are live ask for; raise if what they hold does not fit."""
         src, dst = self.src.long(), self.dst.long()
         arguments.check_slots("state_batch_indices", src, live, self.state.shape[0], pad_slot_id)
         arguments.check_slots("dst_state_batch_indices", dst, live, self.out.shape[0], pad_slot_id)
@@ -68,4 +69,4 @@ class SlotRows(NamedTuple):
                 expected = "slots that no other row reads"
                 raise ValueError(describe("dst_state_batch_indices", expected, slot, "their order is not defined"))
         found = torch.stack([source, target, self.cursor[source].long(), counts[live]], 1).tolist()
-        return [(row[0], row[1], row[2], row[3]) for row in found]
+        return [Move(*row) for row in found]

@@ -175,7 +175,8 @@ def _run(
     emulator = runtime.emulator()
     if emulator is None:
         runtime.by_reference(spec, operands)
-        reference.materialize_gated_delta(state, operands[1:5], out, rows, use_qk_l2norm, saturate=saturate)
+        rings = reference.DeltaRings(k_cache, v_cache, g_cache, beta_cache)
+        reference.materialize_gated_delta(state, rings, out, rows, use_qk_l2norm, saturate=saturate)
     elif units:
         arch = archs.by_name(emulator.arch)
         config = tuning.choose_materialize(spec, units, emulator.sm_count or arch.sm_count)

@@ -113,8 +113,8 @@ FAULTS = [
     Fault(
         "the reference takes pending tokens from the wrong buffer",
         "cute_ssm/reference/serving.py",
-        "places = (start + torch.arange(count)) % rings[0].shape[2]",
-        "places = torch.arange(count) % rings[0].shape[2]",
+        "places = (start + torch.arange(count)) % rings.k.shape[2]",
+        "places = torch.arange(count) % rings.k.shape[2]",
         ("tests/serving/test_serving_materialize_gated.py::test_reference",),
     ),
 ]
