@@ -299,11 +299,7 @@ class Consumer:
         last = k + n - 1
         # e^{c_{k+t}} of this lane's two columns
         columns = [cutlass.min(k + (first + 2 * p + c), last) for c in range(2)]
-        scale = [self.load_float(record + t * 8) for t in columns]
-        if const_expr(self.half.part != "keep"):
-            base = self.load_float(record + layout.base)
-            scale = [value + base for value in scale]
-        scale = [power_of_two(value) * f for value, f in zip(scale, factors)]
+        scale = [power_of_two(self.load_float(record + t * 8)) * f for t, f in zip(columns, factors)]
         diagonal = k + (first + g)
         skip = self.load_float(record + layout.skip) if const_expr(self.spec.D_dtype is not None) else None
         decays = (record, self.load_float(record + cutlass.min(diagonal, last) * 8), diagonal, skip)
@@ -536,24 +532,15 @@ class Consumer:
 
     @cute.jit
     def weights(self, record, step: cutlass.Constexpr, k, lane):
-        """e^{c_{k-1} - c_j} dt'_j of the lane's four positions of a step of the history; none from position k on.
-
-        Sums are those from c_{k-1} on (`Prep.count_back`).
-        """
-        p = lane % 4
+        """e^{c_{k-1} - c_j} dt'_j of the lane's four positions of a step of the history, by `Prep.count_back`."""
         values = [Float32(0.0)] * 4
         if const_expr(step == 0):
-            values = self.live_weights(record, step, k, p)
+            values = self.load_weights(record, step, lane)
         elif k > step * STEP:
-            values = self.live_weights(record, step, k, p)
+            values = self.load_weights(record, step, lane)
         return values
 
-    @cute.jit
-    def live_weights(self, record, step: cutlass.Constexpr, k, p):
-        f = self.load_decays(record, step, p)
-        values = [Float32(0.0)] * 4
-        for e in cutlass.range_constexpr(4):
-            j = step * STEP + 2 * p + (e % 2 + e // 2 * 8)
-            value = power_of_two(-f[2 * e]) * f[2 * e + 1]
-            values[e] = value if j < k else Float32(0.0)
-        return values
+    def load_weights(self, record, step, lane):
+        """Those of positions 2 p, 2 p + 1, 2 p + 8, 2 p + 9 of a step."""
+        at = cute.recast_ptr(record + (self.layout.weights + step * STEP * 4 + lane % 4 * 8), dtype=Float32)
+        return memory.load(at, Float32, 2, 8) + memory.load(at + 8, Float32, 2, 8)

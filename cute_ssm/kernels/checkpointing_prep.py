@@ -8,7 +8,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
 from cute_ssm.device import convert, math, memory
-from cute_ssm.device.scan import LOG2E, softplus
+from cute_ssm.device.scan import LOG2E, power_of_two, softplus
 from cute_ssm.tuning.checkpointing_ssu import STEP, WARP
 
 
@@ -58,8 +58,11 @@ class Prep:
 
     @cute.jit
     def count_back(self, place, rates, at, lane):
-        """In a unit that writes states, sums of the history from its last token on, and the base of all: such sums are
-        as exact where weights are large as differences of long sums are not."""
+        """Weights of the history in the state that a unit writes, and the exponent of the old state's decay.
+
+        Exponents are sums from the last pending token on: differences of long running sums lose places where strong
+        decays came first.  Running sums stay as they are, so that outputs have the bits of a step that keeps its state.
+        """
         k, layout = place[5], self.layout
         cute.arch.sync_warp()  # other lanes stored dt' of the next positions
         rates = self.floats(rates, self.spec.A_dtype)
@@ -77,8 +80,10 @@ class Prep:
                     step = memory.load_scalar(records[i] + (2 * cutlass.min(later, k - 1) + 1), Float32)
                     sums = carry[i] + math.remaining_sum(rates[i] * step if later < k else Float32(0.0))
                     carry[i] = cute.arch.shuffle_sync(sums, lane & 16)
-                    if later <= k and (side == 0 or const_expr(2 * i + 1 < layout.heads)):
-                        memory.store_scalar(records[i] + 2 * (base + j), sums * -LOG2E, Float32)
+                    own = memory.load_scalar(records[i] + (2 * cutlass.min(base + j, k - 1) + 1), Float32)
+                    weight = power_of_two(sums * LOG2E) * own if later <= k else Float32(0.0)
+                    if side == 0 or const_expr(2 * i + 1 < layout.heads):
+                        memory.store_scalar(records[i] + (layout.weights // 4 + base + j), weight, Float32)
         for i in cutlass.range_constexpr(len(rates)):
             step = memory.load_scalar(records[i] + 1, Float32)
             if j == 0 and (side == 0 or const_expr(2 * i + 1 < layout.heads)):
@@ -151,8 +156,8 @@ class Prep:
             sums.append(total[i] + math.running_sum(rates[i] * step))
             total[i] = cute.arch.shuffle_sync(sums[i], lane | 15)
         stored = list(sums)
-        if const_expr(self.owner.half.part != "keep"):
-            if write:  # sums start from zero, as those of a buffer that a step begins
+        if const_expr(not self.history.ring and self.owner.half.part != "keep"):
+            if write:  # sums of a buffer that a step begins start from zero
                 for i in cutlass.range_constexpr(len(heads)):
                     step = taken[i] if is_new else Float32(0.0)
                     stored[i] = fresh[i] + math.running_sum(rates[i] * step)
@@ -160,10 +165,7 @@ class Prep:
         for i in cutlass.range_constexpr(len(heads)):
             if side == 0 or const_expr(2 * i + 1 < layout.heads):
                 record = cute.recast_ptr(at + (layout.records + heads[i] * layout.record + j * 8), dtype=Float32)
-                memory.store(record, [stored[i] * LOG2E, taken[i]], Float32, 8)
-                if const_expr(base == 0):
-                    if j == 0:
-                        memory.store_scalar(record + layout.base // 4, Float32(0.0), Float32)
+                memory.store(record, [sums[i] * LOG2E, taken[i]], Float32, 8)
                 if const_expr(skips is not None):
                     if j == 0:
                         skip = self.floats([skips[i]], spec.D_dtype)[0]

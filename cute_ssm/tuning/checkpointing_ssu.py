@@ -177,9 +177,9 @@ class UnitLayout:
         Positions, history first and then new tokens.
     width, x_pitch, column_pitch : int
         Bytes of a row of x, z or out; distance of two; distance of two rows of B or C.
-    record, skip, base : int
-        Bytes of a head's decays: (running sum in powers of two, dt') of every position; where D follows them, and what
-        makes the sums those since the stored state.
+    record, skip, base, weights : int
+        Bytes of a head's decays: (running sum in powers of two, dt') of every position; where D follows them, the
+        exponent of the decay of a state that is written, and the weights of the history in it.
     x, z, b, c, records, scales, meta : int
         Offsets.
     unit_bytes, zero_bytes : int
@@ -196,6 +196,7 @@ class UnitLayout:
     record: int
     skip: int
     base: int
+    weights: int
     x: int
     z: int
     b: int
@@ -217,7 +218,7 @@ def unit_layout(spec: CheckpointingSSUSpec, part: str, tiles: int, d_split: int)
     x_pitch, column_pitch = width + ROW_PAD, columns + ROW_PAD
     token_rows = -(-spec.tokens // TOKENS) * TOKENS
     skip = -(-rows // STEP) * STEP * 8
-    record = skip + 16
+    record = skip + 16 + (0 if part == "keep" else -(-spec.window // STEP) * STEP * 4)
     sizes = {
         "x": rows * x_pitch,
         "z": token_rows * x_pitch,
@@ -242,6 +243,7 @@ def unit_layout(spec: CheckpointingSSUSpec, part: str, tiles: int, d_split: int)
         record=record,
         skip=skip,
         base=skip + 4,
+        weights=skip + 16,
         **offsets,
         unit_bytes=end,
         zero_bytes=-(-(112 + max(width, columns)) // 128) * 128,

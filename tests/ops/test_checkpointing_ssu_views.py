@@ -157,7 +157,10 @@ def test_a_width_that_no_access_has_is_refused():
 
 
 def settings():
-    return _checkpointing_arguments.Settings(False, True, -1, 10, None, None, None, None)
+    return _checkpointing_arguments.Settings(
+        ring=False, dt_softplus=True, pad_slot_id=-1, philox_rounds=10, d_split=None, max_seqlen=None, window=None,
+        pdl=None, saturate=False,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
