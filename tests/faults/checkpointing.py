@@ -55,10 +55,10 @@ FAULTS = [
         (FORMS,),
     ),
     Fault(
-        "the state takes one token too many",
-        CONSUMER,
-        "values[e] = value if j < k else Float32(0.0)",
-        "values[e] = value if j <= k else Float32(0.0)",
+        "the last decay of the history is counted twice",
+        PREP,
+        "math.remaining_sum(rates[i] * step if later < k else Float32(0.0))",
+        "math.remaining_sum(rates[i] * step if later <= k else Float32(0.0))",
         (COUNTS,),
     ),
     Fault(
