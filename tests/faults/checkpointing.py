@@ -45,7 +45,7 @@ FAULTS = [
         CONSUMER,
         "            sums = self.tile.product(at, block[1])\n            self.leave(empty, s, lane)",
         "            self.leave(empty, s, lane)\n            sums = self.tile.product(at, block[1])",
-        (FORMS,),
+        ("tests/ops/test_checkpointing_ssu.py::test_units_of_three_heads", COUNTS),
     ),
     Fault(
         "a new state is overwritten while it leaves",
@@ -80,13 +80,6 @@ FAULTS = [
         PREP,
         "leader = head % self.owner.per_group == 0 and column == 0",
         "leader = head % self.owner.per_group == 1 and column == 0",
-        (COUNTS,),
-    ),
-    Fault(
-        "dt' of tokens that do not exist",
-        PREP,
-        "step = step if is_new else Float32(0.0)",
-        "step = step if j >= 0 else Float32(0.0)",
         (COUNTS,),
     ),
     Fault(
