@@ -19,8 +19,7 @@ import torch
 import ptxsim
 from cute_ssm import arch as archs
 from cute_ssm import runtime
-from cute_ssm.kernels import registry
-from cute_ssm.runtime import emulation
+from cute_ssm.runtime import emulation, registry
 
 _open = threading.local()  # .sessions: those that this thread has open
 

@@ -36,7 +36,7 @@ sys.meta_path.insert(0, Blocked())
 from tiny_spec import TinyConfig, TinySpec
 from cute_ssm import arch, runtime
 from cute_ssm.__main__ import main
-from cute_ssm.kernels import registry
+from cute_ssm.runtime import registry
 from cute_ssm.runtime import toolchain
 toolchain.sources_digest = lambda: sys.argv[1]  # the same for all, even if somebody edits the sources meanwhile
 registry.fingerprint = lambda spec: sys.argv[2]
@@ -75,7 +75,7 @@ def no_compile(monkeypatch):
 
 def without_compiler(path: Path, variable: str = "CUTE_SSM_AOT_DIR", extra: tuple[str, ...] = ()):
     """Run `BLOCKED` in a process of its own."""
-    from cute_ssm.kernels import registry
+    from cute_ssm.runtime import registry
 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*extra, str(TESTS), *sys.path]), variable: str(path)}
     arguments = [str(toolchain.description()["sources"]), registry.fingerprint(TinySpec())]

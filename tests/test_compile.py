@@ -9,8 +9,8 @@ import pytest
 
 from cute_ssm import arch as archs
 from cute_ssm import runtime
-from cute_ssm.spec import SelectiveStateUpdateSpec
-from cute_ssm.tuning.selective_step import bank_conflicts, choose, lanes_of
+from cute_ssm.ops.selective_state_update.config import bank_conflicts, choose, lanes_of
+from cute_ssm.ops.selective_state_update.spec import SelectiveStateUpdateSpec
 
 BASE = SelectiveStateUpdateSpec(
     state_dtype="float16",

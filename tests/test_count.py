@@ -8,8 +8,8 @@ import json
 
 import pytest
 
+from cute_ssm.ops.selective_state_update.config import SelectiveStepConfig
 from cute_ssm.tuning import tables
-from cute_ssm.tuning.selective_step import SelectiveStepConfig
 
 count = pytest.importorskip("count", reason="tools/ is not on the path")
 

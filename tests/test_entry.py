@@ -19,13 +19,14 @@ from cutlass import Int32, Int64
 from cutlass.cute.runtime import make_fake_tensor
 
 from cute_ssm import arch as archs
-from cute_ssm.kernels import checkpointing_ssu, selective_step
-from cute_ssm.kernels import fakes as fakes_of_kernels
-from cute_ssm.ops import _step_arguments as arguments
-from cute_ssm.ops import checkpointing_ssu as checkpointing
-from cute_ssm.ops import selective_state_update as operator
-from cute_ssm.tuning.checkpointing_ssu import choose as choose_checkpointing
-from cute_ssm.tuning.selective_step import choose
+from cute_ssm.device import fakes as fakes_of_kernels
+from cute_ssm.ops.checkpointing_ssu import kernel as checkpointing_ssu
+from cute_ssm.ops.checkpointing_ssu import operator as checkpointing
+from cute_ssm.ops.checkpointing_ssu.config import choose as choose_checkpointing
+from cute_ssm.ops.selective_state_update import arguments as arguments
+from cute_ssm.ops.selective_state_update import kernel as selective_step
+from cute_ssm.ops.selective_state_update import operator as operator
+from cute_ssm.ops.selective_state_update.config import choose
 
 
 @cute.jit

@@ -47,7 +47,7 @@ def test_the_package_loads_neither_torch_nor_compiler_and_reads_no_environment()
 
 
 def test_so_do_the_host_modules():
-    modules = ("env", "arch", "spec", "errors", "kernels", "kernels.registry", "runtime", "runtime.doctor", "__main__")
+    modules = ("env", "arch", "spec", "errors", "ops", "runtime", "runtime.registry", "runtime.doctor", "__main__")
     run(SCRIPT, HEAVY + ",torch,numpy", *(f"cute_ssm.{name}" for name in modules))
 
 

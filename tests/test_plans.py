@@ -26,18 +26,17 @@ import torch
 
 import cute_ssm
 from cute_ssm import arch, ops, runtime, serving, tuning
-from cute_ssm.ops import (
-    _gated_delta_arguments,
-    _plans,
-    checkpointing_ssu,
-    gated_delta_rule,
-    gated_delta_rule_replay,
-    selective_scan,
-)
-from cute_ssm.ops import selective_state_update as step
-from cute_ssm.serving import cursors as serving_cursors
-from cute_ssm.serving import gated_states
-from cute_ssm.serving import states as serving_states
+from cute_ssm.ops import _plans
+from cute_ssm.ops._gated_delta import arguments as _gated_delta_arguments
+from cute_ssm.ops.build_work_items import operator as work_items_operator
+from cute_ssm.ops.checkpointing_ssu import operator as checkpointing_ssu
+from cute_ssm.ops.commit import operator as commit_operator
+from cute_ssm.ops.gated_delta_rule_mtp import operator as gated_delta_rule
+from cute_ssm.ops.gated_delta_rule_replay import operator as gated_delta_rule_replay
+from cute_ssm.ops.materialize import operator as serving_states
+from cute_ssm.ops.materialize_gated_delta import operator as gated_states
+from cute_ssm.ops.selective_scan import operator as selective_scan
+from cute_ssm.ops.selective_state_update import operator as step
 
 MOST = 3
 
@@ -101,8 +100,8 @@ CALLS = {
         lambda batch: gated.arguments(gated.Case(batch=batch, pads=())),
         ("initial_state",),
     ),
-    "serving.commit": (serving_cursors, serving.commit, commit, ("prev_num_accepted_tokens",)),
-    "serving.build_work_items": (serving_cursors, serving.build_work_items, build, ("prev_num_accepted_tokens",)),
+    "serving.commit": (commit_operator, serving.commit, commit, ("prev_num_accepted_tokens",)),
+    "serving.build_work_items": (work_items_operator, serving.build_work_items, build, ("prev_num_accepted_tokens",)),
 }
 
 

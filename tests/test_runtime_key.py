@@ -9,10 +9,11 @@ from tiny_spec import TinyConfig, TinySpec
 
 from cute_ssm import arch
 from cute_ssm.errors import UnsupportedSpecError
-from cute_ssm.kernels import registry
+from cute_ssm.ops.selective_state_update.config import SelectiveStepConfig
+from cute_ssm.ops.selective_state_update.spec import SelectiveStateUpdateSpec
+from cute_ssm.runtime import registry
 from cute_ssm.runtime.store import Key
-from cute_ssm.spec import Config, SelectiveStateUpdateSpec, Spec
-from cute_ssm.tuning.selective_step import SelectiveStepConfig
+from cute_ssm.spec import Config, Spec
 
 SPECS = (
     TinySpec(),
@@ -78,7 +79,7 @@ def test_types_with_equal_fields_have_different_keys():
 
 def test_the_source_of_a_kernel_from_outside_is_in_the_key():
     assert registry.fingerprint(SPECS[0]).startswith("tiny_kernel:Tiny#")
-    assert registry.fingerprint(SPECS[1]) == "cute_ssm.kernels.selective_step:SelectiveStep"
+    assert registry.fingerprint(SPECS[1]) == "cute_ssm.ops.selective_state_update.kernel:SelectiveStep"
 
 
 def test_registering():

@@ -24,9 +24,8 @@ from out_of_range import same
 import cute_ssm
 from cute_ssm import arch as archs
 from cute_ssm import serving
-from cute_ssm.kernels import fakes as fakes_of_kernels
-from cute_ssm.kernels import registry
-from cute_ssm.runtime import emulation
+from cute_ssm.device import fakes as fakes_of_kernels
+from cute_ssm.runtime import emulation, registry
 
 ptxsim = pytest.importorskip("ptxsim")
 SLOW = pytest.mark.slow

@@ -12,9 +12,8 @@ from tiny_spec import TinyConfig, TinySpec
 from cute_ssm import arch, runtime, tuning, workloads
 from cute_ssm.__main__ import main
 from cute_ssm.errors import CuteSsmError
-from cute_ssm.kernels import registry
-from cute_ssm.runtime import pool, toolchain
-from cute_ssm.tuning import selective_step
+from cute_ssm.ops.selective_state_update import config as selective_step
+from cute_ssm.runtime import pool, registry, toolchain
 from cute_ssm.workloads import plan
 from cute_ssm.workloads.progress import Progress
 

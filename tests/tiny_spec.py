@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cute_ssm.errors import UnsupportedSpecError
-from cute_ssm.kernels import registry
+from cute_ssm.runtime import registry
 from cute_ssm.spec import Config, Spec
 
 

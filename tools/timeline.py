@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import machine
 from cute_ssm import runtime, workloads
 from cute_ssm.demo import report as plotting
-from cute_ssm.kernels import registry
+from cute_ssm.runtime import registry
 from machine import model
 
 CLASSES = {  # how a reason to wait is drawn: letter, colour, and how the reason begins

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops._gradients import refuse
-from cute_ssm.ops.gated_delta_rule import gated_delta_rule_mtp
+from cute_ssm.ops.gated_delta_rule_mtp.operator import gated_delta_rule_mtp
 
 
 def fused_recurrent_gated_delta_rule(

@@ -10,9 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops._gradients import requires_grad
-from cute_ssm.ops.selective_scan import selective_scan
-from cute_ssm.ops.selective_state_update import selective_state_update as _update
-from cute_ssm.reference.selective_scan import selective_scan_gradients
+from cute_ssm.ops.selective_scan.operator import selective_scan
+from cute_ssm.ops.selective_scan.reference import selective_scan_gradients
+from cute_ssm.ops.selective_state_update.operator import selective_state_update as _update
 
 PAD_SLOT_ID = -1
 

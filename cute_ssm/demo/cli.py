@@ -136,8 +136,9 @@ class _Backend:
 
 
 def _kernel_path(speculative: bool) -> str:
-    from cute_ssm.kernels.registry import KERNELS
-    from cute_ssm.spec import CheckpointingSSUSpec, SelectiveStateUpdateSpec
+    from cute_ssm.ops.checkpointing_ssu.spec import CheckpointingSSUSpec
+    from cute_ssm.ops.selective_state_update.spec import SelectiveStateUpdateSpec
+    from cute_ssm.runtime.registry import KERNELS
 
     return KERNELS[CheckpointingSSUSpec if speculative else SelectiveStateUpdateSpec]
 

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from cute_ssm.errors import CompileError, CuteSsmError
-from cute_ssm.kernels import registry
-from cute_ssm.runtime import toolchain
+from cute_ssm.runtime import registry, toolchain
 
 if TYPE_CHECKING:
     from cute_ssm.arch import Arch

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cute_ssm import arch as archs
 from cute_ssm.env import logger, settings
-from cute_ssm.kernels import registry
-from cute_ssm.runtime import compiler, lookup
+from cute_ssm.runtime import compiler, lookup, registry
 from cute_ssm.runtime.store import EMULATED, Key, Store
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cute_ssm import arch as archs
 from cute_ssm.env import logger, settings
 from cute_ssm.errors import CuteSsmError, UnsupportedArchError, describe
-from cute_ssm.kernels import registry
-from cute_ssm.runtime import bundles, compiler, toolchain
+from cute_ssm.runtime import bundles, compiler, registry, toolchain
 from cute_ssm.runtime.compiler import Function
 from cute_ssm.runtime.store import BadObjectError, Key, Store
 

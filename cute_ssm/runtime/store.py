@@ -22,8 +22,7 @@ from typing import IO, Any, ClassVar
 import cute_ssm
 from cute_ssm.arch import Arch
 from cute_ssm.env import logger
-from cute_ssm.kernels import registry
-from cute_ssm.runtime import toolchain
+from cute_ssm.runtime import registry, toolchain
 from cute_ssm.spec import Config, Spec, digest
 
 META = "meta.json"

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from cute_ssm.errors import describe
 from cute_ssm.ops._arguments import first_rows, name_of
-from cute_ssm.ops._gated_delta_arguments import check_heads
+from cute_ssm.ops._gated_delta.arguments import check_heads
+from cute_ssm.ops._gated_delta.spec import token_bucket, window_bucket
+from cute_ssm.ops.build_work_items.operator import build_work_items
+from cute_ssm.ops.checkpointing_ssu.spec import CheckpointingSSUSpec
+from cute_ssm.ops.commit.operator import commit
+from cute_ssm.ops.gated_delta_rule_replay.spec import GatedDeltaRuleReplaySpec
 from cute_ssm.serving._folds import check_decays, check_fits, fold_gated_delta, fold_mamba2
 from cute_ssm.serving._pool_checks import (
     as_slot,
@@ -22,15 +27,8 @@ from cute_ssm.serving._pool_checks import (
     check_types,
     refuse_slot,
 )
-from cute_ssm.serving.cursors import build_work_items, commit
 from cute_ssm.serving.storage import PoolStorage
-from cute_ssm.spec import (
-    QUANTISED,
-    CheckpointingSSUSpec,
-    GatedDeltaRuleReplaySpec,
-    token_bucket,
-    window_bucket,
-)
+from cute_ssm.spec import QUANTISED
 
 HISTORIES = ("double", "double_x", "ring")
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from cute_ssm import runtime, tuning, workloads
@@ -67,14 +66,12 @@ class Problem:
         """Whether the kernel can run so, the GPU can hold it, and fields that mean nothing are those of the rule."""
         config = self.config(fields)
         try:
-            config.check(self.lookup.spec, self.arch)  # type: ignore[attr-defined]
+            config.check(self.lookup.spec, self.arch)
         except UnsupportedSpecError:
             return False
-        module, spec = _module(config), self.lookup.spec
-        if config != self.lookup.rule and hasattr(module, "fits") and not module.fits(config, spec, self.arch):
+        if config != self.lookup.rule and not config.fits(self.lookup.spec, self.arch):
             return False
-        inert: Callable[[Config], tuple[str, ...]] = getattr(module, "inert", lambda _: ())
-        return all(getattr(config, name) == getattr(self.lookup.rule, name) for name in inert(config))
+        return all(getattr(config, name) == getattr(self.lookup.rule, name) for name in config.inert())
 
     def kernels(self, fields: Mapping[str, int | str]) -> list[Kernel]:
         """What is compiled to run the call with these fields."""
@@ -86,7 +83,7 @@ class Problem:
     def row(self, fields: Fields, evidence: dict[str, Any]) -> tables.Row:
         """The row of a table that gives the call these fields."""
         spec = self.lookup.spec
-        key = getattr(_module(self.lookup.rule), "KEY", tuple(field.name for field in dataclasses.fields(spec)))
+        key = self.lookup.rule.KEY or tuple(field.name for field in dataclasses.fields(spec))
         return {
             "op": spec.op,
             "arch": self.arch.name,
@@ -113,19 +110,16 @@ def problem(op: str, keys: Mapping[str, int | str], arch: Arch, sm_count: int | 
         expected = "an operator that asks tuning.tables.tuned once per call"
         raise ValueError(describe("op", expected, f"{op}, which asks {len(lookups)} times"))
     (lookup,) = lookups
-    module = _module(lookup.rule)
-    if not hasattr(module, "space"):
-        raise ValueError(describe("op", "an operator whose configs have a space", f"{module.__name__} without one"))
+    rule = type(lookup.rule)
+    if not rule.FREE:
+        expected = "an operator whose config has fields that change no result"
+        raise ValueError(describe("op", expected, f"{op}, whose {rule.__name__} has none"))
     space = {}
-    for name, values in module.space(lookup.spec, arch).items():
+    for name, values in rule.space(lookup.spec, arch).items():
         own = getattr(lookup.rule, name)
         space[name] = tuple(values) if own in values else (*values, own)
     unknown = set(space) - set(lookup.free)
     if unknown:
-        raise ValueError(f"{module.__name__}.space: expected fields of FREE, got {', '.join(sorted(unknown))}")
+        raise ValueError(f"{rule.__name__}.space: expected fields of FREE, got {', '.join(sorted(unknown))}")
     case = Case(op, tuple(sorted(keys.items())), arch.name)
     return Problem(case, lookup, arch, space, sm_count)
-
-
-def _module(config: Config) -> Any:
-    return import_module(type(config).__module__)

@@ -1,11 +1,7 @@
 """Spec to config: which values of the performance knobs a call gets.  Free of torch and of the compiler.
 
-The module of a config has its class, whose ``check(spec, arch)`` raises `UnsupportedSpecError` if the kernel cannot
-run so; a rule; and ``choose``, which takes what the rule says, asks `tables.tuned`, and applies overrides.  For the
-tuner it also has ``FREE``, the fields that change no bit of a result; ``space(spec, arch)``, the values to try for each
-of them; ``KEY``, the fields of a spec that the best config depends on, which rows of tables name; and, where they say
-something, ``inert(config)``, the fields that mean nothing beside the others, and ``fits(config, spec, arch)``, whether
-the GPU can do what the config promises.
+The ``config.py`` of an operator has its config class (see `cute_ssm.spec.Config`), a rule, and ``choose``, which takes
+what the rule says, asks `tables.tuned`, and applies overrides.
 """
 
 from __future__ import annotations

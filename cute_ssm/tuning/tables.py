@@ -109,7 +109,7 @@ def _nearest(config: Config, spec: Spec, arch: Arch, heads: int, free: tuple[str
         if not set(row["config"]) <= set(free):
             raise UnsupportedSpecError(f"config: expected fields among {', '.join(free)}")
         changed = dataclasses.replace(config, **row["config"])
-        changed.check(spec, arch)  # type: ignore[attr-defined]
+        changed.check(spec, arch)
     except (UnsupportedSpecError, TypeError) as error:
         env.logger().warning("a row of tuned configs is ignored: %s: %s", row, error)
         return config

@@ -1,15 +1,13 @@
 """Calls that are made: arguments by operator and sizes, and the calls of models that people serve.
 
-This list drives warm-up, bundles, the tuner, compile tests and the checks on a GPU.  An operator takes part by a module
-of its name here, with
+These calls drive warm-up, bundles, the tuner, compile tests and the checks on a GPU.  An operator takes part by a
+``workload.py`` in its folder, with
 
 - ``build(make, ...) -> Call``: random arguments, where `make` is a `Maker`; the other parameters are sizes, types and
   flags, integers and strings with defaults;
 - ``BATCH``: the parameter that grows with the number of requests, and ``BATCHES``: its usual values;
 - ``MODELS``: calls by name of model, each a dict of parameters other than `BATCH`;
-- ``pool(...) -> StatePool``, where an engine keeps one for it: with one slot, from the parameters of ``build``;
-
-and by a module in `cute_ssm.tuning` that `cute_ssm.tuner.spaces` names, with ``space`` and ``FREE``.
+- ``pool(...) -> StatePool``, where an engine keeps one for it: with one slot, from the parameters of ``build``.
 """
 
 from __future__ import annotations
@@ -22,15 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import cute_ssm
 from cute_ssm.errors import describe
+from cute_ssm.ops import operators
 
 if TYPE_CHECKING:
     import torch
 
     from cute_ssm.serving import StatePool
 
-OPERATORS = (
-    "selective_state_update", "checkpointing_ssu", "selective_scan", "gated_delta_rule_mtp", "gated_delta_rule_replay",
-)  # fmt: skip
+OPERATORS = tuple(operator.name for operator in operators() if operator.workload)
 
 Keys = Mapping[str, "int | str"]
 
@@ -188,4 +185,4 @@ def registered(op: str) -> Callable[..., Call]:
 def _module(op: str) -> Any:
     if op not in OPERATORS:
         raise ValueError(describe("op", f"one of {', '.join(OPERATORS)}", repr(op)))
-    return import_module(f"cute_ssm.workloads.{op}")
+    return import_module(f"cute_ssm.ops.{op}.workload")

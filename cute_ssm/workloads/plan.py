@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pkgutil
 from collections.abc import Iterable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cute_ssm import arch as archs
-from cute_ssm import runtime, tuning, workloads
+from cute_ssm import runtime, workloads
 from cute_ssm.arch import Arch
 from cute_ssm.errors import UnsupportedArchError, UnsupportedSpecError, describe
-from cute_ssm.kernels import registry
+from cute_ssm.runtime import registry
 from cute_ssm.spec import Config, Spec
 from cute_ssm.workloads import Keys, Workload
 
@@ -147,6 +145,4 @@ def _made(fields: dict[str, Any], kinds: dict[str, type[Any]]) -> Any:
 
 
 def _configs() -> dict[str, type[Config]]:
-    for module in pkgutil.iter_modules(tuning.__path__, f"{tuning.__name__}."):
-        import_module(module.name)
-    return {kind.__name__: kind for kind in Config.__subclasses__()}
+    return {kind.__name__: kind for kind in Config.__subclasses__()}  # those of registered kernels, too

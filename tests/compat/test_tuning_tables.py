@@ -9,7 +9,9 @@ import logging
 import pytest
 
 from cute_ssm import arch
-from cute_ssm.tuning import selective_step, tables, vllm_configs
+from cute_ssm.compat.vllm import configs as vllm_configs
+from cute_ssm.ops.selective_state_update import config as selective_step
+from cute_ssm.tuning import tables
 
 SPEC = vllm_configs._spec(64, 128, "float16", False)
 
@@ -87,7 +89,7 @@ def test_watching_sees_every_question():
     chosen(65)
     assert [lookup.heads for lookup in seen] == [64, 64]
     assert seen[0].spec == SPEC
-    assert seen[0].free == selective_step.FREE
+    assert seen[0].free == selective_step.SelectiveStepConfig.FREE
     assert seen[0].rule == selective_step._choose(SPEC, arch.SM_90A, 64, 132, False)
 
 
@@ -132,7 +134,7 @@ def test_a_file_that_is_no_table_is_not_merged_into(tmp_path, content):
 def test_the_space_of_the_step_holds_what_the_rule_chooses():
     for heads in (1, 16, 300, 16384):
         config = selective_step._choose(SPEC, arch.SM_90A, heads, 132, False)
-        space = selective_step.space(SPEC, arch.SM_90A)
-        assert set(space) == set(selective_step.FREE)
+        space = selective_step.SelectiveStepConfig.space(SPEC, arch.SM_90A)
+        assert set(space) == set(selective_step.SelectiveStepConfig.FREE)
         bounded = {"ctas_per_sm"}  # by what fits, for which the rule may have any value
         assert all(getattr(config, name) in values for name, values in space.items() if name not in bounded)

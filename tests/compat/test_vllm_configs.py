@@ -14,8 +14,9 @@ import torch
 
 from cute_ssm import arch
 from cute_ssm.compat import vllm
+from cute_ssm.compat.vllm import configs as vllm_configs
 from cute_ssm.errors import UnsupportedSpecError
-from cute_ssm.tuning import selective_step, vllm_configs
+from cute_ssm.ops.selective_state_update import config as selective_step
 
 DEVICE = "NVIDIA_H200"
 TABLE = {"8192": (8, 2), "12288": (16, 1), "64": (4, 1)}

@@ -15,7 +15,8 @@ from step_oracle import at_row, close, states, token, tokens, wide
 import ptxsim
 from cute_ssm import tuning
 from cute_ssm.compat import vllm
-from cute_ssm.tuning import selective_step, vllm_configs
+from cute_ssm.compat.vllm import configs as vllm_configs
+from cute_ssm.ops.selective_state_update import config as selective_step
 
 NULL = 0
 ORDER = (

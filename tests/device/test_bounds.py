@@ -17,7 +17,7 @@ from cutlass import Int32, Int64, Uint32
 import cute_ssm
 import ptxsim
 from cute_ssm.device import bounds
-from cute_ssm.kernels.fakes import fake
+from cute_ssm.device.fakes import fake
 
 THREADS = 32
 ROWS = 7

@@ -17,7 +17,7 @@ from cutlass import Float32
 import ptxsim
 from cute_ssm.device import math as device
 from cute_ssm.device import memory, scan
-from cute_ssm.kernels.fakes import fake
+from cute_ssm.device.fakes import fake
 
 WARP = 32
 INF, NAN = math.inf, math.nan

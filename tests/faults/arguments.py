@@ -16,14 +16,14 @@ FAULTS = [
     ),
     Fault(
         "a plan for narrow rows takes all",
-        "cute_ssm/ops/checkpointing_ssu.py",
+        "cute_ssm/ops/checkpointing_ssu/operator.py",
         "_loose_plans.remember((key, _layout(operands)), plan)",
         "_plans.remember(key, plan)",
         (VIEWS + "test_a_plan_is_used_for_rows_of_its_own_alignment_alone",),
     ),
     Fault(
         "copied rows are not fenced",
-        "cute_ssm/kernels/checkpointing_rows.py",
+        "cute_ssm/ops/checkpointing_ssu/unaligned_rows.py",
         '        cute.arch.fence_proxy("async.shared", space="cta")\n',
         "",
         (VIEWS + "test_results_at_any_alignment_are_those_of_aligned_rows[double-1]",),
@@ -37,14 +37,14 @@ FAULTS = [
     ),
     Fault(
         "counts of padding are checked",
-        "cute_ssm/ops/_step_arguments.py",
+        "cute_ssm/ops/selective_state_update/arguments.py",
         " & (indices != pad).any(1))",
         ")",
         (LONGER + "test_counts_of_padding_are_not_looked_at",),
     ),
     Fault(
         "A is warned of at every call",
-        "cute_ssm/ops/_step_arguments.py",
+        "cute_ssm/ops/selective_state_update/arguments.py",
         "    _warned.add(key)\n",
         "",
         (ADVICE + "test_A_that_is_tied_in_value_alone_is_warned_of_once",),

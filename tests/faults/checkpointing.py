@@ -2,9 +2,9 @@
 
 from faults import Fault
 
-CONSUMER = "cute_ssm/kernels/checkpointing_consumer.py"
-PREP = "cute_ssm/kernels/checkpointing_prep.py"
-KERNEL = "cute_ssm/kernels/checkpointing_ssu.py"
+CONSUMER = "cute_ssm/ops/checkpointing_ssu/consumer.py"
+PREP = "cute_ssm/ops/checkpointing_ssu/prep.py"
+KERNEL = "cute_ssm/ops/checkpointing_ssu/kernel.py"
 COUNTS = "tests/ops/test_checkpointing_ssu.py::test_every_number_of_accepted_tokens_of_the_kernel"
 FORMS = "tests/ops/test_checkpointing_ssu.py::test_forms_on_one_multiprocessor[ring-dynamic-{'schedule': 2}]"
 LATER = "tests/ops/test_later_tokens.py::test_checkpointing_kernel"

@@ -2,11 +2,11 @@
 
 from faults import Fault
 
-KERNEL = "cute_ssm/kernels/gated_delta_rule.py"
-CHUNK = "cute_ssm/kernels/gated_delta_coefficients.py"
-ROWS = "cute_ssm/kernels/gated_delta_rows.py"
-SEQUENTIAL = "cute_ssm/kernels/gated_delta_sequential.py"
-REPLAY = "cute_ssm/kernels/gated_delta_replay.py"
+KERNEL = "cute_ssm/ops/gated_delta_rule_mtp/kernel.py"
+CHUNK = "cute_ssm/ops/_gated_delta/coefficients.py"
+ROWS = "cute_ssm/ops/_gated_delta/rows.py"
+SEQUENTIAL = "cute_ssm/ops/gated_delta_rule_mtp/sequential.py"
+REPLAY = "cute_ssm/ops/gated_delta_rule_replay/kernel.py"
 RULE = "tests/ops/test_gated_delta_rule.py::"
 LATER = "tests/ops/test_gated_delta_rule_later_tokens.py::"
 RING = "tests/ops/test_gated_delta_rule_replay.py::"

@@ -117,14 +117,14 @@ FAULTS = [
     ),
     Fault(
         "speculative slots are not written",
-        "cute_ssm/compat/vllm.py",
+        "cute_ssm/compat/vllm/__init__.py",
         "if speculative and src is not None and dst is None:\n        dst = src",
         "if speculative and src is not None and dst is None:\n        dst = None",
         ("tests/compat/test_vllm_state_update.py::TestAgainstTheLoop::test_speculative[default-reference]",),
     ),
     Fault(
         "further rows of indices are used",
-        "cute_ssm/compat/vllm.py",
+        "cute_ssm/compat/vllm/__init__.py",
         "        indices = indices[:batch]\n",
         "        indices = indices[-batch:]\n",
         (
@@ -147,23 +147,23 @@ FAULTS = [
     ),
     Fault(
         "a file of floats is taken",
-        "cute_ssm/tuning/vllm_configs.py",
+        "cute_ssm/compat/vllm/configs.py",
         "isinstance(value, int) and not isinstance(value, bool) and value > 0",
         "isinstance(value, (int, float)) and value > 0",
         ("tests/compat/test_vllm_configs.py::test_a_broken_entry_is_left_out_and_logged",),
     ),
     Fault(
         "wide CTAs of few rows",
-        "cute_ssm/tuning/serving.py",
+        "cute_ssm/ops/build_work_items/config.py",
         "FEW_ROWS // WARP if batch <= FEW_ROWS else MOST_WARPS",
         "MOST_WARPS + 1 if batch <= FEW_ROWS else MOST_WARPS",
         ("tests/serving/test_serving_cursors.py::test_emulated_sizes",),
     ),
     Fault(
         "decoding by tokens for any number of them",
-        "cute_ssm/tuning/gated_delta_rule.py",
-        "alone = isinstance(spec, GatedDeltaRuleSpec) and spec.tokens == 1",
-        "alone = isinstance(spec, GatedDeltaRuleSpec) and spec.tokens == 1 and heads < 64",
+        "cute_ssm/ops/_gated_delta/config.py",
+        "alone = spec.sequential_tokens > 0 and spec.tokens == 1",
+        "alone = spec.sequential_tokens > 0 and spec.tokens == 1 and heads < 64",
         ("tests/tuner/test_choices.py::test_bits_of_other_operators_depend_on_the_spec_alone[gated_delta_rule_mtp]",),
     ),
 ]

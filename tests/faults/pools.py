@@ -7,7 +7,7 @@ EACH = GRADIENTS + "test_each_tensor_that_requires_grad_alone_is_refused_by_name
 POOLS = "tests/serving/test_serving_pool_state.py::"
 COPY = POOLS + "test_a_copy_goes_on_like_the_pool_bit_for_bit_and_apart_from_it"
 LIBRARY, STORAGE = "cute_ssm/ops/_library.py", "cute_ssm/serving/storage.py"
-POOL, FOLD = "cute_ssm/serving/pool.py", "cute_ssm/kernels/gated_delta_materialize.py"
+POOL, FOLD = "cute_ssm/serving/pool.py", "cute_ssm/ops/materialize_gated_delta/kernel.py"
 GATED = "tests/serving/test_serving_out_of_range.py::test_rows_of_a_materialisation_of_gated_delta_nets"
 STATES = "tests/serving/test_serving_materialize_gated.py::test_emulated"
 
@@ -35,7 +35,7 @@ FAULTS = [
     ),
     Fault(
         "gradients do not pass from segment to segment",
-        "cute_ssm/reference/selective_scan.py",
+        "cute_ssm/ops/selective_scan/reference.py",
         "        carry = next(grads)\n",
         "        next(grads)\n",
         (GRADIENTS + "test_gradcheck_of_the_recomputation_in_segments",),
@@ -66,7 +66,7 @@ FAULTS = [
     ),
     Fault(
         "rows of unallocated slots are committed on a GPU",
-        "cute_ssm/kernels/serving_commit.py",
+        "cute_ssm/ops/commit/kernel.py",
         "live = unallocated[slot] == 0",
         "live = unallocated[slot] >= 0",
         (POOLS + "test_on_a_gpu_rows_of_unallocated_slots_are_left_alone",),

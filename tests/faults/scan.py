@@ -2,8 +2,8 @@
 
 from faults import Fault
 
-KERNEL = "cute_ssm/kernels/selective_scan.py"
-EXTENTS = "cute_ssm/kernels/selective_extents.py"
+KERNEL = "cute_ssm/ops/selective_scan/kernel.py"
+EXTENTS = "cute_ssm/ops/selective_scan/extents.py"
 DEVICE = "cute_ssm/device/scan.py"
 BASE = "tests/ops/test_selective_scan.py::test_kernel[base]"
 PERSISTENT = (
@@ -99,21 +99,21 @@ FAULTS = [
     ),
     Fault(
         "splits without a gain",
-        "cute_ssm/tuning/selective_scan.py",
+        "cute_ssm/ops/selective_scan/config.py",
         "return split if time(split) * SPLIT_GAIN <= time(whole) else whole",
         "return split if time(split) <= time(whole) * SPLIT_GAIN else whole",
         ("tests/ops/test_selective_scan_parts.py::test_who_is_split",),
     ),
     Fault(
         "parts of any length",
-        "cute_ssm/tuning/selective_scan.py",
+        "cute_ssm/ops/selective_scan/config.py",
         "n == 1 or length >= n * PART_TOKENS",
         "n >= 1",
         ("tests/ops/test_selective_scan_parts.py::test_splits_pay_by_the_model_and_parts_are_long",),
     ),
     Fault(
         "shared memory of one tile only",
-        "cute_ssm/tuning/selective_scan.py",
+        "cute_ssm/ops/selective_scan/config.py",
         "return 2 * self.tokens * 2 * padded_states(spec) * 4",
         "return self.tokens * 2 * padded_states(spec) * 4",
         ("tests/tuner/test_choices.py::test_shared_memory_is_what_the_launch_allocates",),

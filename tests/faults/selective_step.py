@@ -2,8 +2,8 @@
 
 from faults import Fault
 
-KERNEL = "cute_ssm/kernels/selective_step.py"
-PRODUCTS = "cute_ssm/kernels/selective_products.py"
+KERNEL = "cute_ssm/ops/selective_state_update/kernel.py"
+PRODUCTS = "cute_ssm/ops/selective_state_update/products.py"
 ONE = "tests/ops/test_selective_state_update.py::"
 MANY = "tests/ops/test_selective_state_update_tokens.py::"
 RANGE = "tests/ops/test_out_of_range.py::"

@@ -2,10 +2,10 @@
 
 from faults import Fault
 
-COMMIT = "cute_ssm/kernels/serving_commit.py"
-ROWS = "cute_ssm/kernels/serving_rows.py"
-ITEMS = "cute_ssm/kernels/serving_work_items.py"
-STATE = "cute_ssm/kernels/serving_materialize.py"
+COMMIT = "cute_ssm/ops/commit/kernel.py"
+ROWS = "cute_ssm/ops/_cursors/rows.py"
+ITEMS = "cute_ssm/ops/build_work_items/kernel.py"
+STATE = "cute_ssm/ops/materialize/kernel.py"
 POOL = "cute_ssm/serving/pool.py"
 CURSORS = "tests/serving/test_serving_cursors.py::test_emulated_sizes"
 RANGE = "tests/serving/test_serving_out_of_range.py::"
@@ -112,7 +112,7 @@ FAULTS = [
     ),
     Fault(
         "the reference takes pending tokens from the wrong buffer",
-        "cute_ssm/reference/serving.py",
+        "cute_ssm/ops/materialize_gated_delta/reference.py",
         "places = (start + torch.arange(count)) % rings.k.shape[2]",
         "places = torch.arange(count) % rings.k.shape[2]",
         ("tests/serving/test_serving_materialize_gated.py::test_reference",),

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from cute_ssm.kernels.selective_step import SelectiveStep
+from cute_ssm.ops.selective_state_update.kernel import SelectiveStep
 
 timeline = pytest.importorskip("timeline", reason="tools/ is not on the path")
 

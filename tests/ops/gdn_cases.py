@@ -11,7 +11,7 @@ from step_cases import copy as copy
 from step_cases import storage as storage
 
 import cute_ssm
-from cute_ssm.reference.gated_delta_rule import gated_delta_rule as mathematics
+from cute_ssm.ops.gated_delta_rule_mtp.reference import gated_delta_rule as mathematics
 
 NAN = float("nan")
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}

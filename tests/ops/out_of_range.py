@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from step_cases import copy, storage
 
-from cute_ssm.ops import (
-    _checkpointing_arguments,
-    _step_arguments,
-    gated_delta_rule,
-    gated_delta_rule_replay,
-    selective_scan,
-)
-from cute_ssm.serving import _slot_rows, cursors
+from cute_ssm.ops import _slot_rows
+from cute_ssm.ops._cursors import arguments as cursors
+from cute_ssm.ops.checkpointing_ssu import arguments as _checkpointing_arguments
+from cute_ssm.ops.gated_delta_rule_mtp import operator as gated_delta_rule
+from cute_ssm.ops.gated_delta_rule_replay import operator as gated_delta_rule_replay
+from cute_ssm.ops.selective_scan import operator as selective_scan
+from cute_ssm.ops.selective_state_update import arguments as _step_arguments
 
 Parts = Iterable[tuple[str, Any]]  # (name of a tensor that is written, index of a part of it)
 
@@ -31,7 +30,7 @@ def unchecked(monkeypatch) -> None:
     monkeypatch.setattr(gated_delta_rule, "_check_indices", lambda *_: None)
     monkeypatch.setattr(gated_delta_rule_replay, "_check_values", lambda *_: None)
     monkeypatch.setattr(selective_scan, "plan_on_cpu", lambda *_: [])
-    monkeypatch.setattr(cursors._Rows, "cursors", lambda *_: None)
+    monkeypatch.setattr(cursors.Rows, "cursors", lambda *_: None)
     monkeypatch.setattr(cursors, "_check_accepted", lambda *_: None)
     monkeypatch.setattr(_slot_rows.SlotRows, "read", lambda *_: [])
 

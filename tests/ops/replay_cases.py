@@ -10,8 +10,8 @@ from bits import same_bits
 from gdn_cases import DTYPES, NAN, copy, storage, within
 
 import cute_ssm
-from cute_ssm.reference.gated_delta_rule import gated_delta_rule_replay as mathematics
-from cute_ssm.reference.gated_delta_rule import gates
+from cute_ssm.ops._gated_delta.reference import gates
+from cute_ssm.ops.gated_delta_rule_replay.reference import gated_delta_rule_replay as mathematics
 
 RINGS = ("k_cache", "v_cache", "g_cache", "beta_cache")
 ULP = 2.0**-23

@@ -10,7 +10,7 @@ from bits import same_bits
 from step_cases import DTYPES, copy, storage
 
 import cute_ssm
-from cute_ssm.reference.selective_scan import selective_scan as mathematics
+from cute_ssm.ops.selective_scan.reference import selective_scan as mathematics
 
 NULL = 0
 # e^(A delta') near 1, as trained models have it, and near 0

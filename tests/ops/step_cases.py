@@ -9,7 +9,7 @@ import torch
 from bits import same_bits
 
 import cute_ssm
-from cute_ssm.reference.selective_state_update import selective_state_update as mathematics
+from cute_ssm.ops.selective_state_update.reference import selective_state_update as mathematics
 
 PAD = -1
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}

@@ -13,7 +13,7 @@ from test_longer_index_tensors import CALLS
 import cute_ssm
 from cute_ssm import runtime
 from cute_ssm.arch import by_name
-from cute_ssm.ops import _step_arguments
+from cute_ssm.ops.selective_state_update import arguments as _step_arguments
 
 WRITTEN = {
     "step": ("state", "out"),

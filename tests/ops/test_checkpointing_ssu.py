@@ -12,9 +12,9 @@ from checkpointing_cases import COARSE, Case, Sequence, arguments, check, copy, 
 
 import ptxsim
 from cute_ssm import tuning
-from cute_ssm.kernels.registry import KERNELS
-from cute_ssm.spec import CheckpointingSSUSpec
-from cute_ssm.tuning.checkpointing_ssu import DYNAMIC, FUSED, PAIR
+from cute_ssm.ops.checkpointing_ssu.config import DYNAMIC, FUSED, PAIR
+from cute_ssm.ops.checkpointing_ssu.spec import CheckpointingSSUSpec
+from cute_ssm.runtime.registry import KERNELS
 
 kernel = pytest.mark.skipif(CheckpointingSSUSpec not in KERNELS, reason="no kernel is registered")
 ARCHS = ("sm_90a", "sm_100a")

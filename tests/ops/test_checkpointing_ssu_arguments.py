@@ -12,8 +12,8 @@ from checkpointing_cases import PAD, Case, arguments, copy, storage
 import cute_ssm
 import ptxsim
 from cute_ssm.errors import UnsupportedSpecError
-from cute_ssm.kernels.registry import KERNELS
-from cute_ssm.spec import CheckpointingSSUSpec
+from cute_ssm.ops.checkpointing_ssu.spec import CheckpointingSSUSpec
+from cute_ssm.runtime.registry import KERNELS
 
 kernel = pytest.mark.skipif(CheckpointingSSUSpec not in KERNELS, reason="no kernel is registered")
 EMULATED = pytest.mark.parametrize("emulated", [False, pytest.param(True, marks=kernel)], ids=["reference", "emulate"])

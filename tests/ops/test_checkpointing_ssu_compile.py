@@ -9,8 +9,8 @@ import pytest
 from cute_ssm import arch as archs
 from cute_ssm import runtime
 from cute_ssm.errors import UnsupportedSpecError
-from cute_ssm.spec import CheckpointingSSUSpec
-from cute_ssm.tuning.checkpointing_ssu import CTA_RESERVED, FLIGHT, PAIR, SM_SHARED, choose
+from cute_ssm.ops.checkpointing_ssu.config import CTA_RESERVED, FLIGHT, PAIR, SM_SHARED, choose
+from cute_ssm.ops.checkpointing_ssu.spec import CheckpointingSSUSpec
 
 BASE = CheckpointingSSUSpec(
     state_dtype="float16",

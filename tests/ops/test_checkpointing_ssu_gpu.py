@@ -12,7 +12,7 @@ from test_checkpointing_ssu_steps import RUNS
 
 import cute_ssm
 from cute_ssm import tuning
-from cute_ssm.tuning.checkpointing_ssu import DYNAMIC, FUSED, PAIR
+from cute_ssm.ops.checkpointing_ssu.config import DYNAMIC, FUSED, PAIR
 
 pytestmark = pytest.mark.gpu
 

@@ -8,8 +8,8 @@ import pytest
 from checkpointing_cases import Case, verify_many
 
 import ptxsim
-from cute_ssm.kernels.registry import KERNELS
-from cute_ssm.spec import CheckpointingSSUSpec
+from cute_ssm.ops.checkpointing_ssu.spec import CheckpointingSSUSpec
+from cute_ssm.runtime.registry import KERNELS
 
 kernel = pytest.mark.skipif(CheckpointingSSUSpec not in KERNELS, reason="no kernel is registered")
 STATES = ("f32", "bf16", "f16", "i16", "i8", "f8")

@@ -10,8 +10,8 @@ from checkpointing_cases import Case, arguments, copy, storage
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cute_ssm
-from cute_ssm.ops import checkpointing_ssu as module
-from cute_ssm.ops._checkpointing_arguments import DOUBLE, RING, TIED, Operands, Settings
+from cute_ssm.ops.checkpointing_ssu import operator as module
+from cute_ssm.ops.checkpointing_ssu.arguments import DOUBLE, RING, TIED, Operands, Settings
 
 BASE = Case(accepted=(7, 5, 14))
 PACKED = dataclasses.replace(BASE, batch=4, lengths=(3, 0, 1, 4), pads=())

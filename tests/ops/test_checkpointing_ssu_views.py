@@ -12,10 +12,10 @@ from test_checkpointing_ssu import emulate
 from cute_ssm import arch as archs
 from cute_ssm import runtime, tuning
 from cute_ssm.errors import UnsupportedSpecError
-from cute_ssm.ops import _checkpointing_arguments
-from cute_ssm.ops import checkpointing_ssu as module
 from cute_ssm.ops._plans import Plans
-from cute_ssm.tuning.checkpointing_ssu import DYNAMIC, FUSED, PAIR, choose
+from cute_ssm.ops.checkpointing_ssu import arguments as _checkpointing_arguments
+from cute_ssm.ops.checkpointing_ssu import operator as module
+from cute_ssm.ops.checkpointing_ssu.config import DYNAMIC, FUSED, PAIR, choose
 from cute_ssm.workloads import build
 
 BASE = Case(accepted=(7, 5, 14), nheads=4, ngroups=2)

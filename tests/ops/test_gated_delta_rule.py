@@ -14,7 +14,7 @@ from gdn_cases import DTYPES, MODES, REGIMES, Case, arguments, copy, expected, s
 import cute_ssm
 import ptxsim
 from cute_ssm import tuning
-from cute_ssm.reference.gated_delta_rule import gated_delta_rule, gated_delta_rule_products
+from cute_ssm.ops.gated_delta_rule_mtp.reference import gated_delta_rule, gated_delta_rule_products
 
 BASE = Case()
 

@@ -12,7 +12,7 @@ from gdn_cases import Case, arguments, copy, storage
 import cute_ssm
 import ptxsim
 from cute_ssm.errors import UnsupportedSpecError
-from cute_ssm.ops import gated_delta_rule as module
+from cute_ssm.ops.gated_delta_rule_mtp import operator as module
 
 
 def unaligned(tensor: torch.Tensor) -> torch.Tensor:

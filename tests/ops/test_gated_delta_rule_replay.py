@@ -15,9 +15,9 @@ from replay_cases import RINGS, Case, arguments, check, expected, verify
 import cute_ssm
 import ptxsim
 from cute_ssm import tuning
-from cute_ssm.ops import gated_delta_rule_replay as module
-from cute_ssm.reference.gated_delta_rule import gated_delta_rule_replay as mathematics
-from cute_ssm.reference.gated_delta_rule import gates, recurrence
+from cute_ssm.ops._gated_delta.reference import gates, recurrence
+from cute_ssm.ops.gated_delta_rule_replay import operator as module
+from cute_ssm.ops.gated_delta_rule_replay.reference import gated_delta_rule_replay as mathematics
 from cute_ssm.serving import commit
 
 BASE = Case()

@@ -14,9 +14,10 @@ import cute_ssm
 from cute_ssm import arch as archs
 from cute_ssm import runtime
 from cute_ssm.errors import UnsupportedSpecError
-from cute_ssm.ops import gated_delta_rule_replay as module
-from cute_ssm.spec import GatedDeltaRuleReplaySpec, window_bucket
-from cute_ssm.tuning.gated_delta_rule import FREE, GatedDeltaRuleConfig, choose, space
+from cute_ssm.ops._gated_delta.config import GatedDeltaRuleConfig, choose
+from cute_ssm.ops._gated_delta.spec import window_bucket
+from cute_ssm.ops.gated_delta_rule_replay import operator as module
+from cute_ssm.ops.gated_delta_rule_replay.spec import GatedDeltaRuleReplaySpec
 
 NAMES = (
     "q", "k", "v", "initial_state", "initial_state_indices", *RINGS, "ring_start", "prev_num_accepted_tokens", "A_log",
@@ -199,7 +200,8 @@ def test_configs_fit():
         spec.check()
         config = choose(spec, arch, heads, arch.sm_count)
         config.check(spec, arch)
-        assert {name for name, values in space(spec, arch).items() if getattr(config, name) in values} == set(FREE)
+        space = config.space(spec, arch)
+        assert {name for name, values in space.items() if getattr(config, name) in values} == set(config.FREE)
     assert choose(BASE, archs.SM_90A, 512, 132) == GatedDeltaRuleConfig(128, 4)
 
 

@@ -15,9 +15,9 @@ import ptxsim
 from cute_ssm import arch as archs
 from cute_ssm import runtime, tuning
 from cute_ssm.errors import UnsupportedSpecError
-from cute_ssm.ops import gated_delta_rule as module
-from cute_ssm.spec import GatedDeltaRuleSpec
-from cute_ssm.tuning.gated_delta_rule import GatedDeltaRuleConfig, choose
+from cute_ssm.ops._gated_delta.config import GatedDeltaRuleConfig, choose
+from cute_ssm.ops.gated_delta_rule_mtp import operator as module
+from cute_ssm.ops.gated_delta_rule_mtp.spec import GatedDeltaRuleSpec
 
 NAMES = (
     "q", "k", "v", "initial_state", "initial_state_indices", "A_log", "a", "dt_bias", "b", "scale", "output",

@@ -19,8 +19,8 @@ from cute_ssm import serving
 from cute_ssm.compat import fla, mamba_ssm
 from cute_ssm.errors import GradientError
 from cute_ssm.ops import _gradients
-from cute_ssm.reference.selective_scan import selective_scan as mathematics
-from cute_ssm.reference.selective_scan import selective_scan_gradients
+from cute_ssm.ops.selective_scan.reference import selective_scan as mathematics
+from cute_ssm.ops.selective_scan.reference import selective_scan_gradients
 
 ptxsim = pytest.importorskip("ptxsim")
 WEIGHTS = ("A", "A_log", "D", "dt_bias", "delta_bias")  # all else is refused

@@ -190,7 +190,7 @@ def test_checkpointing_kernel(case, arch):
 @pytest.mark.parametrize("state", ["f16", "i8"])
 def test_forms_of_the_checkpointing_kernel(form, state):
     """Where a stage is given back before the outputs are complete, and where it is not."""
-    from cute_ssm.tuning import checkpointing_ssu as forms
+    from cute_ssm.ops.checkpointing_ssu import config as forms
 
     case = dataclasses.replace(STEP, state=state, nheads=4, dstate=64)
     with ptxsim.emulate(arch="sm_90a", sm_count=1), tuning.override(form=getattr(forms, form)):

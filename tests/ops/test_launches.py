@@ -19,9 +19,9 @@ import ptxsim
 from cute_ssm import arch as archs
 from cute_ssm import serving, tuning, workloads
 from cute_ssm.compat.flashinfer import mamba as flashinfer
-from cute_ssm.kernels import checkpointing_ssu
+from cute_ssm.ops.checkpointing_ssu import kernel as checkpointing_ssu
+from cute_ssm.ops.checkpointing_ssu.config import DYNAMIC, FUSED, PAIR
 from cute_ssm.runtime import emulation
-from cute_ssm.tuning.checkpointing_ssu import DYNAMIC, FUSED, PAIR
 
 CALLS = {
     "selective_state_update": {"batch": 1, "nheads": 2, "dim": 16, "dstate": 16},
@@ -144,7 +144,7 @@ def test_messages_name_the_python_line(no_wait):
     call = workloads.build("selective_state_update", CALLS["selective_state_update"])
     with pytest.raises(ptxsim.RaceError) as caught, ptxsim.emulate(racecheck=True):
         call.run()
-    assert re.search(r"kernels/selective_step\.py:\d+ \(\w+\).* \| PTX line \d+: ", str(caught.value))
+    assert re.search(r"selective_state_update/kernel\.py:\d+ \(\w+\).* \| PTX line \d+: ", str(caught.value))
 
 
 @pytest.mark.parametrize(

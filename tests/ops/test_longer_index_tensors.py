@@ -19,10 +19,10 @@ from step_cases import copy
 import cute_ssm
 from cute_ssm import serving
 from cute_ssm.ops import _arguments
-from cute_ssm.ops import checkpointing_ssu as checkpointing
-from cute_ssm.ops import gated_delta_rule as gated_delta
-from cute_ssm.ops import gated_delta_rule_replay as replay
-from cute_ssm.ops import selective_state_update as step
+from cute_ssm.ops.checkpointing_ssu import operator as checkpointing
+from cute_ssm.ops.gated_delta_rule_mtp import operator as gated_delta
+from cute_ssm.ops.gated_delta_rule_replay import operator as replay
+from cute_ssm.ops.selective_state_update import operator as step
 
 sys.path.append(str(Path(__file__).parents[1] / "serving"))
 from test_serving_cursors import Case as Cursors

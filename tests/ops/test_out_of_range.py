@@ -21,8 +21,8 @@ import torch
 from out_of_range import Sweep, outside, swap
 
 import cute_ssm
-from cute_ssm.ops import selective_scan
-from cute_ssm.tuning.checkpointing_ssu import PAIR
+from cute_ssm.ops.checkpointing_ssu.config import PAIR
+from cute_ssm.ops.selective_scan import operator as selective_scan
 
 ptxsim = pytest.importorskip("ptxsim")
 ROWS = 13  # of a batch: more than there are numbers in `outside`

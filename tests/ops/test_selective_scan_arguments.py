@@ -10,8 +10,8 @@ from scan_cases import Case, arguments, copy, scan, storage
 import ptxsim
 from cute_ssm.arch import SM_90A
 from cute_ssm.errors import UnsupportedSpecError
-from cute_ssm.spec import SelectiveScanSpec
-from cute_ssm.tuning import selective_scan as tuning
+from cute_ssm.ops.selective_scan import config as tuning
+from cute_ssm.ops.selective_scan.spec import SelectiveScanSpec
 
 DENSE = Case(lengths=(12,) * 3, dim=8, ngroups=2, in_place=False, nulls=())
 VARLEN = Case(lengths=(4, 0, 8), varlen=True, dim=8, ngroups=2, in_place=False, nulls=())

@@ -8,8 +8,8 @@ import pytest
 
 from cute_ssm import arch as archs
 from cute_ssm import runtime
-from cute_ssm.spec import SelectiveScanSpec
-from cute_ssm.tuning import selective_scan as tuning
+from cute_ssm.ops.selective_scan import config as tuning
+from cute_ssm.ops.selective_scan.spec import SelectiveScanSpec
 
 BASE = SelectiveScanSpec(
     input_dtype="bfloat16",

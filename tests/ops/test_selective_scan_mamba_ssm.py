@@ -9,7 +9,7 @@ from scan_cases import within
 import ptxsim
 from cute_ssm.compat.mamba_ssm import selective_scan_fn
 from cute_ssm.errors import UnsupportedSpecError
-from cute_ssm.reference.selective_scan import selective_scan as mathematics
+from cute_ssm.ops.selective_scan.reference import selective_scan as mathematics
 
 
 def inputs(length=13, dtype=torch.bfloat16):

@@ -12,8 +12,8 @@ import cute_ssm
 import ptxsim
 from cute_ssm import tuning
 from cute_ssm.arch import ARCHS, SM_90A
-from cute_ssm.spec import SelectiveScanSpec
-from cute_ssm.tuning import selective_scan as choices
+from cute_ssm.ops.selective_scan import config as choices
+from cute_ssm.ops.selective_scan.spec import SelectiveScanSpec
 
 BASE = Case(lengths=(53,) * 3)
 PREFIX = Case(varlen=True, lengths=(21, 5, 16, 40), computed=(0, 3, 8, 29), block_size=8, nulls=(1,), dim=24, ngroups=2)

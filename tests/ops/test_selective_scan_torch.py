@@ -11,7 +11,7 @@ from scan_cases import Case, arguments, copy, scan, storage
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cute_ssm
-from cute_ssm.ops import selective_scan as module
+from cute_ssm.ops.selective_scan import operator as module
 
 SMALL = Case(lengths=(12,) * 3, dim=8, in_place=False)
 PREFIX = Case(lengths=(12, 5), varlen=True, dim=8, computed=(0, 3), block_size=8, in_place=False)

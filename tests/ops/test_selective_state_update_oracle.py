@@ -14,8 +14,8 @@ from token_cases import PAD, Oracle, Tokens, arguments, check, copy, numpy
 
 import cute_ssm
 import ptxsim
+from cute_ssm.ops.selective_state_update.reference import selective_state_update as mathematics
 from cute_ssm.reference import rounding
-from cute_ssm.reference.selective_state_update import selective_state_update as mathematics
 
 LAYOUTS = ("tied", "dense", "dense_A", "dense_dt")
 ONE = Tokens(lengths=(1, 1, 1), nheads=4)

@@ -14,9 +14,9 @@ from token_cases import Tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cute_ssm
-from cute_ssm.ops import selective_state_update as module
 from cute_ssm.ops._plans import Plans
-from cute_ssm.ops._step_arguments import Operands, Settings
+from cute_ssm.ops.selective_state_update import operator as module
+from cute_ssm.ops.selective_state_update.arguments import Operands, Settings
 
 PACKED = Tokens(packed=True, lengths=(3, 0, 2), pads=(0,))
 FORMS = {

@@ -13,8 +13,11 @@ import ptxsim
 from cute_ssm import arch as archs
 from cute_ssm import runtime
 from cute_ssm.errors import UnsupportedSpecError
-from cute_ssm.ops import gated_delta_rule, gated_delta_rule_replay, selective_scan, selective_state_update
-from cute_ssm.tuning import gated_delta_rule as gated_delta_tuning
+from cute_ssm.ops._gated_delta import config as gated_delta_tuning
+from cute_ssm.ops.gated_delta_rule_mtp import operator as gated_delta_rule
+from cute_ssm.ops.gated_delta_rule_replay import operator as gated_delta_rule_replay
+from cute_ssm.ops.selective_scan import operator as selective_scan
+from cute_ssm.ops.selective_state_update import operator as selective_state_update
 from cute_ssm.workloads import build
 
 # operator: sizes of a call, inputs that one projection holds, with the dimensions that are a token's row

@@ -12,7 +12,8 @@ from bits import each_same_bits, same_bits
 
 from cute_ssm import arch as archs
 from cute_ssm import runtime, serving, tuning
-from cute_ssm.spec import CommitSpec, WorkItemsSpec
+from cute_ssm.ops.build_work_items.spec import WorkItemsSpec
+from cute_ssm.ops.commit.spec import CommitSpec
 
 ptxsim = pytest.importorskip("ptxsim")
 LAYERS = 3

@@ -18,9 +18,14 @@ from test_serving_materialize_gated import BASE, SPEC
 from test_serving_materialize_gated import arguments as gated
 
 from cute_ssm import arch as archs
-from cute_ssm.kernels import fakes as fakes_of_kernels
-from cute_ssm.kernels import gated_delta_materialize, serving_commit, serving_materialize, serving_work_items
-from cute_ssm.spec import CommitSpec, MaterializeSpec, WorkItemsSpec
+from cute_ssm.device import fakes as fakes_of_kernels
+from cute_ssm.ops.build_work_items import kernel as serving_work_items
+from cute_ssm.ops.build_work_items.spec import WorkItemsSpec
+from cute_ssm.ops.commit import kernel as serving_commit
+from cute_ssm.ops.commit.spec import CommitSpec
+from cute_ssm.ops.materialize import kernel as serving_materialize
+from cute_ssm.ops.materialize.spec import MaterializeSpec
+from cute_ssm.ops.materialize_gated_delta import kernel as gated_delta_materialize
 
 
 @cute.jit

@@ -13,8 +13,8 @@ from bits import each_same_bits, same_bits
 
 from cute_ssm import arch as archs
 from cute_ssm import runtime, serving, tuning
+from cute_ssm.ops.materialize.spec import MaterializeSpec
 from cute_ssm.reference import rounding
-from cute_ssm.spec import MaterializeSpec
 
 ptxsim = pytest.importorskip("ptxsim")
 NAN = float("nan")

@@ -17,8 +17,8 @@ import cute_ssm
 from cute_ssm import arch as archs
 from cute_ssm import runtime, serving, tuning, workloads
 from cute_ssm.errors import GradientError
-from cute_ssm.spec import MaterializeGatedDeltaSpec
-from cute_ssm.tuning.gated_delta_rule import GatedDeltaRuleConfig, choose_materialize
+from cute_ssm.ops._gated_delta.config import GatedDeltaRuleConfig, choose_materialize
+from cute_ssm.ops.materialize_gated_delta.spec import MaterializeGatedDeltaSpec
 from cute_ssm.workloads.plan import around
 
 ptxsim = pytest.importorskip("ptxsim")

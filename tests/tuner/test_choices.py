@@ -17,11 +17,15 @@ import token_cases
 import cute_ssm
 import ptxsim
 from cute_ssm import arch, runtime, tuning, workloads
-from cute_ssm.tuning import checkpointing_ssu, gated_delta_rule, selective_scan, selective_step, tables
+from cute_ssm.ops import operators
+from cute_ssm.ops._gated_delta import config as gated_delta_rule
+from cute_ssm.ops.checkpointing_ssu import config as checkpointing_ssu
+from cute_ssm.ops.selective_scan import config as selective_scan
+from cute_ssm.ops.selective_state_update import config as selective_step
+from cute_ssm.tuning import tables
 
 HEADS = (1, 2, 7, 64, 131, 132, 133, 529, 1000, 4096, 100000)
 SM_COUNTS = (1, 16, 78, 132, 148)
-MODULES = (selective_step, checkpointing_ssu, gated_delta_rule, selective_scan)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +71,7 @@ def test_the_form_of_a_step_depends_on_the_spec_and_the_bound_of_tokens_alone(ta
             if few and spec.tokens == "one":
                 continue
             found = [
-                bits(selective_step.choose(spec, target, *work, tokens), selective_step.FREE)
+                bits(selective_step.choose(spec, target, *work, tokens), selective_step.SelectiveStepConfig.FREE)
                 for work in itertools.product(HEADS, SM_COUNTS)
                 for tokens in bounds
             ]
@@ -90,14 +94,14 @@ def test_bits_of_other_operators_depend_on_the_spec_alone(op):
     for spec, target in itertools.product(specs, arch.ARCHS.values()):
         found = []
         for work, sm_count in itertools.product((1, 3, 64, 1000), SM_COUNTS):
-            found.append(bits(module.choose(spec, target, work, sm_count), module.FREE))
+            found.append(bits(config := module.choose(spec, target, work, sm_count), config.FREE))
         assert all(one == found[0] for one in found), (spec, found)
 
 
 def test_of_a_scan_only_the_number_of_parts_depends_on_the_work():
     spec = dataclasses.replace(scan_spec(), dstate=16)
     found = [
-        bits(selective_scan.choose(spec, arch.SM_90A, channels, 64, length, sm_count), selective_scan.FREE)
+        bits(config := selective_scan.choose(spec, arch.SM_90A, channels, 64, length, sm_count), config.FREE)
         for channels, length, sm_count in itertools.product((64, 1024, 65536), (1, 200, 4096, 65536), SM_COUNTS)
     ]
     assert all(one.keys() == {"splits"} for one in found)
@@ -111,26 +115,26 @@ def scan_spec():
     return spec
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.split(".")[-1])
-def test_free_fields_are_fields_of_the_config_and_the_space_is_of_them(module):
-    config = next(value for name, value in vars(module).items() if name.endswith("Config") and name != "Config")
-    names = {field.name for field in dataclasses.fields(config)}
-    assert set(module.FREE) <= names
-    if module is selective_scan:
-        assert set(module.space(scan_spec(), arch.SM_90A)) <= set(module.FREE)
+@pytest.mark.parametrize("operator", [op for op in operators() if op.workload], ids=lambda operator: operator.name)
+def test_free_fields_are_fields_of_the_config_and_the_space_is_of_them(operator):
+    config = operator.config
+    assert config.FREE and set(config.FREE) <= {field.name for field in dataclasses.fields(config)}
+    assert set(config.KEY) <= {field.name for field in dataclasses.fields(operator.spec)}
+    if config is selective_scan.SelectiveScanConfig:
+        assert set(config.space(scan_spec(), arch.SM_90A)) <= set(config.FREE)
 
 
 def test_a_persistent_grid_never_waits_for_room():
     """`fits` refuses more CTAs of a grid than an SM holds at once, and the rule never chooses so many."""
     for spec, target, heads in itertools.product(step_specs(), arch.ARCHS.values(), HEADS):
         config = selective_step.choose(spec, target, heads, target.sm_count, 4 if spec.tokens != "one" else 1)
-        assert selective_step.fits(config, spec, target), (spec, config)
+        assert config.fits(spec, target), (spec, config)
         resident = target.shared_bytes // (config.shared_bytes(spec) + selective_step.CTA_BYTES)
         over = dataclasses.replace(config, stages=selective_step.RING, ctas_per_sm=resident + 1)
         more = target.shared_bytes // (over.shared_bytes(spec) + selective_step.CTA_BYTES)
-        assert not selective_step.fits(dataclasses.replace(over, ctas_per_sm=more + 1), spec, target)
+        assert not dataclasses.replace(over, ctas_per_sm=more + 1).fits(spec, target)
         if more:
-            assert selective_step.fits(dataclasses.replace(over, ctas_per_sm=more), spec, target)
+            assert dataclasses.replace(over, ctas_per_sm=more).fits(spec, target)
 
 
 # ------------------------------------------------------------------------------------------------------- shared memory

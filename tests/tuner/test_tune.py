@@ -15,10 +15,11 @@ import torch
 from cute_ssm import arch, workloads
 from cute_ssm.__main__ import main
 from cute_ssm.errors import CuteSsmError
+from cute_ssm.ops.selective_state_update import config as selective_step
 from cute_ssm.tuner import cli, engines, objectives, problems, tune
 from cute_ssm.tuner.gate import Gate
 from cute_ssm.tuner.journal import Journal, Measurement
-from cute_ssm.tuning import selective_step, tables
+from cute_ssm.tuning import tables
 
 OP = "selective_state_update"
 KEYS = {"batch": 4, "nheads": 2, "dim": 32, "dstate": 16}

@@ -28,8 +28,8 @@ from cutlass.cute.runtime import make_fake_compact_tensor
 
 import cute_ssm
 from cute_ssm import workloads
-from cute_ssm.ops import selective_state_update as module
-from cute_ssm.ops._step_arguments import Operands
+from cute_ssm.ops.selective_state_update import operator as module
+from cute_ssm.ops.selective_state_update.arguments import Operands
 
 DTYPES = {
     torch.float32: cute.Float32,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cute_ssm.ops.gated_delta_rule import gated_delta_rule_mtp as _mtp
+from cute_ssm.ops.gated_delta_rule_mtp.operator import gated_delta_rule_mtp as _mtp
 
 
 def gated_delta_rule_mtp(

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from cute_ssm.compat._padding import NOBODY, padding
 from cute_ssm.errors import describe
-from cute_ssm.ops.checkpointing_ssu import checkpointing_ssu as _checkpointing
-from cute_ssm.ops.checkpointing_ssu import checkpointing_ssu_ring as _checkpointing_ring
-from cute_ssm.ops.selective_state_update import selective_state_update as _update
+from cute_ssm.ops.checkpointing_ssu.operator import checkpointing_ssu as _checkpointing
+from cute_ssm.ops.checkpointing_ssu.operator import checkpointing_ssu_ring as _checkpointing_ring
+from cute_ssm.ops.selective_state_update.operator import selective_state_update as _update
 
 BACKENDS = ("auto", "flashinfer", "cake")
 RING_ALGORITHMS = ("auto", "monolith", "two-kernel")

@@ -1,0 +1,356 @@
+"""vLLM's ``selective_state_update`` and its tuned configs, over this package's operator.
+
+A file of tuned configs has the name that `get_ssm_config_file_name` gives, and is looked for in the folder that
+``VLLM_TUNED_CONFIG_FOLDER`` names, then in `_CONFIGS_DIR`, in which this package has no such files: without one, and
+without `override_ssm_config`, its own choice of configs holds.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cute_ssm import env, tuning
+from cute_ssm.compat._padding import NOBODY, padding
+from cute_ssm.compat.vllm import configs as vllm_configs
+from cute_ssm.errors import describe
+from cute_ssm.ops.selective_state_update.operator import selective_state_update as _update
+
+NULL_BLOCK_ID = 0
+PHILOX_ROUNDS = 10  # that `cache_philox_rounds` = 0 stands for
+
+__all__ = [
+    "NULL_BLOCK_ID",
+    "clear_ssm_config_caches",
+    "get_ssm_config_file_name",
+    "get_ssm_configs",
+    "get_ssm_device_name",
+    "override_ssm_config",
+    "selective_state_update",
+    "try_get_optimal_ssm_config",
+]
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    z: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+    dst_state_batch_indices: Tensor | None = None,
+    null_block_id: int = NULL_BLOCK_ID,
+    out: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    is_blackwell: bool = False,
+    enable_stochastic_rounding: bool = False,
+    cache_philox_rounds: int = 0,
+    *,
+    rand_seed: Tensor | None = None,
+    write_padded_rows: bool = True,
+) -> None:
+    """Advance states by their tokens, like vLLM's function of this name.
+
+    `cute_ssm.selective_state_update` documents the recurrence, and the layouts and types of tensors.
+
+    Parameters
+    ----------
+    state : Tensor, (slots[, nheads], dim, dstate), float32/bfloat16/float16
+        Pool of states, **updated in place**.
+    x, dt : Tensor, (tokens[, nheads], dim)
+        One row per sequence, or packed rows with ``cu_seqlens``.
+    A : Tensor, ([nheads, ]dim, dstate)
+    B, C : Tensor, (tokens[, ngroups], dstate)
+    D, dt_bias : Tensor, ([nheads, ]dim), or None
+    z : Tensor, like x, optional
+        Gate.
+    dt_softplus : bool
+        Apply softplus to dt + dt_bias.
+    state_batch_indices : Tensor, (>= batch,) or (>= batch, n), int32/int64, optional
+        Slot of each sequence.  Of a matrix, column 0, or with ``num_accepted_tokens`` the slots of its tokens.
+    dst_state_batch_indices : Tensor, like state_batch_indices, optional
+        Where new states go; by default where states were read.  Entries equal to ``null_block_id`` are not written.
+    null_block_id : int
+        A sequence whose slot this is reads a state of zeros and writes none.
+    out : Tensor, like x
+        **Written.**  Required.
+    num_accepted_tokens : Tensor, (batch,), int32/int64, optional
+        Speculative decoding.  Sequence b starts from the slot in column ``num_accepted_tokens[b] - 1`` (at least 0),
+        and the state after its token t goes to column t of the destinations.
+    cu_seqlens : Tensor, (batch + 1,), int32/int64, optional
+        Sequence b owns rows cu_seqlens[b] to cu_seqlens[b + 1]; it may own none.
+    is_blackwell : bool
+        Accepted for compatibility; changes nothing.
+    enable_stochastic_rounding : bool
+        Round states stochastically, with a seed that is drawn on the device.  float16 states only.  As in vLLM, it does
+        not apply with ``num_accepted_tokens``.
+    cache_philox_rounds : int
+        Rounds of the Philox generator; 0: 10.
+    rand_seed : Tensor, (1,) or (slots,), int64, optional
+        Not of vLLM.  The seed of stochastic rounding, which saves drawing one in every layer.
+    write_padded_rows : bool
+        Not of vLLM.  False leaves rows of ``out`` whose sequence is padding as they are, which saves a few small
+        kernels; they matter only to callers that read them, for example to take a maximum over all rows.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument is not as described.  Nothing has been written.
+    UnsupportedSpecError, UnsupportedArchError
+        As for `cute_ssm.selective_state_update`.
+
+    Notes
+    -----
+    Differences from vLLM: destinations equal to ``null_block_id`` are never written, which vLLM checks in speculative
+    decoding only; stochastic rounding works on every GPU that this package supports; and softplus of very negative
+    inputs is not rounded to 0.
+
+    A file of tuned configs (`get_ssm_configs`) or `override_ssm_config` decides about tiles of this function's calls.
+    Such calls check their arguments anew each time, which costs the host, and nothing when replayed in a CUDA graph.
+    """
+    if not isinstance(out, Tensor):
+        raise TypeError(describe("out", "a torch.Tensor of the shape of x", type(out).__name__, "allocate it"))
+    for name, tensor in (("state", state), ("x", x)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(describe(name, "a torch.Tensor", type(tensor).__name__))
+    if x.dim() not in (2, 3):
+        fix = "pack the tokens and pass cu_seqlens"
+        raise ValueError(describe("x", "shape (tokens, nheads, dim) or (tokens, dim)", tuple(x.shape), fix))
+    batch = x.shape[0] if cu_seqlens is None else _batch(cu_seqlens)
+    speculative = num_accepted_tokens is not None
+    src = _indices("state_batch_indices", state_batch_indices, batch, speculative)
+    dst = _indices("dst_state_batch_indices", dst_state_batch_indices, batch, speculative)
+    if speculative and src is not None and dst is None:
+        dst = src
+    seed = _seed(state, enable_stochastic_rounding, cache_philox_rounds, rand_seed, speculative)
+
+    def update(pool: Tensor, slots: Tensor | None, destinations: Tensor | None, pad: int, scratch: bool) -> None:
+        _update(
+            pool,
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            z,
+            dt_bias,
+            dt_softplus,
+            slots,
+            pad,
+            out=out,
+            disable_state_update=scratch,
+            rand_seed=None if scratch else seed,
+            philox_rounds=cache_philox_rounds or PHILOX_ROUNDS,
+            dst_state_batch_indices=destinations,
+            cu_seqlens=cu_seqlens,
+            num_accepted_tokens=None if scratch else num_accepted_tokens,
+        )
+
+    fields = None if torch.compiler.is_compiling() else _tuned(state, x, batch, speculative or cu_seqlens is not None)
+    if fields is None:
+        update(state, src, dst, null_block_id, scratch=False)
+    else:
+        with tuning.override(**fields):
+            update(state, src, dst, null_block_id, scratch=False)
+    if write_padded_rows and src is not None:
+        padded = padding(state, None, src, num_accepted_tokens, null_block_id)
+        update(padded.state, padded.slots, None, NOBODY, scratch=True)
+
+
+def _batch(cu_seqlens: Tensor) -> int:
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(describe("cu_seqlens", "a torch.Tensor", type(cu_seqlens).__name__))
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(describe("cu_seqlens", "shape (batch + 1,)", tuple(cu_seqlens.shape)))
+    return cu_seqlens.shape[0] - 1
+
+
+def _indices(name: str, indices: Tensor | None, batch: int, speculative: bool) -> Tensor | None:
+    """Return the part of an index tensor that is used: a matrix for speculative decoding, else a vector."""
+    if indices is None:
+        return None
+    if not isinstance(indices, Tensor):
+        raise TypeError(describe(name, "a torch.Tensor", type(indices).__name__))
+    if indices.dim() not in (1, 2) or indices.shape[0] < batch:
+        raise ValueError(describe(name, f"shape (n,) or (n, columns), n >= batch = {batch}", tuple(indices.shape)))
+    if indices.dim() == 2 and indices.shape[1] == 0:
+        raise ValueError(describe(name, "at least one column", tuple(indices.shape)))
+    if indices.shape[0] > batch:
+        indices = indices[:batch]
+    if speculative:
+        return indices if indices.dim() == 2 else indices[:, None]
+    return indices if indices.dim() == 1 else indices[:, 0]
+
+
+def _seed(state: Tensor, enabled: bool, rounds: int, seed: Tensor | None, speculative: bool) -> Tensor | None:
+    """Return the seed of the call: given or drawn, or None for rounding to nearest."""
+    if not enabled:
+        if seed is not None:
+            raise ValueError(describe("rand_seed", "None without enable_stochastic_rounding", "a tensor"))
+        return None
+    if state.dtype != torch.float16:
+        fix = "call cute_ssm.selective_state_update, which rounds other types stochastically too"
+        raise TypeError(describe("state", "dtype float16 with enable_stochastic_rounding", state.dtype, fix))
+    if rounds < 0:
+        raise ValueError(describe("cache_philox_rounds", "0 or more", rounds))
+    if speculative:
+        return None
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=state.device)
+    return seed
+
+
+def _tuned(state: Tensor, x: Tensor, batch: int, packed: bool) -> dict[str, int] | None:
+    """Return the fields of the config that a file or an override asks for, if one does."""
+    if state.dim() < 3:
+        return None
+    dim, dstate = state.shape[-2:]
+    heads = state.shape[1] if state.dim() == 4 else 1
+    dtype = str(state.dtype).removeprefix("torch.")
+    if _ssm_config_override is None and not get_ssm_configs(dim, dstate, dtype):
+        return None
+    config = try_get_optimal_ssm_config(dim, dstate, batch, heads, dtype, False)
+    return vllm_configs.as_override(dim, dstate, dtype, packed, config)
+
+
+# ---------------------------------------------------------------------------------------------------------- configs
+_CONFIGS_DIR = os.path.join(os.path.dirname(os.path.realpath(__file__)), "configs", "selective_state_update")
+_ssm_config_override: tuple[int, int] | None = None
+
+
+def get_ssm_config_file_name(headdim: int, dstate: int, cache_dtype: str, device_name: str) -> str:
+    """Return the name of the file of tuned configs for states of headdim x dstate.
+
+    Parameters
+    ----------
+    headdim, dstate : int
+    cache_dtype : str
+        Type of the states, e.g. ``"float32"``.
+    device_name : str
+        As `get_ssm_device_name` says it.
+    """
+    return f"headdim={headdim},dstate={dstate},device_name={device_name},cache_dtype={cache_dtype}.json"
+
+
+def get_ssm_device_name() -> str:
+    """Return the name of the current GPU as vLLM writes it in names of files; ``"cpu"`` without one.
+
+    Runs of white space, slashes and dashes become one underscore, and what no file system takes is left out.
+    """
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return re.sub(r'[\x00-\x1f\x7f\\:*?"<>|]', "", re.sub(r"[\s/-]+", "_", name)).rstrip(" .")
+
+
+@functools.cache
+def get_ssm_configs(headdim: int, dstate: int, cache_dtype: str) -> dict[int, dict[str, int]] | None:
+    """Return the tuned configs of a file for the current GPU by effective batch, or None if no file is found.
+
+    Memorised, so that each search is logged once; ``get_ssm_configs.cache_clear()`` or `clear_ssm_config_caches` makes
+    the next call search again.
+
+    Parameters
+    ----------
+    headdim, dstate : int
+    cache_dtype : str
+        Type of the states; bfloat16 shares the file of float16.
+
+    Returns
+    -------
+    dict or None
+        In the order of the file.  Empty if the file holds no config, which means that none is wanted.
+    """
+    dtype = str(cache_dtype).removeprefix("torch.")
+    dtype = "float16" if dtype == "bfloat16" else dtype
+    name = get_ssm_config_file_name(headdim, dstate, dtype, get_ssm_device_name())
+    own = env.vllm_tuned_config_folder()
+    for folder in ([own] if own is not None else []) + [Path(_CONFIGS_DIR)]:
+        table = vllm_configs.read(folder / name)
+        if table is not None:
+            env.logger().info("selective_state_update takes its configs from %s", folder / name)
+            return table
+    env.logger().info("no file of tuned configs for selective_state_update: %s", name)
+    return None
+
+
+def try_get_optimal_ssm_config(
+    headdim: int, dstate: int, batch: int, nheads: int, cache_dtype: str, is_blackwell: bool
+) -> tuple[int, int]:
+    """Return (BLOCK_SIZE_M, num_warps): of the override, else of the file, else what vLLM falls back to.
+
+    Of a file, the config whose effective batch, sequences times heads, has the least linear distance; of two, the
+    first.
+
+    Parameters
+    ----------
+    headdim, dstate, cache_dtype
+        As for `get_ssm_configs`.
+    batch, nheads : int
+        Sequences, and heads of each.
+    is_blackwell : bool
+        Matters to the fallback only.
+    """
+    if _ssm_config_override is not None:
+        return _ssm_config_override
+    return _try_get_optimal_ssm_config_cached(headdim, dstate, batch, nheads, cache_dtype, is_blackwell)
+
+
+@functools.cache
+def _try_get_optimal_ssm_config_cached(
+    headdim: int, dstate: int, batch: int, nheads: int, cache_dtype: str, is_blackwell: bool
+) -> tuple[int, int]:
+    """What `try_get_optimal_ssm_config` returns without an override."""
+    table = get_ssm_configs(headdim, dstate, cache_dtype)
+    if not table:
+        return _get_default_ssm_launch_config(dstate, is_blackwell)
+    entry = table[min(table, key=lambda key: abs(key - batch * nheads))]
+    return entry["BLOCK_SIZE_M"], entry["num_warps"]
+
+
+def _get_default_ssm_launch_config(dstate: int, is_blackwell: bool) -> tuple[int, int]:
+    """Return what vLLM launches without a tuned config."""
+    for columns, config in ((16, (32, 4)), (32, (16, 4)), (64, (8, 4))):
+        if dstate <= columns:
+            return config
+    if is_blackwell:
+        return 32, 8
+    return (4, 4) if dstate <= 128 else (4, 8)
+
+
+@contextmanager
+def override_ssm_config(config: tuple[int, int] | None) -> Iterator[None]:
+    """Make (BLOCK_SIZE_M, num_warps) win over every file inside the context; None lets files decide again.
+
+    For `selective_state_update` of this module; contexts nest.  Not for use from several threads at once.
+
+    Raises
+    ------
+    ValueError
+        The config is not a pair of positive integers.
+    """
+    global _ssm_config_override
+    checked = None if config is None else vllm_configs.check_pair(config)
+    before, _ssm_config_override = _ssm_config_override, checked
+    try:
+        yield
+    finally:
+        _ssm_config_override = before
+
+
+def clear_ssm_config_caches() -> None:
+    """Forget the files that were read, and what was chosen from them.  Not of vLLM, which has one for each cache."""
+    get_ssm_configs.cache_clear()
+    _try_get_optimal_ssm_config_cached.cache_clear()

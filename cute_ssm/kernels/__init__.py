@@ -1,1 +1,0 @@
-"""The kernels, one class each.  Importing one of these modules loads the compiler; importing the package does not."""

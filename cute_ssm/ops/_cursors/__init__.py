@@ -1,0 +1,1 @@
+"""What the operators over the cursors of a batch share."""

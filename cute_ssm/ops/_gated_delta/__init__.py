@@ -1,0 +1,1 @@
+"""What the operators of the gated delta rule share."""

@@ -1,0 +1,498 @@
+"""`checkpointing_ssu` and `checkpointing_ssu_ring`: tokens of a recurrence whose state is written now and then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, is_grad_enabled
+
+from cute_ssm import arch as archs
+from cute_ssm import runtime
+from cute_ssm.errors import UnsupportedSpecError, describe
+from cute_ssm.ops import _library
+from cute_ssm.ops._arguments import first_of_batch, first_rows
+from cute_ssm.ops._library import transform_level
+from cute_ssm.ops._plans import REFUSALS, Plans
+from cute_ssm.ops.checkpointing_ssu import arguments as arguments
+from cute_ssm.ops.checkpointing_ssu import config as tuning
+from cute_ssm.ops.checkpointing_ssu.arguments import TIED, Operands, Settings
+from cute_ssm.ops.checkpointing_ssu.reference import update as reference
+from cute_ssm.ops.checkpointing_ssu.spec import CheckpointingSSUSpec
+from cute_ssm.tuning import overridden
+
+MOST_UNITS = 2**30  # the kernel counts in 32 bits, and one grid past the last
+NO_PAD = -1  # no sequence's number
+
+
+def checkpointing_ssu(
+    state: Tensor,
+    old_x: Tensor,
+    old_B: Tensor,
+    old_dt: Tensor,
+    old_cumAdt: Tensor,
+    cache_buf_idx: Tensor,
+    prev_num_accepted_tokens: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    out: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+    pad_slot_id: int = -1,
+    state_scale: Tensor | None = None,
+    rand_seed: Tensor | None = None,
+    philox_rounds: int = 10,
+    d_split: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    enable_pdl: bool | str = False,
+    *,
+    work_items: Tensor | None = None,
+    num_writes: Tensor | None = None,
+    saturate: bool = False,
+) -> Tensor:
+    """Return the outputs at T new tokens of every sequence, whose state may lag by up to W accepted tokens.
+
+    A slot holds a state, and the inputs of the k tokens that were accepted after it: its history.  A step computes the
+    outputs at n new tokens from both, and appends the new tokens to the history.  If they do not fit, ``k + n > W``,
+    it writes the state that the k tokens lead to, and starts the other buffer with the new tokens; otherwise the state
+    stays as it is, byte for byte.  Which of the new tokens are accepted is decided later, by the caller: the first
+    `a` of them, who then advances the cursors of the slot, which this function never does ::
+
+        step did not write:  prev_num_accepted_tokens += a
+        step wrote:          prev_num_accepted_tokens  = a;  cache_buf_idx = 1 - cache_buf_idx
+
+    The next step overwrites what was not accepted.  `cute_ssm.serving.commit` does so on the device.  The mathematics
+    is in `cute_ssm.ops.checkpointing_ssu.reference`; an output does not depend on whether its step writes.  Tensors on
+    a GPU run the compiled kernel; tensors on the CPU run the PyTorch reference, or the same compiled kernel inside
+    ``ptxsim.emulate()``.
+
+    An output, and a state that is written, depend on no value of a later token: not a bit of them changes where x, dt,
+    B, C or z of later tokens or of tokens that were not accepted, or rows of the history at or after k, hold NaN or
+    infinities.
+
+    Parameters
+    ----------
+    state : Tensor, (slots, nheads, dim, dstate), float32/bfloat16/float16/int16/int8/float8_e4m3fn
+        Pool of states, **updated in place** by steps that write.  The inner three dimensions are contiguous, the
+        stride of slots is free.  dim is a multiple of 16 up to 128, dstate 64, 96, 128 or 256.
+    old_x : Tensor, (slots, W, nheads, dim) or (slots, 2, W, nheads, dim), type of x
+        **Updated in place**: x of the history, and of the new tokens.  1 <= W <= 64, whatever T is.
+    old_B : Tensor, (slots, 2, W, ngroups, dstate), type of x
+        **Updated in place**: B of both buffers.
+    old_dt, old_cumAdt : Tensor, (slots, 2, nheads, W), float32
+        **Updated in place**: processed step sizes dt', and their running sums A dt' since the start of the buffer,
+        which steps that do not write continue.  ``old_cumAdt`` is never read.  Stride 1 in the last dimension.
+    cache_buf_idx : Tensor, (slots,), int32
+        Active buffer of each slot, 0 or 1.
+    prev_num_accepted_tokens : Tensor, (slots,), int32
+        k of each slot, 0 to W.  Rows of the history at or after it are never read, nor is the other buffer.
+    x : Tensor, (batch, T, nheads, dim), bfloat16/float16
+        Input at the new tokens, 1 <= T <= 64.  With ``cu_seqlens``, (1, total, nheads, dim), and so below.  Of tokens
+        beyond W only outputs are computed; no more than W may be accepted.
+    dt : Tensor, (batch, T, nheads, dim), float32/bfloat16/float16
+        Step size before bias and softplus, one value per head: stride 0 in the last dimension.
+    A : Tensor, (nheads, dim, dstate), float32/bfloat16/float16
+        Decay rate, not positive, one value per head: strides 0 in the last two dimensions.
+    B, C : Tensor, (batch, T, ngroups, dstate), type of x
+        Input and output projections; nheads is a multiple of ngroups.
+    out : Tensor, (batch, T, nheads, dim), type of x
+        **Written.**
+    D, dt_bias : Tensor, (nheads, dim), float32/bfloat16/float16, optional
+        Skip connection, and what is added to dt; stride 0 in the last dimension.
+    z : Tensor, (batch, T, nheads, dim), type of x, optional
+        Gate.
+    dt_softplus : bool
+        Apply softplus to dt + dt_bias (the identity above 20).
+    state_batch_indices : Tensor, (batch,), int32/int64, optional
+        Slot of each sequence, all different.  None: sequence b uses slot b, and none is padding.
+    pad_slot_id : int
+        A sequence whose slot is this one is padding: nothing of it is read or written, ``out`` included.
+    state_scale : Tensor, (slots, nheads, dim), float32, for int16/int8/float8_e4m3fn states only
+        Scale of each row of the state, **updated with it**; the last two dimensions are contiguous.
+    rand_seed : Tensor, (1,) or (slots,), int64, optional
+        Round states stochastically, with this seed or that of the slot.  Not for float32 states.  Which random bits an
+        element takes is documented in `cute_ssm.reference.rounding`; pass another seed every step.
+    philox_rounds : int
+        Rounds of the Philox generator.
+    d_split : {None, 1, 2, 4}
+        Parts that the rows of a head are computed in, multiples of 16 rows.  None: by the amount of work.  It changes
+        no bit.
+    cu_seqlens : Tensor, (batch + 1,), int32/int64, optional
+        Sequence b owns the packed tokens cu_seqlens[b] to cu_seqlens[b + 1]; it may own none, and is then like padding.
+    max_seqlen : int, optional
+        With ``cu_seqlens``, the most tokens of a sequence.  None: W.
+    enable_pdl : bool or "early_reads"
+        True: launch before the kernel that came before on the stream has ended (programmatic dependent launch), and
+        wait for its end before anything is read or written.  "early_reads": read ``state``, slots, cursors,
+        ``cu_seqlens``, ``work_items`` and ``num_writes`` before that end; see Notes for what this asks of the kernels
+        before.  It changes no bit.
+    work_items : Tensor, (batch, 4), int32, contiguous, optional
+        Position in the batch, slot, k, and active buffer of every sequence, those that write their state first, as
+        `cute_ssm.serving.build_work_items` makes them.  Slots and cursors are then taken from here; padding and
+        sequences without tokens have the slot ``pad_slot_id``.
+    num_writes : Tensor, (1,), int32
+        Number of work items that write.
+    saturate : bool
+        Of new float16 states, make +-65504 what would round to an infinity, infinite sums included.  NaN stays NaN.
+        An error with states of other types.
+
+    Returns
+    -------
+    Tensor
+        ``out``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        A shape, type, stride, device, index or cursor is not as described above.  Nothing has been written.  Written
+        tensors whose elements share memory are looked for on the first call of a kind.
+    UnsupportedSpecError
+        A legal call that this version has no kernel for.
+    UnsupportedArchError
+        The tensors are on a GPU that the kernels are not compiled for.
+    GradientError
+        Grad mode is on, and an argument requires grad.  Weights that do are taken as constants, with one warning.
+
+    Notes
+    -----
+    Index tensors may have more rows than the batch, as buffers of CUDA graphs do: the first ones count.
+
+    The address, and all strides but the last, of state, state_scale, old_x and old_B are multiples of 16 bytes; the
+    last two dimensions of x, B, C, z, out, old_x and old_B are contiguous.  If addresses and strides of x, B, C, z and
+    out are multiples of 16 bytes too, their rows are copied in bulk.  Otherwise, as for most views of a fused
+    projection, another kernel copies them by accesses of 8, 4 or 2 bytes, whatever all of them allow: the same bits,
+    for about 12 %, 20 % and 60 % more instructions (6 tokens of 4 to 12 heads of 64 x 128).
+
+    With ``enable_pdl="early_reads"`` the kernel before on the stream may have computed x, dt, B, C and z, and nothing
+    else that is read here; whatever wrote the tensors that are read early must be complete when that kernel starts.
+    So every kernel upstream that is itself launched programmatically has to wait (``griddepcontrol.wait``) before it
+    releases its dependents, as those of this package do, and `cute_ssm.serving.build_work_items` or ``commit`` must not
+    be the kernel directly before.
+
+    The contents of tensors on a GPU are never read by the host.  A sequence whose slot, k, active buffer or length is
+    out of range is skipped there; on the CPU it is an error.
+
+    The kernel multiplies by tensor core and sums in float32.  Coefficients of outputs are sums of two bfloat16, or for
+    float16 inputs of two numbers of 11 bits.  So are those of new states, but sums of three where states are float32,
+    and single numbers where their error is lost in the rounding: float8, and bfloat16 or int8 with float16 inputs.
+    Outputs read a float32 state as numbers of 11 bits.  Everything else is float32.
+
+    In root mean square, a new state of every type but float32 errs at most 1.1 times as much as the right state rounded
+    once, whatever the decay.  A float32 state errs at most 1.1 times as much as float32 PyTorch that sums the exponents
+    of the decays from the last token on: by 1.2 to 3 roundings.
+
+    The signature follows ``flashinfer.mamba.checkpointing_ssu`` of FlashInfer 0.6; there, the kernel starts running
+    sums anew where a step appends to a history.  The recurrence is that of Dao and Gu, "Transformers are SSMs" (2024).
+    """
+    pdl = None if enable_pdl is False else arguments.pdl_of(enable_pdl)
+    settings = (False, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, None, pdl, saturate)
+    tensors = (
+        state, old_x, old_B, old_dt, old_cumAdt, cache_buf_idx, prev_num_accepted_tokens, x, dt, A, B, C, D, z, dt_bias,
+        out, state_scale, state_batch_indices, cu_seqlens, rand_seed, work_items, num_writes,
+    )  # fmt: skip
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        run = _traced
+    else:
+        run = _eager if is_grad_enabled() or transform_level() is not None else _run
+    run(*tensors, *settings)
+    return out
+
+
+def checkpointing_ssu_ring(
+    state: Tensor,
+    x_cache: Tensor,
+    B_cache: Tensor,
+    dt_cache: Tensor,
+    ring_start: Tensor,
+    prev_num_accepted_tokens: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    out: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+    pad_slot_id: int = -1,
+    state_scale: Tensor | None = None,
+    rand_seed: Tensor | None = None,
+    philox_rounds: int = 10,
+    d_split: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    enable_pdl: bool | str = False,
+    *,
+    window: int | None = None,
+    work_items: Tensor | None = None,
+    num_writes: Tensor | None = None,
+    saturate: bool = False,
+) -> Tensor:
+    """Do what `checkpointing_ssu` does, with the history in a ring of L rows per slot.
+
+    The k accepted tokens are in the rows ``(ring_start + j) mod L``, oldest first, and new token t goes to the row
+    ``(ring_start + k + t) mod L`` whether or not the step writes the state.  The caller advances the cursors, as
+    `cute_ssm.serving.commit` does on the device ::
+
+        step did not write:  prev_num_accepted_tokens += a
+        step wrote:          ring_start = (ring_start + prev_num_accepted_tokens) mod L;  prev_num_accepted_tokens = a
+
+    As there, an output, and a state that is written, depend on no value of a later token.
+
+    Parameters
+    ----------
+    state : Tensor, (slots, nheads, dim, dstate), float32/bfloat16/float16/int16/int8/float8_e4m3fn
+        Pool of states, **updated in place** by steps that write.
+    x_cache : Tensor, (slots, nheads, L, dim), type of x
+    B_cache : Tensor, (slots, ngroups, L, dstate), type of x
+        **Updated in place.**  The last dimension is contiguous; the address and other strides are multiples of 16
+        bytes.  L is at least W + T.
+    dt_cache : Tensor, (slots, nheads, L), float32
+        **Updated in place**: processed step sizes.  Stride 1 in the last dimension.
+    ring_start : Tensor, (slots,), int32
+        Row of the oldest accepted token, 0 to L - 1.
+    prev_num_accepted_tokens, x, dt, A, B, C, out, D, z, dt_bias, dt_softplus, state_batch_indices, pad_slot_id
+        As for `checkpointing_ssu`.
+    state_scale, rand_seed, philox_rounds, d_split, cu_seqlens, enable_pdl, num_writes
+        As there.
+    max_seqlen : int, optional
+        The most tokens of a sequence.  Needed with ``cu_seqlens``, and None without.
+    window : int, optional
+        W.  None: L - T, where T is ``max_seqlen`` with ``cu_seqlens``.
+    work_items : Tensor, (batch, 4), int32, contiguous, optional
+        As there, with ``ring_start`` in place of the active buffer.
+    saturate : bool
+        As there.
+
+    Returns
+    -------
+    Tensor
+        ``out``.
+
+    Raises
+    ------
+    ValueError, TypeError, UnsupportedSpecError, UnsupportedArchError
+        As for `checkpointing_ssu`.
+
+    Notes
+    -----
+    The signature follows ``flashinfer.mamba.checkpointing_ssu`` of FlashInfer's development branch, without its scratch
+    buffers: `cute_ssm.compat.flashinfer.mamba.checkpointing_ssu_ring` takes those too.
+    """
+    pdl = None if enable_pdl is False else arguments.pdl_of(enable_pdl)
+    settings = (True, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, window, pdl, saturate)
+    tensors = (
+        state, x_cache, B_cache, dt_cache, None, ring_start, prev_num_accepted_tokens, x, dt, A, B, C, D, z, dt_bias,
+        out, state_scale, state_batch_indices, cu_seqlens, rand_seed, work_items, num_writes,
+    )  # fmt: skip
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        run = _traced
+    else:
+        run = _eager if is_grad_enabled() or transform_level() is not None else _run
+    run(*tensors, *settings)
+    return out
+
+
+class _Plan(NamedTuple):
+    launch: Callable[..., None]
+    sm_count: int
+    input_bytes: int
+
+
+# Steady state: everything a kernel is chosen by, and what its own entry does not check before it launches.  The entry
+# checks types, strides, alignment, and the equality of sizes that several tensors have; if it refuses, the arguments
+# are examined one by one.  An entry for rows of 16 bytes refuses others, and is tried first.  One for rows that are
+# less aligned would take all, so it is remembered with the layout it was chosen for.
+_plans: Plans[_Plan] = Plans()
+_loose_plans: Plans[_Plan] = Plans()
+
+
+def _layout(operands: Operands) -> tuple[object, ...] | None:
+    """All that `arguments.input_bytes` depends on."""
+    x, B, C, z, out = operands.x, operands.B, operands.C, operands.z, operands.out
+    if not all(isinstance(tensor, Tensor) for tensor in (C, out, x if z is None else z)):
+        return None
+    bits = x.data_ptr() | B.data_ptr() | C.data_ptr() | out.data_ptr() | (0 if z is None else z.data_ptr())
+    strides = (x.stride(), B.stride(), C.stride(), out.stride(), None if z is None else z.stride())
+    return bits % arguments.ROW_BYTES, strides
+
+
+def _run(
+    state: Tensor,
+    x_history: Tensor,
+    B_history: Tensor,
+    dt_history: Tensor,
+    cum_history: Tensor | None,
+    cursor: Tensor,
+    prev_num_accepted_tokens: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    out: Tensor,
+    state_scale: Tensor | None,
+    state_batch_indices: Tensor | None,
+    cu_seqlens: Tensor | None,
+    rand_seed: Tensor | None,
+    work_items: Tensor | None,
+    num_writes: Tensor | None,
+    ring: bool,
+    dt_softplus: bool,
+    pad_slot_id: int,
+    philox_rounds: int,
+    d_split: int | None,
+    max_seqlen: int | None,
+    window: int | None,
+    pdl: str | None,
+    saturate: bool = False,
+) -> None:
+    if state_batch_indices is None and work_items is None:
+        pad_slot_id = NO_PAD
+    key: tuple[object, ...] | None
+    try:
+        # the total of packed tokens is left out: the entry compares it among the tensors that have it
+        sizes: tuple[Any, ...] = (x.shape, x_history.shape, B.shape, state.shape)
+        if cu_seqlens is not None:
+            sizes = (x.shape[2:], x_history.shape, B.shape[2:], state.shape, cu_seqlens.shape, cu_seqlens.dtype)
+        batch = sizes[0][0] if cu_seqlens is None else sizes[4][0] - 1
+        slots_shape = None if state_batch_indices is None else state_batch_indices.shape
+        items_shape = None if work_items is None else work_items.shape
+        if (slots_shape and slots_shape[0] > batch) or (items_shape and items_shape[0] > batch):
+            state_batch_indices, work_items = first_rows(batch, state_batch_indices, work_items)
+            slots_shape, items_shape = getattr(state_batch_indices, "shape", None), getattr(work_items, "shape", None)
+        key = (
+            sizes, state.dtype, x.dtype, dt.dtype, A.dtype, x.device, ring, dt_softplus, d_split, pdl, window,
+            saturate,
+            max_seqlen, z is None, None if D is None else D.dtype, None if dt_bias is None else dt_bias.dtype,
+            slots_shape, None if state_batch_indices is None else state_batch_indices.dtype, items_shape,
+            None if rand_seed is None else (rand_seed.shape, philox_rounds),
+        )  # fmt: skip
+    except (AttributeError, IndexError):  # something is no tensor, or has no axes, which the checks will name
+        key = None
+        state_batch_indices, work_items = first_of_batch(x, cu_seqlens, state_batch_indices, work_items)
+    tensors = (
+        state, x_history, B_history, dt_history, cum_history, cursor, prev_num_accepted_tokens, x, dt, A, B, C, D, z,
+        dt_bias, out, state_scale, state_batch_indices, cu_seqlens, rand_seed, work_items, num_writes,
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is not None and not overridden():
+        try:
+            plan.launch(*tensors, pad_slot_id, plan.sm_count)
+            return
+        except REFUSALS:
+            pass  # other strides or alignment than last time, or a bad argument: the checks below tell
+    if _loose_plans and _run_loose(key, tensors, pad_slot_id):
+        return
+    settings = Settings(ring, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, window, pdl, saturate)
+    operands, spec = arguments.check(Operands._make(tensors), settings)
+    if not x.is_cuda:
+        with torch.no_grad():
+            _run_on_cpu(spec, operands, settings)
+    elif arguments.batch_of(operands) and x.numel():
+        arch = runtime.target(x.device)
+        sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
+        config = _config(spec, operands, settings, sm_count, arch)
+        plan = _Plan(runtime.get(spec, config, arch), sm_count, spec.input_bytes)
+        _remember(key, plan, operands)
+        plan.launch(*operands, pad_slot_id, plan.sm_count)
+
+
+def _run_loose(key: tuple[object, ...] | None, tensors: tuple[Any, ...], pad_slot_id: int) -> bool:
+    """Run a kernel for rows that are less aligned, if there is one for this layout and it takes the arguments."""
+    plan = None if key is None else _loose_plans.get((key, _layout(Operands._make(tensors))))
+    if plan is None or overridden():
+        return False
+    try:
+        plan.launch(*tensors, pad_slot_id, plan.sm_count)
+    except REFUSALS:
+        return False
+    return True
+
+
+def _remember(key: tuple[object, ...] | None, plan: _Plan, operands: Operands) -> None:
+    if key is None:
+        return
+    if plan.input_bytes == arguments.ROW_BYTES:
+        _plans.remember(key, plan)
+    else:
+        _loose_plans.remember((key, _layout(operands)), plan)
+
+
+def _config(
+    spec: CheckpointingSSUSpec, operands: Operands, settings: Settings, sm_count: int, arch: archs.Arch
+) -> tuning.CheckpointingSSUConfig:
+    """Choose the config of a call, and see that the kernel can count its work."""
+    batch = arguments.batch_of(operands)
+    units = batch * spec.heads * max(arguments.D_SPLITS)
+    if units >= MOST_UNITS:
+        fix = "split the batch"
+        raise UnsupportedSpecError(describe("x", f"fewer than {MOST_UNITS} tiles of the state", units, fix))
+    return tuning.choose(spec, arch, batch, sm_count, settings.d_split)
+
+
+def _run_on_cpu(spec: CheckpointingSSUSpec, operands: Operands, settings: Settings) -> None:
+    """Run the compiled kernel if an emulator is open, else the reference."""
+    arguments.check_contents(operands, settings, spec)
+    emulator = runtime.emulator()
+    if emulator is None:
+        runtime.by_reference(spec, operands)
+        reference(operands, spec, settings.pad_slot_id)
+    elif arguments.batch_of(operands) and operands.x.numel():
+        arch = archs.by_name(emulator.arch)
+        sm_count = emulator.sm_count or arch.sm_count
+        config = _config(spec, operands, settings, sm_count, arch)
+        kernel = runtime.emulated(spec, config, arch)
+        kernel(*operands, settings.pad_slot_id, sm_count)
+
+
+def _traced(*values: Any) -> None:
+    """Call the operator that PyTorch knows.
+
+    It takes one value per head of dt, A, D and dt_bias as a tensor of its own, for whoever traces a call may copy
+    arguments, and a copy has other strides.
+    """
+    call = dict(zip((*Operands._fields, *Settings._fields), values))
+    if not isinstance(call["x"], Tensor):
+        raise TypeError(describe("x", "a torch.Tensor", type(call["x"]).__name__))
+    for name, inner in TIED.items():
+        if call[name] is not None:
+            arguments.check_tied(name, call[name], inner, call["state"])
+            call[name] = call[name][(..., *[0] * inner)]
+    _overload(*call.values())
+
+
+def _run_traced(*values: Any) -> None:
+    call = dict(zip((*Operands._fields, *Settings._fields), values))
+    for name, inner in TIED.items():
+        if call[name] is not None:
+            tied = call[name][(..., *[None] * inner)]
+            call[name] = tied.expand(*call[name].shape, *call["state"].shape[2 : 2 + inner])
+    _run(*call.values())
+
+
+_eager, _overload = _library.register(
+    "checkpointing_ssu(Tensor(a!) state, Tensor(b!) x_history, Tensor(c!) B_history, Tensor(d!) dt_history, "
+    "Tensor(e!)? cum_history, Tensor cursor, Tensor prev_num_accepted_tokens, Tensor x, Tensor dt, Tensor A, Tensor B, "
+    "Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor(f!) out, Tensor(g!)? state_scale, "
+    "Tensor? state_batch_indices, Tensor? cu_seqlens, Tensor? rand_seed, Tensor? work_items, Tensor? num_writes, "
+    "bool ring, bool dt_softplus, int pad_slot_id, int philox_rounds, int? d_split, int? max_seqlen, int? window, "
+    "str? pdl, bool saturate=False) -> ()",
+    _run_traced,
+    lambda *_: None,
+    eager=_run,
+    names=lambda call: arguments.RING if call["ring"] else arguments.DOUBLE,
+)

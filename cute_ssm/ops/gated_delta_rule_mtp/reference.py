@@ -1,0 +1,110 @@
+"""The gated delta rule, as mathematics: token by token, and as products of all tokens at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cute_ssm.ops._gated_delta.reference import EPSILON, gates, recurrence
+
+
+def gated_delta_rule(
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    scale: float,
+    use_qk_l2norm: bool,
+    compute_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Advance all tokens one after the other; nothing is modified and nothing is rounded.
+
+    With the state S [V, K] of a (request, value head), k^ and q^ normalised (optionally) and q^ scaled::
+
+        S <- e^g S;   u = beta (v - S k^);   S <- S + u k^^T;   out = S q^
+
+    Parameters
+    ----------
+    state : Tensor, (batch, value_heads, V, K)
+        One state per request, already gathered.
+    q, k : Tensor, (batch, tokens, heads, K)
+        Value head h uses row ``h // (value_heads / heads)``.
+    v : Tensor, (batch, tokens, value_heads, V)
+    a, b : Tensor, (batch, tokens, value_heads)
+    A_log, dt_bias : Tensor, (value_heads,)
+    scale : float
+    use_qk_l2norm : bool
+    compute_dtype : torch.dtype
+        Type of all arithmetic; float64 makes this the oracle.
+
+    Returns
+    -------
+    out : Tensor, (batch, tokens, value_heads, V), compute_dtype
+    states : Tensor, (batch, tokens, value_heads, V, K), compute_dtype
+        The state after every token.
+    """
+    g, beta = gates(a, b, A_log, dt_bias, compute_dtype)
+    return recurrence(state, q, k, v, g, beta, scale, use_qk_l2norm, compute_dtype)
+
+
+def gated_delta_rule_products(
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    scale: float,
+    use_qk_l2norm: bool,
+    compute_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Compute the same from products of the first state with all keys and queries: what the kernel does.
+
+    With D[t, j] the product of the decays of tokens j + 1 .. t, gamma_t that of tokens 0 .. t, and rows u_t of U::
+
+        (1 + L) U = diag(beta) (V - diag(gamma) K^ S^T),    L[t, j] = beta_t D[t, j] k^_t . k^_j   (j < t)
+        out       = diag(gamma) Q^ S^T + A U,               A[t, j] = D[t, j] q^_t . k^_j          (j <= t)
+        S_t       = gamma_t S + sum_{j <= t} D[t, j] u_j k^_j^T
+
+    Decays are products of the tokens' decays, never quotients: no strength of decay overflows.  Raw keys and queries
+    are multiplied; their norms are applied to the products.  No sum has a term of a later token, not even 0 times it.
+
+    Parameters and results are those of `gated_delta_rule`.
+    """
+    g, beta = gates(a, b, A_log, dt_bias, compute_dtype)
+    alpha = torch.exp(g).transpose(1, 2)  # (batch, value_heads, tokens)
+    beta = beta.transpose(1, 2)
+    per_head = v.shape[2] // q.shape[2]
+    raw_q, raw_k = (x.to(compute_dtype).repeat_interleave(per_head, dim=2).transpose(1, 2) for x in (q, k))
+    values = v.to(compute_dtype).transpose(1, 2)  # (batch, value_heads, tokens, V)
+    tokens = q.shape[1]
+    kappa, rho = torch.ones_like(alpha), torch.full_like(alpha, scale)
+    if use_qk_l2norm:
+        kappa = torch.rsqrt(raw_k.square().sum(-1) + EPSILON)
+        rho = scale * torch.rsqrt(raw_q.square().sum(-1) + EPSILON)
+    decay = torch.zeros(*alpha.shape, tokens, dtype=compute_dtype)  # above the diagonal nothing is used
+    for t in range(tokens):
+        decay[..., t, :t] = decay[..., t - 1, :t] * alpha[..., t, None]
+        decay[..., t, t] = 1
+    gamma = torch.cumprod(alpha, -1)
+    first = state.to(compute_dtype).transpose(-1, -2)
+    P, R = raw_k @ first, raw_q @ first  # (batch, value_heads, tokens, V)
+    scaled = decay * kappa[..., None, :]
+    L = beta[..., None] * kappa[..., None] * scaled * (raw_k @ raw_k.transpose(-1, -2))
+    A = rho[..., None] * scaled * (raw_q @ raw_k.transpose(-1, -2))
+    X = beta[..., None] * (values - (gamma * kappa)[..., None] * P)
+    U, out = torch.empty_like(X), (gamma * rho)[..., None] * R
+    states = gamma[..., None, None] * state.to(compute_dtype)[:, :, None]
+    for t in range(tokens):
+        before, seen = slice(t), slice(t + 1)
+        U[..., t, :] = X[..., t, :] - torch.einsum("bhj,bhjv->bhv", L[..., t, before], U[..., before, :])
+        out[..., t, :] += torch.einsum("bhj,bhjv->bhv", A[..., t, seen], U[..., seen, :])
+        weighted = scaled[..., t, seen, None] * U[..., seen, :]
+        states[:, :, t] += torch.einsum("bhjv,bhjk->bhvk", weighted, raw_k[..., seen, :])
+    return out.transpose(1, 2), states.transpose(1, 2)

@@ -1,0 +1,36 @@
+"""The config of `MaterializeState`; no bit of a result depends on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cute_ssm.arch import Arch
+from cute_ssm.errors import UnsupportedSpecError
+from cute_ssm.spec import Config, Spec
+from cute_ssm.tuning import apply_override
+
+WARP = 32
+MOST_PENDING = 2 * WARP  # tokens that a lane of a warp holds two of
+
+
+@dataclass(frozen=True)
+class MaterializeConfig(Config):
+    """Knobs of `MaterializeState`.
+
+    Attributes
+    ----------
+    warps : int
+        Warps of a CTA, which have nothing in common.
+    """
+
+    warps: int
+
+    def check(self, spec: Spec, arch: Arch) -> None:
+        """Raise `UnsupportedSpecError` if the kernel cannot run so."""
+        if not 1 <= self.warps <= 8:
+            raise UnsupportedSpecError(f"config: warps of {self} are not 1 to 8")
+
+
+def choose_materialize() -> MaterializeConfig:
+    """Return the config of `MaterializeState`."""
+    return apply_override(MaterializeConfig(warps=4))

@@ -1,0 +1,68 @@
+"""`materialize_gated_delta`, as mathematics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cute_ssm.ops._gated_delta.reference import recurrence
+from cute_ssm.reference import rounding
+from cute_ssm.reference.history import Move
+
+
+class DeltaRings(NamedTuple):
+    """The history of `gated_delta_rule_replay`.
+
+    Attributes
+    ----------
+    k : Tensor, (slots, heads, L, K)
+    v : Tensor, (slots, value_heads, L, V)
+    g, beta : Tensor, (slots, value_heads, L)
+    """
+
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+
+
+def materialize_gated_delta(
+    state: Tensor,
+    rings: DeltaRings,
+    out: Tensor,
+    rows: Sequence[Move],
+    use_qk_l2norm: bool,
+    compute_dtype: torch.dtype = torch.float32,
+    saturate: bool = False,
+) -> None:
+    """Write the states that pending tokens lead to, `reference.gated_delta_rule.recurrence`, rounded to nearest even.
+
+    Parameters
+    ----------
+    state, out : Tensor, (slots, value_heads, V, K)
+        States that are read and **written**; they may be the same.
+    rings : DeltaRings
+    rows : sequence of Move
+        With no tokens, and if both pools have the same type, the bytes of the state are copied.
+    use_qk_l2norm : bool
+        Normalise keys.
+    compute_dtype : torch.dtype
+    saturate : bool
+        Make float16 `rounding.saturated`.
+    """
+    results = []
+    for source, destination, start, count in rows:
+        result = state[source].clone()
+        if count:
+            places = (start + torch.arange(count)) % rings.k.shape[2]
+            k, v, g, beta = (ring[source][:, places].transpose(0, 1)[None] for ring in rings)
+            _, states = recurrence(state[source][None], k, k, v, g, beta, 1.0, use_qk_l2norm, compute_dtype)
+            result = states[0, -1]
+        if saturate and (count or state.dtype != out.dtype):
+            result = rounding.saturated(result)
+        results.append((destination, result))
+    for destination, result in results:
+        out[destination] = result.to(out.dtype)

@@ -1,0 +1,426 @@
+"""Validation of `selective_state_update`: the arguments of a call, in canonical form, to its spec."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cute_ssm.errors import describe
+from cute_ssm.ops import _arguments as arguments
+from cute_ssm.ops.selective_state_update import config as tuning
+from cute_ssm.ops.selective_state_update.spec import SelectiveStateUpdateSpec
+from cute_ssm.spec import QUANTISED
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+STATES = (*FLOATS, torch.int16, torch.int8, torch.float8_e4m3fn)
+X_SHAPES = {
+    "packed": "(total, nheads, dim) with cu_seqlens",
+    "dense": "(batch, nheads, dim) or (batch, T, nheads, dim) without cu_seqlens",
+}
+INTEGERS = (torch.int32, torch.int64)
+BULK_BYTES = 16  # bulk copies: addresses and sizes are multiples of it
+UNLIMITED = 2**31 - 1
+DEVICES = ("cuda", "cpu")
+
+
+class Operands(NamedTuple):
+    """The tensors of a call in the order of the kernel's arguments; no axis is left out any more."""
+
+    state: Tensor
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    out: Tensor
+    state_scale: Tensor | None
+    state_batch_indices: Tensor | None
+    dst_state_batch_indices: Tensor | None
+    num_accepted_tokens: Tensor | None
+    cu_seqlens: Tensor | None
+    intermediate_states_buffer: Tensor | None
+    intermediate_state_indices: Tensor | None
+    intermediate_state_scales: Tensor | None
+    rand_seed: Tensor | None
+
+
+class Settings(NamedTuple):
+    """The arguments of a call that are no tensors."""
+
+    dt_softplus: bool
+    disable_state_update: bool
+    zero_padding: bool
+    philox_rounds: int
+    cache_steps: int
+    pad_slot_id: int
+    saturate: bool
+
+
+WRITTEN = ("state", "state_scale", "out", "intermediate_states_buffer", "intermediate_state_scales")
+REQUIRED = ("state", "x", "dt", "A", "B", "C", "out")
+OPTIONAL = tuple(name for name in Operands._fields if name not in REQUIRED)
+
+
+def check(operands: Operands, settings: Settings) -> SelectiveStateUpdateSpec:
+    """Raise unless the call is as the operator documents it; return its spec."""
+    arguments.check_tensors(operands._asdict(), OPTIONAL)
+    if operands.state.device.type not in DEVICES:
+        got = f"one on {operands.state.device}"
+        raise ValueError(describe("state", "a tensor on a GPU or on the CPU", got, "move all to one of them"))
+    for setting in ("pad_slot_id", "cache_steps", "philox_rounds"):
+        value = getattr(settings, setting)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(describe(setting, "an int", type(value).__name__))
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(describe(setting, "an int of 64 bits", value))
+    given = {name: tensor for name, tensor in operands._asdict().items() if tensor is not None}
+    _check_combinations(given, settings)
+    sizes = _check_shapes(given, settings)
+    _check_dtypes(given)
+    for name in ("x", "B", "C", "z", "out"):
+        if name in given:
+            arguments.check_last_contiguous(name, given[name])
+    for name in ("state_scale", "intermediate_state_scales"):
+        if name in given:
+            arguments.check_last_contiguous(name, given[name])
+    if operands.rand_seed is not None and operands.rand_seed.shape[0] > 1:
+        arguments.check_last_contiguous("rand_seed", operands.rand_seed)
+    for name in ("state", "intermediate_states_buffer"):
+        if name in given:
+            _check_pool_layout(name, given[name])
+    for name in WRITTEN:
+        if name in given:
+            arguments.check_writable(name, given[name])
+    A = operands.A
+    if not _tied(A) and A.stride(-1) != 1:
+        expected = "strides 0 in the last two dimensions (one value per head) or stride 1 in the last"
+        raise ValueError(describe("A", expected, f"strides {A.stride()}", "pass A.contiguous()"))
+    spec = _spec(operands, settings, sizes)
+    spec.check()
+    vectors = (operands.B, operands.C) if spec.A_tied else (A, operands.B, operands.C)
+    if all(arguments.aligned(t, tuning.input_vector(spec, t.element_size()) * t.element_size()) for t in vectors):
+        spec = dataclasses.replace(spec, vector_inputs=True)
+    return spec
+
+
+_warned: set[tuple[object, ...]] = set()
+
+
+def warn_of_dense_A(spec: SelectiveStateUpdateSpec, A: Tensor) -> None:
+    """Warn once of an ``A`` that is dense beside one step size per head, and on the CPU holds one value per head.
+
+    What a tensor on a GPU holds is not read: there, the layout alone says so, when the plan of a call is made.
+    """
+    key = (A.shape, A.stride(), A.dtype, A.device.type)
+    if spec.A_tied or not spec.dt_tied or key in _warned or not A.numel():
+        return
+    if not A.is_cuda and not bool((A == A[..., :1, :1]).all()):
+        return
+    _warned.add(key)
+    warnings.warn(
+        f"A: strides {A.stride()}, beside one step size per head.  If A too holds one value per head, as of Mamba-2, "
+        "pass A[..., :1, :1].expand(A.shape): the kernel for a dense A costs about twice the instructions",
+        stacklevel=5,
+    )
+
+
+def limit(operands: Operands, settings: Settings) -> int:
+    """Tokens that no sequence may exceed."""
+    if operands.cu_seqlens is None:
+        return operands.x.shape[1] if operands.x.dim() == 4 else 1
+    bounds = [min(settings.cache_steps or UNLIMITED, UNLIMITED)]
+    dst, saved = operands.dst_state_batch_indices, operands.intermediate_states_buffer
+    if dst is not None and dst.dim() == 2:
+        bounds.append(dst.shape[1])
+    if saved is not None:
+        bounds.append(saved.shape[1])
+    return min(bounds)
+
+
+def check_contents(operands: Operands, settings: Settings) -> None:
+    """Raise on indices and lengths that do not fit; called for tensors on the CPU, whose contents can be read.
+
+    Indices of sequences that are padding or have no tokens, and columns that no token uses, are never read.
+    """
+    o, slots, pad = operands, operands.state.shape[0], settings.pad_slot_id
+    lengths = _lengths(o, settings)
+    source, real = torch.arange(len(lengths)), lengths > 0
+    if o.state_batch_indices is not None:
+        used = real
+        source = o.state_batch_indices
+        if o.num_accepted_tokens is not None:
+            used = torch.zeros_like(source, dtype=torch.bool)
+            columns = _columns(o.num_accepted_tokens, source, real, pad)
+            used[real, columns[real]] = True
+            source = source[torch.arange(len(source)), columns]
+        arguments.check_slots("state_batch_indices", o.state_batch_indices, used, slots, pad)
+        source = source.long()
+        real = real & (source != pad)
+    if o.intermediate_states_buffer is not None:
+        rows = source
+        if o.intermediate_state_indices is not None:
+            rows = o.intermediate_state_indices.long()
+            lines = o.intermediate_states_buffer.shape[0]
+            arguments.check_slots("intermediate_state_indices", rows, real, lines, None)
+        name = "state_batch_indices" if o.intermediate_state_indices is None else "intermediate_state_indices"
+        _check_distinct(name, rows[real], "rows of intermediate_states_buffer")
+    if settings.disable_state_update:
+        return
+    name, target, used = "state_batch_indices", source, real
+    if o.dst_state_batch_indices is not None:
+        name, target = "dst_state_batch_indices", o.dst_state_batch_indices.long()
+        if target.dim() == 2:
+            used = real[:, None] & (torch.arange(target.shape[1]) < lengths[:, None])
+        arguments.check_slots(name, target, used, slots, pad)
+        used = used & (target != pad)
+    _check_distinct(name, target[used], "slots")
+    owner = used.nonzero()[:, 0]
+    foreign = (target[used][:, None] == source[real]) & (owner[:, None] != real.nonzero()[:, 0])
+    if bool(foreign.any()):
+        got = int(target[used][foreign.any(1)][0])
+        raise ValueError(describe(name, "slots that no other sequence reads", got, "their order is not defined"))
+
+
+def _lengths(operands: Operands, settings: Settings) -> Tensor:
+    """Tokens of each sequence; raise if ``cu_seqlens`` does not fit."""
+    cu, x = operands.cu_seqlens, operands.x
+    if cu is None:
+        return torch.full((x.shape[0],), x.shape[1] if x.dim() == 4 else 1)
+    lengths = cu.long().diff()
+    if int(cu[0]) < 0 or int(cu[-1]) > x.shape[0] or bool((lengths < 0).any()):
+        raise ValueError(describe("cu_seqlens", f"rising offsets of at most {x.shape[0]} tokens", cu.tolist()))
+    bound, longest = limit(operands, settings), max(lengths.tolist(), default=0)
+    if longest > bound:
+        fix = "raise cache_steps, and give dst_state_batch_indices and intermediate_states_buffer as many steps"
+        raise ValueError(describe("cu_seqlens", f"sequences of at most {bound} tokens", f"one of {longest}", fix))
+    return lengths
+
+
+def _columns(accepted: Tensor, indices: Tensor, real: Tensor, pad: int) -> Tensor:
+    """Column of each sequence's first state; a row of padding may have any number."""
+    most = indices.shape[1]
+    bad = (real & (accepted > most) & (indices != pad).any(1)).nonzero()[:, 0]
+    if len(bad):
+        expected, at = f"at most {most}, the columns of state_batch_indices", int(bad[0])
+        raise ValueError(describe("num_accepted_tokens", expected, f"{int(accepted[at])} at position {at}"))
+    return (accepted.long() - 1).clamp(0, most - 1)
+
+
+def _check_distinct(name: str, indices: Tensor, what: str) -> None:
+    """Raise if two tokens' states go to the same place."""
+    ordered = indices.sort().values
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(repeated):
+        got = f"{int(repeated[0])} more than once"
+        raise ValueError(describe(name, f"distinct {what}", got, "each holds one state"))
+
+
+def _has_columns(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.dim() == 2 and tensor.shape[1] > 0
+
+
+def _matrix(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.dim() == 2
+
+
+def _tied(tensor: Tensor) -> bool:
+    return tensor.stride(-1) == 0 and tensor.stride(-2) == 0
+
+
+def _spec(operands: Operands, settings: Settings, tokens: str) -> SelectiveStateUpdateSpec:
+    def name_of(tensor: Tensor | None) -> str | None:
+        return None if tensor is None else arguments.name_of(tensor.dtype)
+
+    o = operands
+    return SelectiveStateUpdateSpec(
+        state_dtype=arguments.name_of(o.state.dtype),
+        input_dtype=arguments.name_of(o.x.dtype),
+        A_dtype=arguments.name_of(o.A.dtype),
+        dt_dtype=arguments.name_of(o.dt.dtype),
+        D_dtype=name_of(o.D),
+        dt_bias_dtype=name_of(o.dt_bias),
+        dim=o.state.shape[2],
+        dstate=o.state.shape[3],
+        A_tied=_tied(o.A),
+        dt_tied=o.dt.stride(-1) == 0 and (o.dt_bias is None or o.dt_bias.stride(-1) == 0),
+        D_tied=o.D is not None and o.D.stride(-1) == 0,
+        has_z=o.z is not None,
+        dt_softplus=settings.dt_softplus,
+        src_dtype=name_of(o.state_batch_indices),
+        dst_dtype=name_of(o.dst_state_batch_indices),
+        update_state=not settings.disable_state_update,
+        zero_padding=settings.zero_padding and o.state_batch_indices is not None,
+        vector_inputs=False,
+        tokens=tokens,
+        accepted_dtype=name_of(o.num_accepted_tokens),
+        cu_dtype=name_of(o.cu_seqlens),
+        src_columns=_matrix(o.state_batch_indices),
+        dst_columns=_matrix(o.dst_state_batch_indices),
+        intermediates=o.intermediate_states_buffer is not None,
+        intermediate_dtype=name_of(o.intermediate_state_indices),
+        philox_rounds=settings.philox_rounds if o.rand_seed is not None else 0,
+        seed_per_slot=o.rand_seed is not None and o.rand_seed.shape[0] != 1,
+        saturate=settings.saturate,
+    )
+
+
+def _check_combinations(given: dict[str, Tensor], settings: Settings) -> None:
+    """Raise on arguments that exclude or need each other."""
+
+    def refuse(name: str, expected: str, got: object, fix: str = "") -> None:
+        raise ValueError(describe(name, expected, got, fix))
+
+    arguments.check_saturate(settings.saturate, "state", given["state"].dtype)
+    quantised = arguments.name_of(given["state"].dtype) in QUANTISED
+    if quantised and "state_scale" not in given:
+        refuse("state_scale", f"scales of a state of {arguments.name_of(given['state'].dtype)}", None)
+    if "state_scale" in given and not quantised:
+        refuse("state_scale", f"None with a state of {arguments.name_of(given['state'].dtype)}", "a tensor")
+    if "intermediate_states_buffer" in given:
+        if "dst_state_batch_indices" in given:
+            fix = "states after every token go to one or the other"
+            refuse("dst_state_batch_indices", "None with intermediate_states_buffer", "both", fix)
+        if quantised and "intermediate_state_scales" not in given:
+            refuse("intermediate_state_scales", "scales for intermediate_states_buffer", None)
+    for name in ("intermediate_state_indices", "intermediate_state_scales"):
+        if name in given and "intermediate_states_buffer" not in given:
+            refuse(name, "None without intermediate_states_buffer", "a tensor")
+    if "intermediate_state_scales" in given and not quantised:
+        refuse("intermediate_state_scales", "None with a state that has no scales", "a tensor")
+    if "num_accepted_tokens" in given and (
+        "state_batch_indices" not in given or given["state_batch_indices"].dim() != 2
+    ):
+        fix = "the state to start from is column num_accepted_tokens - 1"
+        refuse("num_accepted_tokens", "None without a matrix of state_batch_indices", "a tensor", fix)
+    one = "cu_seqlens" not in given and given["x"].dim() == 3
+    if "num_accepted_tokens" not in given and _has_columns(given.get("state_batch_indices")):
+        refuse("state_batch_indices", "a vector without num_accepted_tokens", "a matrix", "pass its column 0")
+    if one and _has_columns(given.get("dst_state_batch_indices")):
+        refuse("dst_state_batch_indices", "a vector with one token per sequence", "a matrix", "pass its column 0")
+    if settings.cache_steps < 0:
+        refuse("cache_steps", "0 or more", settings.cache_steps)
+    if "rand_seed" in given and settings.philox_rounds < 1:
+        refuse("philox_rounds", "1 or more with rand_seed", settings.philox_rounds)
+
+
+def _check_shapes(given: dict[str, Tensor], settings: Settings) -> str:
+    """Raise unless all shapes agree; return how tokens are laid out."""
+    packed = "cu_seqlens" in given
+    tokens = "packed" if packed else "batched" if given["x"].dim() == 4 else "one"
+    lead = {"one": "batch, ", "batched": "batch, T, ", "packed": "total, "}[tokens]
+    ranks = {
+        "state": (4, "(slots, nheads, dim, dstate)"),
+        "x": (4 if tokens == "batched" else 3, X_SHAPES["packed" if packed else "dense"]),
+        "B": (4 if tokens == "batched" else 3, f"({lead}ngroups, dstate)"),
+        "cu_seqlens": (1, "(batch + 1,)"),
+        "intermediate_states_buffer": (5, "(rows, steps, nheads, dim, dstate)"),
+    }
+    for name, (rank, letters) in ranks.items():
+        if name in given and given[name].dim() != rank:
+            raise ValueError(describe(name, f"shape {letters}", tuple(given[name].shape)))
+    slots, nheads, dim, dstate = given["state"].shape
+    if not (nheads and dim and dstate):
+        raise ValueError(describe("state", "at least one head, row and column", tuple(given["state"].shape)))
+    first = tuple(given["x"].shape[:-2])
+    batch = given["cu_seqlens"].shape[0] - 1 if packed else first[0]
+    if batch < 0:
+        raise ValueError(describe("cu_seqlens", "at least one offset", "none"))
+    ngroups = given["B"].shape[-2]
+    if ngroups < 1 or nheads % ngroups:
+        raise ValueError(describe("B", f"ngroups that divides nheads = {nheads}", f"ngroups = {ngroups}"))
+    row, column, head = (*first, nheads, dim), (*first, ngroups, dstate), (nheads, dim)
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {
+        "x": (row, f"({lead}nheads, dim)"),
+        "dt": (row, f"({lead}nheads, dim)"),
+        "A": ((nheads, dim, dstate), "(nheads, dim, dstate)"),
+        "B": (column, f"({lead}ngroups, dstate)"),
+        "C": (column, f"({lead}ngroups, dstate)"),
+        "D": (head, "(nheads, dim)"),
+        "z": (row, f"({lead}nheads, dim)"),
+        "dt_bias": (head, "(nheads, dim)"),
+        "out": (row, f"({lead}nheads, dim)"),
+        "state_scale": ((slots, *head), "(slots, nheads, dim)"),
+        "num_accepted_tokens": ((batch,), "(batch,)"),
+        "intermediate_state_indices": ((batch,), "(batch,)"),
+    }
+    saved = given.get("intermediate_states_buffer")
+    if saved is not None:
+        rows, steps = saved.shape[:2]
+        shapes["intermediate_states_buffer"] = (
+            (rows, steps, nheads, dim, dstate),
+            "(rows, steps, nheads, dim, dstate)",
+        )
+        shapes["intermediate_state_scales"] = ((rows, steps, *head), "(rows, steps, nheads, dim)")
+    for name, (shape, letters) in shapes.items():
+        if name in given:
+            arguments.check_shape(name, given[name], shape, letters)
+    _check_index_shapes(given, batch, first[1] if tokens == "batched" else None)
+    if slots < batch and "state_batch_indices" not in given:
+        fix = "pass state_batch_indices to say which slot each sequence uses"
+        raise ValueError(describe("state", f"at least batch = {batch} slots", slots, fix))
+    if saved is not None and "intermediate_state_indices" not in given and saved.shape[0] < slots:
+        fix = "pass intermediate_state_indices to say which row each sequence uses"
+        raise ValueError(
+            describe("intermediate_states_buffer", f"a row for each of {slots} slots", saved.shape[0], fix)
+        )
+    seed = given.get("rand_seed")
+    if seed is not None and (seed.dim() != 1 or seed.shape[0] not in (1, slots)):
+        raise ValueError(describe("rand_seed", f"shape (1,) or (slots,) = ({slots},)", tuple(seed.shape)))
+    return tokens
+
+
+def _check_index_shapes(given: dict[str, Tensor], batch: int, T: int | None) -> None:
+    """Raise unless indices have a row for each sequence, and a column for each of T tokens."""
+    for name in ("state_batch_indices", "dst_state_batch_indices"):
+        if name not in given:
+            continue
+        shape = tuple(given[name].shape)
+        if len(shape) not in (1, 2) or shape[0] != batch:
+            raise ValueError(describe(name, f"shape (batch,) = ({batch},) or (batch, n)", shape))
+        if len(shape) == 2 and (shape[1] < 1 or (T is not None and name[0] == "d" and shape[1] < T)):
+            raise ValueError(describe(name, f"a column for each of T = {T or 1} tokens", shape))
+    saved = given.get("intermediate_states_buffer")
+    if saved is not None and T is not None and saved.shape[1] < T:
+        raise ValueError(describe("intermediate_states_buffer", f"at least T = {T} steps", saved.shape[1]))
+
+
+def _check_dtypes(given: dict[str, Tensor]) -> None:
+    x = given["x"]
+    allowed = {
+        "state": STATES,
+        **dict.fromkeys(("x", "dt", "A", "D", "dt_bias"), FLOATS),
+        **dict.fromkeys(("state_scale", "intermediate_state_scales"), (torch.float32,)),
+        **dict.fromkeys(("state_batch_indices", "dst_state_batch_indices", "num_accepted_tokens"), INTEGERS),
+        **dict.fromkeys(("cu_seqlens", "intermediate_state_indices"), INTEGERS),
+        "rand_seed": (torch.int64,),
+    }
+    for name, dtypes in allowed.items():
+        if name in given:
+            arguments.check_dtype(name, given[name], dtypes)
+    for name in ("B", "C", "z", "out"):
+        if name in given:
+            arguments.check_dtype(name, given[name], (x.dtype,), "the type of x", cast=True)
+    if "intermediate_states_buffer" in given:
+        why = "the type of state"
+        arguments.check_dtype(
+            "intermediate_states_buffer", given["intermediate_states_buffer"], (given["state"].dtype,), why
+        )
+
+
+def _check_pool_layout(name: str, pool: Tensor) -> None:
+    """Raise unless tiles of a pool of states are contiguous and can be copied in bulk."""
+    if pool.stride(-1) != 1 or pool.stride(-2) != pool.shape[-1]:
+        expected = "contiguous rows of dstate and heads of dim x dstate"
+        raise ValueError(describe(name, expected, f"strides {pool.stride()}", arguments.allocation(pool)))
+    if not arguments.aligned(pool[..., 0], BULK_BYTES):
+        got = f"address {pool.data_ptr():#x} and strides {pool.stride()} of {pool.element_size()} bytes"
+        expected = f"an address, and strides of slots and heads, of multiples of {BULK_BYTES} bytes"
+        fix = f"pad the slots of the pool: {arguments.allocation(pool)}"
+        raise ValueError(describe(name, expected, got, fix))

@@ -1,0 +1,272 @@
+"""The config of `kernels.selective_step`, and the choice of one.
+
+What a result's bits depend on (`lanes`, `matmul`) is chosen from the spec and the bound of a sequence's tokens; what
+only moves work (`rows`, `block`, `warps`) may also depend on the amount of work.  So a sequence's result does not
+depend on the batch it is part of.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from cute_ssm.arch import Arch
+from cute_ssm.errors import UnsupportedSpecError, describe
+from cute_ssm.ops.selective_state_update.spec import SelectiveStateUpdateSpec
+from cute_ssm.spec import ITEMSIZE, Config
+from cute_ssm.tuning import apply_override, tables
+
+WARP = 32
+RING = 3  # stages of a persistent warp: one unit arrives, one is worked on, one leaves
+ACCESS_BYTES = 16
+UNIT_BYTES = 20480  # largest unit: three or four rings fill an SM's shared memory, and 48 to 64 KiB are always arriving
+HEAVY_WARPS = 8  # of up to 255 registers a thread, per SM
+RESIDENT_CTAS = 16  # of one warp, per SM: more would not make the memory busier
+CTA_BYTES = 1024 + 128  # shared memory of a CTA besides its ring
+PRODUCT_TOKENS = 8  # columns of a tensor-core product
+STAGED_ALIGNMENT = 128
+STAGED_TOKENS = 8  # whose B and C are in shared memory at once
+PRODUCT_LANES = 4  # that share a row of its operands
+FULL = 0.85  # units per SM below which units are made smaller
+
+
+@dataclass(frozen=True)
+class SelectiveStepConfig(Config):
+    """Knobs of `SelectiveStep`.
+
+    Attributes
+    ----------
+    lanes : int
+        Lanes that share a row of the state: a power of two.
+    rows : int
+        Rows of a unit, which one warp takes at a time: a divisor of dim, and a multiple of a block.
+    block : int
+        Rows that a warp works on at once, up to one per lane; fewer where they would not fit the registers.
+    warps : int
+        Warps of a CTA, each with units and a ring of its own.
+    stages : int
+        3: a ring, the grid is persistent.  1: the grid has a warp for every unit.
+    ctas_per_sm : int
+        Upper bound of the persistent grid, per SM.
+    matmul : int
+        1: up to `PRODUCT_TOKENS` tokens at once, outputs by tensor core (`kernels.selective_products`).
+    """
+
+    FREE: ClassVar[tuple[str, ...]] = ("rows", "block", "warps", "stages", "ctas_per_sm")
+    KEY: ClassVar[tuple[str, ...]] = (
+        "state_dtype", "input_dtype", "dim", "dstate", "A_tied", "update_state", "tokens", "intermediates",
+        "philox_rounds",
+    )  # fmt: skip
+
+    lanes: int
+    rows: int
+    block: int
+    warps: int
+    stages: int
+    ctas_per_sm: int
+    matmul: int = 0
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block: `block`, or what of it divides a smaller unit."""
+        return math.gcd(self.block, self.rows)
+
+    def unit_bytes(self, spec: SelectiveStateUpdateSpec) -> int:
+        """Bytes of one unit, a multiple of 16."""
+        return self.rows * spec.dstate * ITEMSIZE[spec.state_dtype]
+
+    def shared_bytes(self, spec: SelectiveStateUpdateSpec) -> int:
+        """Shared memory of one CTA: rings and their barriers, and, aligned, what is staged of B and C."""
+        ring = self.warps * self.stages * (self.unit_bytes(spec) + 8)
+        staged = self.warps * staged_bytes(spec, self.lanes, self.matmul)
+        return -(-ring // STAGED_ALIGNMENT) * STAGED_ALIGNMENT + staged if staged else ring
+
+    def check(self, spec: SelectiveStateUpdateSpec, arch: Arch) -> None:
+        """Raise `UnsupportedSpecError` if the kernel cannot run so."""
+        block = self.block_rows
+        steps = block * self.lanes // WARP
+        problems = {
+            "lanes": self.lanes in (1, 2, 4, 8, 16, 32) and 1 <= steps <= self.lanes,
+            "rows": self.rows >= 8 and spec.dim % self.rows == 0,
+            "block": block in (8, 16, 32),
+            "warps": 1 <= self.warps <= 32,
+            "stages": self.stages in (1, RING),
+            "matmul": not self.matmul or (can_multiply(spec) and self.lanes == PRODUCT_LANES and block % 16 == 0),
+            "ctas_per_sm": self.ctas_per_sm >= 1,
+            "shared memory": self.shared_bytes(spec) <= arch.shared_bytes,
+        }
+        bad = [name for name, good in problems.items() if not good]
+        if bad:
+            raise UnsupportedSpecError(f"config: {', '.join(bad)} of {self} do not fit {spec.text()} on {arch.name}")
+
+    @classmethod
+    def space(cls, spec: SelectiveStateUpdateSpec, arch: Arch) -> dict[str, tuple[int, ...]]:
+        """Return the values that the tuner tries for each field of `FREE`; not all combinations are valid."""
+        row_bytes = spec.dstate * ITEMSIZE[spec.state_dtype]
+        rows = [n for n in range(8, spec.dim + 1, 8) if spec.dim % n == 0 and n * row_bytes <= arch.shared_bytes // 2]
+        return {
+            "rows": tuple(rows),
+            "warps": (1, 2, 4, 8),
+            "stages": (1, RING),
+            "ctas_per_sm": (1, 2, 3, 4, 6, 8, 12),
+            "block": (8, 16, 32),
+        }
+
+    def fits(self, spec: SelectiveStateUpdateSpec, arch: Arch) -> bool:
+        """Whether an SM holds as many CTAs as a persistent grid has for it; more would wait for their turn."""
+        resident = self.ctas_per_sm * (self.shared_bytes(spec) + CTA_BYTES)
+        return self.stages == 1 or resident <= arch.shared_bytes
+
+    def inert(self) -> tuple[str, ...]:
+        """Return the fields that mean nothing beside the others: the tuner leaves them as they are."""
+        return ("ctas_per_sm",) if self.stages == 1 else ()
+
+
+def staged_bytes(spec: SelectiveStateUpdateSpec, lanes: int, matmul: int) -> int:
+    """Shared memory of a warp for B, or B and C, of a few tokens in float32; rows as long as all lanes' columns."""
+    if spec.tokens == "one":
+        return 0
+    vector = state_vector(spec)
+    return (1 if matmul else 2) * STAGED_TOKENS * -(-spec.dstate // (vector * lanes)) * vector * lanes * 4
+
+
+def can_multiply(spec: SelectiveStateUpdateSpec) -> bool:
+    """Whether `kernels.selective_products` computes a spec: operands of 16 bits, one decay per head, one last state."""
+    return (
+        spec.tokens != "one"
+        and spec.A_tied
+        and spec.dt_tied
+        and {spec.state_dtype, spec.input_dtype} <= {"bfloat16", "float16"}
+        and spec.dim % 16 == 0
+        and spec.dstate % 32 == 0
+        and not spec.intermediates
+        and not (spec.dst_columns and spec.update_state)
+    )
+
+
+def widest_block(spec: SelectiveStateUpdateSpec) -> int:
+    """Rows that a warp sums at once, one per lane if dim allows."""
+    return math.gcd(spec.dim, WARP)
+
+
+def state_vector(spec: SelectiveStateUpdateSpec) -> int:
+    """Elements of the widest access, up to 16 bytes, that divides a row of the state."""
+    return math.gcd(spec.dstate, ACCESS_BYTES // ITEMSIZE[spec.state_dtype])
+
+
+def block_of(spec: SelectiveStateUpdateSpec, lanes: int, rows: int) -> int:
+    """Rows of a block: as many as a unit and the registers hold.
+
+    A lane holds its part of a block in float32 while there are tokens or scales to come.  128 registers of them leave
+    enough for one decay per head and no stores on the way, 64 in other cases, 32 beside Philox and scales: measured by
+    what the compiler spills at 255 registers.
+    """
+    block = math.gcd(rows, widest_block(spec))
+    if spec.tokens == "one" and not spec.scaled:
+        return block
+    plain = spec.tokens == "one" or (
+        spec.A_tied and spec.dt_tied and not spec.intermediates and not (spec.dst_columns and spec.update_state)
+    )
+    vector = state_vector(spec)
+    columns = -(-spec.dstate // (vector * lanes)) * vector
+    most = 128 if plain and not spec.philox_rounds else 32 if spec.scaled and spec.philox_rounds else 64
+    while block * lanes // WARP * columns > most and block > max(8, WARP // lanes):
+        block //= 2
+    return block
+
+
+def input_vector(spec: SelectiveStateUpdateSpec, itemsize: int) -> int:
+    """Elements of one access to a row of B, C or A, if rows are aligned: those of `state_vector`, up to 16 bytes."""
+    return min(state_vector(spec), ACCESS_BYTES // itemsize)
+
+
+def bank_conflicts(spec: SelectiveStateUpdateSpec, lanes: int) -> int:
+    """Excess wavefronts of a warp's access to a block: a quarter warp of 16 bytes a lane can meet every bank once."""
+    access = state_vector(spec) * ITEMSIZE[spec.state_dtype]
+    pitch = spec.dstate * ITEMSIZE[spec.state_dtype]
+    stride, steps = WARP // lanes, widest_block(spec) * lanes // WARP
+    group = min(WARP, 128 // access)
+    excess = 0
+    for first in range(0, WARP, group):
+        words: dict[int, set[int]] = {}
+        for lane in range(first, first + group):
+            row = lane % lanes % steps * stride + lane // lanes
+            start = row * pitch + lane % lanes * access
+            for word in range(start // 4, -(-(start + access) // 4)):
+                words.setdefault(word % 32, set()).add(word)
+        excess += max(len(found) for found in words.values()) - 1
+    return excess
+
+
+@functools.lru_cache(maxsize=1024)
+def lanes_of(spec: SelectiveStateUpdateSpec) -> int:
+    """Lanes per row: least idle lanes, then no bank conflicts, then about 16 columns a lane, then fewer exchanges."""
+    accesses = spec.dstate // state_vector(spec)
+
+    def cost(lanes: int) -> tuple[float, int, int, int]:
+        per_lane = -(-accesses // lanes)
+        columns = per_lane * state_vector(spec)
+        idle = per_lane * lanes / accesses
+        return (idle if columns <= 32 else math.inf, bank_conflicts(spec, lanes), abs(columns - 16), lanes)
+
+    return min((n for n in (2, 4, 8, 16, 32) if n * widest_block(spec) >= WARP), key=cost)
+
+
+def choose(
+    spec: SelectiveStateUpdateSpec, arch: Arch, heads: int, sm_count: int, tokens: int = 1
+) -> SelectiveStepConfig:
+    """Return the config for ``heads`` (sequence, head) pairs on ``sm_count`` SMs, as `tuning.override` would have it.
+
+    ``tokens`` bounds those of a sequence.
+
+    Raises
+    ------
+    UnsupportedSpecError
+        If an override asks for products of more tokens than they take.
+    """
+    config = apply_override(_tuned(spec, arch, heads, sm_count, tokens in range(2, PRODUCT_TOKENS + 1)))
+    if config.matmul and tokens > PRODUCT_TOKENS:
+        raise UnsupportedSpecError(
+            describe("config.matmul", f"0 with more than {PRODUCT_TOKENS} tokens", config.matmul)
+        )
+    return config
+
+
+def _tuned(
+    spec: SelectiveStateUpdateSpec, arch: Arch, heads: int, sm_count: int, few_tokens: bool
+) -> SelectiveStepConfig:
+    """Choose by the tables of measured configs, and else by the amount of work."""
+    return tables.tuned(_choose(spec, arch, heads, sm_count, few_tokens), spec, arch, heads, SelectiveStepConfig.FREE)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(
+    spec: SelectiveStateUpdateSpec, arch: Arch, heads: int, sm_count: int, few_tokens: bool
+) -> SelectiveStepConfig:
+    """Choose by the amount of work.
+
+    Units are as large as 20 KiB allow while (nearly) every SM still gets one.  With no more of them than one wave of
+    single warps, every unit gets a warp and a CTA of its own; with more, warps are persistent.
+    """
+    matmul = int(few_tokens and can_multiply(spec))
+    lanes = PRODUCT_LANES if matmul else lanes_of(spec)
+    block = widest_block(spec)
+    smallest = max(16 if matmul else 8, WARP // lanes)
+    sizes = [r for r in (8, 16, 32) if smallest <= r <= block]
+    sizes += [r for r in range(2 * block, spec.dim + 1, block) if spec.dim % r == 0]
+    row_bytes = spec.dstate * ITEMSIZE[spec.state_dtype]
+    cta_bytes = CTA_BYTES + staged_bytes(spec, lanes, matmul)
+    fitting = [r for r in sizes if r * row_bytes <= UNIT_BYTES] or sizes[:1]
+    rows = ([r for r in fitting if heads * (spec.dim // r) >= FULL * sm_count] or fitting[:1])[-1]
+    block = math.gcd(rows, 16 if spec.philox_rounds else 32) if matmul else block_of(spec, lanes, rows)
+    units = heads * (spec.dim // rows)
+    alone = min(RESIDENT_CTAS, arch.shared_bytes // (rows * row_bytes + cta_bytes))
+    if units <= alone * sm_count:
+        return SelectiveStepConfig(lanes, rows, block, warps=1, stages=1, ctas_per_sm=alone, matmul=matmul)
+    persistent = max(1, min(RESIDENT_CTAS, arch.shared_bytes // (RING * rows * row_bytes + cta_bytes)))
+    if spec.tokens != "one" or spec.scaled or spec.philox_rounds:
+        persistent = min(persistent, HEAVY_WARPS)
+    warps = 2 if persistent >= 4 else 1
+    return SelectiveStepConfig(lanes, rows, block, warps, RING, ctas_per_sm=persistent // warps, matmul=matmul)

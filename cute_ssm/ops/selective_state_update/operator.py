@@ -1,0 +1,402 @@
+"""`selective_state_update`: tokens of a state-space model's recurrence, in place on a pool of states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, is_grad_enabled
+
+from cute_ssm import arch as archs
+from cute_ssm import runtime
+from cute_ssm.errors import UnsupportedSpecError, describe
+from cute_ssm.ops import _library
+from cute_ssm.ops._arguments import first_of_batch, first_rows, not_tensors
+from cute_ssm.ops._library import transform_level
+from cute_ssm.ops._plans import REFUSALS, Plans
+from cute_ssm.ops.selective_state_update import arguments as arguments
+from cute_ssm.ops.selective_state_update import config as tuning
+from cute_ssm.ops.selective_state_update.arguments import Operands, Settings
+from cute_ssm.ops.selective_state_update.reference import update as reference
+from cute_ssm.ops.selective_state_update.spec import SelectiveStateUpdateSpec
+from cute_ssm.tuning import overridden
+
+MOST_UNITS = 2**30  # the kernel counts in 32 bits, and one grid past the last
+ALGORITHMS = ("auto", "simple", "vertical", "horizontal", "async_horizontal")
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+    pad_slot_id: int = -1,
+    state_scale: Tensor | None = None,
+    out: Tensor | None = None,
+    disable_state_update: bool = False,
+    intermediate_states_buffer: Tensor | None = None,
+    intermediate_state_indices: Tensor | None = None,
+    intermediate_state_scales: Tensor | None = None,
+    rand_seed: Tensor | None = None,
+    philox_rounds: int = 10,
+    cache_steps: int = 0,
+    algorithm: str = "auto",
+    dst_state_batch_indices: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    *,
+    saturate: bool = False,
+) -> Tensor:
+    """Advance the state of every sequence by its tokens and return the outputs.
+
+    With the state h [dim, dstate] of a (sequence, head), in float32, token by token::
+
+        dt' = softplus(dt + dt_bias);  h <- exp(A dt') h + (dt' x) B^T;  out = (h C + D x) silu(z)
+
+    ``out`` is computed from h before it is rounded to the type of ``state``, and h is not rounded between tokens.
+    An output, and the state after a token, depend on no value of a later token: not a bit of them changes where x, dt,
+    B, C or z of a later one hold NaN or infinities.
+    Tensors on a GPU run the compiled kernel; tensors on the CPU run the PyTorch reference, or the same compiled kernel
+    inside ``ptxsim.emulate()``.
+
+    Tokens come in three forms: one per sequence, x of shape (batch, nheads, dim); T for each, (batch, T, nheads, dim);
+    or packed, (total, nheads, dim) with ``cu_seqlens``.  Below, ``[T]`` stands for the axes of the form.
+
+    Parameters
+    ----------
+    state : Tensor, (slots, nheads, dim, dstate), float32/bfloat16/float16/int16/int8/float8_e4m3fn
+        Pool of states, **updated in place**.  The last two dimensions are contiguous; the strides of slots and heads
+        are free multiples of 16 bytes, and so is the address.  dim is a multiple of 8, dstate 16 to 256.
+    x : Tensor, (batch[, T], nheads, dim), float32/bfloat16/float16
+        Input.  Stride 1 in the last dimension, like z, B, C and out; other strides are free.
+    dt : Tensor, (batch[, T], nheads, dim), float32/bfloat16/float16
+        Step size before bias and softplus.  Stride 0 in the last dimension means one value per head.
+    A : Tensor, (nheads, dim, dstate), float32/bfloat16/float16
+        Decay rates.  Strides 0 in the last two dimensions mean one value per head (Mamba-2); otherwise the last
+        dimension is contiguous (Mamba-1).  ``-torch.exp(log).expand(...)`` is not tied: negate before expanding.
+    B, C : Tensor, (batch[, T], ngroups, dstate), type of x
+        Input and output projections; nheads is a multiple of ngroups.
+    D : Tensor, (nheads, dim), float32/bfloat16/float16, optional
+        Skip weights, any strides.
+    z : Tensor, (batch[, T], nheads, dim), type of x, optional
+        Gate.
+    dt_bias : Tensor, (nheads, dim), float32/bfloat16/float16, optional
+        Any strides.
+    dt_softplus : bool
+        Apply softplus to dt + dt_bias (the identity above 20).
+    state_batch_indices : Tensor, (batch,) or (batch, n), int32/int64, optional
+        Slot of each sequence, different ones where states are updated in place; of a matrix, column 0 unless
+        ``num_accepted_tokens`` chooses another.  None: sequence b uses slot b, and none is padding.
+    pad_slot_id : int
+        A sequence whose slot is this one is padding: nothing of it is read or written, and its rows of ``out`` stay as
+        they are, or are zero if ``out`` was not given.
+    state_scale : Tensor, (slots, nheads, dim), float32, for int16/int8/float8_e4m3fn states only
+        Scale of each row of the state, **updated with it**; stride 1 in the last dimension.
+    out : Tensor, (batch[, T], nheads, dim), type of x, optional
+        **Written.**  Allocated if None; packed rows that no sequence owns are then undefined.
+    disable_state_update : bool
+        Leave ``state`` as it is.
+    intermediate_states_buffer : Tensor, (rows, steps, nheads, dim, dstate), type of state, optional
+        **Written** with the state after token t of a sequence at [row, t]; steps is at least T.  The state after the
+        last token also goes to ``state`` unless that is disabled.  Laid out like ``state``.
+    intermediate_state_indices : Tensor, (batch,), int32/int64, optional
+        Row of each sequence in that buffer, all different; None: the slot it reads.
+    intermediate_state_scales : Tensor, (rows, steps, nheads, dim), float32
+        **Written**, with the buffer of a quantised state.
+    rand_seed : Tensor, (1,) or (slots,), int64, optional
+        Round states stochastically, with this seed or that of the slot that is read.  Not for float32 states.  Which
+        random bits an element takes is documented in `cute_ssm.reference.rounding`; pass another seed every step.
+    philox_rounds : int
+        Rounds of the Philox generator.
+    cache_steps : int
+        With ``cu_seqlens``, the promise that no sequence has more tokens; 0 promises nothing.
+    algorithm : {"auto", "simple", "vertical", "horizontal", "async_horizontal"}
+        Accepted for compatibility: one kernel serves all, and chooses its tiles by the amount of work.
+    dst_state_batch_indices : Tensor, (batch,) or (batch, n), int32/int64, optional
+        Slots that receive new states instead of those read; ``pad_slot_id`` entries are not written.  A vector: the
+        state after the last token.  A matrix: column t receives the state after token t (with one token per sequence,
+        column 0).  Slots of one call must be distinct, and none may be read by another sequence.
+    cu_seqlens : Tensor, (batch + 1,), int32/int64, optional
+        Sequence b owns the packed rows cu_seqlens[b] to cu_seqlens[b + 1]; it may own none.
+    num_accepted_tokens : Tensor, (batch,), int32/int64, optional
+        Sequence b starts from the slot in column ``num_accepted_tokens[b] - 1`` (at least 0) of state_batch_indices.
+    saturate : bool
+        Of new float16 states, make +-65504 what would round to an infinity, infinite sums included.  NaN stays NaN.
+        An error with states of other types.
+
+    Returns
+    -------
+    Tensor
+        ``out``, of the shape of x.
+
+    Raises
+    ------
+    ValueError, TypeError
+        A shape, type, stride, device or index is not as described above.  Nothing has been written.  Written tensors
+        whose elements share memory are looked for on the first call of a kind.
+    UnsupportedSpecError
+        A legal call that this version has no kernel for.
+    UnsupportedArchError
+        The tensors are on a GPU that the kernels are not compiled for.
+    GradientError
+        Grad mode is on, and an argument requires grad.  Weights that do are taken as constants, with one warning.
+
+    Notes
+    -----
+    Index tensors may have more rows than the batch, as buffers of CUDA graphs do: the first ones count.
+
+    A single head may be left out: state (slots, dim, dstate), x, dt, z, out (batch, dim), A (dim, dstate), B, C
+    (batch, dstate), D, dt_bias (dim,); the shorthand is recognised by state, x, A or B, with one token or packed ones.
+
+    On a GPU the kernel is launched as a programmatic dependent: it may start while the kernel before it on the stream
+    still runs, waits for its end before it reads or writes anything, and lets the next kernel start at once.  A next
+    kernel that is launched so has to wait likewise (``griddepcontrol.wait``) before it uses what this one reads or
+    writes.
+
+    The contents of tensors on a GPU are never read by the host.  There, a sequence whose slot, offsets or
+    ``num_accepted_tokens`` are out of range is treated as padding, a destination out of range is not written, and no
+    sequence of ``cu_seqlens`` is followed past ``cache_steps``, or past the columns and steps of its destinations.
+
+    The signature follows ``flashinfer.mamba.selective_state_update``; the recurrence is that of Dao and Gu,
+    "Transformers are SSMs" (2024), and of Gu and Dao, "Mamba" (2023), whose layouts are distinguished by strides.
+    """
+    if algorithm not in ALGORITHMS:
+        raise ValueError(describe("algorithm", " or ".join(ALGORITHMS), repr(algorithm)))
+    if not (isinstance(state, Tensor) and isinstance(x, Tensor) and isinstance(A, Tensor) and isinstance(B, Tensor)):
+        raise not_tensors(state=state, x=x, A=A, B=B)
+    src, dst, zero_padding = state_batch_indices, dst_state_batch_indices, out is None
+    result = out if out is not None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    written, rank = result, x.dim()
+    if rank < 3 and state.dim() == 4 and state.shape[1] != 1:
+        nheads, dim = state.shape[1:3]
+        fix = f"pass x.unflatten(-1, ({nheads}, {dim}))" if rank and x.shape[-1] == nheads * dim else ""
+        expected = f"shape {arguments.X_SHAPES['dense' if cu_seqlens is None else 'packed']}"
+        raise ValueError(describe("x", expected, tuple(x.shape), fix))
+    if rank == 2 or state.dim() == 3 or A.dim() == 2 or B.dim() == 2:
+        tokens, weights = (x, dt, B, C, z, result), (state, A, D, dt_bias)
+        (x, dt, B, C, z, written), (state, A, D, dt_bias) = _with_heads(tokens, weights)
+    if rank == 4 or num_accepted_tokens is not None or intermediate_states_buffer is not None:
+        tokens = (x, dt, B, C, z, written)
+        x, dt, B, C, z, written = _as_steps(tokens, num_accepted_tokens, intermediate_states_buffer, cu_seqlens)
+    if src is not None and num_accepted_tokens is None and _is_matrix("state_batch_indices", src):
+        src = src[:, 0]
+    if dst is not None and x.dim() == 3 and cu_seqlens is None and _is_matrix("dst_state_batch_indices", dst):
+        dst = dst[:, 0]
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        run = _overload
+    else:
+        run = _eager if is_grad_enabled() or transform_level() is not None else _run
+    run(
+        state, x, dt, A, B, C, D, z, dt_bias, written, state_scale, src, dst, num_accepted_tokens, cu_seqlens,
+        intermediate_states_buffer, intermediate_state_indices, intermediate_state_scales, rand_seed,
+        dt_softplus, disable_state_update, zero_padding, philox_rounds, cache_steps, pad_slot_id, saturate,
+    )  # fmt: skip
+    return result
+
+
+def _insert(tensor: Any, rank: int, axis: int) -> Any:
+    return tensor.unsqueeze(axis) if isinstance(tensor, Tensor) and tensor.dim() == rank - 1 else tensor
+
+
+def _with_heads(tokens: tuple[Any, ...], weights: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Insert the axis of a single head, or group, where an argument leaves it out."""
+    state, A, D, dt_bias = weights
+    inserted = (_insert(state, 4, 1), _insert(A, 3, 0), _insert(D, 2, 0), _insert(dt_bias, 2, 0))
+    return tuple(_insert(tensor, 3, 1) for tensor in tokens), inserted
+
+
+def _as_steps(tokens: tuple[Any, ...], accepted: Any, saved: Any, cu_seqlens: Any) -> tuple[Any, ...]:
+    """Bring tokens of equally many steps per sequence to (batch, T, ...), or to one token if that says the same."""
+    if cu_seqlens is not None:
+        return tokens
+    if tokens[0].dim() == 3:
+        return tuple(_insert(tensor, 4, 1) for tensor in tokens)
+    if tokens[0].dim() == 4 and tokens[0].shape[1] == 1 and accepted is None and saved is None:
+        return tuple(t[:, 0] if isinstance(t, Tensor) and t.dim() == 4 and t.shape[1] == 1 else t for t in tokens)
+    return tokens
+
+
+def _is_matrix(name: str, indices: Tensor) -> bool:
+    if not isinstance(indices, Tensor):
+        raise TypeError(describe(name, "a torch.Tensor", type(indices).__name__))
+    return indices.dim() == 2 and indices.shape[1] > 0
+
+
+# Steady state: everything a kernel is chosen by, and what its own entry does not check before it launches.  The entry
+# checks types, strides, alignment, and the equality of sizes; if it refuses, the arguments are examined one by one.
+# A kernel for tied and aligned arguments refuses all others; one for free strides would take tied ones too, slowly and
+# with other bits, and so is remembered with the layout it was chosen for.
+_Plan = tuple[Callable[..., None], int, int]
+_plans: Plans[_Plan] = Plans()
+_loose_plans: Plans[_Plan] = Plans()
+
+
+def _layout(tensors: tuple[Any, ...]) -> tuple[object, ...] | None:
+    """Strides and alignment that a kernel for free strides does not check."""
+    dt, A, B, C, D, dt_bias, out = (tensors[i] for i in (2, 3, 4, 5, 6, 8, 9))
+    if not all(isinstance(tensor, Tensor) for tensor in (dt, A, C, out)):
+        return None
+    optional = tuple(None if t is None else t.stride() for t in (D, dt_bias))
+    aligned = (A.data_ptr() | B.data_ptr() | C.data_ptr()) & 15
+    return (dt.stride(), A.stride(), B.stride(), C.stride(), out.stride(), *optional, aligned)
+
+
+def _memorise(plan: _Plan, key: Any, spec: SelectiveStateUpdateSpec, operands: Operands) -> None:
+    tied = spec.A_tied and spec.dt_tied and (spec.D_tied or spec.D_dtype is None)
+    if tied and spec.vector_inputs:
+        _plans.remember(key, plan)
+    else:
+        _loose_plans.remember((key, _layout(operands)), plan)
+
+
+def _run(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    out: Tensor,
+    scale: Tensor | None,
+    src: Tensor | None,
+    dst: Tensor | None,
+    accepted: Tensor | None,
+    cu_seqlens: Tensor | None,
+    saved: Tensor | None,
+    saved_rows: Tensor | None,
+    saved_scale: Tensor | None,
+    seed: Tensor | None,
+    dt_softplus: bool,
+    disable_state_update: bool,
+    zero_padding: bool,
+    philox_rounds: int,
+    cache_steps: int,
+    pad_slot_id: int,
+    saturate: bool = False,
+) -> None:
+    key: tuple[object, ...] | None
+    try:
+        # the total of packed tokens is left out: the entry compares it among the tensors that have it
+        sizes: tuple[object, ...] = (x.shape, B.shape)
+        batch = x.shape[0]
+        if cu_seqlens is not None:
+            sizes, batch = (x.shape[1:], B.shape[1:], x.shape[0] > 0), cu_seqlens.shape[0] - 1
+        src_shape = None if src is None else src.shape
+        dst_shape = None if dst is None else dst.shape
+        if (src_shape and src_shape[0] > batch) or (dst_shape and dst_shape[0] > batch):
+            src, dst = first_rows(batch, src, dst)
+            src_shape, dst_shape = getattr(src, "shape", None), getattr(dst, "shape", None)
+        key = (
+            sizes, state.dtype, x.dtype, dt.dtype, A.dtype, x.device, dt_softplus, disable_state_update, zero_padding,
+            z is None, None if D is None else D.dtype, None if dt_bias is None else dt_bias.dtype,
+            src_shape, None if src is None else src.dtype, dst_shape, None if dst is None else dst.dtype,
+            src is not None or state.shape[0] >= batch, saturate,
+        )  # fmt: skip
+        if cu_seqlens is not None or saved is not None or accepted is not None or seed is not None:
+            rows_shape = None if saved_rows is None else saved_rows.shape
+            if (rows_shape and rows_shape[0] > batch) or (accepted is not None and accepted.shape[0] > batch):
+                accepted, saved_rows = first_rows(batch, accepted, saved_rows)
+                rows_shape = getattr(saved_rows, "shape", None)
+            key += (
+                None if cu_seqlens is None else (cu_seqlens.dtype, batch), cache_steps,
+                None if accepted is None else accepted.dtype, None if seed is None else (seed.shape, philox_rounds),
+                None if saved is None else saved.shape,
+                rows_shape, None if saved_rows is None else saved_rows.dtype,
+                saved is None or saved_rows is not None or saved.shape[0] >= state.shape[0],
+            )  # fmt: skip
+    except (AttributeError, IndexError):  # something is no tensor, or has no axes, which the checks will name
+        key = None
+        src, dst, accepted, saved_rows = first_of_batch(x, cu_seqlens, src, dst, accepted, saved_rows)
+    tensors = (
+        state, x, dt, A, B, C, D, z, dt_bias, out, scale, src, dst, accepted, cu_seqlens, saved, saved_rows,
+        saved_scale, seed,
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is not None and not overridden():
+        try:
+            plan[0](*tensors, pad_slot_id, plan[1], plan[2])
+            return
+        except REFUSALS:
+            pass  # other strides or alignment than last time, or a bad argument: the checks below tell
+    plan = _loose_plans.get((key, _layout(tensors))) if _loose_plans else None
+    if plan is not None and not overridden():
+        try:
+            plan[0](*tensors, pad_slot_id, plan[1], plan[2])
+            return
+        except REFUSALS:
+            pass  # a bad argument
+    operands = Operands._make(tensors)
+    flags = (dt_softplus, disable_state_update, zero_padding)
+    settings = Settings(*flags, philox_rounds, cache_steps, pad_slot_id, saturate)
+    spec = arguments.check(operands, settings)
+    arguments.warn_of_dense_A(spec, operands.A)
+    if not x.is_cuda:
+        with torch.no_grad():
+            _run_on_cpu(spec, operands, settings)
+    elif _heads(operands) and x.numel():
+        arch = runtime.target(x.device)
+        sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
+        bound = arguments.limit(operands, settings)
+        config = _config(spec, operands, sm_count, bound, arch)
+        plan = (runtime.get(spec, config, arch), bound, sm_count * config.ctas_per_sm)
+        _memorise(plan, key, spec, operands)
+        plan[0](*operands, pad_slot_id, plan[1], plan[2])
+
+
+def _heads(operands: Operands) -> int:
+    """Number of (sequence, head) pairs."""
+    packed = operands.cu_seqlens
+    batch = operands.x.shape[0] if packed is None else packed.shape[0] - 1
+    return batch * operands.state.shape[1]
+
+
+def _config(
+    spec: SelectiveStateUpdateSpec, operands: Operands, sm_count: int, bound: int, arch: archs.Arch
+) -> tuning.SelectiveStepConfig:
+    """Choose the config of a call, and see that the kernel can count its work."""
+    heads = _heads(operands)
+    config = tuning.choose(spec, arch, heads, sm_count, bound)
+    units = heads * (spec.dim // config.rows)
+    if units >= MOST_UNITS:
+        fix = "split the batch"
+        raise UnsupportedSpecError(describe("x", f"fewer than {MOST_UNITS} tiles of the state", units, fix))
+    return config
+
+
+def _run_on_cpu(spec: SelectiveStateUpdateSpec, operands: Operands, settings: Settings) -> None:
+    """Run the compiled kernel if an emulator is open, else the reference."""
+    arguments.check_contents(operands, settings)
+    emulator = runtime.emulator()
+    if emulator is None:
+        runtime.by_reference(spec, operands)
+        reference(operands, settings, spec.philox_rounds)
+    elif _heads(operands) and operands.x.numel():
+        arch = archs.by_name(emulator.arch)
+        sm_count = emulator.sm_count or arch.sm_count
+        bound = arguments.limit(operands, settings)
+        config = _config(spec, operands, sm_count, bound, arch)
+        kernel = runtime.emulated(spec, config, arch)
+        kernel(*operands, settings.pad_slot_id, bound, sm_count * config.ctas_per_sm)
+
+
+_eager, _overload = _library.register(
+    "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? dt_bias, Tensor(b!) out, Tensor(c!)? state_scale, Tensor? state_batch_indices, "
+    "Tensor? dst_state_batch_indices, Tensor? num_accepted_tokens, Tensor? cu_seqlens, "
+    "Tensor(d!)? intermediate_states_buffer, Tensor? intermediate_state_indices, "
+    "Tensor(e!)? intermediate_state_scales, Tensor? rand_seed, bool dt_softplus, bool disable_state_update, "
+    "bool zero_padding, int philox_rounds, int cache_steps, int pad_slot_id, bool saturate=False) -> ()",
+    _run,
+    lambda *_: None,
+)
