@@ -171,7 +171,9 @@ def specs(tmp_path, settings):
     """A file of the smallest kernels of the package, and how many they are."""
     calls = workloads.of_operator("checkpointing_ssu", (1,))
     kernels = plan.of_workloads(calls, [arch.by_name("sm_90a")])
-    entries = [plan.as_entry(*kernel) for kernel in kernels if kernel[0].op in ("serving_commit", "serving_build_work_items")]
+    entries = [
+        plan.as_entry(*kernel) for kernel in kernels if kernel[0].op in ("serving_commit", "serving_build_work_items")
+    ]
     path = tmp_path / "specs.json"
     path.write_text(json.dumps(entries), encoding="utf-8")
     return path, len(entries)
