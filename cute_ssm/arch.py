@@ -10,6 +10,8 @@ from cute_ssm.errors import UnsupportedArchError
 if TYPE_CHECKING:
     import torch
 
+WARP = 32  # lanes of a warp, on every target
+
 
 @dataclass(frozen=True)
 class Arch:

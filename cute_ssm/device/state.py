@@ -4,9 +4,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, const_expr
 
+from cute_ssm.arch import WARP
 from cute_ssm.device import convert, math, memory, philox
-
-WARP = 32
 
 
 class StateView:

@@ -15,11 +15,11 @@ import cutlass.cute as cute
 from cutlass import Float32
 
 import ptxsim
+from cute_ssm.arch import WARP
 from cute_ssm.device import math as device
 from cute_ssm.device import memory, scan
 from cute_ssm.device.fakes import fake
 
-WARP = 32
 INF, NAN = math.inf, math.nan
 ULP = 2.0**-23
 TINY = 2.0**-126  # smallest normal float32: below, these functions may give zero

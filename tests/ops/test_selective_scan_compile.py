@@ -8,6 +8,7 @@ import pytest
 
 from cute_ssm import arch as archs
 from cute_ssm import runtime
+from cute_ssm.arch import WARP
 from cute_ssm.ops.selective_scan import config as tuning
 from cute_ssm.ops.selective_scan.spec import SelectiveScanSpec
 
@@ -73,7 +74,7 @@ def test_no_spills_and_the_resident_ctas_fit(name, arch, work):
     for kernel in kernels:
         assert kernel.spill_bytes == 0
         registers = -(-kernel.registers // 8) * 8
-        assert config.ctas_per_sm * config.warps * tuning.WARP * registers <= 65536
+        assert config.ctas_per_sm * config.warps * WARP * registers <= 65536
 
 
 @pytest.mark.parametrize("work", WORK[1:], ids=str)

@@ -48,7 +48,7 @@ def as_override(
     arch = min(archs.ARCHS.values(), key=lambda arch: arch.shared_bytes)
     base = selective_step.choose(spec, arch, heads=1, sm_count=arch.sm_count)
     block = selective_step.widest_block(spec)
-    smallest = max(16 if packed and block % 16 == 0 else 8, selective_step.WARP // base.lanes)
+    smallest = max(16 if packed and block % 16 == 0 else 8, archs.WARP // base.lanes)
     sizes = [r for r in (8, 16, 32) if smallest <= r <= block]
     sizes += [r for r in range(2 * block, headdim + 1, block) if headdim % r == 0]
     wanted = [r for r in sizes if r * wanted_warps <= block_size] or sizes[:1]

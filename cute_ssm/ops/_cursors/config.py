@@ -8,7 +8,6 @@ from cute_ssm.arch import Arch
 from cute_ssm.errors import UnsupportedSpecError
 from cute_ssm.spec import Config, Spec
 
-WARP = 32
 MOST_TOKENS = 1 << 20  # new tokens of a row: more are offsets that hold something else
 MOST_WARPS = 32  # of a CTA
 FEW_ROWS = 128  # of a batch, for which a small CTA is enough

@@ -16,7 +16,6 @@ from cute_ssm.ops._gated_delta.spec import GatedDeltaSpec
 from cute_ssm.spec import Config
 from cute_ssm.tuning import apply_override, tables
 
-WARP = 32
 TILE = 16  # rows of the state that a warp works on at a time
 KEY_PAD = 8  # floats between rows of keys in shared memory: no access to them meets a bank twice
 VALUE_PAD = 8  # elements between rows of values

@@ -8,11 +8,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
-from cute_ssm.arch import Arch
+from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import convert, memory, mma
 from cute_ssm.device.fakes import fake
 from cute_ssm.ops._gated_delta.coefficients import BLOCK, TokenChunk, row_of
-from cute_ssm.ops._gated_delta.config import KEY_PAD, VALUE_PAD, WARP, GatedDeltaRuleConfig, chunk_tokens
+from cute_ssm.ops._gated_delta.config import KEY_PAD, VALUE_PAD, GatedDeltaRuleConfig, chunk_tokens
 
 KEY_BYTES = 8  # of an access to a row of keys, where they are aligned
 VALUE_BYTES = 16

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cute_ssm.ops._cursors.config import FEW_ROWS, MOST_WARPS, WARP, CursorConfig
+from cute_ssm.arch import WARP
+from cute_ssm.ops._cursors.config import FEW_ROWS, MOST_WARPS, CursorConfig
 from cute_ssm.tuning import apply_override
 
 

@@ -13,10 +13,10 @@ from cutlass import Int32, Int64, Uint32
 from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
-from cute_ssm.arch import Arch
+from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import memory
 from cute_ssm.device.fakes import fake
-from cute_ssm.ops._cursors.config import WARP, CursorConfig
+from cute_ssm.ops._cursors.config import CursorConfig
 from cute_ssm.ops._cursors.rows import CursorRows
 from cute_ssm.ops.build_work_items.config import choose_work_items
 from cute_ssm.ops.build_work_items.spec import WorkItemsSpec

@@ -10,13 +10,12 @@ import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cute_ssm.arch import Arch
+from cute_ssm.arch import WARP, Arch
 from cute_ssm.errors import UnsupportedSpecError
 from cute_ssm.ops.checkpointing_ssu.spec import CheckpointingSSUSpec
 from cute_ssm.spec import ITEMSIZE, Config
 from cute_ssm.tuning import apply_override, tables
 
-WARP = 32
 ROWS = 16  # of a matrix product: what a tile is made of
 TOKENS = 8  # columns of a matrix product: new tokens are taken so many at a time
 STEP = 16  # positions of a product over the history

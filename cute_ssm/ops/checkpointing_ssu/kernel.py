@@ -33,13 +33,13 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
-from cute_ssm.arch import Arch
+from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import convert, launch, memory
 from cute_ssm.device.bounds import in_range
 from cute_ssm.device.fakes import fake
 from cute_ssm.device.history import HistoryView
 from cute_ssm.device.tile import StateTile
-from cute_ssm.ops.checkpointing_ssu.config import FUSED, WARP, CheckpointingSSUConfig, Half, choose
+from cute_ssm.ops.checkpointing_ssu.config import FUSED, CheckpointingSSUConfig, Half, choose
 from cute_ssm.ops.checkpointing_ssu.consumer import Consumer
 from cute_ssm.ops.checkpointing_ssu.prep import Prep
 from cute_ssm.ops.checkpointing_ssu.spec import EARLY_READS, WAIT_FIRST, CheckpointingSSUSpec

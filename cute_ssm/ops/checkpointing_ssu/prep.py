@@ -7,9 +7,10 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
+from cute_ssm.arch import WARP
 from cute_ssm.device import convert, math, memory
 from cute_ssm.device.scan import LOG2E, power_of_two, softplus
-from cute_ssm.ops.checkpointing_ssu.config import STEP, WARP
+from cute_ssm.ops.checkpointing_ssu.config import STEP
 
 
 class Prep:

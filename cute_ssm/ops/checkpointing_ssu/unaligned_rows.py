@@ -8,8 +8,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32
 
+from cute_ssm.arch import WARP
 from cute_ssm.device import memory
-from cute_ssm.ops.checkpointing_ssu.config import ROW_PAD, WARP
+from cute_ssm.ops.checkpointing_ssu.config import ROW_PAD
 
 IN_FLIGHT = 2  # accesses of a lane to each tensor
 

@@ -11,9 +11,9 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint8, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
-from cute_ssm.arch import Arch
+from cute_ssm.arch import WARP, Arch
 from cute_ssm.device.fakes import fake
-from cute_ssm.ops._cursors.config import WARP, CursorConfig
+from cute_ssm.ops._cursors.config import CursorConfig
 from cute_ssm.ops._cursors.rows import CursorRows
 from cute_ssm.ops.commit.config import choose_commit
 from cute_ssm.ops.commit.spec import CommitSpec

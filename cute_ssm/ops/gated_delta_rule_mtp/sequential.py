@@ -14,10 +14,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 
+from cute_ssm.arch import WARP
 from cute_ssm.device import convert, math, memory
 from cute_ssm.device.bounds import in_range
 from cute_ssm.ops._gated_delta.coefficients import BLOCK, EPSILON
-from cute_ssm.ops._gated_delta.config import TILE, WARP
+from cute_ssm.ops._gated_delta.config import TILE
 from cute_ssm.ops._gated_delta.rows import GatedDeltaRows
 
 LANES = 4  # that share a row

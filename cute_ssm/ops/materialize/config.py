@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cute_ssm.arch import Arch
+from cute_ssm.arch import WARP, Arch
 from cute_ssm.errors import UnsupportedSpecError
 from cute_ssm.spec import Config, Spec
 from cute_ssm.tuning import apply_override
 
-WARP = 32
 MOST_PENDING = 2 * WARP  # tokens that a lane of a warp holds two of
 
 

@@ -21,11 +21,10 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
-from cute_ssm.arch import Arch
+from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import convert, math, memory, philox
 from cute_ssm.device.bounds import in_range
 from cute_ssm.device.fakes import fake
-from cute_ssm.ops._cursors.config import WARP
 from cute_ssm.ops.materialize.config import MOST_PENDING, MaterializeConfig, choose_materialize
 from cute_ssm.ops.materialize.spec import MaterializeSpec
 from cute_ssm.spec import QUANTISED

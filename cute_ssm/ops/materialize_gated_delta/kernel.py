@@ -16,12 +16,12 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
-from cute_ssm.arch import Arch
+from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import convert, launch, memory
 from cute_ssm.device.bounds import in_range
 from cute_ssm.device.fakes import fake
 from cute_ssm.ops._gated_delta.coefficients import BLOCK
-from cute_ssm.ops._gated_delta.config import PENDING, TILE, WARP, GatedDeltaRuleConfig, choose_materialize, shared_parts
+from cute_ssm.ops._gated_delta.config import PENDING, TILE, GatedDeltaRuleConfig, choose_materialize, shared_parts
 from cute_ssm.ops.gated_delta_rule_replay.kernel import GatedDeltaRuleReplay, Pending, Rings, Unit
 from cute_ssm.ops.materialize_gated_delta.spec import MaterializeGatedDeltaSpec
 

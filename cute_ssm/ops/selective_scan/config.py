@@ -11,13 +11,12 @@ import functools
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from cute_ssm.arch import Arch
+from cute_ssm.arch import WARP, Arch
 from cute_ssm.errors import UnsupportedSpecError
 from cute_ssm.ops.selective_scan.spec import SelectiveScanSpec
 from cute_ssm.spec import Config
 from cute_ssm.tuning import apply_override, tables
 
-WARP = 32
 BLOCK = 8  # tokens that a lane works on at a time: 16 bytes of a 16-bit row
 QUAD = 4  # neighbouring states that stay together
 MAX_WARPS = 8  # of a CTA

@@ -4,8 +4,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, const_expr
 
+from cute_ssm.arch import WARP
 from cute_ssm.device import memory
-from cute_ssm.device.state import WARP
 from cute_ssm.ops.selective_state_update.config import STAGED_TOKENS as TOKENS
 
 

@@ -12,13 +12,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cute_ssm.arch import Arch
+from cute_ssm.arch import WARP, Arch
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops.selective_state_update.spec import SelectiveStateUpdateSpec
 from cute_ssm.spec import ITEMSIZE, Config
 from cute_ssm.tuning import apply_override, tables
 
-WARP = 32
 RING = 3  # stages of a persistent warp: one unit arrives, one is worked on, one leaves
 ACCESS_BYTES = 16
 UNIT_BYTES = 20480  # largest unit: three or four rings fill an SM's shared memory, and 48 to 64 KiB are always arriving

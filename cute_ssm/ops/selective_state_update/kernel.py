@@ -29,11 +29,11 @@ from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
-from cute_ssm.arch import Arch
+from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import convert, launch, math, memory, philox
 from cute_ssm.device.bounds import in_range
 from cute_ssm.device.fakes import fake
-from cute_ssm.device.state import WARP, StateView
+from cute_ssm.device.state import StateView
 from cute_ssm.ops.selective_state_update.columns import StagedColumns
 from cute_ssm.ops.selective_state_update.config import (
     STAGED_TOKENS,
