@@ -316,7 +316,7 @@ def test_demo_prints_text_and_table(capsys):
     for name in ("update error", "logits error"):
         assert 0 < float(rows[name].split()[0]) < 1e-2
     assert re.match(r"\d+, \d\.\d\d of 4 tokens accepted", rows["steps"]) and "MB saved" in rows["state writes"]
-    assert re.match(r"\d+ of 40, within 0.02 of another", rows["close choices"])
+    assert re.match(r"\d+ of 40, with a margin within 0.02", rows["close choices"])
 
 
 def test_seed_and_temperature_change_the_text(capsys):
@@ -336,7 +336,7 @@ def test_demo_takes_narrow_states(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--prompt", ""), "prompt: expected some text"),
+        (("--prompt", ""), "prompt: expected a non-empty text"),
         (("--tokens", "0"), "tokens: expected a number from 1"),
         (("--tokens", "-3"), "tokens: expected a number from 1"),
         (("--tokens", "1000000"), "tokens: expected a number from 1"),
@@ -388,7 +388,7 @@ def test_the_prompt_comes_before_anything_that_takes_long(draft, capsys, monkeyp
     assert captured.out == "A class\n" and captured.err == "demo: the model runs\n"
 
 
-@pytest.mark.parametrize(("cached", "said"), [("1", "taken from the cache"), ("0", "CUTE_SSM_CACHE=0 keeps nothing")])
+@pytest.mark.parametrize(("cached", "said"), [("1", "loaded from the cache"), ("0", "because of CUTE_SSM_CACHE=0")])
 def test_a_kernel_that_is_awaited_is_named(cached, said, capsys, monkeypatch, settings):
     settings(CACHE=cached)
     monkeypatch.setattr(LanguageModel, "forward", lambda *_, **__: pytest.fail("announced too late"))

@@ -225,9 +225,9 @@ def test_a_plot_of_the_steps_names_what_ran(draft, dtype, tmp_path, capsys, monk
         assert kind == "token by token" and heights == [1] * 20
         assert written == below.lines[0].get_ydata()[-1] == pytest.approx(20 * 4 * 8 * 64 * 64 * 2 / 1e6)
     else:
-        assert kind == "3 drafted tokens a step" and sum(heights) == 20 and max(heights) > 1
+        assert kind == "3 drafted tokens per step" and sum(heights) == 20 and max(heights) > 1
         assert written < below.lines[0].get_ydata()[-1]
-        assert "MB saved against a write in every step" in capsys.readouterr().out
+        assert "MB saved compared with a write in every step" in capsys.readouterr().out
 
 
 def test_drafts_are_drawn_with_the_random_numbers_of_their_position(shipped):
@@ -267,4 +267,4 @@ def test_matplotlib_is_not_imported_without_a_plot():
 def test_logits_beyond_the_tolerance_are_reported(monkeypatch, capsys):
     monkeypatch.setitem(loop.TOLERANCES, torch.float32, 1e-7)
     assert cli.main(arguments("--backend", "reference", "--tokens", "5")) == 0
-    assert "beyond 1e-07, other ways may give another text" in capsys.readouterr().out
+    assert "above the tolerance of 1e-07, other backends may give another text" in capsys.readouterr().out

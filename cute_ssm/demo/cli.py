@@ -1,6 +1,7 @@
-"""``python -m cute_ssm demo``: text from a small Mamba-2 model, several tokens a step or one by one.
+"""``python -m cute_ssm demo``: generate text with a small Mamba-2 model.
 
-Several go through :func:`cute_ssm.checkpointing_ssu`, one through :func:`cute_ssm.selective_state_update`.
+By default a step verifies several drafted tokens with :func:`cute_ssm.checkpointing_ssu`; with ``--draft 0`` it
+generates one token with :func:`cute_ssm.selective_state_update`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ EMULATED_ARCH = "sm_90a"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the demo on a parser."""
-    parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help=f"text to go on from (default: {PROMPT!r})")
+    parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help=f"text to continue (default: {PROMPT!r})")
     parser.add_argument(
         "--tokens",
         type=int,
@@ -53,45 +54,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=BACKENDS,
         default="auto",
-        help="what updates the states: the kernel on a GPU, the same compiled kernel in the emulator, or PyTorch "
-        "(default: auto, the GPU if it can run the kernel and PyTorch if not)",
+        help="where state updates run: the compiled kernel on a GPU, the same kernel in the emulator, or the PyTorch "
+        "reference (default: auto, a supported GPU if there is one, else the reference)",
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=TEMPERATURE,
-        help=f"spread of the sampling; 0 takes the likeliest token (default: {TEMPERATURE})",
+        help=f"sampling temperature; 0 takes the most likely token (default: {TEMPERATURE})",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     parser.add_argument(
         "--state-dtype",
         choices=STATE_DTYPES,
         default="float32",
-        help="type the states are stored in (default: float32)",
+        help="dtype of the stored states (default: float32)",
     )
     parser.add_argument(
         "--draft",
         type=int,
         default=DRAFT,
         metavar="N",
-        help=f"tokens to draft, and verify with the last one, in a step; 0 goes token by token, to the same text "
-        f"(default: {DRAFT})",
+        help=f"drafted tokens per step; 0 generates token by token, which gives the same text (default: {DRAFT})",
     )
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw accepted tokens and bytes written, step by step"
-    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot accepted tokens and written bytes per step")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the demo and return an exit code: 0, 2 for input that cannot be served, 130 after an interrupt."""
+    """Run the demo and return its exit code: 0, 2 for an error, 130 after an interrupt, 141 for a closed pipe."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # the model's text may hold what the terminal's encoding does not
+        sys.stdout.reconfigure(errors="replace")  # the model may generate what the terminal cannot encode
     try:
         return _run(args)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # the reader has gone; keep the interpreter from complaining when it closes the stream
+        # the reader closed the pipe; without this the interpreter reports an error when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, ImportError, CuteSsmError) as error:
@@ -101,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
 
 @dataclass
 class _Backend:
-    """Where the model runs, and what the table says of it once it has."""
+    """The selected backend, and the rows of the final table that describe it."""
 
     name: str
     device: str
@@ -109,23 +107,23 @@ class _Backend:
     arch: str = ""
 
     def announce(self, speculative: bool) -> None:
-        """Say what is awaited before the first token, if it may take long."""
+        """Print that a kernel may have to be compiled before the first token."""
         if self.name == "reference":
             return
         kernel = _kernel_path(speculative).partition(":")[2]
-        once = "compiled once, in about 10 s, and from then on taken from the cache"
+        once = "compiled once (about 10 s), later loaded from the cache"
         if settings().cache_dir is None:
-            once = "compiled in about 10 s, as CUTE_SSM_CACHE=0 keeps nothing"
+            once = "compiled in every process (about 10 s) because of CUTE_SSM_CACHE=0"
         print(f"demo: preparing {kernel} for {self.arch}: {once}", file=sys.stderr, flush=True)
 
     def rows(self, speculative: bool) -> list[tuple[str, str]]:
-        """Name what updated the states."""
+        """Return the rows that say what updated the states."""
         if self.name == "reference":
             return [("backend", self.name), ("kernel", "reference (PyTorch)")]
         module, _, kernel = _kernel_path(speculative).partition(":")
         if self.name == "cuda":
             return [("backend", self.name), ("kernel", kernel), ("compiled for", self.arch)]
-        # the compiler names a kernel by its module and class and, after that, by the address and types of its arguments
+        # a compiled kernel's name is its module and class, then the object's address and the argument types
         names = [launch.program.kernel.name.partition("_object_at")[0] for launch in self.session.launches]
         found = [name for name in names if module.replace(".", "") in name]
         if not found:
@@ -145,7 +143,7 @@ def _kernel_path(speculative: bool) -> str:
 
 @contextlib.contextmanager
 def _backend(name: str) -> Iterator[_Backend]:
-    """Choose what runs the state updates, and open the emulator if it is to."""
+    """Select what runs the state updates, and open an emulator session for ``emulate``."""
     import torch
 
     from cute_ssm import arch as archs
@@ -162,8 +160,8 @@ def _backend(name: str) -> Iterator[_Backend]:
                 yield _Backend("cuda", "cuda", arch=f"{found.name} ({device})")
                 return
         elif name == "cuda":
-            fix = "--backend emulate runs the same kernel without one, --backend reference runs PyTorch"
-            raise ValueError(describe("backend", "a GPU for 'cuda'", "a machine where PyTorch finds none", fix))
+            fix = "use --backend emulate to run the same kernel without a GPU, or --backend reference for PyTorch"
+            raise ValueError(describe("backend", "a GPU for 'cuda'", "none that PyTorch finds", fix))
         name = "reference"
     if name == "reference":
         yield _Backend("reference", "cpu")
@@ -180,7 +178,7 @@ def _backend(name: str) -> Iterator[_Backend]:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keep PyTorch to one thread: a token's products are too small to share, and waiting for a busy core costs more."""
+    """Limit PyTorch to one thread: the products of one token are too small to gain from several."""
     import torch
 
     threads = torch.get_num_threads()
@@ -202,7 +200,7 @@ def _run(args: argparse.Namespace) -> int:
     from cute_ssm.demo.speculation import Speculation
 
     if args.plot is not None:
-        report.pyplot()  # if it is missing, say so before the work
+        report.pyplot()  # report a missing matplotlib before generating
     sampler = Sampler(args.temperature, args.seed)
     state_dtype: torch.dtype = getattr(torch, args.state_dtype)
     with _one_thread(), _backend(args.backend) as backend:
@@ -240,9 +238,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raise on options that argparse does not judge."""
+    """Check option values that argparse does not check."""
     if not args.prompt:
-        raise ValueError(describe("prompt", "some text", "none", "the model needs a token to start from"))
+        raise ValueError(
+            describe("prompt", "a non-empty text", repr(args.prompt), "the model needs a token to start from")
+        )
     if args.tokens is not None and not 1 <= args.tokens <= MAX_TOKENS:
         raise ValueError(describe("tokens", f"a number from 1 to {MAX_TOKENS}", args.tokens))
     if not 0 <= args.draft <= MOST_DRAFT:
@@ -256,7 +256,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _title(model: LanguageModel, backend: _Backend, state_dtype: str) -> str:
-    """Name what a plot is of."""
+    """Return the title of the plot."""
     c, count = model.config, sum(value.numel() for value in model.parameters())
     where = f", {backend.arch}" if backend.arch else ""
     sizes = f"{c.layers} layers of {c.width}, {count / 1e6:.1f} M parameters"
@@ -269,7 +269,11 @@ def _rows(run: Run, backend: _Backend, first: float, state_dtype: str) -> list[t
     count, speculative = len(run.generated), isinstance(run, Speculation)
     logits = run.logits_deviation()
     tolerance = run.decisions.tolerance
-    held = "" if logits.difference <= tolerance else f": beyond {tolerance}, other ways may give another text"
+    held = (
+        ""
+        if logits.difference <= tolerance
+        else f": above the tolerance of {tolerance}, other backends may give another text"
+    )
     return [
         *backend.rows(speculative),
         ("state", f"{state_dtype}, slot {run.slot} of {run.slots}"),
@@ -283,17 +287,17 @@ def _rows(run: Run, backend: _Backend, first: float, state_dtype: str) -> list[t
         ("logits error", _error(logits, "model") + held),
         (
             "close choices",
-            f"{run.decisions.close} of {count}, within {tolerance} of another, made by the float64 model",
+            f"{run.decisions.close} of {count}, with a margin within {tolerance}, decided in float64",
         ),
     ]
 
 
 def _steps(run: Speculation) -> list[tuple[str, str]]:
-    """What speculation did, and what the history saved."""
+    """Return the rows about speculation: steps, accepted tokens, state writes."""
     steps, size = len(run.steps), run.pool.state_bytes
     accepted = [step.accepted for step in run.steps]
     mean = f"{sum(accepted) / steps:.2f} of {run.pool.tokens} tokens accepted on average, {max(accepted)} at most"
-    saved = f"{run.saved_bytes / 1e6:.1f} of {steps * size / 1e6:.1f} MB saved against a write in every step"
+    saved = f"{run.saved_bytes / 1e6:.1f} of {steps * size / 1e6:.1f} MB saved compared with a write in every step"
     return [
         ("steps", f"{steps}, {mean}"),
         ("state writes", f"in {run.writes} of {steps} steps: {saved}"),

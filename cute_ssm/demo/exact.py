@@ -1,10 +1,10 @@
-"""The model in float64, and decisions that do not depend on how its float32 twin was computed.
+"""Logits in float64, and token choices that do not depend on rounding.
 
-Two ways to run a model, token by token or several at once, by kernel or by PyTorch, give logits that differ in their
-last bits, and now and then a choice hangs on those.  `Decisions` makes the text independent of them: a choice that an
-error of `tolerance` in the logits could change is made from the logits in float64 instead.  So as long as the logits of
-a way are within the tolerance of those in float64, *every* token is the one that float64 would choose, whichever way
-it is.  `Generation.logits_deviation` measures whether they were.
+Logits differ in their last bits between backends, and between generation token by token and several tokens at once.
+Occasionally such a difference changes a token.  `Decisions` prevents this: if an error of `tolerance` in the logits
+could change a choice, the choice is made from float64 logits.  As long as the computed logits are within the tolerance
+of the float64 ones, *every* token is the one that float64 would choose, on every backend.  `Run.logits_deviation`
+reports whether they were.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Decisions", "ExactModel"]
 def double_update(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **options: Tensor | bool | None
 ) -> Tensor:
-    """Do in float64 what `cute_ssm.selective_state_update` does for the demo's model."""
+    """`cute_ssm.selective_state_update` in float64, for the arguments that the demo's model passes."""
     slots, bias, out = options["state_batch_indices"], options["dt_bias"], options["out"]
     if not isinstance(slots, Tensor) or not isinstance(bias, Tensor) or not isinstance(out, Tensor):
         raise TypeError(describe("state_batch_indices, dt_bias, out", "tensors", (type(slots), type(bias), type(out))))
@@ -38,7 +38,7 @@ def double_update(
 
 
 class ExactModel:
-    """Logits in float64 along a text, computed where they are asked for, each once.
+    """Float64 logits along a text, each computed once, at the first request.
 
     Parameters
     ----------
@@ -56,14 +56,14 @@ class ExactModel:
     def logits(self, tokens: Sequence[int], first: int) -> Tensor:
         """Return the logits after each of ``tokens[first:]``, (count, vocab).
 
-        Texts that are asked for one after the other should continue each other.
+        Each call should extend the text of the call before; any other text is computed from its start.
         """
         if self._seen != list(tokens[: len(self._seen)]) or first < len(self._seen) - len(self._logits):
             self._seen, self._logits = [], []
         if not self._seen:
             for pool in (*self._cache.conv, *self._cache.ssm):
                 pool.zero_()
-            if first:  # nobody asked for these
+            if first:  # no logits before `first` are requested
                 self._model.prefill(torch.tensor([tokens[:first]]), self._cache, self._slot)
                 self._seen = list(tokens[:first])
         for token in tokens[len(self._seen) :]:
@@ -74,22 +74,22 @@ class ExactModel:
 
 
 class Decisions:
-    """Chooses tokens of one text so that they do not depend on errors of logits up to a tolerance.
+    """Chooses the tokens of one text so that logit errors up to a tolerance do not change them.
 
     Parameters
     ----------
     model : LanguageModel
-        The model whose choices they are.
+        The model that generates.
     sampler : Sampler
     tolerance : float
-        Choices with a smaller margin are made from the logits in float64.
+        Choices with a margin up to this are made from float64 logits.
     first : int
-        Position of the first token that is chosen, at least 1.
+        Position of the first chosen token, at least 1.
 
     Attributes
     ----------
     close : int
-        How many choices were made from the logits in float64.
+        Number of choices made from float64 logits.
     exact : ExactModel
     """
 

@@ -1,4 +1,4 @@
-"""Generation token by token, and the comparison of what it computed with float64."""
+"""Generation token by token, and comparison of its results with float64."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from cute_ssm.errors import describe
 
 __all__ = ["TOLERANCES", "Deviation", "Generation", "LayerRecord", "Run", "Step"]
 
-#: Errors of logits that no choice depends on, by the type of the states; several times those of the shipped model.
+#: Logit errors that change no choice, by dtype of the states: several times the errors of the shipped model.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 0.02, torch.float16: 0.02, torch.bfloat16: 0.15}
 
 
 @dataclass
 class LayerRecord:
-    """What one layer's state updates were given and gave: the inputs of every step, and the state before the first.
+    """Inputs and outputs of one layer's state updates, and the state before the first of them.
 
-    Inputs and outputs are (tokens, ...) for each step.
+    Inputs and outputs hold one tensor (tokens, ...) per step.
     """
 
     start: Tensor
@@ -42,7 +42,7 @@ class LayerRecord:
 
     @classmethod
     def of(cls, state: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor) -> LayerRecord:
-        """Begin with the state of one sequence, (nheads, dim, dstate), and the layer's weights."""
+        """Start a record from the state of one sequence, (nheads, dim, dstate), and the layer's weights."""
         return cls(state[None].cpu(), A[:, 0, 0].cpu(), D[:, 0].cpu(), dt_bias[:, 0].cpu())
 
     def deviation(self, steps: Sequence[int]) -> Deviation:
@@ -59,7 +59,7 @@ class LayerRecord:
 
 
 class _Recorder:
-    """A state update that hands its arguments on to another and keeps copies of them, layer by layer."""
+    """A state update that calls another one and records its inputs and outputs for each layer."""
 
     def __init__(self, update: StateUpdate, layers: int) -> None:
         self.update = update
@@ -89,14 +89,14 @@ class _Recorder:
 
 @dataclass(frozen=True)
 class Deviation:
-    """The largest difference of what was computed from its float64 counterpart, and the largest value of the latter."""
+    """The largest difference from a float64 result, and the largest absolute value of that result."""
 
     difference: float
     largest: float
 
     @classmethod
     def of(cls, got: Tensor, expected: Tensor) -> Deviation:
-        """Compare two tensors of one shape; a NaN anywhere is a difference of NaN."""
+        """Compare two tensors of the same shape; any NaN makes the difference NaN."""
         difference = (got.to("cpu", torch.float64) - expected).abs()
         return cls(float(difference.max()), float(expected.abs().max()))
 
@@ -108,7 +108,7 @@ class Step:
     Attributes
     ----------
     accepted : int
-        Tokens that went into the text's history, the one that was certain included; as many were generated.
+        Tokens added to the history, including the first one, which needs no verification.  As many were generated.
     wrote : bool
         Whether the states of all layers were written.
     """
@@ -118,15 +118,15 @@ class Step:
 
 
 class Run(ABC):
-    """One sequence on its way: what generating token by token and speculating have in common.
+    """Generation of one sequence: the common base of generation token by token and by speculation.
 
-    Every token is the one that the logits in float64 would choose, as long as those that were computed are within
-    `tolerance` of them: see `cute_ssm.demo.exact`.
+    Every token is the one that float64 logits would choose, as long as the computed logits are within `tolerance` of
+    them: see `cute_ssm.demo.exact`.
 
     Parameters
     ----------
     model : LanguageModel
-        The model, on the device the updates run on.
+        The model, on the device where the updates run.
     prompt : sequence of int
         At least one token.
     count : int
@@ -134,9 +134,9 @@ class Run(ABC):
     sampler : Sampler
         Chooses each token.
     slots, slot : int
-        Size of the pool of states, and the slot this sequence uses.
+        Size of the state pool, and the slot of this sequence.
     tolerance : float
-        Largest error of a logit that no choice depends on.
+        Largest logit error that changes no choice.
 
     Attributes
     ----------
@@ -167,7 +167,7 @@ class Run(ABC):
         self.steps: list[Step] = []
         self.seconds = 0.0
         self.prefill_seconds = 0.0
-        self.logits: list[Tensor] = []  # (vocab,) of every token that was generated
+        self.logits: list[Tensor] = []  # (vocab,) of every generated token
         self.decisions = Decisions(model, sampler, tolerance, self.prompt_length)
         self._index = torch.tensor([slot], device=device)
         self._spare = torch.tensor([(slot + 1) % slots], device=device)
@@ -180,19 +180,19 @@ class Run(ABC):
     @property
     @abstractmethod
     def state_bytes(self) -> int:
-        """Bytes that a step moves which writes the states of all layers."""
+        """Bytes of one write of the states of all layers."""
 
     @abstractmethod
     def warm_up(self) -> float:
-        """Run one step on another slot, so that compilation is over before the time is taken; returns its seconds."""
+        """Run one step on another slot, so that the measured time includes no compilation; return its seconds."""
 
     @abstractmethod
     def run(self) -> Iterator[int]:
-        """Prefill, then yield the tokens as they are made; decisions in float64 do not count in ``seconds``."""
+        """Prefill, then yield tokens as they are generated; ``seconds`` excludes decisions in float64."""
 
     @abstractmethod
     def ssm_deviation(self) -> Deviation:
-        """Compare the outputs of all state updates with the float64 recurrence on the same inputs and first states."""
+        """Compare the outputs of all state updates with the float64 recurrence on the same inputs and initial state."""
 
     def logits_deviation(self) -> Deviation:
         """Compare the logits with those of the whole model in float64 on the same text."""
@@ -205,21 +205,21 @@ class Run(ABC):
 
 
 class Generation(Run):
-    """Token by token: prefills the prompt, then yields a token for every state update.
+    """Generation token by token: prefills the prompt, then generates one token per step.
 
-    The last token of the prompt is the first that goes through the state update, so `count` tokens take `count` steps
-    of the model, and ``count * layers`` state updates.
+    The first step takes the last token of the prompt, so `count` tokens take `count` steps of the model and
+    ``count * layers`` state updates.
 
     Parameters
     ----------
     model, prompt, count, sampler, slots, slot
         As for `Run`.
     state_dtype : torch.dtype
-        Type of the recurrent states.
+        Dtype of the recurrent states.
     update : StateUpdate, optional
-        The state update, :func:`cute_ssm.selective_state_update` when not given.
+        Default: :func:`cute_ssm.selective_state_update`.
     tolerance : float, optional
-        By default that of `TOLERANCES`.
+        Default: the entry of `TOLERANCES`.
     """
 
     def __init__(
@@ -243,11 +243,11 @@ class Generation(Run):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes that a step moves which writes the states of all layers."""
+        """Bytes of one write of the states of all layers."""
         return sum(pool[0].nbytes for pool in self._cache.ssm)
 
     def warm_up(self) -> float:
-        """Run one step on another slot, so that compilation is over before the time is taken; returns its seconds."""
+        """Run one step on another slot, so that the measured time includes no compilation; return its seconds."""
         begin = time.perf_counter()
         token = torch.tensor([self.tokens[0]], device=self._index.device)
         self.model.step(token, self._cache, self._spare, self._update)
@@ -255,7 +255,7 @@ class Generation(Run):
         return time.perf_counter() - begin
 
     def run(self) -> Iterator[int]:
-        """Prefill, then yield the tokens as they are made; decisions in float64 do not count in ``seconds``."""
+        """Prefill, then yield tokens as they are generated; ``seconds`` excludes decisions in float64."""
         device = self._index.device
         begin = time.perf_counter()
         if self.prompt_length > 1:
@@ -275,8 +275,8 @@ class Generation(Run):
             yield token
 
     def ssm_deviation(self) -> Deviation:
-        """Compare the outputs of all state updates with the float64 recurrence on the same inputs and first states."""
-        steps = [1] * len(self.generated)  # an interrupted step has left more than this in some lists
+        """Compare the outputs of all state updates with the float64 recurrence on the same inputs and initial state."""
+        steps = [1] * len(self.generated)  # an interrupted step may have added more records for some layers
         return worst([layer.deviation(steps) for layer in self._recorder.layers])
 
 

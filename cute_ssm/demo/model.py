@@ -1,4 +1,4 @@
-"""The Mamba-2 language model of the demo: whole sequences in chunks, and single tokens through the operator."""
+"""The demo's Mamba-2 language model: a chunked scan for sequences, the package's operators for decode steps."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["Cache", "LanguageModel", "ModelConfig", "StateUpdate", "Verification
 
 #: A function with the signature of :func:`cute_ssm.selective_state_update`.
 StateUpdate = Callable[..., Tensor]
-#: A function with the signature of :func:`cute_ssm.checkpointing_ssu`, every argument by name.
+#: A function with the signature of :func:`cute_ssm.checkpointing_ssu`, called with keyword arguments.
 Verification = Callable[..., Tensor]
 
 _NORM_EPS = 1e-5
 
 
 def operator(name: str = "selective_state_update") -> Callable[..., Tensor]:
-    """Return an operator of the package, imported when it is needed."""
+    """Return an operator of the package by name, imported on first use."""
     import cute_ssm
 
     found: Callable[..., Tensor] = getattr(cute_ssm, name)
@@ -48,7 +48,7 @@ class ModelConfig:
     width : int
         Size of the residual stream (``d_model``).
     expand : int
-        Inner size of a block over `width`.
+        Ratio of a block's inner size to `width`.
     headdim, dstate, ngroups : int
         Shape of the state: ``expand * width / headdim`` heads of ``(headdim, dstate)``, which share `ngroups` groups of
         B and C.
@@ -94,7 +94,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Cache:
-    """What a model remembers of its sequences: for every layer a pool of slots, of which a sequence uses one.
+    """Convolution inputs and states of a model: for every layer a pool of slots, one slot per sequence.
 
     Attributes
     ----------
@@ -131,7 +131,7 @@ class Block(nn.Module):
         self.out_proj = nn.Parameter(torch.empty(c.width, c.inner))
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights: decay rates in [1, 16], step sizes log-uniform in [1e-3, 1e-1]."""
+        """Initialise the weights randomly: decay rates in [1, 16], step sizes log-uniform in [1e-3, 1e-1]."""
         c = self.config
         with torch.no_grad():
             self.in_proj.normal_(std=c.width**-0.5)
@@ -142,7 +142,7 @@ class Block(nn.Module):
             self.out_proj.normal_(std=(c.inner * 2 * c.layers) ** -0.5)
 
     def forward(self, u: Tensor, chunk: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Process a sequence ``(batch, time, width)`` from empty states; return the output and both states after it."""
+        """Process sequences ``(batch, time, width)`` from zero states; return output, final conv and SSM states."""
         c = self.config
         batch, time, _ = u.shape
         z, xbc, raw_dt = self._project(u)
@@ -161,7 +161,7 @@ class Block(nn.Module):
         return self._finish(y.reshape(batch, time, c.inner), z), conv, ssm
 
     def step(self, u: Tensor, conv: Tensor, ssm: Tensor, slots: Tensor, update: StateUpdate) -> Tensor:
-        """Process one token ``(batch, width)`` of the sequences in `slots`; updates the pools of states in place."""
+        """Process one token ``(batch, width)`` of the sequences in `slots`; both pools are updated in place."""
         c = self.config
         batch = u.shape[0]
         z, xbc, raw_dt = self._project(u)
@@ -196,16 +196,16 @@ class Block(nn.Module):
         verification: Verification,
         items: dict[str, Tensor],
     ) -> Tensor:
-        """Process several tokens ``(batch, time, width)`` of the sequences in `slots`, accepted or not.
+        """Process several tokens ``(batch, time, width)`` of the sequences in `slots`, before any is accepted.
 
-        Their inputs go to the pool's history, and to its inputs of the convolution; the pool's cursors stay.
+        Their inputs are appended to the pool's history and convolution inputs; the cursors do not move.
         """
         c = self.config
         batch, time, _ = u.shape
         z, xbc, raw_dt = self._project(u)
         conv = pool.conv_state
         if conv is None:
-            raise ValueError(describe("pool", "one with inputs of the convolution", "one without"))
+            raise ValueError(describe("pool", "a pool made with conv_shape", "a pool without conv_state"))
         window = torch.cat([conv[layer, slots, :, : c.conv - 1], xbc.transpose(1, 2)], dim=2)
         conv[layer, slots] = window
         mixed = F.silu(F.conv1d(window, self.conv_weight[:, None], self.conv_bias, groups=c.conv_channels))
@@ -242,7 +242,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A stack of Mamba-2 blocks between a tied embedding and its transpose.
+    """Mamba-2 blocks between an embedding and an output projection with the same weight.
 
     Parameters
     ----------
@@ -261,24 +261,24 @@ class LanguageModel(nn.Module):
         self.norm = nn.Parameter(torch.ones(config.width))
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights from torch's global generator."""
+        """Initialise the weights with torch's global generator."""
         with torch.no_grad():
             self.embedding.normal_(std=0.02)
         for block in self._blocks():
             block.reset_parameters()
 
     def forward(self, tokens: Tensor, chunk: int | None = 32) -> Tensor:
-        """Logits ``(batch, time, vocab)`` after every token of ``(batch, time)``, from empty states.
+        """Logits ``(batch, time, vocab)`` after every token of ``(batch, time)``, from zero states.
 
         Parameters
         ----------
         chunk : int, optional
-            Tokens of a chunk of the scan; None runs the recurrence token by token.
+            Tokens per chunk of the scan; None runs the recurrence token by token.
         """
         return self._logits(self._sequence(tokens, None, None, chunk))
 
     def new_cache(self, slots: int, state_dtype: torch.dtype | None = None) -> Cache:
-        """Make zeroed pools of `slots` slots, the recurrent states of `state_dtype` (default: that of the weights)."""
+        """Allocate zeroed pools of `slots` slots; `state_dtype` defaults to the dtype of the weights."""
         if slots < 1:
             raise ValueError(describe("slots", "a positive number", slots))
         c, like = self.config, self.embedding
@@ -289,7 +289,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, cache: Cache, slots: Tensor, chunk: int | None = 32) -> Tensor:
-        """Process prompts ``(batch, time)`` from empty states, fill `slots`, and return the last token's logits."""
+        """Process prompts ``(batch, time)`` from zero states into `slots`, and return the last token's logits."""
         self._check_slots(tokens, cache, slots)
         if tokens.ndim != 2 or tokens.shape[1] < 1:
             raise ValueError(describe("tokens", "(batch, time) with at least one token", tuple(tokens.shape)))
@@ -302,7 +302,7 @@ class LanguageModel(nn.Module):
         Parameters
         ----------
         update : callable, optional
-            The state update, :func:`cute_ssm.selective_state_update` when not given.
+            Default: :func:`cute_ssm.selective_state_update`.
         """
         self._check_slots(tokens, cache, slots)
         if tokens.ndim != 1:
@@ -314,9 +314,9 @@ class LanguageModel(nn.Module):
         return self._logits(u)
 
     def new_pool(self, slots: int, tokens: int, window: int, state_dtype: torch.dtype) -> StatePool:
-        """Make a pool for `verify`: of `tokens` tokens a step, up to `window` accepted ones of which await their state.
+        """Make a pool for `verify`, with `tokens` tokens per step and up to `window` pending ones.
 
-        Its history is float16, the type with the most digits that `checkpointing_ssu` takes.
+        Its history is float16, the most precise input dtype of `checkpointing_ssu`.
         """
         from cute_ssm.serving import StatePool
 
@@ -340,7 +340,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def prefill_pool(self, tokens: Tensor, pool: StatePool, slots: Tensor, chunk: int | None = 32) -> None:
-        """Process prompts ``(batch, time)`` from empty states into slots of a pool that were just reset."""
+        """Process prompts ``(batch, time)`` from zero states into newly reset slots of a pool."""
         u = self.embedding[tokens]
         for index, block in enumerate(self._blocks()):
             out, conv, ssm = block(u, chunk)
@@ -355,12 +355,12 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """Process tokens ``(batch, time)`` of the sequences in `slots`, and return the logits after each of them.
 
-        Which of them are accepted is told to the pool afterwards, by ``pool.commit``.
+        Call ``pool.commit`` afterwards with the numbers of accepted tokens.
 
         Parameters
         ----------
         verification : callable, optional
-            :func:`cute_ssm.checkpointing_ssu` when not given.
+            Default: :func:`cute_ssm.checkpointing_ssu`.
         """
         if tokens.ndim != 2 or tokens.shape[1] != pool.tokens:
             raise ValueError(describe("tokens", f"(batch, {pool.tokens})", tuple(tokens.shape)))
@@ -390,7 +390,7 @@ class LanguageModel(nn.Module):
 
     @staticmethod
     def _check_slots(tokens: Tensor, cache: Cache, slots: Tensor) -> None:
-        """Refuse slots that are not those of distinct sequences; on a GPU without their values, to wait for nothing."""
+        """Check that slots are distinct and in range; on a GPU only their number, as reading them would synchronise."""
         if slots.shape != tokens.shape[:1]:
             raise ValueError(describe("slots", f"one slot for each of {tokens.shape[0]} sequences", tuple(slots.shape)))
         if slots.device.type != "cpu":

@@ -1,4 +1,4 @@
-"""What the demo shows: text that streams with a progress bar below it, the table at the end, and a plot of steps."""
+"""Output of the demo: streamed text with a progress bar, the final table, and a plot of the steps."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ __all__ = ["Screen", "pyplot", "save_plot", "table"]
 
 _MARGIN = 100  # widest line of running text on a terminal
 _BAR = 24
-_ROOM_BELOW = "\x1bD\x1b[A"  # scrolls if the cursor is on the last line, and leaves it where it was in the text
+_ROOM_BELOW = "\x1bD\x1b[A"  # scrolls if the cursor is on the last line; it keeps its position in the text
 _SAVE, _RESTORE, _BELOW, _ERASE = "\x1b7", "\x1b8", "\x1b[B\r", "\x1b[J"
 
 
 class Screen:
-    """Streams text to `out`, and keeps a progress bar on `err` if that is a terminal.
+    """Streams text to `out`, and shows a progress bar on `err` if that is a terminal.
 
-    On a terminal lines are broken between words; anywhere else the text is written as it is. With both on a terminal
-    the bar lies on the line below the text.
+    On a terminal lines are wrapped between words; otherwise text is written unchanged. If both are terminals, the bar
+    is on the line below the text.
 
     Parameters
     ----------
     out, err : text file
-        Where text and bar go.
+        Files for the text and the bar.
     total : int
         Steps of a full bar.
     """
@@ -56,7 +56,7 @@ class Screen:
         self._draw()
 
     def progress(self, done: int, seconds: float) -> None:
-        """Show how far the work is, and its rate."""
+        """Update the bar and the rate."""
         if not self._has_bar:
             return
         full = _BAR * done // self._total
@@ -125,7 +125,7 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def pyplot(extra: str = "demo") -> Any:
-    """Return matplotlib's pyplot, drawing to files only.
+    """Return matplotlib's pyplot with a backend that draws to files only.
 
     Parameters
     ----------
@@ -135,12 +135,12 @@ def pyplot(extra: str = "demo") -> Any:
     Raises
     ------
     ImportError
-        If matplotlib is not installed; the message says how to.
+        If matplotlib is not installed; the message has the install command.
     """
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError(f"plot: the plot is drawn by matplotlib: pip install 'cute-ssm[{extra}]'") from error
+        raise ImportError(f"plot: matplotlib is required: pip install 'cute-ssm[{extra}]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot as found
 
@@ -148,19 +148,19 @@ def pyplot(extra: str = "demo") -> Any:
 
 
 def save_plot(path: Path, steps: Sequence[Step], draft: int, state_bytes: int, title: str) -> None:
-    """Draw what every step accepted and whether it wrote the states, and the bytes written, into an image file.
+    """Plot accepted tokens and state writes per step, and the bytes written, into an image file.
 
     Parameters
     ----------
     path : Path
-        Its ending chooses the format.
+        Its suffix selects the format.
     steps : sequence of Step
     draft : int
-        Drafted tokens of a step; 0: it went token by token.
+        Drafted tokens per step; 0: generated token by token.
     state_bytes : int
-        Bytes that a write of the states moves.
+        Bytes of one write of the states.
     title : str
-        What ran: model, backend, type of the states.
+        Title, which names model, backend and dtype of the states.
     """
     plt = pyplot()
     figure, (above, below) = plt.subplots(2, 1, figsize=(9, 5.8), sharex=True, layout="constrained")
@@ -171,12 +171,12 @@ def save_plot(path: Path, steps: Sequence[Step], draft: int, state_bytes: int, t
     mean = sum(step.accepted for step in steps) / len(steps)
     above.axhline(mean, color="black", linewidth=0.8, linestyle="--", label=f"mean {mean:.2f}")
     handles = above.get_legend_handles_labels()[0]
-    for colour, label in (("tab:orange", "step wrote the states"), ("tab:blue", "step kept them")):
+    for colour, label in (("tab:orange", "step wrote the states"), ("tab:blue", "step did not")):
         handles.append(plt.Rectangle((0, 0), 1, 1, color=colour, label=label))
     above.set(
         ylabel="accepted tokens",
         ylim=(0, draft + 1.9),
-        title=f"{draft} drafted tokens a step" if draft else "token by token",
+        title=f"{draft} drafted tokens per step" if draft else "token by token",
     )
     above.legend(handles=handles, ncols=3, loc="upper left", fontsize="small")
     written, total = [], 0

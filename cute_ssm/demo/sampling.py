@@ -1,4 +1,4 @@
-"""The choice of the next token from logits: a function of them, the seed and the position, and how firm it is."""
+"""Token sampling: the choice is a function of logits, seed and position, and comes with its margin."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from cute_ssm.reference.rounding import philox
 __all__ = ["Choice", "Sampler"]
 
 _ROUNDS = 10
-_BLOCK = 64  # positions whose random numbers are drawn at once
+_BLOCK = 64  # positions whose random numbers are drawn together
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A token, and by how much every logit may be wrong, up or down, without changing it."""
+    """A token, and its margin: errors of all logits up to this size do not change the token."""
 
     token: int
     margin: float
 
 
 class Sampler:
-    """Chooses tokens on the CPU; the random numbers of a position depend on the seed and the position alone.
+    """Samples tokens on the CPU; the random numbers of a position depend only on the seed and the position.
 
-    Of the tokens that are at least `floor` times as likely as the likeliest, the one with the largest ``logit +
-    temperature * g`` is chosen, g being Gumbel noise: that draws from their probabilities.  So it does not matter how
-    often, in which order, or in which step a position is sampled.
+    Among the tokens at least `floor` times as likely as the most likely one, the token with the largest ``logit +
+    temperature * g`` is chosen, with Gumbel noise g, which samples from their distribution.  The result does not depend
+    on how often, in which order, or in which step a position is sampled.
 
     Parameters
     ----------
     temperature : float
-        Divides the logits; 0 takes the likeliest token.
+        Sampling temperature; 0 takes the most likely token.
     seed : int
         Seed of the noise.
     floor : float
-        Tokens less likely than this fraction of the likeliest one are never drawn.
+        Tokens less likely than this fraction of the most likely one are never chosen.
     """
 
     def __init__(self, temperature: float = 0.0, seed: int = 0, floor: float = 0.1) -> None:
@@ -58,18 +58,18 @@ class Sampler:
     def __call__(self, logits: Tensor, position: int) -> Choice:
         """Choose the token at a position of the text from its logits ``(vocab,)``."""
         logits = logits.detach().to("cpu", torch.float64)
-        short = logits.max() - logits  # of the likeliest
+        short = logits.max() - logits  # distance to the most likely token
         score = logits
         if self.temperature:
             score = logits + self.temperature * self._noise(position, len(logits))
         open_to = short <= self._reach
         token = int(torch.where(open_to, score, -math.inf).argmax())
-        # another token must both win over this one and be open to choice, each by half of what it lacks; or this one
-        # must fall so far below another that it is closed
+        # The choice changes if another token is above `floor` and has the larger score, or if this one falls below
+        # `floor`.  An error of this size in both logits closes half of the gap each.
         lacks = torch.maximum(score[token] - score, short - self._reach)
         lacks[token] = math.inf
         others = torch.where(torch.arange(len(logits)) == token, -math.inf, logits)
-        above = float(self._reach - (others.max() - logits[token]))  # by how much this one is open
+        above = float(self._reach - (others.max() - logits[token]))  # distance of this token from `floor`
         return Choice(token, min(float(lacks.min()), above) / 2)
 
     def _noise(self, position: int, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Speculative generation: tokens are drafted cheaply, and verified several at once."""
+"""Speculative generation: draft tokens without the model, then verify several in one step."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from cute_ssm.errors import describe
 
 __all__ = ["WINDOW", "Drafter", "Speculation"]
 
-WINDOW = 16  # accepted tokens that may await their state
-_PART = 16  # tokens of the drafter's table that are computed at once
+WINDOW = 16  # accepted tokens that may be pending
+_PART = 16  # tokens of the drafter's table in one batch
 
 
 class Drafter:
-    """Guesses how a text goes on, at no cost of the model: right guesses save steps, wrong ones change nothing.
+    """Drafts the continuation of a text without running the model: right drafts save steps, wrong ones change nothing.
 
-    First by prompt look-up: what followed the last occurrence of the longest ending of the text, of `least` tokens or
-    more, that occurred before.  Where none did, by what the model expects after the last token alone, from a table that
-    is computed once, and with the random numbers of the position, so that guess and choice lean the same way.
+    First by prompt lookup: the token that followed the last earlier occurrence of the text's longest suffix, of `least`
+    to `longest` tokens.  If there is none, by what the model predicts after the last token alone, from a table that is
+    computed once.  This draft uses the random numbers of the position, so that it often equals the later choice.
 
     Parameters
     ----------
     model : LanguageModel
     sampler : Sampler
-        The one that chooses.
+        The sampler that chooses the tokens.
     least, longest : int
-        Tokens of an ending that is looked up.
+        Lengths of the suffixes to look up.
     """
 
     def __init__(self, model: LanguageModel, sampler: Sampler, least: int = 2, longest: int = 4) -> None:
@@ -41,17 +41,17 @@ class Drafter:
             raise ValueError(describe("least", f"1 to {longest}", least))
         self._sampler, self._least, self._longest = sampler, least, longest
         every = torch.arange(model.config.vocab, device=model.embedding.device)
-        with torch.no_grad():  # in parts whose states the caches of a CPU hold: a third of the time of one batch
+        with torch.no_grad():  # in batches whose states fit in CPU caches: a third of the time of a single batch
             parts = [every[i : i + _PART, None] for i in range(0, len(every), _PART)]
             self._expected = torch.cat([model(part, chunk=1)[:, 0].cpu() for part in parts])
-        self._after: dict[tuple[int, ...], int] = {}  # an ending -> where the token is that followed it last
+        self._after: dict[tuple[int, ...], int] = {}  # suffix -> position of the token after its last occurrence
         self._read = 0
 
     def __call__(self, tokens: Sequence[int], count: int) -> list[int]:
-        """Return `count` tokens that may follow `tokens`; texts of one drafter continue each other."""
-        for place in range(self._read, len(tokens)):
-            for length in range(self._least, min(self._longest, place) + 1):
-                self._after[tuple(tokens[place - length : place])] = place
+        """Draft `count` tokens after `tokens`; each call must extend the text of the call before."""
+        for position in range(self._read, len(tokens)):
+            for length in range(self._least, min(self._longest, position) + 1):
+                self._after[tuple(tokens[position - length : position])] = position
         self._read = len(tokens)
         text = list(tokens)
         while len(text) < len(tokens) + count:
@@ -60,33 +60,33 @@ class Drafter:
 
     def _next(self, text: list[int]) -> int:
         for length in range(min(self._longest, len(text)), self._least - 1, -1):
-            place = self._after.get(tuple(text[-length:]))
-            if place is not None:
-                return text[place]
+            position = self._after.get(tuple(text[-length:]))
+            if position is not None:
+                return text[position]
         return self._sampler(self._expected[text[-1]], len(text)).token
 
 
 class Speculation(Run):
-    """Several tokens a step: the last one of the text and drafts, through `cute_ssm.checkpointing_ssu`.
+    """Speculative generation: verifies the last token and its drafts in one step with `cute_ssm.checkpointing_ssu`.
 
-    The tokens are those of `Generation` with the same sampler: a draft is accepted if it is the token that is chosen.
+    Generates the same tokens as `Generation` with the same sampler: a draft is accepted if it equals the chosen token.
 
     Parameters
     ----------
     model, prompt, count, sampler
         As for `Run`.
     draft : int
-        Tokens to draft for a step.
+        Drafted tokens per step.
     state_dtype : torch.dtype
-        Type of the recurrent states.
+        Dtype of the recurrent states.
     verification : Verification, optional
-        :func:`cute_ssm.checkpointing_ssu` when not given.
+        Default: :func:`cute_ssm.checkpointing_ssu`.
     slots : int
         Slots of the pool, at least 2, without the one for padding.
     window : int
-        Accepted tokens that may await their state.
+        Accepted tokens that may be pending.
     tolerance : float, optional
-        By default that of `TOLERANCES`.
+        Default: the entry of `TOLERANCES`.
 
     Attributes
     ----------
@@ -120,15 +120,15 @@ class Speculation(Run):
         self._verification = verification or operator("checkpointing_ssu")
         self._records: list[LayerRecord] = []
         self._drafter = Drafter(model, sampler)
-        self._pending = 0  # what the pool holds on the device, known here because acceptance is decided here
+        self._pending = 0  # pending tokens on the device, known to the host because it decides acceptance
 
     @property
     def state_bytes(self) -> int:
-        """Bytes that a step moves which writes the states of all layers."""
+        """Bytes of one write of the states of all layers."""
         return self.pool.state_bytes
 
     def warm_up(self) -> float:
-        """Run one step on another slot, so that compilation is over before the time is taken; returns its seconds."""
+        """Run one step on another slot, so that the measured time includes no compilation; return its seconds."""
         begin = time.perf_counter()
         tokens = torch.full((1, self.pool.tokens), self.tokens[0], device=self._index.device)
         self.model.verify(tokens, self.pool, self._spare, self._verification)
@@ -137,7 +137,7 @@ class Speculation(Run):
         return time.perf_counter() - begin
 
     def run(self) -> Iterator[int]:
-        """Prefill, then yield the tokens as they are made; decisions in float64 do not count in ``seconds``."""
+        """Prefill, then yield tokens as they are generated; ``seconds`` excludes decisions in float64."""
         begin = time.perf_counter()
         if self.prompt_length > 1:
             prompt = torch.tensor([self.tokens[:-1]], device=self._index.device)
@@ -148,7 +148,7 @@ class Speculation(Run):
             yield from self._step()
 
     def _step(self) -> list[int]:
-        """Verify the last token and drafts; return what was chosen."""
+        """Verify the last token and its drafts; return the chosen tokens."""
         begin = time.perf_counter()
         tokens = [self.tokens[-1], *self._drafter(self.tokens, self.draft)]
         given = torch.tensor([tokens], device=self._index.device)
@@ -156,10 +156,10 @@ class Speculation(Run):
         self.seconds += time.perf_counter() - begin
         wanted = self.count - len(self.generated)
         chosen: list[int] = []
-        for place in range(min(len(tokens), wanted)):
-            if place and chosen[-1] != tokens[place]:
+        for position in range(min(len(tokens), wanted)):
+            if position and chosen[-1] != tokens[position]:
                 break
-            chosen.append(self.decisions(logits[place], [*self.tokens, *chosen]))
+            chosen.append(self.decisions(logits[position], [*self.tokens, *chosen]))
         begin = time.perf_counter()
         self.pool.commit(self._index, torch.full_like(self._index, len(chosen)))
         self._wait()
@@ -172,7 +172,7 @@ class Speculation(Run):
         return chosen
 
     def _record(self, **call: Tensor) -> Tensor:
-        """Keep copies of what a layer's verification is given and gives."""
+        """Run a layer's verification and record its inputs and outputs."""
         layer = self._calls_of_step()
         if layer == len(self._records):
             state = call["state"][self.slot].float().clone()
@@ -186,21 +186,21 @@ class Speculation(Run):
         return out
 
     def _calls_of_step(self) -> int:
-        """The layer whose verification comes next: the first with fewer records than steps that have begun."""
+        """Return the layer that is verified next: the first with fewer records than started steps."""
         begun = len(self.steps) + 1
         return next((i for i, record in enumerate(self._records) if len(record.x) < begun), len(self._records))
 
     def ssm_deviation(self) -> Deviation:
-        """Compare the outputs at accepted tokens with the float64 recurrence on the same inputs and first states."""
+        """Compare the outputs at accepted tokens with the float64 recurrence on the same inputs and initial state."""
         accepted = [step.accepted for step in self.steps]
         return worst([record.deviation(accepted) for record in self._records])
 
     @property
     def writes(self) -> int:
-        """Steps that wrote the states."""
+        """Number of steps that wrote the states."""
         return sum(step.wrote for step in self.steps)
 
     @property
     def saved_bytes(self) -> int:
-        """Bytes of states that were not written, compared with a write in every step."""
+        """Bytes of state writes saved, compared with a write in every step."""
         return (len(self.steps) - self.writes) * self.pool.state_bytes

@@ -1,4 +1,4 @@
-"""The Mamba-2 recurrence over whole sequences: token by token, and in chunks of matrix products."""
+"""The Mamba-2 recurrence over sequences: token by token, and in chunks of matrix products."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def recurrence(
     D : Tensor
         Skip weights ``(heads,)``.
     state : Tensor, optional
-        State before the first token ``(batch, heads, headdim, dstate)``; zero when not given. It is not written.
+        State before the first token ``(batch, heads, headdim, dstate)``; None: zeros.  Not modified.
 
     Returns
     -------
@@ -66,8 +66,8 @@ def chunked_scan(
     Parameters
     ----------
     chunk : int
-        Tokens of a chunk. Any length of sequence is accepted; the last chunk is filled with steps of size zero, which
-        change nothing.
+        Tokens per chunk.  Sequences may have any length; the last chunk is padded with step sizes of zero, which change
+        nothing.
     """
     if chunk < 1:
         raise ValueError(describe("chunk", "a positive number of tokens", chunk))
@@ -97,7 +97,7 @@ def chunked_scan(
     scores = torch.matmul(Cc, Bc.transpose(-1, -2))
     y = torch.matmul(scores[:, :, :, None] * decay.to(scores.dtype), X)
 
-    # what each chunk adds to the state by its end, and the state at the start of each chunk
+    # contribution of each chunk to the state at its end, and the state at its start
     left = torch.exp(total[..., -1:] - total)
     added = torch.matmul((X * left[..., None].to(X.dtype)).transpose(-1, -2), Bc[:, :, :, None])
     kept = torch.exp(total[..., -1])[..., None, None]

@@ -1,4 +1,4 @@
-"""A byte-level byte-pair encoding: any bytes can be encoded, and decoding gives them back."""
+"""Byte-level byte-pair encoding: any bytes can be encoded, and decoding restores them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WORD = re.compile(rb" ?[A-Za-z\x80-\xff]+| ?[0-9]+| ?[^\sA-Za-z0-9\x80-\xff]+|\
 
 
 def split_words(data: bytes) -> list[bytes]:
-    """Cut text into the pieces that merges never cross; joined, they are the text."""
+    """Split text into pieces that no merge crosses; joined, they are the text again."""
     return _WORD.findall(data)
 
 
@@ -22,7 +22,7 @@ class Tokenizer:
     Parameters
     ----------
     merges : sequence of (int, int)
-        Pairs of token ids in order of priority; merge ``i`` makes token ``256 + i`` of two earlier tokens.
+        Pairs of token ids in order of priority; merge ``i`` joins two earlier tokens into token ``256 + i``.
     """
 
     def __init__(self, merges: Sequence[tuple[int, int]]) -> None:

@@ -33,7 +33,7 @@ def save(directory: Path, model: LanguageModel, tokenizer: Tokenizer, dtype: tor
     tensors: dict[str, Tensor] = {
         name: value.detach().to(dtype).contiguous() for name, value in model.state_dict().items()
     }
-    # through bytes, because save_file leaves a file that only its owner can read
+    # not save_file, whose file only its owner can read
     (directory / WEIGHTS_FILE).write_bytes(_safetensors().save(tensors))
     content = {"model": vars(model.config), "merges": [list(pair) for pair in tokenizer.merges]}
     (directory / CONFIG_FILE).write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
@@ -47,11 +47,11 @@ def load(
     Parameters
     ----------
     directory : Path, optional
-        Folder with the two files; the shipped ones when not given.
+        Folder with the two files.  Default: the shipped model.
     dtype : torch.dtype
-        Type the weights are converted to.
+        The weights are converted to this dtype.
     device : torch.device or str
-        Where the model lies.
+        Device of the model.
 
     Returns
     -------
@@ -67,8 +67,8 @@ def load(
         tokenizer = Tokenizer(content["merges"])
         model = LanguageModel(ModelConfig(**content["model"])).to(dtype=dtype, device=device)
         model.load_state_dict(safetensors.load((directory / WEIGHTS_FILE).read_bytes()))
-    except Exception as error:  # whatever safetensors, json and torch raise for a file that is not theirs
+    except Exception as error:  # safetensors, json and torch raise different errors for a damaged file
         raise ValueError(f"directory: the model in {directory} is damaged: {error}") from error
     if model.config.vocab != len(tokenizer):
-        raise ValueError(f"directory: the model knows {model.config.vocab} tokens, its tokenizer {len(tokenizer)}")
+        raise ValueError(f"directory: the model has {model.config.vocab} tokens, its tokenizer {len(tokenizer)}")
     return model.eval().requires_grad_(False), tokenizer
