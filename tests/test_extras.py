@@ -11,19 +11,11 @@ from cute_ssm.integrations import transformers
 from cute_ssm.tuner import engines
 
 
-def triton():
-    pytest.importorskip("ptxsim")
-    from ptxsim import triton_hook
-
-    triton_hook.compile_kernel(None, {}, {})
-
-
 USES = {
     "matplotlib": (report.pyplot, "demo"),
     "safetensors": (weights._safetensors, "demo"),
     "transformers": (transformers.import_transformers, "hf"),
     "ray": (lambda: engines.Ray("counters", 1), "tune"),
-    "triton": (triton, "peers"),
 }
 
 

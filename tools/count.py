@@ -17,9 +17,10 @@ import functools
 import json
 import sys
 
-import ptxsim
 from cute_ssm import tuning, workloads
+from cute_ssm.runtime.companions import require
 
+ptxsim = require("ptxsim")
 OPERATORS = {op: functools.partial(workloads.build, op) for op in workloads.OPERATORS}
 
 

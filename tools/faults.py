@@ -180,7 +180,7 @@ def in_copy(folder: str, arguments: list[str], output: int) -> NoReturn:
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.chdir(folder)
-        paths = [folder, os.path.join(folder, "tools")]
+        paths = [os.path.join(folder, path) for path in ("", "tools", "tools/ptxsim", "tools/gpumodel")]
         os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "CUTE_SSM_CACHE_DIR": os.path.join(folder, "kernels")}
         sys.path[:1] = paths  # in place of this file's folder
         status = int(sys.modules["pytest"].main(arguments))

@@ -25,7 +25,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+PATHS = [str(ROOT / path) for path in (".", "tools", "tools/ptxsim", "tools/gpumodel")]
+sys.path[:0] = PATHS
 
 from cute_ssm import workloads  # noqa: E402
 
@@ -144,7 +145,7 @@ def carry_out(
     out.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT), str(ROOT / "tools"), *filter(None, [environment.get("PYTHONPATH", "")])]
+        [*PATHS, *filter(None, [environment.get("PYTHONPATH", "")])]
     )
     environment.setdefault("CUTE_SSM_CACHE_DIR", str(out / "kernels"))
     environment |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}

@@ -33,7 +33,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 target=$(mkdir -p "${1:?usage: install.sh TARGET}" && cd "$1" && pwd)
 cat "$here"/kit.part* | tar xJ -C "$target"
-path="$target/cute_ssm:$target/cute_ssm/tools:$target/site:$target/site/nvidia_cutlass_dsl/dsl_packages"
+path="$target/cute_ssm:$target/cute_ssm/tools:$target/cute_ssm/tools/ptxsim:$target/cute_ssm/tools/gpumodel:$target/site:$target/site/nvidia_cutlass_dsl/dsl_packages"
 printf 'export PYTHONPATH=%q${PYTHONPATH:+:$PYTHONPATH}\n' "$path" >"$target/environment"
 PYTHONPATH="$path" python3 -m cute_ssm env || true
 INSTALL

@@ -14,13 +14,13 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cute_ssm.demo import DRAFT
 from cute_ssm.env import settings
 from cute_ssm.errors import CuteSsmError, UnsupportedArchError, describe
+from cute_ssm.runtime.companions import require
 
 if TYPE_CHECKING:
     import torch
@@ -167,11 +167,9 @@ def _backend(name: str) -> Iterator[_Backend]:
         yield _Backend("reference", "cpu")
         return
     try:
-        ptxsim = import_module("ptxsim")
+        ptxsim = require("ptxsim")
     except ImportError as error:
-        raise ImportError(
-            f"backend: the emulator (ptxsim, installed with this package) cannot be loaded: {error}"
-        ) from error
+        raise ImportError(f"backend: the emulator cannot be loaded: {error}") from error
     with ptxsim.emulate(arch=EMULATED_ARCH) as session:
         yield _Backend("emulate", "cpu", session=session, arch=EMULATED_ARCH)
 

@@ -8,14 +8,13 @@ import platform
 import sys
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import cute_ssm
 from cute_ssm import arch as archs
 from cute_ssm import env
 from cute_ssm.errors import UnsupportedArchError
-from cute_ssm.runtime import bundles, shelves, toolchain
+from cute_ssm.runtime import bundles, companions, shelves, toolchain
 
 TORCH_RANGE = ((2, 11), (2, 14))
 PIP = f"{sys.executable} -m pip install"
@@ -67,7 +66,7 @@ def gather() -> Facts:
         dsl=toolchain.dsl_distributions(),
         tvm_ffi=toolchain.installed(toolchain.TVM_FFI),
         driver_cuda=driver_cuda(),
-        ptxsim=getattr(find_spec("ptxsim"), "origin", None) is not None,  # not some folder of that name
+        ptxsim=not companions.missing("ptxsim"),
         variables=env.present(),
     )
     try:
@@ -91,7 +90,7 @@ def problems(facts: Facts) -> list[Problem]:
     """Return what is wrong, the broken things first."""
     found = [*_python_problems(facts), *_compiler_problems(facts), *_cuda_problems(facts), *_setting_problems(facts)]
     if not facts.ptxsim:
-        fix = f"{PIP} --force-reinstall --no-deps cute-ssm (in a checkout: export PYTHONPATH=tools)"
+        fix = companions.how_to_install("ptxsim")
         found.append(Problem(False, "the emulator ptxsim is not importable: no kernel runs without a GPU", fix))
     return sorted(found, key=lambda problem: not problem.broken)
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 from cute_ssm import arch as archs
 from cute_ssm import tuning, workloads
 from cute_ssm.errors import CuteSsmError, describe
+from cute_ssm.runtime.companions import how_to_install, missing, require
 from cute_ssm.tuner.gate import Gate
 from cute_ssm.tuner.journal import Measurement
 from cute_ssm.tuner.problems import Case
@@ -73,7 +72,7 @@ class _Emulated(ABC):
     @contextmanager
     def _emulate(self, arch: str) -> Iterator[None]:
         """Run kernels on one SM of the emulator, and note whether their registers spill."""
-        with import_module("ptxsim").emulate(arch=arch, sm_count=1) as session:
+        with require("ptxsim").emulate(arch=arch, sm_count=1) as session:
             yield
         bytes_ = sum(kernel.spill_bytes for function in session.functions for kernel in function.kernels)
         self._spills = f"{bytes_} bytes of registers are spilled" if bytes_ else ""
@@ -100,14 +99,15 @@ class _Emulated(ABC):
 
 
 class Model(_Emulated):
-    """The machine model of ``tools/machine``: a modelled time of the busiest SM."""
+    """The machine model `gpumodel`: a modelled time of the busiest SM."""
 
     def on(self) -> dict[str, Any]:
-        return {"objective": "model", "fitted": bool(import_module("machine").H200.fitted)}
+        return {"objective": "model", "fitted": bool(require("gpumodel").H200.fitted)}
 
     def microseconds(self, case: Case, fields: Fields) -> float:
-        time_op: Callable[..., Any] = import_module("machine").time_op
-        return float(time_op(case.op, dict(case.keys), case.arch, dict(fields)).us)
+        from cute_ssm.tuner import modelled
+
+        return float(modelled.time_op(case.op, dict(case.keys), case.arch, dict(fields)).us)
 
 
 class Counters(_Emulated):
@@ -117,7 +117,7 @@ class Counters(_Emulated):
         return {"objective": "counters"}
 
     def microseconds(self, case: Case, fields: Fields) -> float:
-        emulate = import_module("ptxsim").emulate
+        emulate = require("ptxsim").emulate
         call = workloads.build(case.op, dict(case.keys))
         with emulate(arch=case.arch, counters=True) as session, tuning.override(**fields):
             call.run()
@@ -145,7 +145,7 @@ def create(name: str, device: int = 0) -> Objective:
 
     chosen = name
     if name == "auto":
-        chosen = "gpu" if torch.cuda.is_available() else "model" if find_spec("machine") is not None else "counters"
+        chosen = "gpu" if torch.cuda.is_available() else "counters" if missing("gpumodel") else "model"
     if chosen == "gpu":
         if not torch.cuda.is_available():
             raise ValueError(describe("--objective", "model or counters", "gpu", "there is no GPU here"))
@@ -154,10 +154,10 @@ def create(name: str, device: int = 0) -> Objective:
         return Gpu(device)
     if chosen not in ("model", "counters"):
         raise ValueError(describe("--objective", "auto, gpu, model or counters", repr(name)))
-    for module in ("ptxsim", *(("machine",) if chosen == "model" else ())):
-        if find_spec(module) is None:
-            fix = "in a checkout: export PYTHONPATH=tools"
-            raise ValueError(describe("--objective", f"{chosen}, which needs the module {module}", "none", fix))
+    package = "gpumodel" if chosen == "model" else "ptxsim"
+    if absent := missing(package):
+        needed = f"{chosen}, which needs {' and '.join(absent)}"
+        raise ValueError(describe("--objective", needed, "none", how_to_install(package)))
     return Model() if chosen == "model" else Counters()
 
 

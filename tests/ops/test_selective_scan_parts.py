@@ -276,8 +276,10 @@ def test_splits_pay_by_the_model_and_parts_are_long():
 
 @pytest.mark.slow
 def test_few_channels_take_less_in_parts_by_an_independent_model():
-    """`tools/machine` replays the kernels' instructions on a model of an SM; it knows nothing of `duration`."""
-    model = pytest.importorskip("machine.model", reason="tools/ is not on the path")
+    """`gpumodel` replays the kernels' instructions on a model of an SM; it knows nothing of `duration`."""
+    from cute_ssm.tuner import modelled
+
+    pytest.importorskip("gpumodel")
     keys = {"batch": 1, "dim": 768, "length": 256}
-    parts, whole = (model.time_op("selective_scan", keys, "H200", {"splits": n}) for n in (4, 1))
+    parts, whole = (modelled.time_op("selective_scan", keys, "H200", {"splits": n}) for n in (4, 1))
     assert parts.us < whole.us

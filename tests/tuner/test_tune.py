@@ -224,8 +224,7 @@ def test_the_gate_compares_bytes_not_values(problem, rule, other, monkeypatch):
 
 
 def test_the_model_is_an_objective():
-    if importlib.util.find_spec("machine") is None:
-        pytest.skip("the machine model is not on the path")
+    pytest.importorskip("gpumodel")
     case = problems.Case(OP, tuple(sorted(KEYS.items())), "sm_90a")
     rule = {"rows": 16, "warps": 1}
     found = objectives.create("model").measure(case, rule, rule, 1)

@@ -24,7 +24,7 @@ RESULTS = Path(__file__).with_name("results")
 README = ROOT / "README.md"
 Line = dict[str, Any]
 NOTES = {
-    "modelled": "**Modelled, not measured**: by `tools/machine`, whose constants are published figures fitted to no "
+    "modelled": "**Modelled, not measured**: by `tools/gpumodel`, whose constants are published figures fitted to no "
     "hardware. Good for comparing configurations; no number here is a claim about a GPU.",
     "measured": "Measured by `tools/bench/run.py`: CUDA graphs over rotated arguments of three times the L2, median.",
 }

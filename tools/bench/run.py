@@ -63,9 +63,10 @@ def line_of(case: Case, batch: int, **more: Any) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------- by the model
 def modelled(case: Case, batch: int, gpu: str) -> dict[str, Any]:
     """Return the line of a call by the machine model."""
-    import machine
+    from cute_ssm.runtime.companions import require
+    from cute_ssm.tuner.modelled import time_op
 
-    result = machine.time_op(case.op, case.call(batch), gpu)
+    result = time_op(case.op, case.call(batch), gpu)
     found, absent = triton_peers.modelled(case.op, case.call(batch), gpu)
     rivals: dict[str, Any] = {name: {"absent": reason} for name, reason in absent.items()}
     for name, own in found.items():
@@ -85,7 +86,7 @@ def modelled(case: Case, batch: int, gpu: str) -> dict[str, Any]:
     ]  # fmt: skip
     return line_of(
         case, batch, how="modelled", fitted=result.fitted, exact=result.exact, device=gpu,
-        arch=machine.machine_of(gpu).arch, us=us, bytes=result.bytes, gbs=round(result.bytes / result.us / 1e3, 1),
+        arch=require("gpumodel").machine_of(gpu).arch, us=us, bytes=result.bytes, gbs=round(result.bytes / result.us / 1e3, 1),
         of_copy=round(result.of_roof, 4), copy_us=round(result.roof_us, 3), kernels=kernels, peers=rivals,
     )  # fmt: skip
 

@@ -7,36 +7,36 @@ its heuristics choose.  Kernels in CUDA C++ take no part.
 from __future__ import annotations
 
 from bench import peers
+from cute_ssm.runtime.companions import require
+from cute_ssm.tuner import modelled as by_model
 
 TRITON = {("selective_state_update", "mamba_ssm"), ("gated_delta_rule_mtp", "fla")}
 
 
 def modelled(op: str, keys: dict[str, int | str], gpu: str) -> tuple[dict[str, float], dict[str, str]]:
     """Return the modelled microseconds of a call by peers, and why others are absent."""
-    import machine
-    from machine import model
-
-    gpu = machine.machine_of(gpu)
+    gpumodel = require("gpumodel")
+    machine = gpumodel.machine_of(gpu)
     found, absent = {}, {}
     for name, make in peers.PEERS.get(op, {}).items():
         if (op, name) not in TRITON:
             absent[name] = "no Triton kernel: not modelled"
             continue
 
-        def at(size: int | None, limit: int, make=make) -> machine.Modelled:
+        def at(size: int | None, limit: int, make=make) -> gpumodel.Modelled:
             from ptxsim.triton_hook import emulate_triton
 
             if size is None:
-                size = min(model.requests(op, keys)[1], model.largest(op, keys, gpu, limit))
-            call = model.arguments(op, {**keys, model.requests(op, keys)[0]: size})
+                size = min(by_model.requests(op, keys)[1], by_model.largest(op, keys, machine, limit))
+            call = by_model.arguments(op, {**keys, by_model.requests(op, keys)[0]: size})
             run = make(call.arguments)
-            digits = int("".join(c for c in gpu.arch if c.isdigit()))
-            with emulate_triton(arch=digits, **model.sampling(gpu)) as session:
+            digits = int("".join(c for c in machine.arch if c.isdigit()))
+            with emulate_triton(arch=digits, **gpumodel.sampling(machine)) as session:
                 run()
-            return model.time_session(session, gpu, call.floor_bytes)
+            return gpumodel.time_session(session, machine, call.floor_bytes)
 
         try:
-            found[name] = model.scaled(at, op, keys, gpu).us
+            found[name] = by_model.scaled(at, op, keys, machine).us
         except (peers.Absent, ImportError) as reason:
             absent[name] = str(reason)
         except Exception as error:  # a peer that the emulator cannot run costs only itself

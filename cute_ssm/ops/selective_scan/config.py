@@ -31,7 +31,7 @@ SPLIT_GAIN = 1.3  # by which `duration` must favour splits: more than it errs, f
 # functions of the special unit beside one per state.  The unit takes 8 clocks for one of a warp.
 SCAN_WORK, CARRY_WORK = (5.7, 18.0, 13.5, 3), (4.6, 9.0, 9.0, 1)
 SPECIAL_CLOCKS = 8
-# The rest makes `duration` agree with `tools/machine`, which was fitted to no measurement, to 20 %
+# The rest makes `duration` agree with `tools/gpumodel`, which was fitted to no measurement, to 20 %
 LATENCY, STALLS = 80, 1.15  # clocks of a token that a warp waits; what waits add to its instructions
 PART_CLOCKS = 4000  # of a part before its first token
 ROW_CLOCKS = 150  # of folding what a part carries: a quarter of a trip to L2, as four travel together

@@ -53,7 +53,7 @@ class Lowering:
     """Lowered instructions of one program for one machine, in compiled order per basic block."""
 
     def __init__(self, program, machine: Machine):
-        self.program, self.machine = program, machine
+        self.kernel, self.machine = program.kernel, machine
         self.names, self.blocks = {}, {}
         self.ops = [self.lower(ins) for ins in program.kernel.instrs]
 
@@ -244,7 +244,7 @@ class Lowering:
 
     def wgmma_share(self, pc):
         """Products m16n8k16 that a quarter of a wgmma is worth."""
-        ins = self.program.kernel.instrs[pc]
+        ins = self.kernel.instrs[pc]
         shape = next(m for m in ins.mods if re.fullmatch(r"m\d+n\d+k\d+", m))
         m, n, k = map(int, re.findall(r"\d+", shape))
         bits = 32 if "tf32" in ins.mods else 8 if {"e4m3", "e5m2", "s8", "u8"} & set(ins.mods) else 16

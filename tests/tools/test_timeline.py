@@ -9,7 +9,9 @@ import pytest
 
 from cute_ssm.ops.selective_state_update.kernel import SelectiveStep
 
+pytest.importorskip("gpumodel")
 timeline = pytest.importorskip("timeline", reason="tools/ is not on the path")
+drawing = timeline.timeline
 
 RING = {"batch": "64", "config.stages": "3", "config.warps": "2", "config.rows": "64", "config.ctas_per_sm": "2"}
 
@@ -46,7 +48,7 @@ def test_more_stages_hold_more_bytes_in_flight():
 
 
 def test_text_shows_every_warp(life):
-    said = timeline.text(life, width=60)
+    said = drawing.text(life, width=60)
     rows = [line for line in said.splitlines() if line.startswith("warp ") and "|" in line]
     assert len(rows) == len(life.warps) == 2
     assert all("S" in row and "#" in row for row in rows)
@@ -64,15 +66,9 @@ def test_kernel_class_names_the_roles_of_its_warps(how, monkeypatch):
     assert [warp[0] for warp in named.warps] == ["producer", "consumer", "consumer"]
 
 
-def test_parts_of_an_interval():
-    assert dict(timeline.spread(1.5, 3.25, (0.0, 4.0), 4)) == {1: 0.5, 2: 1.0, 3: 0.25}
-    assert dict(timeline.spread(-1.0, 9.0, (0.0, 3.0), 3)) == {0: 1.0, 1: 1.0, 2: 1.0}
-    assert timeline.level([(0.0, 4), (1.0, 8), (3.0, 0)], 0.0, 4.0, 2) == [6.0, 4.0]
-
-
 def test_a_row_shows_long_waits_as_waits(life):
     for name, segments, first, last in life.warps:
-        row = timeline.letters(life, segments, first, last, 50)
+        row = drawing.letters(life, segments, first, last, 50)
         issued = row.count("#") / len(row)
         assert issued <= 3 * life.waits(name)["issuing"]
 

@@ -1,19 +1,20 @@
-"""tools/machine on the operators: what a record holds, scaling to large calls, and that choices change the time."""
+"""The machine model on the operators: what a record holds, scaling to large calls, and that choices change the time."""
 
 from __future__ import annotations
 
 import pytest
 
 from cute_ssm import workloads
+from cute_ssm.tuner import modelled
 
-machine = pytest.importorskip("machine", reason="tools/ is not on the path")
+gpumodel = pytest.importorskip("gpumodel")
 ptxsim = pytest.importorskip("ptxsim")
 
 STEP = {"nheads": 16, "state_dtype": "float16"}
 
 
 def step(batch, gpu="H200", config=None, **keys):
-    return machine.time_op("selective_state_update", {**STEP, "batch": batch, **keys}, gpu, config)
+    return modelled.time_op("selective_state_update", {**STEP, "batch": batch, **keys}, gpu, config)
 
 
 @pytest.mark.parametrize("keys", [{"batch": 2}, {"batch": 2, "T": 6}], ids=str)
@@ -22,10 +23,10 @@ def test_record_has_the_instructions_and_bytes_that_are_counted(keys):
     with ptxsim.emulate(counters=True) as counted:
         call.run()
     call = workloads.build("selective_state_update", {**STEP, **keys})
-    with ptxsim.emulate(trace=machine.Trace, wave_lanes=None) as traced:
+    with ptxsim.emulate(trace=gpumodel.Trace, wave_lanes=None) as traced:
         call.run()
     counters, trace = counted.launches[0].counters.as_dict(), traced.launches[0].trace
-    assert machine.bytes_of(trace) == counters["dram_read_bytes"] + counters["dram_write_bytes"]
+    assert gpumodel.bytes_of(trace) == counters["dram_read_bytes"] + counters["dram_write_bytes"]
     executed = sum(visit.stop - visit.block.pc for visits in trace.warps.values() for visit in visits)
     assert executed == counters["instructions"]["total"]
     events = [e for visits in trace.warps.values() for v in visits for found in v.events.values() for e in found]
@@ -34,15 +35,15 @@ def test_record_has_the_instructions_and_bytes_that_are_counted(keys):
 
 
 def test_emulator_runs_only_the_ctas_of_one_sm():
-    session = machine.record(workloads.build("selective_state_update", {**STEP, "batch": 32}).run, machine.H200)
+    session = gpumodel.record(workloads.build("selective_state_update", {**STEP, "batch": 32}).run, gpumodel.H200)
     (launch,) = session.launches
-    ctas = -(-launch.grid[0] // machine.H200.sms)
+    ctas = -(-launch.grid[0] // gpumodel.H200.sms)
     assert len(launch.trace.warps) == ctas * launch.trace.warps_per_cta
 
 
 def test_large_calls_continue_small_ones():
-    exact = machine.time_op("selective_state_update", {**STEP, "batch": 512}, "H200", exact=1 << 30)
-    scaled = machine.time_op("selective_state_update", {**STEP, "batch": 512}, "H200", exact=1 << 19)
+    exact = modelled.time_op("selective_state_update", {**STEP, "batch": 512}, "H200", exact=1 << 30)
+    scaled = modelled.time_op("selective_state_update", {**STEP, "batch": 512}, "H200", exact=1 << 19)
     assert exact.exact
     assert not scaled.exact
     assert scaled.us == pytest.approx(exact.us, rel=0.05)
@@ -51,9 +52,9 @@ def test_large_calls_continue_small_ones():
 
 def test_no_call_is_faster_than_its_roof():
     for batch in (1, 64):
-        modelled = step(batch)
-        assert 0 < modelled.of_roof <= 1
-        assert not modelled.fitted
+        found = step(batch)
+        assert 0 < found.of_roof <= 1
+        assert not found.fitted
 
 
 def test_bytes_and_bandwidth_tell_at_a_large_batch():
@@ -67,7 +68,7 @@ def test_a_ring_beats_units_that_wait_for_themselves():
     ring = step(128, config={**base, "stages": 3})
     alone = step(128, config={**base, "stages": 1})
     more = step(128, config={**base, "stages": 3, "ctas_per_sm": 4})
-    assert ring.kernels[0].grid[0] == machine.H200.sms < alone.kernels[0].grid[0]
+    assert ring.kernels[0].grid[0] == gpumodel.H200.sms < alone.kernels[0].grid[0]
     assert more.us < 0.6 * ring.us
     few = ring.kernels[0].timing.bytes_in_flight(("state",))
     assert more.kernels[0].timing.bytes_in_flight(("state",)) > 2 * few
@@ -76,22 +77,17 @@ def test_a_ring_beats_units_that_wait_for_themselves():
 @pytest.mark.parametrize("op", ["gated_delta_rule_mtp", "selective_scan"])
 def test_other_operators_have_a_time(op):
     keys = {"gated_delta_rule_mtp": {"B": 4}, "selective_scan": {"length": 64}}[op]
-    modelled = machine.time_op(op, keys, "H200")
-    assert 1.6 < modelled.us < 100
-    assert modelled.kernels[0].timing.slots > 0
+    found = modelled.time_op(op, keys, "H200")
+    assert 1.6 < found.us < 100
+    assert found.kernels[0].timing.slots > 0
 
 
 def test_long_sequences_continue_short_ones():
     keys = {"dim": 256, "varlen": 1}
-    times = {n: machine.time_op("selective_scan", {**keys, "length": n}, "H200") for n in (256, 512)}
+    times = {n: modelled.time_op("selective_scan", {**keys, "length": n}, "H200") for n in (256, 512)}
     assert times[256].exact
     assert not times[512].exact
-    config = machine.model.chosen("selective_scan", {**keys, "length": 512}, machine.H200)
-    call = machine.model.arguments("selective_scan", {**keys, "length": 512})
-    whole = machine.time_call(call.run, "H200", call.floor_bytes, **config)
+    config = modelled.chosen("selective_scan", {**keys, "length": 512}, gpumodel.H200)
+    call = modelled.arguments("selective_scan", {**keys, "length": 512})
+    whole = modelled.time_call(call, "H200", config)
     assert times[512].us == pytest.approx(whole.us, rel=0.05)
-
-
-def test_unknown_machine_is_named():
-    with pytest.raises(ValueError, match="H200, B200"):
-        machine.machine_of("H9000")

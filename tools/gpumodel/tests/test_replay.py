@@ -1,4 +1,4 @@
-"""tools/machine: kernels whose modelled time can be worked out from the constants, and what overlap is worth."""
+"""`gpumodel`: kernels whose modelled time can be worked out from the constants, and what overlap is worth."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 import small_kernels
 
-machine = pytest.importorskip("machine", reason="tools/ is not on the path")
-ptxsim = pytest.importorskip("ptxsim")
+import gpumodel
+import ptxsim
 
-H200 = machine.H200
+H200 = gpumodel.H200
 
 
 def recorded(text, grid, block, args, shared=0, ctas=None):
     """The launch of a kernel, with its trace."""
     name = text.split(".entry ")[1].split("(")[0]
-    options = {"trace": machine.Trace, "wave_lanes": None, "ctas": ctas}
+    options = {"trace": gpumodel.Trace, "wave_lanes": None, "ctas": ctas}
     return ptxsim.run(text, name, grid, block, args, shared, **options)
 
 
 def modelled(launch, gpu=H200, registers=32, **options):
-    return machine.time_launch(launch, registers, gpu, **options)
+    return gpumodel.time_launch(launch, registers, gpu, **options)
 
 
 def lines(n_bytes):
@@ -144,7 +144,7 @@ def test_barrier_waits_for_the_last_warp():
     ],
 )
 def test_places_of_an_sm(registers, shared, threads, wanted):
-    assert machine.places(H200, registers, shared, threads) == wanted
+    assert gpumodel.places(H200, registers, shared, threads) == wanted
 
 
 def test_record_that_misses_an_arrival_is_refused():
@@ -155,3 +155,8 @@ def test_record_that_misses_an_arrival_is_refused():
             del visit.events[pc]
     with pytest.raises(RuntimeError, match="wait for ever"):
         modelled(launch)
+
+
+def test_unknown_machine_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="H200, B200"):
+        gpumodel.machine_of("H9000")

@@ -1,0 +1,74 @@
+"""The three packages of this repository: what their wheels hold, and which of them may import which."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import cute_ssm
+
+tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+ROOT = Path(__file__).parents[2]
+FOLDERS = {"cute-ssm": ROOT, "ptxsim": ROOT / "tools/ptxsim", "gpumodel": ROOT / "tools/gpumodel"}
+OWN = {
+    "ptxsim": {"numpy", "torch", "cutlass", "triton", "ptxsim"},
+    "gpumodel": {"numpy", "ptxsim", "matplotlib", "gpumodel"},
+}
+
+
+def project(name: str) -> dict:
+    return tomllib.loads((FOLDERS[name] / "pyproject.toml").read_text())
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_wheel_holds_its_own_package_alone(name):
+    module = name.replace("-", "_")
+    build = project(name)["tool"]["hatch"]["build"]
+    assert build["targets"].keys() == {"wheel"} and build["targets"]["wheel"] == {"packages": [module]}
+    assert (FOLDERS[name] / module / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_files_that_a_wheel_needs_exist(name):
+    declared = project(name)["project"]
+    assert "version" in declared["dynamic"]
+    version = FOLDERS[name] / project(name)["tool"]["hatch"]["version"]["path"]
+    assert re.search(r'^__version__ = "\d+\.\d+\.\d+', version.read_text(), re.M)
+    for file in (declared["readme"], *declared["license-files"]):
+        assert (FOLDERS[name] / file).is_file()
+    assert (FOLDERS[name] / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_tool_imports_nothing_of_cute_ssm_and_nothing_undeclared(name):
+    found = {}
+    for path in sorted((FOLDERS[name] / name).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            else:
+                continue
+            found |= {module.partition(".")[0]: path.name for module in names}
+    assert len(found) > 5
+    assert {k: v for k, v in found.items() if k not in sys.stdlib_module_names} .keys() <= OWN[name]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_tests_of_a_tool_need_no_cute_ssm(name):
+    for path in (FOLDERS[name] / "tests").rglob("*.py"):
+        assert "cute_ssm" not in path.read_text(), path
+
+
+def test_cute_ssm_loads_the_tools_on_demand_alone():
+    """An import statement would fail where they are not installed; `runtime.companions.require` says what to do."""
+    for path in Path(cute_ssm.__file__).parent.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                module = node.names[0].name if isinstance(node, ast.Import) else node.module or ""
+                assert module.partition(".")[0] not in OWN, path

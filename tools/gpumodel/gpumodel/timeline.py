@@ -1,0 +1,274 @@
+"""Draw the life of a CTA: what every warp waits for, and how many bytes are on their way; modelled.
+
+`life_of` takes a `KernelTime` that was modelled with ``timeline=True``; `text` and `picture` draw it.  The constants of
+the model are fitted to no measurement: a drawing shows the order of events and what overlaps, not times.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from .model import KernelTime
+
+
+class Watched(NamedTuple):
+    """Tensors that are drawn apart from other data: a word for them, and whether a tensor's name is one of theirs."""
+
+    name: str
+    holds: Callable[[str], bool]
+
+
+ALL_DATA = Watched("data", lambda tensor: True)
+CLASSES = {  # how a reason to wait is drawn: letter, colour, and how the reason begins
+    "issuing": ("#", "#2b6a4d", ()),
+    "watched": ("S", "#b3261e", ()),
+    "other data": ("d", "#e08a1e", ("load of", "copy of", "cp.async")),
+    "stores": ("w", "#8e6bbf", ("bulk store",)),
+    "another warp": ("b", "#3b6fb6", ("barrier", "mbarrier", "warp barrier")),
+    "shared memory": ("s", "#6aa5d8", ("shared memory", "load/store unit", "lsu", "local memory")),
+    "arithmetic": ("a", "#c9c9c9", ()),
+    "issue slots": ("i", "#8fbf9f", ("issue",)),
+}
+BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+@dataclass
+class Life:
+    """One CTA's life on the modelled SM.
+
+    ``warps`` holds, per warp: name, waits as (start, end, reason), first and last clock.  ``in_flight`` are
+    (clock, bytes) steps of the watched bytes on their way to this CTA, ``sm_in_flight`` to its SM.
+    """
+
+    kernel: str
+    cta: int
+    ctas: int
+    places: int
+    start: float
+    end: float
+    watched: Watched = ALL_DATA
+    warps: list[tuple[str, list, float, float]] = field(default_factory=list)
+    in_flight: list[tuple[float, int]] = field(default_factory=list)
+    sm_in_flight: list[tuple[float, int]] = field(default_factory=list)
+
+    def waits(self, role: str) -> dict[str, float]:
+        """Share of the lives of the warps of a role per reason, issuing included."""
+        mine = [warp for warp in self.warps if warp[0] == role]
+        total = sum(last - first for _, _, first, last in mine)
+        reasons = Counter()
+        for _, segments, _, _ in mine:
+            for start, end, reason in segments:
+                reasons[reason] += end - start
+        shares = {reason: clocks / total for reason, clocks in reasons.most_common()}
+        return {"issuing": 1 - sum(shares.values()), **shares}
+
+    def mean_in_flight(self, steps: list[tuple[float, int]]) -> float:
+        """Mean of ``in_flight`` or ``sm_in_flight`` over the CTA's life."""
+        return sum(level(steps, self.start, self.end, 400)) / 400
+
+    def as_dict(self) -> dict:
+        """What the text says, as plain values."""
+        roles = list(dict.fromkeys(name for name, _, _, _ in self.warps))
+        return {
+            "kernel": self.kernel,
+            "cta": self.cta,
+            "ctas_of_sm": self.ctas,
+            "places": self.places,
+            "clocks": round(self.end - self.start),
+            "roles": {role: {why: round(share, 4) for why, share in self.waits(role).items()} for role in roles},
+            f"{self.watched.name}_bytes_in_flight": {
+                "cta_mean": round(self.mean_in_flight(self.in_flight)),
+                "sm_mean": round(self.mean_in_flight(self.sm_in_flight)),
+                "sm_most": max((n for _, n in self.sm_in_flight), default=0),
+            },
+        }
+
+
+def class_of(reason: str, watched: Watched = ALL_DATA) -> str:
+    """The class that a reason to wait is drawn as."""
+    if reason.startswith(("load of ", "copy of ")) and any(map(watched.holds, reason.split(" of ")[1].split(", "))):
+        return "watched"
+    for name, (_, _, beginnings) in CLASSES.items():
+        if reason.startswith(beginnings):
+            return name
+    return "issuing" if reason == "issuing" else "arithmetic"
+
+
+def legend(watched: Watched) -> dict[str, str]:
+    """What each class is called in a drawing."""
+    return {name: watched.name if name == "watched" else name for name in CLASSES}
+
+
+def steps_of(flights: list[tuple[float, float, int]]) -> list[tuple[float, int]]:
+    """(clock, bytes from then on) of (asked, arrived, bytes)."""
+    changes = sorted([(a, n) for a, _, n in flights] + [(b, -n) for _, b, n in flights])
+    out, now = [], 0
+    for clock, change in changes:
+        now += change
+        out.append((clock, now))
+    return out
+
+
+def spread(start: float, end: float, life: tuple[float, float], count: int) -> Iterator[tuple[int, float]]:
+    """Yield (part, clocks in it) of an interval, where ``life`` is cut into ``count`` equal parts."""
+    first, last = life
+    step = (last - first) / count or 1.0
+    start, end = max(start, first), min(end, last)
+    for part in range(max(0, int((start - first) / step)), min(count, int((end - first) / step) + 1)):
+        clocks = min(end, first + (part + 1) * step) - max(start, first + part * step)
+        if clocks > 0:
+            yield part, clocks
+
+
+def level(steps: list[tuple[float, int]], start: float, end: float, count: int) -> list[float]:
+    """Mean bytes in flight in ``count`` equal parts of an interval."""
+    out = [0.0] * count
+    for (clock, n), (until, _) in zip(steps, [*steps[1:], (end, 0)]):
+        for part, clocks in spread(clock, until, (start, end), count):
+            out[part] += n * clocks * count / (end - start)
+    return out
+
+
+def life_of(
+    kernel: KernelTime, cta: int | None = None, roles: Sequence[str] | None = None, watched: Watched = ALL_DATA
+) -> Life:
+    """The life of one of the CTAs that the model replayed.
+
+    Parameters
+    ----------
+    kernel : KernelTime
+        Of a call that was modelled with ``timeline=True``.
+    cta : int, optional
+        Number of the CTA among those of the SM; default: one that starts when the SM is full, if there is one.
+    roles : sequence of str, optional
+        Names of the CTA's warps; the last one is that of all further warps.
+    watched : Watched
+        Tensors that are drawn apart from other data.
+
+    Raises
+    ------
+    ValueError
+        If there is no such CTA, or the waits of the warps were not kept.
+    """
+    if kernel.timing.segments is None:
+        raise ValueError("kernel: expected one modelled with timeline=True, got one whose waits were not kept")
+    timing, per_cta = kernel.timing, kernel.trace.warps_per_cta
+    spans = {}
+    for warp, (first, last) in timing.lives.items():
+        a, b = spans.get(warp // per_cta, (first, last))
+        spans[warp // per_cta] = (min(a, first), max(b, last))
+    order = sorted(spans, key=lambda c: spans[c])
+    if cta is None:
+        cta = order[min(len(order) // 2, 2 * kernel.places)] if len(order) > kernel.places else order[len(order) // 2]
+    if cta not in spans:
+        raise ValueError(f"cta: expected 0 to {len(spans) - 1}, got {cta}")
+    start, end = spans[cta]
+    life = Life(kernel.name, cta, len(spans), kernel.places, start, end, watched)
+    for i in range(per_cta):
+        warp = cta * per_cta + i
+        if warp in timing.lives:
+            name = roles[min(i, len(roles) - 1)] if roles else f"warp {i}"
+            segments = [(a, b, why) for w, a, b, why in timing.segments if w == warp]
+            life.warps.append((name, segments, *timing.lives[warp]))
+    flights = [(a, b, n, c) for a, b, n, tensor, c in timing.flights if watched.holds(tensor)]
+    life.in_flight = steps_of([(a, b, n) for a, b, n, c in flights if c == cta])
+    life.sm_in_flight = steps_of([(a, b, n) for a, b, n, _ in flights])
+    return life
+
+
+def text(life: Life, width: int = 100) -> str:
+    """The life as text: a row of letters per warp, bytes in flight, and each role's waits."""
+    said = life.watched.name
+    where = f"CTA {life.cta} of {life.ctas} on this SM, {life.places} resident at a time"
+    lines = [f"kernel {life.kernel[:90]}", f"{where}; {life.end - life.start:,.0f} clocks", ""]
+    for name, segments, first, last in life.warps:
+        lines.append(f"{name[:14]:14} |{''.join(letters(life, segments, first, last, width))}|")
+    for label, steps in ((f"{said}, CTA", life.in_flight), (f"{said}, SM", life.sm_in_flight)):
+        values = level(steps, life.start, life.end, width)
+        top = max([*values, 1.0])
+        bar = "".join(BLOCKS[round(v / top * (len(BLOCKS) - 1))] for v in values)
+        lines.append(f"{label:14} |{bar}| mean {life.mean_in_flight(steps) / 1024:.1f} KiB, most {top / 1024:.1f} KiB")
+    lines += ["", "  ".join(f"{CLASSES[name][0]} {called}" for name, called in legend(life.watched).items()), ""]
+    for role in dict.fromkeys(name for name, _, _, _ in life.warps):
+        shares = [f"{share:.0%} {why}" for why, share in life.waits(role).items() if share >= 0.02]
+        lines.append(f"{role[:14]:14} {', '.join(shares)}")
+    return "\n".join(lines)
+
+
+def letters(life: Life, segments: list, first: float, last: float, width: int) -> list[str]:
+    """One letter per part of the CTA's life: what the warp did for most of it."""
+    step = (life.end - life.start) / width or 1.0
+    parts = [Counter() for _ in range(width)]
+    for start, end, reason in segments:
+        for at, clocks in spread(start, end, (life.start, life.end), width):
+            parts[at][class_of(reason, life.watched)] += clocks
+    out = []
+    for at, part in enumerate(parts):
+        a, b = life.start + at * step, life.start + (at + 1) * step
+        alive = max(0.0, min(b, last) - max(a, first))
+        part["issuing"] = alive - sum(part.values())
+        out.append(CLASSES[part.most_common(1)[0][0]][0] if alive > 0.5 * step else " ")
+    return out
+
+
+def picture(found: list[Life], path: str, title: str) -> None:
+    """Write a PNG: a bar per warp, and the watched bytes in flight below, for each launch.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    """
+    pyplot = _pyplot()
+    from matplotlib.patches import Patch
+
+    rows = [max(2.0, 0.28 * len(life.warps) + 0.6) for life in found]
+    ratios = [height for row in rows for height in (row, 1.4)]
+    figure, axes = pyplot.subplots(
+        2 * len(found), 1, figsize=(13, sum(ratios) + 1.6), squeeze=False, gridspec_kw={"height_ratios": ratios}
+    )
+    for i, life in enumerate(found):
+        bars, below = axes[2 * i][0], axes[2 * i + 1][0]
+        for y, (_, segments, first, last) in enumerate(life.warps):
+            bars.broken_barh([(first - life.start, last - first)], (y - 0.4, 0.8), color=CLASSES["issuing"][1])
+            for name, (_, colour, _) in CLASSES.items():
+                spans = [(a - life.start, b - a) for a, b, why in segments if class_of(why, life.watched) == name]
+                if spans and name != "issuing":
+                    bars.broken_barh(spans, (y - 0.4, 0.8), color=colour, linewidth=0)
+        bars.set_yticks(range(len(life.warps)), [warp[0] for warp in life.warps], fontsize=8)
+        bars.invert_yaxis()
+        bars.set_xlim(0, life.end - life.start)
+        bars.set_title(f"CTA {life.cta} of {life.ctas} on one SM, {life.places} resident", fontsize=9, loc="left")
+        for steps, label, colour in (
+            (life.sm_in_flight, "to the SM", "#e8b4b0"),
+            (life.in_flight, "to this CTA", "#b3261e"),
+        ):
+            clocks = [life.start, *(clock for clock, _ in steps), life.end]
+            values = [0, *(n for _, n in steps), 0]
+            x = [clock - life.start for clock in clocks]
+            below.fill_between(x, [n / 1024 for n in values], step="post", color=colour, label=label, linewidth=0)
+        below.set_xlim(0, life.end - life.start)
+        below.set_ylabel(f"KiB of {life.watched.name}\nin flight", fontsize=8)
+        below.legend(fontsize=7, loc="upper right")
+        below.set_xlabel("clocks (modelled)", fontsize=8)
+    handles = [Patch(color=CLASSES[name][1], label=called) for name, called in legend(found[0].watched).items()]
+    figure.legend(handles=handles, ncol=len(handles), loc="lower center", fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout(rect=(0, 0.04, 1, 0.98))
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    """matplotlib's pyplot, drawing to files only."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("picture: pictures are drawn by matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
