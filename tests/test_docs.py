@@ -105,9 +105,7 @@ def test_options_of_the_command_line_exist(command, capsys):
 
 def test_ci_installs_and_tests_as_the_readme_says():
     commands = (ROOT / ".ci" / "run").read_text().splitlines()
-    packages, extra, test = re.search(
-        r'pip install (.*)"\.\[(\w+)\]" && (pytest.*)', section("Two commands")
-    ).groups()
+    packages, extra, test = re.search(r'pip install (.*)"\.\[(\w+)\]" && (pytest.*)', section("Two commands")).groups()
     assert commands[-1] == test
     assert f'python -m pip install --quiet {packages}".[{extra},dev]"' in commands
 

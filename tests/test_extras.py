@@ -10,7 +10,6 @@ from cute_ssm.demo import report, weights
 from cute_ssm.integrations import transformers
 from cute_ssm.tuner import engines
 
-
 USES = {
     "matplotlib": (report.pyplot, "demo"),
     "safetensors": (weights._safetensors, "demo"),

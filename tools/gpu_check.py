@@ -144,9 +144,7 @@ def carry_out(
     """Run the steps within a time, writing the summary after each."""
     out.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [*PATHS, *filter(None, [environment.get("PYTHONPATH", "")])]
-    )
+    environment["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [environment.get("PYTHONPATH", "")])])
     environment.setdefault("CUTE_SSM_CACHE_DIR", str(out / "kernels"))
     environment |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     end, done = clock() + 60 * minutes - RESERVE_S, []

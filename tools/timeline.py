@@ -52,9 +52,7 @@ def lives(op: str, keys: dict[str, str], gpu: str = "H200", cta: int | None = No
     call, fields = modelled.replayed(op, shapes, machine, config)
     kernels = modelled.time_call(call, machine, fields, timeline=True).kernels
     roles = roles_of(call, machine, fields) or [None]
-    return [
-        timeline.life_of(kernel, cta, roles[min(i, len(roles) - 1)], STATE) for i, kernel in enumerate(kernels)
-    ]
+    return [timeline.life_of(kernel, cta, roles[min(i, len(roles) - 1)], STATE) for i, kernel in enumerate(kernels)]
 
 
 def roles_of(call: workloads.Call, machine: gpumodel.Machine, fields: dict[str, int]) -> list[tuple[str, ...] | None]:

@@ -29,5 +29,5 @@ def require(name: str) -> ModuleType:
         If it, or what it needs, is not installed; the message says how to install it.
     """
     if absent := missing(name):
-        raise ImportError(f"{' and '.join(absent)} not installed; {how_to_install(name)}", name=absent[0])
+        raise ImportError(f"not installed: {' and '.join(absent)}; {how_to_install(name)}", name=absent[0])
     return import_module(name)

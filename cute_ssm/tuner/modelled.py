@@ -91,9 +91,12 @@ def floor_bytes(op: str, keys: Mapping[str, int | str], size: int) -> int:
 
 
 def time_op(
-    op: str, keys: Mapping[str, int | str], machine: str | Machine = "H200", config: Mapping[str, int | str] | None = None,
+    op: str,
+    keys: Mapping[str, int | str],
+    machine: str | Machine = "H200",
+    config: Mapping[str, int | str] | None = None,
     exact: int = EXACT_BYTES,
-) -> Modelled:  # fmt: skip
+) -> Modelled:
     """Model a declared call of any size.
 
     Parameters

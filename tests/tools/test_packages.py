@@ -56,7 +56,7 @@ def test_a_tool_imports_nothing_of_cute_ssm_and_nothing_undeclared(name):
                 continue
             found |= {module.partition(".")[0]: path.name for module in names}
     assert len(found) > 5
-    assert {k: v for k, v in found.items() if k not in sys.stdlib_module_names} .keys() <= OWN[name]
+    assert {k: v for k, v in found.items() if k not in sys.stdlib_module_names}.keys() <= OWN[name]
 
 
 @pytest.mark.parametrize("name", OWN)

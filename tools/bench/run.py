@@ -66,7 +66,7 @@ def modelled(case: Case, batch: int, gpu: str) -> dict[str, Any]:
     from cute_ssm.runtime.companions import require
     from cute_ssm.tuner.modelled import time_op
 
-    result = time_op(case.op, case.call(batch), gpu)
+    result, target = time_op(case.op, case.call(batch), gpu), require("gpumodel").machine_of(gpu).arch
     found, absent = triton_peers.modelled(case.op, case.call(batch), gpu)
     rivals: dict[str, Any] = {name: {"absent": reason} for name, reason in absent.items()}
     for name, own in found.items():
@@ -86,7 +86,7 @@ def modelled(case: Case, batch: int, gpu: str) -> dict[str, Any]:
     ]  # fmt: skip
     return line_of(
         case, batch, how="modelled", fitted=result.fitted, exact=result.exact, device=gpu,
-        arch=require("gpumodel").machine_of(gpu).arch, us=us, bytes=result.bytes, gbs=round(result.bytes / result.us / 1e3, 1),
+        arch=target, us=us, bytes=result.bytes, gbs=round(result.bytes / result.us / 1e3, 1),
         of_copy=round(result.of_roof, 4), copy_us=round(result.roof_us, 3), kernels=kernels, peers=rivals,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from .lower import Lowering
 from .replay import Replay, Timing
 from .trace import Trace
 
-DEFAULT_REGISTERS = 128  # of a kernel for which ptxas reported none
+REGISTERS = 128  # of a kernel for which ptxas reported none
 _lowered: WeakKeyDictionary = WeakKeyDictionary()  # program -> {machine: Lowering}
 
 
@@ -180,7 +180,7 @@ def time_session(session, machine: Machine, total_bytes: int | None = None, time
     """Model the launches of a session whose options were those of `sampling`."""
     registers = resources(session)
     kernels = [
-        time_launch(launch, registers.get(launch.program.kernel.name, DEFAULT_REGISTERS), machine, total_bytes, timeline)
+        time_launch(launch, registers.get(launch.program.kernel.name, REGISTERS), machine, total_bytes, timeline)
         for launch in session.launches
     ]
     clocks = sum(kernel.clocks for kernel in kernels)
