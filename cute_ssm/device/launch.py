@@ -1,7 +1,7 @@
-"""`prefer_shared`: how much of an SM's cache a launch wants as shared memory.
+"""`prefer_shared`: set how much of an SM's cache a launch uses as shared memory.
 
-``preferred_smem_carveout`` of the DSL's ``launch`` reaches no launch of nvidia-cutlass-dsl 4.8.1: it is an attribute of
-functions that the DSL's own executor would set, and compiled host code does not.  The launch attribute does.
+``preferred_smem_carveout`` of the DSL's ``launch`` has no effect in nvidia-cutlass-dsl 4.8.1: only the DSL's own
+executor sets that function attribute, compiled host code does not.  The launch attribute takes effect.
 """
 
 from cutlass import Int32
@@ -10,10 +10,10 @@ from cutlass._mlir.dialects import cuda
 
 
 def prefer_shared(percent: int = 100) -> None:
-    """Make the launch that was traced last ask for `percent` of the cache as shared memory.
+    """Request `percent` of the cache as shared memory for the launch that was traced last.
 
-    The hardware takes the next larger of its own steps.  Without it the driver may choose a share that holds fewer CTAs
-    than fit.
+    The hardware rounds up to one of its own steps.  Without a request, the driver may choose a share that holds fewer
+    CTAs than the SM has room for.
     """
     operations = list(ir.InsertionPoint.current.block.operations)
     launch = [operation for operation in operations if operation.operation.name == "cuda.launch_ex"][-1]

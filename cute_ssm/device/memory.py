@@ -1,12 +1,15 @@
 """Loads, stores and bulk copies.
 
-Registers hold memory as *words* (`convert`); whoever loads says how many bytes one access may take.
+Registers hold the contents of memory as *words* (`convert`); the caller says how many bytes one access may take.
 """
+
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import cutlass
 import cutlass.cute as cute
 import cutlass.experimental.primitives as prims
-from cutlass import Int8, Int16, Int32, Int64
+from cutlass import Boolean, Float32, Int8, Int16, Int32, Int64, Numeric
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
@@ -14,14 +17,17 @@ from cutlass.cutlass_dsl import T, dsl_user_op
 from cute_ssm.device import convert
 
 
-def address(tensor, *coord):
-    """Pointer to an element; offsets are computed in the type of the strides, 64 bits for symbolic ones."""
-    return tensor.iterator + cute.crd2idx(coord, tensor.layout)
+def address(tensor: cute.Tensor, *coordinate: Any) -> cute.Pointer:
+    """Return a pointer to an element; offsets are computed in the type of the strides, 64 bits for symbolic ones."""
+    return tensor.iterator + cute.crd2idx(coordinate, tensor.layout)
 
 
 @dsl_user_op
-def pinned(value, *, loc=None, ip=None):
-    """The same integer, computed here once: the compiler otherwise computes it anew wherever a loop uses it."""
+def pinned(value: Numeric, *, loc: Any = None, ip: Any = None) -> Numeric:
+    """Return the same integer, opaque to LLVM: nothing computed from it moves ahead of this point.
+
+    LLVM also stops computing the value again wherever a loop uses it.  ptxas sees a plain move.
+    """
     kind, wrap, letter = (T.i64(), Int64, "l") if value.width == 64 else (T.i32(), Int32, "r")
     operand = value.ir_value(loc=loc, ip=ip)
     text = f"mov.b{value.width} $0, $1;"
@@ -33,13 +39,13 @@ def pinned(value, *, loc=None, ip=None):
     )  # fmt: skip
 
 
-def global_bytes(address, align=16):
-    """Pointer to an address in global memory, a multiple of `align`; bulk copies take multiples of 16."""
+def global_bytes(address: Int64, align: int = 16) -> cute.Pointer:
+    """Return a pointer to an address in global memory, a multiple of `align`; bulk copies need multiples of 16."""
     return cute.make_ptr(Int8, address, cute.AddressSpace.gmem, assumed_align=align)
 
 
-def either(condition, pointer, other):
-    """One of two pointers to shared memory, by a condition of each thread; loads of up to 8 bytes."""
+def either(condition: Boolean, pointer: cute.Pointer, other: cute.Pointer) -> cute.Pointer:
+    """Return one of two pointers to shared memory, for loads of up to 8 bytes; the condition may differ per thread."""
     chosen = cutlass.select_(condition, pointer.toint(), other.toint())
     return cute.make_ptr(pointer.dtype, chosen, cute.AddressSpace.smem, assumed_align=8)
 
@@ -48,8 +54,8 @@ _INTEGERS = {8: (T.i8, Int8), 16: (T.i16, Int16), 32: (T.i32, Int32), 64: (T.i64
 
 
 @dsl_user_op
-def load_words(ptr, count, bits=32, *, loc=None, ip=None):
-    """`count` (1, 2 or 4) words of `bits` from an address that is a multiple of their size, at most 16 bytes."""
+def load_words(ptr: cute.Pointer, count: int, bits: int = 32, *, loc: Any = None, ip: Any = None) -> list[Numeric]:
+    """Load `count` (1, 2 or 4) words of `bits`, at most 16 bytes, from an address that is a multiple of their size."""
     kind, wrap = _INTEGERS[bits]
     source, alignment = ptr.to_llvm_ptr(loc=loc, ip=ip), count * bits // 8
     if count == 1:
@@ -60,7 +66,7 @@ def load_words(ptr, count, bits=32, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def store_words(ptr, words, *, loc=None, ip=None):
+def store_words(ptr: cute.Pointer, words: Sequence[Numeric], *, loc: Any = None, ip: Any = None) -> None:
     """Store 1, 2 or 4 words at an address that is a multiple of their size; a single one may be of 8 or 16 bits."""
     target = ptr.to_llvm_ptr(loc=loc, ip=ip)
     if len(words) == 1:
@@ -75,13 +81,21 @@ def store_words(ptr, words, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def load_scalar(ptr, dtype, *, loc=None, ip=None):
-    """One element as float32."""
+def load_scalar(ptr: cute.Pointer, dtype: type[Numeric], *, loc: Any = None, ip: Any = None) -> Float32:
+    """Load one element as float32."""
     return convert.widen(load_words(ptr, 1, dtype.width, loc=loc, ip=ip)[0], dtype, loc=loc, ip=ip)
 
 
 @dsl_user_op
-def store_scalar(ptr, value, dtype, saturate=False, *, loc=None, ip=None):
+def store_scalar(
+    ptr: cute.Pointer,
+    value: Float32,
+    dtype: type[Numeric],
+    saturate: bool = False,
+    *,
+    loc: Any = None,
+    ip: Any = None,
+) -> None:
     """Round one float32 to nearest even and store it; 16-bit types may saturate."""
     bits = convert.narrow(value, dtype, saturate, loc=loc, ip=ip)
     llvm.store(
@@ -89,13 +103,13 @@ def store_scalar(ptr, value, dtype, saturate=False, *, loc=None, ip=None):
     )
 
 
-def load(ptr, dtype, count, access_bytes):
-    """`count` contiguous elements as float32, by accesses of `access_bytes` (one element's size up to 16).
+def load(ptr: cute.Pointer, dtype: type[Numeric], count: int, access_bytes: int) -> list[Float32]:
+    """Load `count` contiguous elements as float32, by accesses of `access_bytes` (one element's size up to 16).
 
-    Quantised elements come without their scale.
+    Quantised elements are not multiplied by their scale.
     """
     per_access = access_bytes * 8 // dtype.width
-    values = []
+    values: list[Float32] = []
     for first in range(0, count, per_access):
         if per_access == 1 and access_bytes < 4:
             values.append(load_scalar(ptr + first, dtype))
@@ -108,8 +122,8 @@ def load(ptr, dtype, count, access_bytes):
     return values
 
 
-def load_packed(ptr, count, access_bytes):
-    """`count` 32-bit words of 16-bit elements, from a multiple of `access_bytes` (2 to 16), by accesses of no more."""
+def load_packed(ptr: cute.Pointer, count: int, access_bytes: int) -> list[Int32]:
+    """Load `count` 32-bit words of 16-bit elements from a multiple of `access_bytes` (2 to 16), that many at a time."""
     if access_bytes == 2:
         halves = [Int32(load_words(ptr + i, 1, 16)[0]) for i in range(2 * count)]
         return [low & 0xFFFF | high << 16 for low, high in zip(halves[::2], halves[1::2])]
@@ -117,7 +131,9 @@ def load_packed(ptr, count, access_bytes):
     return [word for first in range(0, count, width) for word in load_words(ptr + 2 * first, width)]
 
 
-def store(ptr, values, dtype, access_bytes, saturate=False):
+def store(
+    ptr: cute.Pointer, values: Sequence[Float32], dtype: type[Numeric], access_bytes: int, saturate: bool = False
+) -> None:
     """Round float32 values to nearest even and store them contiguously, by accesses of `access_bytes`.
 
     16-bit types may saturate (`convert.pack`).
@@ -129,7 +145,13 @@ def store(ptr, values, dtype, access_bytes, saturate=False):
     store_packed(ptr, convert.pack(values, dtype, saturate), dtype, access_bytes)
 
 
-def store_packed(ptr, words, dtype, access_bytes, count=None):
+def store_packed(
+    ptr: cute.Pointer,
+    words: Sequence[Int32],
+    dtype: type[Numeric],
+    access_bytes: int,
+    count: Optional[int] = None,
+) -> None:
     """Store the elements of type `dtype` in 32-bit `words` contiguously, by accesses of `access_bytes` (1 to 16).
 
     All elements, or the first `count`, a whole number of accesses.
@@ -148,11 +170,11 @@ def store_packed(ptr, words, dtype, access_bytes, count=None):
         store_words(ptr + i * per_access, part if access_bytes >= 4 else [part])
 
 
-def bulk_load(dst, src, n_bytes, mbar):
-    """This thread copies `n_bytes` (a multiple of 16) to shared memory; `mbar` counts the bytes.  No election."""
+def bulk_load(dst: cute.Pointer, src: cute.Pointer, n_bytes: Int32 | int, mbar: cute.Pointer) -> None:
+    """Copy `n_bytes` (a multiple of 16) to shared memory; `mbar` counts them.  Each thread that calls this copies."""
     prims.cp_async_bulk_shared_cluster_global(dst.raw_ptr(), src.raw_ptr(), mbar.raw_ptr(), n_bytes)
 
 
-def bulk_store(dst, src, n_bytes):
-    """This thread copies `n_bytes` (a multiple of 16) to global memory, in its current bulk group.  No election."""
+def bulk_store(dst: cute.Pointer, src: cute.Pointer, n_bytes: Int32 | int) -> None:
+    """Copy `n_bytes` (a multiple of 16) to global memory in the current bulk group.  Each calling thread copies."""
     prims.cp_async_bulk_global_shared_cta(dst.raw_ptr(), src.raw_ptr(), n_bytes)

@@ -5,6 +5,7 @@ from faults import Fault
 KERNEL = "cute_ssm/ops/selective_scan/kernel.py"
 EXTENTS = "cute_ssm/ops/selective_scan/extents.py"
 DEVICE = "cute_ssm/device/scan.py"
+MATH = "cute_ssm/device/math.py"
 BASE = "tests/ops/test_selective_scan.py::test_kernel[base]"
 PERSISTENT = (
     "tests/ops/test_selective_scan.py::test_persistent[lengths=(70, 70)-dim=130-{'async_mode': 'late'}-"
@@ -58,7 +59,7 @@ FAULTS = [
     Fault(
         "what parts before carry does not decay",
         KERNEL,
-        "cute.math.fma(scan.power_of_two(elapsed * rates[n]), h[n], added[n])",
+        "cute.math.fma(math.power_of_two(elapsed * rates[n]), h[n], added[n])",
         "h[n] + added[n]",
         (PARTS,),
     ),
@@ -71,14 +72,14 @@ FAULTS = [
     ),
     Fault(
         "the gate loses its sign",
-        DEVICE,
-        "return x * _reciprocal(power_of_two(x * -LOG2E) + 1.0)",
-        "return x * _reciprocal(power_of_two(x * LOG2E) + 1.0)",
+        MATH,
+        "return x * reciprocal(power_of_two(x * -LOG2E) + 1.0)",
+        "return x * reciprocal(power_of_two(x * LOG2E) + 1.0)",
         ("tests/ops/test_selective_scan.py::test_kernel[base]",),
     ),
     Fault(
         "softplus by one coefficient less",
-        DEVICE,
+        MATH,
         "for coefficient in _LOG1P[-2::-1]:",
         "for coefficient in _LOG1P[-3::-1]:",
         (BASE,),
@@ -93,8 +94,8 @@ FAULTS = [
     Fault(
         "a token too many is stored",
         DEVICE,
-        "if token + i >= begin and token + i < stop:\n                    memory.store_scalar",
-        "if token + i >= begin and token + i <= stop:\n                    memory.store_scalar",
+        "if token + i >= tokens.begin and token + i < tokens.end:\n                    memory.store_scalar",
+        "if token + i >= tokens.begin and token + i <= tokens.end:\n                    memory.store_scalar",
         ("tests/ops/test_selective_scan.py::test_packed_sequences_are_those_of_single_calls",),
     ),
     Fault(

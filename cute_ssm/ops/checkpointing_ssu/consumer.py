@@ -17,7 +17,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 
 from cute_ssm.device import convert, math, memory, mma, philox
-from cute_ssm.device.scan import power_of_two, silu
+from cute_ssm.device.math import fast_silu, power_of_two
 from cute_ssm.device.tile import ROWS
 from cute_ssm.device.tokens import TokenOperands
 from cute_ssm.ops.checkpointing_ssu.config import STEP, TOKENS
@@ -394,7 +394,7 @@ class Consumer:
             for part in cutlass.range_constexpr(2 * count):
                 c = sums[m + part // 2][part % 2 * 2 : part % 2 * 2 + 2]
                 if const_expr(self.spec.has_z):
-                    c = [v * silu(gate) for v, gate in zip(c, convert.unpack([z[part]], dtype))]
+                    c = [v * fast_silu(gate) for v, gate in zip(c, convert.unpack([z[part]], dtype))]
                 words += convert.pack(c, dtype)
         cute.arch.sync_warp()  # rows of z were read by other lanes
         for m in cutlass.range_constexpr(0, self.tile.blocks, 2):

@@ -9,7 +9,7 @@ from cutlass import Float32, Int32, const_expr
 
 from cute_ssm.arch import WARP
 from cute_ssm.device import convert, math, memory
-from cute_ssm.device.scan import LOG2E, power_of_two, softplus
+from cute_ssm.device.math import LOG2E, fast_softplus, power_of_two
 from cute_ssm.ops.checkpointing_ssu.config import STEP
 
 
@@ -150,7 +150,7 @@ class Prep:
             given = [v + bias for v, bias in zip(given, self.floats(biases, spec.dt_bias_dtype))]
         taken, sums = [], []
         for i in cutlass.range_constexpr(len(heads)):
-            step = softplus(given[i]) if const_expr(spec.dt_softplus) else given[i]
+            step = fast_softplus(given[i]) if const_expr(spec.dt_softplus) else given[i]
             step = step if is_new else Float32(0.0)
             step = seen[i] if is_old else step
             taken.append(step)

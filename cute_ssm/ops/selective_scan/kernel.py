@@ -39,7 +39,7 @@ from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import Arch
-from cute_ssm.device import convert, launch, memory, scan
+from cute_ssm.device import convert, launch, math, memory, scan
 from cute_ssm.device.fakes import fake
 from cute_ssm.ops.selective_scan.config import (
     BLOCK,
@@ -267,7 +267,7 @@ class SelectiveScan:
                 row = b if const_expr(query_start is None) else Int32(0)
                 # lanes beyond the last channel read the weights of another, and nothing that is written
                 known = channel if valid else group * per_group
-                rates = [a * scan.LOG2E for a in self.load_quads(memory.address(A, known, 0), thread % self.lanes)]
+                rates = [a * math.LOG2E for a in self.load_quads(memory.address(A, known, 0), thread % self.lanes)]
                 weights = [None if const_expr(t is None) else Float32(t[known]) for t in (D, bias)]
                 rows = [
                     None if const_expr(t is None) else memory.address(t, row, known, 0)
@@ -358,7 +358,7 @@ class SelectiveScan:
             added = self.load_quads(row, lane, True)
             elapsed = memory.load_scalar(row + (carried_columns(self.spec) - QUAD), Float32)
             for n in cutlass.range_constexpr(QUAD * self.quads):
-                h[n] = cute.math.fma(scan.power_of_two(elapsed * rates[n]), h[n], added[n])
+                h[n] = cute.math.fma(math.power_of_two(elapsed * rates[n]), h[n], added[n])
         return h
 
     # ------------------------------------------------------------------------------------------------ loads and stores
@@ -368,7 +368,9 @@ class SelectiveScan:
         whole = token >= begin and token + BLOCK <= stop
         outside = NO_STEP if const_expr(self.spec.delta_softplus) else 0.0
         share, aligned = self.share, self.spec.aligned
-        return scan.load_pieces(rows[:2], token + lane * share, begin, stop, whole, valid, share, aligned, outside)
+        return scan.load_pieces(
+            rows[:2], token + lane * share, scan.TokenRange(begin, stop), whole, valid, share, aligned, outside
+        )
 
     @cute.jit
     def column_rows(self, B, C, row, group, thread):
@@ -396,7 +398,9 @@ class SelectiveScan:
             at = token + offset
             whole = at >= begin and at + BLOCK <= stop
             near = exists and at < stop
-            brought.append(scan.load_pieces([pointer], at, begin, stop, whole, near, BLOCK, self.spec.aligned))
+            brought.append(
+                scan.load_pieces([pointer], at, scan.TokenRange(begin, stop), whole, near, BLOCK, self.spec.aligned)
+            )
         return brought
 
     @cute.jit
@@ -471,7 +475,7 @@ class SelectiveScan:
         ahead = self.load_rows(rows, token + BLOCK, begin, stop, lane, valid)
         gates = None
         if const_expr(self.spec.has_z and not self.carry):
-            gates = scan.load_pieces(rows[2:3], mine, begin, stop, whole, valid, share, aligned)
+            gates = scan.load_pieces(rows[2:3], mine, scan.TokenRange(begin, stop), whole, valid, share, aligned)
         h, sums = self.advance(rates, h, steps, gains, tile + lane * QUAD)
         if const_expr(not self.carry):
             sums = scan.scatter_sums(sums, lane, self.lanes)
@@ -480,17 +484,17 @@ class SelectiveScan:
             targets, results = rows[3:4], [sums]
             if const_expr(self.spec.has_z):
                 gates = scan.unpack_piece(gates, self.dtype, share)
-                results = [[y * scan.silu(gate) for y, gate in zip(sums, gates)]]
+                results = [[y * math.fast_silu(gate) for y, gate in zip(sums, gates)]]
             if const_expr(self.spec.ungated):
                 targets, results = rows[3:5], [*results, sums]
-            scan.store_pieces(targets, mine, results, begin, stop, whole, valid, aligned)
+            scan.store_pieces(targets, mine, results, scan.TokenRange(begin, stop), whole, valid, aligned)
         return h, ahead
 
     def steps(self, values, bias):
         """delta' of delta."""
         if bias is not None:
             values = [value + bias for value in values]
-        return [scan.softplus(value) for value in values] if self.spec.delta_softplus else values
+        return [math.fast_softplus(value) for value in values] if self.spec.delta_softplus else values
 
     def advance(self, rates, h, steps, gains, columns):
         """Advance a lane's states by a block; returns them and this lane's part of the dot products with C.
@@ -527,7 +531,7 @@ class SelectiveScan:
             chain = i % self.chains
             for j in range(QUAD):
                 n = i * QUAD + j
-                h[n] = cute.math.fma(scan.power_of_two(step * rates[n]), h[n], gain * B[j])
+                h[n] = cute.math.fma(math.power_of_two(step * rates[n]), h[n], gain * B[j])
                 if not self.carry:
                     total = chains[chain]
                     chains[chain] = h[n] * C[j] if total is None else cute.math.fma(h[n], C[j], total)
