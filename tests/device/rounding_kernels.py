@@ -92,8 +92,8 @@ class Drawing:
     ):  # fmt: skip
         i = cute.arch.block_idx()[0] * THREADS + cute.arch.thread_idx()[0]
         keys = philox.round_keys(seed[0], self.rounds)
-        place = philox.place(slot[i], head[i], token[i])
-        words = philox.words(keys, place, row[i], column[i], self.count, self.dstate)
+        counter = philox.row_counter(slot[i], head[i], token[i])
+        words = philox.words(keys, counter, row[i], column[i], self.count, self.dstate)
         for k in cutlass.range_constexpr(self.count // 2):
             memory.store_words(memory.address(out, i, k), [words[k]])
 
@@ -122,7 +122,7 @@ class Storing:
         row, column = i // self.pieces, i % self.pieces * self.count
         h = memory.load(memory.address(values, row, column), Float32, self.count, 4)
         keys = philox.round_keys(seed[0], 10)
-        words = philox.words(keys, philox.place(slot, 5, 2), row, column, self.count, self.dstate)
+        words = philox.words(keys, philox.row_counter(slot, 5, 2), row, column, self.count, self.dstate)
         if const_expr(self.quantised):
             packed = convert.pack_quantised(h, encode[row], self.dtype, words)
         else:

@@ -85,8 +85,8 @@ FAULTS = [
     Fault(
         "random bits of the slot that is read",
         STATE,
-        "philox.place(target, h, count - 1)",
-        "philox.place(source, h, count - 1)",
+        "philox.row_counter(target, h, count - 1)",
+        "philox.row_counter(source, h, count - 1)",
         (STATES + "test_bits_are_those_of_the_reference[slots-f16]",),
     ),
     Fault(

@@ -474,7 +474,7 @@ class Consumer:
         if random is not None:  # drawn first, by keys that are made here: while sums grow, registers are short
             keys = philox.round_keys(memory.pinned(random), self.tile.rounds)
             for quad in range(0, self.tile.quads, self.tile.per_draw):
-                bits += self.tile.draw(keys, philox.place(*owner, 0), row, quad, lane)
+                bits += self.tile.draw(keys, philox.row_counter(*owner, 0), row, quad, lane)
         largest, results = [None, None], []
         for quad in quads:
             result = self.new_quad(at, m, quad, x, history, identity, k, lane)
@@ -525,7 +525,7 @@ class Consumer:
     def put_quad(self, at, m, quad, row, results, encode, owner, random, bits, lane):
         """Round a quad's accumulators into the tile; returns the random bits that are left of `bits`."""
         if random is not None:
-            bits = bits or self.tile.draw(random, philox.place(*owner, 0), row, quad, lane)
+            bits = bits or self.tile.draw(random, philox.row_counter(*owner, 0), row, quad, lane)
         words = self.tile.words(results, encode, bits[0] if bits else None)
         mma.store_matrices(self.tile.quad_at(at, quad, m), words, transposed=False)
         return bits[1:]

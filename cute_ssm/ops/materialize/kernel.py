@@ -301,7 +301,7 @@ class MaterializeState:
         random = (None, None)
         if const_expr(self.spec.philox_rounds > 0):
             seed = rand_seed[source] if const_expr(self.spec.seed_per_slot) else rand_seed[0]
-            random = (philox.round_keys(seed, self.spec.philox_rounds), philox.place(target, h, count - 1))
+            random = (philox.round_keys(seed, self.spec.philox_rounds), philox.row_counter(target, h, count - 1))
         for r in cutlass.range_constexpr(ROWS):
             values = [held[r * COLUMNS + c] for c in range(COLUMNS)]
             self.store(out, out_scale, values, random, (target, h, first + r), columns, where)

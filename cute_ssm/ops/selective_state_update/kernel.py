@@ -561,7 +561,7 @@ class SelectiveStep:
         if not self.spec.philox_rounds:
             return None, None
         seed = pool[6][slot if self.spec.seed_per_slot else 0]
-        return philox.round_keys(seed, self.spec.philox_rounds), philox.place(line, h, t)
+        return philox.round_keys(seed, self.spec.philox_rounds), philox.row_counter(line, h, t)
 
     # --------------------------------------------------------------------------------------------------------- results
     @cute.jit
