@@ -63,7 +63,11 @@ FAULTS = [
         (f"{QUANTISED}[nearest-int8-sm_90a]",),
     ),
     Fault(
-        "a round more", PHILOX, "for i in range(rounds)]", "for i in range(rounds + 1)]", (f"{WORDS}[10-8-128-sm_90a]",)
+        "a round more",
+        PHILOX,
+        "for i in range(rounds)\n",
+        "for i in range(rounds + 1)\n",
+        (f"{WORDS}[10-8-128-sm_90a]",),
     ),
     Fault(
         "high bits of the slot are lost",
