@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from tiny_spec import TinyConfig, TinySpec
 
+import cute_ssm
 from cute_ssm import arch
 from cute_ssm.errors import UnsupportedSpecError
+from cute_ssm.ops import operators
 from cute_ssm.ops.selective_state_update.config import SelectiveStepConfig
 from cute_ssm.ops.selective_state_update.spec import SelectiveStateUpdateSpec
-from cute_ssm.runtime import registry
+from cute_ssm.runtime import registry, toolchain
 from cute_ssm.runtime.store import Key
 from cute_ssm.spec import Config, Spec
 
@@ -80,6 +85,22 @@ def test_types_with_equal_fields_have_different_keys():
 def test_the_source_of_a_kernel_from_outside_is_in_the_key():
     assert registry.fingerprint(SPECS[0]).startswith("tiny_kernel:Tiny#")
     assert registry.fingerprint(SPECS[1]) == "cute_ssm.ops.selective_state_update.kernel:SelectiveStep"
+
+
+def test_sources_of_the_toolchain_digest_hold_everything_that_kernels_import():
+    """All modules that importing every kernel loads, but for those that only find, cache and launch kernels."""
+    code = (
+        "import sys; from cute_ssm.ops import operators\n"
+        "for operator in operators(): operator.module('kernel')\n"
+        "print(*(m.__file__ for name, m in sys.modules.items() if name.startswith('cute_ssm')), sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {Path(line) for line in done.stdout.splitlines()}
+    root = Path(cute_ssm.__file__).parent
+    host = {root / name for name in ("__init__.py", "env.py", "errors.py")}
+    host |= {file for file in loaded if file.is_relative_to(root / "runtime")}
+    assert {operator.module("kernel").__file__ for operator in operators()} <= set(map(str, loaded))
+    assert not sorted(loaded - host - set(toolchain._sources()))
 
 
 def test_registering():
