@@ -24,7 +24,7 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
-from cute_ssm.arch import Arch
+from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import convert, launch, math, memory
 from cute_ssm.device.bounds import in_range
 from cute_ssm.device.fakes import fake
@@ -32,7 +32,6 @@ from cute_ssm.ops._gated_delta.coefficients import TokenChunk
 from cute_ssm.ops._gated_delta.config import (
     PENDING,
     TILE,
-    WARP,
     GatedDeltaRuleConfig,
     choose,
     shared_parts,
