@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ptxsim.ptx import Mem, Not, Pair, Reg, Special, Vec
+from ptxsim.nodes import Mem, Not, Pair, Reg, Special, Vec
 
 from .constants import SLOTS, Machine
 

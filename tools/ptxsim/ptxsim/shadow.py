@@ -24,7 +24,7 @@ import numpy as np
 
 from .errors import UninitialisedRead
 from .findings import Finding
-from .ptx import TYPE_BYTES
+from .nodes import TYPE_BYTES
 
 I32, I64 = np.int32, np.int64
 NEVER = 2**31 - 1  # time of a cp.async write that nobody has waited for

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..decode import KIND_OF_TYPE, imm, op, type_of
 from ..errors import UnsupportedInstruction
-from ..ptx import Imm
+from ..nodes import Imm
 
 U32, U64, S64 = np.uint32, np.uint64, np.int64
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..decode import KIND_OF_TYPE, LOCAL_BASE, SHARED_BASE, op, type_of
-from ..ptx import Imm, Mem, Special, Sym, Vec
+from ..nodes import Imm, Mem, Special, Sym, Vec
 
 U64 = np.uint64
 
