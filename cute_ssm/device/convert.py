@@ -1,23 +1,26 @@
 """Every numeric cast of the package.
 
-A *word* is a register as memory holds it, the first element in its lowest bits: an `Int32` of one float32, two 16-bit
-or four 8-bit elements, or an `Int64` of four float16, which one instruction takes apart.
+A *word* is a register with the bits of memory, the first element in its lowest bits: an `Int32` of one float32, two
+16-bit or four 8-bit elements, or an `Int64` of four float16, which one instruction unpacks.
 
-`cute_ssm.reference.rounding` states what the results are; everything here is bit-equal to it on every architecture.
-Quantised elements are loaded as they are: what they mean is their product with the row's scale.
+`cute_ssm.reference.rounding` defines the results, and the functions here match it bit for bit on every architecture.
+Quantised elements are unpacked without their scale; the caller multiplies by the scale of the row.
 """
 
 import struct
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Optional
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int8, Int16, Int32
+from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int8, Int16, Int32, Numeric
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
+from cute_ssm.arch import Arch
 from cute_ssm.device.asm import pure, pure_floats
 
-DTYPES = {
+DTYPES: dict[str, type[Numeric]] = {
     "float32": Float32,
     "bfloat16": BFloat16,
     "float16": Float16,
@@ -27,38 +30,38 @@ DTYPES = {
     "int32": cutlass.Int32,
     "int64": cutlass.Int64,
 }
-# of the quantised types: (1 + 2^-22) / largest magnitude, rounded up
-SCALE_FACTORS = {
+# (1 + 2^-22) / (largest magnitude of a quantised type), rounded up
+SCALE_FACTORS: dict[type[Numeric], float] = {
     Int8: float.fromhex("0x1.02040e0000000p-7"),
     Int16: float.fromhex("0x1.0002060000000p-15"),
     Float8E4M3FN: float.fromhex("0x1.24924e0000000p-9"),
 }
 SMALLEST_SCALE = 2.0**-126
-_PTX = {BFloat16: "bf16", Float16: "f16"}
+_PTX: dict[type[Numeric], str] = {BFloat16: "bf16", Float16: "f16"}
 # 1.5 * 2^23: added to an integer below 2^22 in magnitude, it leaves that integer in the low bits of a float32's pattern
 _MAGIC = 12582912
 
 
 @dsl_user_op
-def as_float(word, *, loc=None, ip=None):
-    """The float32 with the bits of `word`."""
+def as_float(word: Int32, *, loc: Any = None, ip: Any = None) -> Float32:
+    """Return the float32 with the bits of `word`."""
     return Float32(llvm.bitcast(T.f32(), word.ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
 
 
 @dsl_user_op
-def as_word(value, *, loc=None, ip=None):
-    """The bits of a float32."""
+def as_word(value: Float32, *, loc: Any = None, ip: Any = None) -> Int32:
+    """Return the bits of a float32."""
     return Int32(llvm.bitcast(T.i32(), value.ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
 
 
 @dsl_user_op
-def _unpack_bfloat16(word, *, loc=None, ip=None):
+def _unpack_bfloat16(word: Numeric, *, loc: Any = None, ip: Any = None) -> list[Float32]:
     texts = ("shl.b32 $0, $1, 16;", "and.b32 $0, $1, 0xffff0000;")
     return [Float32(pure(T.f32(), [word], text, "=f,r", loc, ip)) for text in texts]
 
 
 @dsl_user_op
-def _unpack_float16(word, *, loc=None, ip=None):
+def _unpack_float16(word: Numeric, *, loc: Any = None, ip: Any = None) -> list[Float32]:
     count = word.width // 16
     halves = [f"h{i}" for i in range(count)]
     converts = " ".join(f"cvt.f32.f16 ${i}, h{i};" for i in range(count))
@@ -67,19 +70,21 @@ def _unpack_float16(word, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def _pack_pair(low, high, dtype, saturate=False, *, loc=None, ip=None):
+def _pack_pair(
+    low: Float32, high: Float32, dtype: type[Numeric], saturate: bool = False, *, loc: Any = None, ip: Any = None
+) -> Int32:
     name = f"cvt.rn{_finite(saturate)}.{_PTX[dtype]}x2.f32"
     return Int32(pure(T.i32(), [high, low], f"{name} $0, $1, $2;", "=r,f,f", loc, ip))
 
 
-def _finite(saturate):
-    """The modifier that makes the largest finite number of what would be infinite; NaN stays NaN."""
+def _finite(saturate: bool) -> str:
+    """Return the modifier that replaces an infinite result by the largest finite number; NaN stays NaN."""
     return ".satfinite" if saturate else ""
 
 
 @dsl_user_op
-def _unpack_integers(word, dtype, *, loc=None, ip=None):
-    """Each element is added to the pattern of the magic number by a dot product with a unit vector."""
+def _unpack_integers(word: Int32, dtype: type[Numeric], *, loc: Any = None, ip: Any = None) -> list[Float32]:
+    """Add each element to the bit pattern of the magic number by a dot product with a unit vector."""
     count = 32 // dtype.width
     name = "dp2a.lo" if count == 2 else "dp4a"
     values = []
@@ -90,7 +95,7 @@ def _unpack_integers(word, dtype, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def _unpack_float8(word, *, loc=None, ip=None):
+def _unpack_float8(word: Int32, *, loc: Any = None, ip: Any = None) -> list[Float32]:
     text = (
         "{ .reg .b16 a, b, h0, h1, h2, h3; .reg .b32 x, y; mov.b32 {a, b}, $4; cvt.rn.f16x2.e4m3x2 x, a;"
         " cvt.rn.f16x2.e4m3x2 y, b; mov.b32 {h0, h1}, x; mov.b32 {h2, h3}, y;"
@@ -99,22 +104,22 @@ def _unpack_float8(word, *, loc=None, ip=None):
     return [Float32(value) for value in pure_floats(4, [word], text, "r", loc, ip)]
 
 
-def _hex(value):
-    """A float32 as PTX spells it."""
+def _hex(value: float) -> str:
+    """Return a float32 literal of PTX."""
     return f"0f{struct.unpack('<I', struct.pack('<f', value))[0]:08X}"
 
 
-def _hex_word(value):
-    """The bits of a float32, as PTX spells an integer."""
+def _hex_word(value: float) -> str:
+    """Return the bits of a float32 as an integer literal of PTX."""
     return f"0x{struct.unpack('<I', struct.pack('<f', value))[0]:08X}"
 
 
-def word_bits(dtype, access_bytes):
-    """Width of the words in which `unpack` takes loads of `access_bytes`."""
+def word_bits(dtype: type[Numeric], access_bytes: int) -> int:
+    """Return the width of the words that `unpack` expects of loads of `access_bytes`."""
     return 64 if dtype is Float16 and access_bytes >= 8 else 32
 
 
-_UNPACK = {
+_UNPACK: dict[type[Numeric], Callable[[Numeric], list[Float32]]] = {
     BFloat16: _unpack_bfloat16,
     Float16: _unpack_float16,
     Float8E4M3FN: _unpack_float8,
@@ -123,15 +128,15 @@ _UNPACK = {
 }
 
 
-def unpack(words, dtype):
-    """All elements of `words`, exactly, as a list of float32."""
+def unpack(words: Sequence[Numeric], dtype: type[Numeric]) -> list[Float32]:
+    """Return all elements of `words` as float32, exactly."""
     if dtype is Float32:
         return [as_float(word) for word in words]
     return [value for word in words for value in _UNPACK[dtype](word)]
 
 
-def pack(values, dtype, saturate=False):
-    """Words of `values` rounded to nearest even; 16-bit types may saturate instead of becoming infinite."""
+def pack(values: Sequence[Float32], dtype: type[Numeric], saturate: bool = False) -> list[Int32]:
+    """Round `values` to nearest even and return their words; 16-bit types saturate if `saturate` is set."""
     if dtype is Float32:
         return [as_word(value) for value in values]
     return [_pack_pair(values[i], values[i + 1], dtype, saturate) for i in range(0, len(values), 2)]
@@ -139,40 +144,46 @@ def pack(values, dtype, saturate=False):
 
 # ------------------------------------------------------------------------------------------------- stochastic rounding
 @dsl_user_op
-def _pack_pair_rs(low, high, random, dtype, saturate, *, loc=None, ip=None):
-    """Of the random word, the low half rounds the low element: the hardware's own order."""
+def _pack_pair_rs(
+    low: Float32, high: Float32, random: Int32, dtype: type[Numeric], saturate: bool, *, loc: Any = None, ip: Any = None
+) -> Int32:
+    """Round stochastically: the low half of the random word rounds the low element, as the hardware defines."""
     text = f"cvt.rs{_finite(saturate)}.{_PTX[dtype]}x2.f32 $0, $1, $2, $3;"
     return Int32(pure(T.i32(), [high, low, random], text, "=r,f,f,r", loc, ip))
 
 
 @dsl_user_op
-def _add_half(word, random, half, shift, *, loc=None, ip=None):
+def _add_half(word: Float32, random: Int32, half: int, shift: int, *, loc: Any = None, ip: Any = None) -> Float32:
     """Add one half of the random word, times 2^`shift`, to a float32's pattern, by a dot product with a unit vector."""
     text = f"dp2a.lo.u32.u32 $0, $1, {1 << 8 * half + shift}, $2;"
     return Float32(pure(T.f32(), [random, word], text, "=f,r,f", loc, ip))
 
 
 @dsl_user_op
-def _cut(value, bits, *, loc=None, ip=None):
+def _cut(value: Float32, bits: int, *, loc: Any = None, ip: Any = None) -> Float32:
     """Clear the low `bits` of a float32's pattern."""
     return Float32(pure(T.f32(), [value], f"and.b32 $0, $1, {0xFFFFFFFF << bits & 0xFFFFFFFF:#x};", "=f,f", loc, ip))
 
 
 @dsl_user_op
-def _multiply_rz(value, factor, *, loc=None, ip=None):
+def _multiply_rz(value: Float32, factor: float, *, loc: Any = None, ip: Any = None) -> Float32:
+    """Multiply by a constant, rounding towards zero."""
     return Float32(pure(T.f32(), [value], f"mul.rz.f32 $0, $1, {_hex(factor)};", "=f,f", loc, ip))
 
 
 @dsl_user_op
-def _high_halves(low, high, *, loc=None, ip=None):
+def _high_halves(low: Float32, high: Float32, *, loc: Any = None, ip: Any = None) -> Int32:
+    """Return the high halves of two patterns as one word."""
     return Int32(pure(T.i32(), [low, high], "prmt.b32 $0, $1, $2, 0x7632;", "=r,f,f", loc, ip))
 
 
 @dsl_user_op
-def _with_nans(word, low, high, dtype, *, loc=None, ip=None):
-    """`word`, with NaN where `low` or `high` are: adding random bits to a NaN's pattern may wrap around to a zero.
+def _with_nans(
+    word: Int32, low: Float32, high: Float32, dtype: type[Numeric], *, loc: Any = None, ip: Any = None
+) -> Int32:
+    """Return `word` with NaN restored: adding random bits to a NaN's pattern may wrap around to a zero.
 
-    0 * value + word, with the value rounded to the finite range.
+    Computes ``0 * value + word``, with the value rounded to the finite range.
     """
     name = _PTX[dtype]
     finite = pure(T.i32(), [high, low], f"cvt.rn.satfinite.{name}x2.f32 $0, $1, $2;", "=r,f,f", loc, ip)
@@ -180,23 +191,40 @@ def _with_nans(word, low, high, dtype, *, loc=None, ip=None):
     return Int32(pure(T.i32(), [finite, zero, word], f"fma.rn.{name}x2 $0, $1, $2, $3;", "=r,r,r,r", loc, ip))
 
 
-def _rebiased(value, random, half, dtype):
-    """A float32 rounded stochastically to a type with fewer bits of exponent: (on the grid of that type, as it was).
+class _Rebiased(NamedTuple):
+    """A float32, divided by two to the power of the difference of the exponent biases.
 
-    Both are scaled down by the difference of the exponent biases: subnormal results are subnormal float32, and the cut
-    part begins at the same bit of all patterns.  On the grid, a NaN may have wrapped around to a zero.
+    So subnormal results of the narrow type are subnormal float32, and the discarded part begins at the same bit of all
+    patterns.
+
+    Attributes
+    ----------
+    rounded : Float32
+        Rounded stochastically to a value of the narrow type; a NaN may have wrapped around to a zero.
+    exact : Float32
+        Not rounded.
     """
+
+    rounded: Float32
+    exact: Float32
+
+
+def _rebiased(value: Float32, random: Int32, half: int, dtype: type[Numeric]) -> _Rebiased:
+    """Round a float32 stochastically to a type with fewer exponent bits, by one half of a random word."""
     rebias, cut, shift = (112, 13, 0) if dtype is Float16 else (120, 20, 4)
     scaled = _multiply_rz(value, 2.0**-rebias)
-    return _cut(_add_half(scaled, random, half, shift), cut), scaled
+    return _Rebiased(_cut(_add_half(scaled, random, half, shift), cut), scaled)
 
 
-def pack_stochastic(values, words, dtype, arch, saturate=False):
-    """Words of `values` in bfloat16 or float16, rounded stochastically with one random word for each two values.
+def pack_stochastic(
+    values: list[Float32], words: Sequence[Int32], dtype: type[Numeric], arch: Arch, saturate: bool = False
+) -> list[Int32]:
+    """Round `values` stochastically to bfloat16 or float16, with one random word for each two values.
 
-    Of an odd number of values, the last word's upper half is anything.  float16 may saturate.
-    By ``cvt.rs`` where the architecture has it: PTX states which random bits go where, and that as many of the
-    discarded bits take part; that subnormal results discard more is taken from published models of the instruction.
+    With an odd number of values, the upper half of the last word is unspecified.  float16 saturates if `saturate` is
+    set.  Uses ``cvt.rs`` where the architecture has it: PTX specifies which random bits round which element, and that
+    as many of the discarded bits take part; that subnormal results discard more is taken from published models of the
+    instruction.
     """
     packed = []
     values = _padded(values, 2)
@@ -210,8 +238,8 @@ def pack_stochastic(values, words, dtype, arch, saturate=False):
         else:
             used = random & 0x1FFF1FFF
             grid = [_rebiased(low, used, 0, dtype), _rebiased(high, used, 1, dtype)]
-            # what is added is less than any place of the result, but NaN where the value is
-            low, high = (cute.math.fma(value, Float32(2.0**112), was) for value, was in grid)
+            # the exact value is below the precision of the result, and restores NaN
+            low, high = (cute.math.fma(pair.rounded, Float32(2.0**112), pair.exact) for pair in grid)
             word = _pack_pair(low, high, dtype, saturate)
         packed.append(word)
     return packed
@@ -219,20 +247,23 @@ def pack_stochastic(values, words, dtype, arch, saturate=False):
 
 # --------------------------------------------------------------------------------------------------------- quantisation
 @dsl_user_op
-def _absolute(value, *, loc=None, ip=None):
+def _absolute(value: Float32, *, loc: Any = None, ip: Any = None) -> Float32:
     return Float32(pure(T.f32(), [value], "abs.f32 $0, $1;", "=f,f", loc, ip))
 
 
 @dsl_user_op
-def _largest(*values, loc=None, ip=None):
-    """The largest of two floats, or of three on sm_100 and later; NaN if any is."""
+def _largest(*values: Float32, loc: Any = None, ip: Any = None) -> Float32:
+    """Return the largest of two floats, or of three on sm_100 and later; NaN if any is NaN."""
     operands = ", ".join(f"${i}" for i in range(len(values) + 1))
     constraints = "=f" + ",f" * len(values)
     return Float32(pure(T.f32(), list(values), f"max.NaN.f32 {operands};", constraints, loc, ip))
 
 
-def max_abs(values, arch, start=None):
-    """The largest magnitude of `values` and of `start` (not negative), NaN if any is; `abs` is free in hardware."""
+def max_abs(values: Sequence[Float32], arch: Arch, start: Optional[Float32] = None) -> Float32:
+    """Return the largest magnitude of `values` and of `start` (not negative); NaN if any is NaN.
+
+    ``abs`` is a modifier of the maximum's operands, and costs nothing.
+    """
     values = [_absolute(value) for value in values]
     largest = values.pop(0) if start is None else start
     step = 2 if arch.capability >= (10, 0) else 1  # operands of one instruction
@@ -242,41 +273,51 @@ def max_abs(values, arch, start=None):
 
 
 @dsl_user_op
-def _reciprocal(value, *, loc=None, ip=None):
+def _reciprocal(value: Float32, *, loc: Any = None, ip: Any = None) -> Float32:
     return Float32(pure(T.f32(), [value], "rcp.approx.ftz.f32 $0, $1;", "=f,f", loc, ip))
 
 
-def row_scale(largest, dtype):
-    """(scale, factor that encodes) of a row whose largest magnitude is `largest`: `reference.rounding.row_scale`.
+class RowScale(NamedTuple):
+    """Scale of a quantised row, and the factor that encodes its elements: the reciprocal of the scale."""
 
-    The reciprocal is exactly rounded: one step of Newton's iteration is what the compiler itself makes of
-    ``rcp.rn`` for normal arguments with normal results, and the scale is always such a one.
+    scale: Float32
+    encode: Float32
+
+
+def row_scale(largest: Float32, dtype: type[Numeric]) -> RowScale:
+    """Return the scale of a row whose largest magnitude is `largest`: `reference.rounding.row_scale`.
+
+    The reciprocal is correctly rounded: one Newton step is what the compiler emits for ``rcp.rn`` of normal arguments
+    with normal results, and the scale and its reciprocal are always normal.
     """
     floor = Float32(SMALLEST_SCALE)
     scale = _largest(largest * Float32(SCALE_FACTORS[dtype]), floor)
     guess = _reciprocal(scale)
     error = cute.math.fma(-scale, guess, Float32(1.0))
     encode = cute.math.fma(guess, error, guess)
-    return cute.math.fma(encode, Float32(0.0), scale), encode  # of an infinite row, 1 / scale is NaN and makes it NaN
+    # if the row has an infinite element, 1 / scale is NaN, and so is the whole row
+    return RowScale(cute.math.fma(encode, Float32(0.0), scale), encode)
 
 
 @dsl_user_op
-def _permute(a, b, selector, *, loc=None, ip=None):
+def _permute(a: Int32, b: Int32, selector: int, *, loc: Any = None, ip: Any = None) -> Int32:
     return Int32(pure(T.i32(), [a, b], f"prmt.b32 $0, $1, $2, {selector:#06x};", "=r,r,r", loc, ip))
 
 
 @dsl_user_op
-def _round_integer(value, encode, *, loc=None, ip=None):
-    """value * encode, rounded once, to the nearest integer: in the low bits."""
+def _round_integer(value: Float32, encode: Float32, *, loc: Any = None, ip: Any = None) -> Int32:
+    """Return ``value * encode``, rounded once to the nearest integer, in the low bits."""
     text = f"fma.rn.f32 $0, $1, $2, {_hex(_MAGIC)};"
     return Int32(pure(T.i32(), [value, encode], text, "=r,f,f", loc, ip))
 
 
 @dsl_user_op
-def _floor_integer(value, encode, random, half, *, loc=None, ip=None):
-    """floor(value * encode + r / 65536) in the low bits; r is a half of the random word.
+def _floor_integer(
+    value: Float32, encode: Float32, random: Int32, half: int, *, loc: Any = None, ip: Any = None
+) -> Int32:
+    """Return ``floor(value * encode + r / 65536)`` in the low bits; r is one half of the random word.
 
-    The pattern 0x4300 above r is the float 128 + r / 65536.  Rounding down twice is rounding down once.
+    The pattern 0x4300 above r is the float 128 + r / 65536.  Rounding down twice equals rounding down once.
     """
     text = (
         f"{{ .reg .b32 r, x; prmt.b32 r, $3, 0x43000000, {0x7632 if half else 0x7610:#06x};"
@@ -286,8 +327,8 @@ def _floor_integer(value, encode, random, half, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def _pack_float8(values, *, loc=None, ip=None):
-    """Four floats as one word of float8_e4m3fn, to nearest even, saturating."""
+def _pack_float8(values: Sequence[Float32], *, loc: Any = None, ip: Any = None) -> Int32:
+    """Round four floats to nearest even, saturating, and return them as one word of float8_e4m3fn."""
     text = (
         "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $3;"
         " mov.b32 $0, {a, b}; }"
@@ -295,24 +336,27 @@ def _pack_float8(values, *, loc=None, ip=None):
     return Int32(pure(T.i32(), values, text, "=r,f,f,f,f", loc, ip))
 
 
-def _pack_integers(integers, dtype):
-    """Words of the low bits of `integers`."""
+def _pack_integers(integers: Sequence[Int32], dtype: type[Numeric]) -> list[Int32]:
+    """Return words of the low bits of `integers`."""
     pairs = [_permute(a, b, 0x5410 if dtype is Int16 else 0x0040) for a, b in zip(integers[::2], integers[1::2])]
     return pairs if dtype is Int16 else [_permute(a, b, 0x5410) for a, b in zip(pairs[::2], pairs[1::2])]
 
 
-def _padded(values, multiple):
+def _padded(values: list[Any], multiple: int) -> list[Any]:
+    """Repeat the last value up to a multiple of so many."""
     return values + values[-1:] * (-len(values) % multiple)
 
 
-def pack_quantised(values, encode, dtype, words=None):
-    """Words of ``values * encode`` in int16, int8 or float8_e4m3fn; what the values do not fill is anything.
+def pack_quantised(
+    values: list[Float32], encode: Float32, dtype: type[Numeric], words: Optional[list[Int32]] = None
+) -> list[Int32]:
+    """Return words of ``values * encode`` in int16, int8 or float8_e4m3fn; elements beyond the values are unspecified.
 
     Parameters
     ----------
     values : list of Float32
     encode : Float32
-        By `row_scale`; then no product exceeds the type.
+        Factor of `row_scale`, so that no product exceeds the type.
     dtype : type
     words : list of Int32, optional
         One random word for each two values: round stochastically.
@@ -322,9 +366,9 @@ def pack_quantised(values, encode, dtype, words=None):
     if dtype is Float8E4M3FN:
         scaled = [value * encode for value in values]
         if words is not None:
-            zero = encode * Float32(-0.0)  # keeps the sign of zeros, and is NaN where the row is
+            zero = encode * Float32(-0.0)  # keeps the sign of zeros; NaN if the row is NaN
             grid = [_rebiased(value, words[i // 2], i % 2, dtype) for i, value in enumerate(scaled)]
-            scaled = [cute.math.fma(value, Float32(2.0**120), zero) for value, _ in grid]
+            scaled = [cute.math.fma(pair.rounded, Float32(2.0**120), zero) for pair in grid]
         return [_pack_float8(scaled[i : i + 4]) for i in range(0, len(scaled), 4)]
     if words is None:
         return _pack_integers([_round_integer(value, encode) for value in values], dtype)
@@ -334,8 +378,8 @@ def pack_quantised(values, encode, dtype, words=None):
 
 
 @dsl_user_op
-def widen(bits, dtype, *, loc=None, ip=None):
-    """One element, given as an integer register of its own width, exactly as float32."""
+def widen(bits: Numeric, dtype: type[Numeric], *, loc: Any = None, ip: Any = None) -> Float32:
+    """Return one element, given as an integer register of its own width, as float32, exactly."""
     if dtype is Float32:
         return as_float(bits, loc=loc, ip=ip)
     if dtype is BFloat16:
@@ -349,8 +393,8 @@ def widen(bits, dtype, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def narrow(value, dtype, saturate=False, *, loc=None, ip=None):
-    """One float32 rounded to nearest even, as an integer register of the result's width; see `pack`."""
+def narrow(value: Float32, dtype: type[Numeric], saturate: bool = False, *, loc: Any = None, ip: Any = None) -> Numeric:
+    """Round one float32 to nearest even, and return it as an integer register of the result's width; see `pack`."""
     if dtype is Float32:
         return as_word(value, loc=loc, ip=ip)
     return Int16(pure(T.i16(), [value], f"cvt.rn{_finite(saturate)}.{_PTX[dtype]}.f32 $0, $1;", "=h,f", loc, ip))

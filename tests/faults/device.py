@@ -51,8 +51,8 @@ FAULTS = [
     Fault(
         "an infinite row reads as numbers",
         CONVERT,
-        "return cute.math.fma(encode, Float32(0.0), scale), encode",
-        "return scale, encode",
+        "return RowScale(cute.math.fma(encode, Float32(0.0), scale), encode)",
+        "return RowScale(scale, encode)",
         (f"{QUANTISED}[nearest-int8-sm_90a]",),
     ),
     Fault(
