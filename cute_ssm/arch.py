@@ -1,4 +1,4 @@
-"""The compile targets and what they can do: the only place that knows one GPU from another."""
+"""The compile targets and their capabilities.  No other module distinguishes GPUs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Arch:
     Attributes
     ----------
     name : str
-        Target as the compiler spells it, e.g. ``"sm_90a"``.
+        Name of the target for the compiler, e.g. ``"sm_90a"``.
     capability : tuple of int
-        CUDA compute capability that runs it.  "a" targets run on exactly this capability.
+        CUDA compute capability that runs it.  Targets with suffix "a" run on this capability only.
     shared_bytes : int
-        Shared memory one CTA may use.
+        Shared memory available to one CTA.
     sm_count : int
-        Streaming multiprocessors of the reference board (H200, B200, B300); a device's own number wins over it.
+        Streaming multiprocessors of the reference board (H200, B200, B300); a device's own number takes precedence.
     packed_f32 : bool
         Two float32 operations per instruction (``fma.rn.f32x2``).
     cvt_rs : bool
@@ -50,18 +50,18 @@ _BY_CAPABILITY = {arch.capability: arch for arch in ARCHS.values()}
 
 
 def by_name(name: str) -> Arch:
-    """Return the target called ``name``.
+    """Return the target with this name.
 
     Raises
     ------
     UnsupportedArchError
-        If no kernel is compiled for it.
+        If there is no such target.
     """
     try:
         return ARCHS[name]
     except KeyError:
         raise UnsupportedArchError(
-            f"arch: expected one of {', '.join(ARCHS)}, got {name!r}; these are the GPUs the kernels are written for"
+            f"arch: expected one of {', '.join(ARCHS)}, got {name!r}; kernels are compiled for no others"
         ) from None
 
 
@@ -80,6 +80,6 @@ def of_device(device: torch.device) -> Arch:
         known = ", ".join(f"{a.name} ({a.capability[0]}.{a.capability[1]})" for a in ARCHS.values())
         raise UnsupportedArchError(
             f"device: expected a GPU of {known}, got {torch.cuda.get_device_name(device)} "
-            f"({capability[0]}.{capability[1]}); CPU tensors run on the reference on any machine"
+            f"({capability[0]}.{capability[1]}); CPU tensors run the PyTorch reference"
         )
     return _BY_CAPABILITY[capability]

@@ -1,4 +1,4 @@
-"""The environment variables: the only module of the package that reads them, once, on first use."""
+"""The environment variables, read on first use.  No other module of the package reads the environment."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOG_LEVELS = {"off": logging.WARNING, "compile": logging.INFO, "calls": logging.
 
 @dataclass(frozen=True)
 class Variable:
-    """One row of the table of variables that the README and ``python -m cute_ssm env`` show."""
+    """An environment variable, as the documentation and ``python -m cute_ssm env`` list it."""
 
     name: str
     default: str
@@ -42,20 +42,20 @@ VARIABLES = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment asks for.
+    """The settings that the environment variables select.
 
     Attributes
     ----------
     cache_dir : Path or None
-        Folder of compiled kernels; None: they are kept in memory only.
+        Folder of compiled kernels; None: the disk cache is off.
     arch : Arch or None
-        Compile target instead of the GPU's own.
+        Compile target; None: that of the GPU.
     aot_dirs : tuple of Path
         Read-only folders searched before the cache.
     log : str
         ``"off"``, ``"compile"`` or ``"calls"``.
     tuning_dir : Path or None
-        Folder of measured configs.
+        Folder of measured configs, or None.
     """
 
     cache_dir: Path | None
@@ -72,7 +72,7 @@ def settings() -> Settings:
     Raises
     ------
     ValueError
-        If a variable has a value that means nothing; the message names the variable.
+        If a variable has an invalid value; the message names the variable.
     """
     return Settings(
         cache_dir=_cache_dir() if _choice("CUTE_SSM_CACHE", "1", ("0", "1")) == "1" else None,
@@ -85,9 +85,9 @@ def settings() -> Settings:
 
 @functools.cache
 def logger() -> logging.Logger:
-    """Return the logger ``cute_ssm``, set to the level of CUTE_SSM_LOG at the first call.
+    """Return the logger ``cute_ssm``; the first call sets its level from CUTE_SSM_LOG.
 
-    A level asked for by the variable shows on standard error unless the application has handlers of its own.
+    If the variable is set and the application has no handlers of its own, messages go to standard error.
     """
     log = logging.getLogger("cute_ssm")
     wanted = settings().log
@@ -101,13 +101,13 @@ def logger() -> logging.Logger:
 
 
 def vllm_tuned_config_folder() -> Path | None:
-    """Return the folder that vLLM's variable names, or None; read at every call, which the caller memorises."""
+    """Return the folder that vLLM's variable names, or None.  Reads the environment at every call; callers cache it."""
     text = _value("VLLM_TUNED_CONFIG_FOLDER")
     return _folder(text) if text else None
 
 
 def present() -> dict[str, str]:
-    """Return the variables of the table and of this package that are set, misspelt ones included."""
+    """Return the listed variables that are set, and unknown ones that start with CUTE_SSM_."""
     known = {variable.name for variable in VARIABLES}
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(PREFIX) or name in known}
 
@@ -143,12 +143,12 @@ def _cache_dir() -> Path | None:
         return Path(base) / "cute_ssm"
     try:
         return Path.home() / ".cache" / "cute_ssm"
-    except RuntimeError:  # no home folder: a shared temporary folder would let others plant code
+    except RuntimeError:  # no home folder; a shared temporary folder would let other users plant code
         return None
 
 
 def own_tuning_dir() -> Path | None:
-    """Return the user's folder for measured configs, which is read if CUTE_SSM_TUNING_DIR names it; None: no home."""
+    """Return the user's folder for measured configs; operators read it only if CUTE_SSM_TUNING_DIR names it."""
     base = _value("XDG_CONFIG_HOME")
     try:
         root = Path(base) if base and Path(base).is_absolute() else Path.home() / ".config"

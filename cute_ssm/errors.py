@@ -1,29 +1,29 @@
-"""Typed errors, and the one shape of their messages: argument, what was expected, what came, the way out."""
+"""Typed errors, and the common form of their messages: argument, expected value, actual value, suggested fix."""
 
 from __future__ import annotations
 
 
 class CuteSsmError(Exception):
-    """Base class of the errors that are about this package's own machinery rather than about an argument."""
+    """Base class of errors that are not about an argument: compiler, cache, kernels, targets."""
 
 
 class UnsupportedArchError(CuteSsmError, RuntimeError):
-    """The device, or the requested target, is not one the kernels are compiled for."""
+    """No kernel is compiled for the device or the requested target."""
 
 
 class UnsupportedSpecError(CuteSsmError, ValueError):
-    """A legal call that no kernel of this version implements."""
+    """A valid call that no kernel of this version implements."""
 
 
 class GradientError(CuteSsmError, ValueError, RuntimeError):
-    """Grad mode is on, and an argument of an operator, none of which has gradients, requires grad.
+    """An operator without gradients was called with grad mode on and an argument that requires grad.
 
-    A `ValueError` like every refused argument, and a `RuntimeError` like what PyTorch's autograd raises.
+    Both a `ValueError`, as for other invalid arguments, and a `RuntimeError`, as PyTorch's autograd raises.
     """
 
 
 class CompileError(CuteSsmError, RuntimeError):
-    """The compiler refused a kernel; the message carries the spec, the config and the compiler's words."""
+    """A kernel could not be compiled; the message contains the spec, the config and the compiler's error."""
 
 
 def describe(argument: str, expected: str, got: object, fix: str = "") -> str:

@@ -133,8 +133,8 @@ def test_a_library_that_does_not_fit_is_a_miss_that_says_why(folder, settings, d
     settings(AOT_DIR=folder, CACHE="0")
     assert bundles.find(Key(*KEY)) is None
     expected = {
-        "library": "not the one its record describes",
-        "record": "is no JSON object",
+        "library": "its SHA-256 is not the one in its record",
+        "record": "is not a JSON object",
         "sources": "sources: expected",
         "version": "it needs apache-tvm-ffi",
         "runtime": f"it needs {bundles.RUNTIME} of nvidia-cutlass-dsl-libs-cu11",
@@ -193,7 +193,7 @@ def test_env_lists_bundles_and_warns_of_empty_ones(folder, settings, capsys):
     main(["env"])
     printed = capsys.readouterr().out
     assert f"bundle  {folder}: 0 kernels" in printed
-    assert f"note: the bundle {folder} holds no kernels" in printed
+    assert f"note: the bundle {folder} contains no kernels" in printed
     runtime.compile_to(folder, *KEY)
     main(["env", "--json"])
     report = json.loads(capsys.readouterr().out)

@@ -342,7 +342,7 @@ def test_a_bad_bundle_is_a_miss(cache, settings, tmp_path, compiled, warnings, c
 
 def test_compiling_into_an_unwritable_folder_is_an_error(settings, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CuteSsmError, match="folder: expected one that can be written"):
+    with pytest.raises(CuteSsmError, match="folder: expected a folder that can be written"):
         runtime.compile_to(tmp_path / "file", TinySpec(), arch=SM_90A)
 
 

@@ -1,4 +1,4 @@
-"""From a spec to a function that runs it: compile once, keep in memory and on disk, load everywhere else."""
+"""From a spec to a callable kernel: compile once, cache in memory and on disk, load from there afterwards."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Bundles: kernels compiled ahead of time to shared libraries, which load where no compiler is installed.
+"""Bundles: kernels compiled ahead of time to shared libraries, which load without the compiler.
 
-A bundle has the layout of the cache (`runtime.store`), with ``.so`` files in place of objects.  A library needs
-``apache-tvm-ffi`` and ``libcute_dsl_runtime.so``, a part of the compiler's distribution that loads without the
-compiler; a copy of it in the bundle's root serves too.
+A bundle has the layout of the cache (`runtime.store`), with ``.so`` files instead of objects.  A library needs
+``apache-tvm-ffi`` and ``libcute_dsl_runtime.so``, which is part of the compiler's distribution and loads without the
+compiler; it may also be copied to the bundle's root.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from cute_ssm.runtime import toolchain
 from cute_ssm.runtime.compiler import Function
 from cute_ssm.runtime.store import META, Key
 
-PACKAGE = "cute_ssm_aot"  # of the wheel that tools/build_aot.py makes
+PACKAGE = "cute_ssm_aot"  # package in the wheels that tools/build_aot.py builds
 RUNTIME = "libcute_dsl_runtime.so"
-_libraries: list[ctypes.CDLL] = []  # loaded for as long as the process lives
+_libraries: list[ctypes.CDLL] = []  # keeps the libraries loaded
 
 
 def folders() -> list[Path]:
-    """Return the bundles to search: those that CUTE_SSM_AOT_DIR names, then that of an installed wheel."""
+    """Return the bundles to search: those of CUTE_SSM_AOT_DIR, then that of an installed wheel."""
     return [*settings().aot_dirs, *_installed()]
 
 
 def find(key: Key) -> Function | None:
-    """Return the kernel of the first bundle that has a library of it for these sources; logs why one is passed by."""
+    """Return the kernel from the first bundle with a usable library; log why others cannot be used."""
     for root in folders():
         for meta in sorted(root.glob(f"{cute_ssm.__version__}/{key.arch.name}/*/{META}")):
             path = meta.with_name(f"{key.name}.so")
@@ -47,23 +47,25 @@ def find(key: Key) -> Function | None:
             if problem is None:
                 try:
                     return _load(root, _read(meta), path, key.function)
-                except Exception as error:  # whatever a damaged file makes of it
-                    problem = f"it does not load: {error}"
+                except Exception as error:  # a damaged file can raise anything
+                    problem = f"loading it failed: {error}"
             logger().warning("%s cannot be used: %s", path, problem)
     return None
 
 
 def link(objects: bytes) -> bytes:
-    """Return an object file as a shared library.
+    """Link an object file into a shared library and return its bytes.
 
     Raises
     ------
     CuteSsmError
-        If there is no C compiler to link with, or it fails.
+        If there is no C compiler to link with, or linking fails.
     """
     linker = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if linker is None:
-        raise CuteSsmError(describe("linker", "cc, gcc or clang", "none of them on the PATH", "install one to build"))
+        raise CuteSsmError(
+            describe("linker", "cc, gcc or clang", "none of them on the PATH", "install one to build bundles")
+        )
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
         source.write_bytes(objects)
@@ -74,9 +76,9 @@ def link(objects: bytes) -> bytes:
 
 
 def runtime_library(root: Path, description: dict[str, Any]) -> Path | None:
-    """Return the library that a bundle's kernels need: the bundle's own, or that of an installed distribution.
+    """Return the runtime library for a bundle's kernels, in the bundle or in an installed distribution; None: missing.
 
-    Of an installed one, version and CUDA flavour must be those the kernels were compiled with.
+    An installed one must have the version and the CUDA flavour that the kernels were compiled with.
     """
     own = root / RUNTIME
     if own.is_file():
@@ -93,7 +95,7 @@ def runtime_library(root: Path, description: dict[str, Any]) -> Path | None:
 
 
 def _problem(root: Path, meta: Path, path: Path) -> str | None:
-    """Return why a library of a bundle must not be used, or None."""
+    """Return why a library of a bundle cannot be used, or None if it can."""
     try:
         description = _read(meta)
         record = _read(path.with_suffix(".json"))
@@ -104,7 +106,7 @@ def _problem(root: Path, meta: Path, path: Path) -> str | None:
         if description.get(name) != wanted:
             return f"{name}: expected {wanted}, got {description.get(name)}"
     if record.get("sha256") != hashlib.sha256(data).hexdigest():
-        return "the library is not the one its record describes"
+        return "its SHA-256 is not the one in its record"
     installed = toolchain.installed(toolchain.TVM_FFI)
     if installed is None or not toolchain.within(installed, toolchain.TVM_FFI_RANGE):
         wanted = toolchain.requirement(toolchain.TVM_FFI, toolchain.TVM_FFI_RANGE)
@@ -112,7 +114,7 @@ def _problem(root: Path, meta: Path, path: Path) -> str | None:
     if runtime_library(root, description) is None:
         name = f"{toolchain.DSL}-libs-{description.get('cuda')}"
         version = description.get("dsl", {}).get(name)
-        return f"it needs {RUNTIME} of {name} {version}: install that, or put the file into {root}"
+        return f"it needs {RUNTIME} of {name} {version}: install that, or copy the file to {root}"
     return None
 
 
@@ -134,12 +136,12 @@ def _open(path: str) -> None:
 def _read(path: Path) -> dict[str, Any]:
     value = json.loads(path.read_bytes())
     if not isinstance(value, dict):
-        raise ValueError(f"{path.name} is no JSON object")
+        raise ValueError(f"{path.name} is not a JSON object")
     return value
 
 
 @functools.cache
 def _installed() -> tuple[Path, ...]:
     found = find_spec(PACKAGE)
-    places = list(found.submodule_search_locations or []) if found is not None else []
-    return tuple(Path(place) / "kernels" for place in places)
+    locations = list(found.submodule_search_locations or []) if found is not None else []
+    return tuple(Path(location) / "kernels" for location in locations)

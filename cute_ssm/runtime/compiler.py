@@ -1,4 +1,4 @@
-"""Spec, config and target in; object code out; object code in; callable out."""
+"""Compile a spec, config and target to object code, and load object code as a callable."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 Function = Callable[..., Any]
 
 
-# The compiler is not thread-safe: held during every compile, the emulator's included.
+# The compiler is not thread-safe.  Every compile holds this lock, the emulator's included.
 LOCK = threading.RLock()
 
 
 def compile_kernel(spec: Spec, config: Config, arch: Arch) -> Any:
-    """Compile a kernel, with `LOCK` held.
+    """Compile a kernel.  The caller holds `LOCK`.
 
     Returns
     -------
     object
-        What the compiler returns.  Without a GPU of this target it cannot be called, only exported.
+        The compiler's result.  Without a GPU of this target it can be exported, but not called.
 
     Raises
     ------
     CompileError
-        If the compiler refuses; the message carries spec, config, target and the compiler's words.
+        If compilation fails; the message contains spec, config, target and the compiler's error.
     """
     toolchain.check()
     with refusal(spec, config, arch):
@@ -47,7 +47,7 @@ def compile_kernel(spec: Spec, config: Config, arch: Arch) -> Any:
 
 @contextlib.contextmanager
 def refusal(spec: Spec, config: Config, arch: Arch) -> Iterator[None]:
-    """Turn whatever tracing and compiling raise into a `CompileError`; this package's own errors pass."""
+    """Convert errors of tracing and compiling to `CompileError`; this package's own errors pass unchanged."""
     try:
         yield
     except CuteSsmError:
@@ -61,7 +61,7 @@ def refusal(spec: Spec, config: Config, arch: Arch) -> Iterator[None]:
 
 
 def export(compiled: Any, name: str) -> bytes:
-    """Return a compiled kernel as an object file whose function is called `name`."""
+    """Return a compiled kernel as an object file with a function `name`."""
     with _scratch(b"") as path:
         compiled.export_to_c(path, function_name=name)
         with open(path, "rb") as file:
@@ -71,8 +71,8 @@ def export(compiled: Any, name: str) -> bytes:
 def load(data: bytes, name: str) -> Function:
     """Return the function `name` of an object file, a raw ``tvm_ffi.Function`` that keeps the code alive.
 
-    Everything callable comes from here, freshly compiled or not: what the compiler itself returns is uncallable without
-    a GPU of its target, and slower to call with one.
+    Newly compiled kernels are loaded here too: the compiler's own result cannot be called without a GPU of its target,
+    and is slower to call with one.
     """
     from cutlass.cute.runtime import load_module
 
@@ -83,7 +83,7 @@ def load(data: bytes, name: str) -> Function:
 
 @contextlib.contextmanager
 def _scratch(data: bytes) -> Iterator[str]:
-    """Give the path of a file with these contents; in memory where possible, so that no full disk matters."""
+    """Yield the path of a file with these contents, in memory if possible, so that a full disk does not matter."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("cute_ssm")
         with open(descriptor, "wb") as file:

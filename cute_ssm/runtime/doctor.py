@@ -1,4 +1,4 @@
-"""What is installed, what would run where, and what is wrong: the facts behind ``python -m cute_ssm env``."""
+"""Diagnosis of an installation for ``python -m cute_ssm env``: versions, GPUs, backends, problems."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PIP = f"{sys.executable} -m pip install"
 
 @dataclass(frozen=True)
 class Gpu:
-    """One CUDA device; `arch` is None where no kernel is compiled for it."""
+    """A CUDA device; `arch` is None if no kernel is compiled for it."""
 
     name: str
     capability: str
@@ -31,7 +31,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, and the command that mends it.  `broken`: reference or compiler cannot work."""
+    """A problem and the command that fixes it.  `broken`: the reference or the compiler does not work."""
 
     broken: bool
     what: str
@@ -40,7 +40,7 @@ class Problem:
 
 @dataclass
 class Facts:
-    """Everything `problems` judges; a version is None where nothing is installed."""
+    """What `problems` examines; the version of something not installed is None."""
 
     python: str = field(default_factory=platform.python_version)
     torch: str | None = None
@@ -60,7 +60,7 @@ class Facts:
 
 
 def gather() -> Facts:
-    """Look at the installation.  Imports torch and the compiler, touches no file."""
+    """Examine the installation.  Imports torch and the compiler; changes no file."""
     facts = Facts(
         torch=toolchain.installed("torch"),
         dsl=toolchain.dsl_distributions(),
@@ -81,13 +81,13 @@ def gather() -> Facts:
     try:
         import_module("cutlass.cute")
         facts.compiler_cuda = toolchain.cuda_flavor()
-    except Exception as error:  # whatever stops the import is the finding
+    except Exception as error:  # any error of the import is reported
         facts.compiler_error = f"{type(error).__name__}: {error}"
     return facts
 
 
 def problems(facts: Facts) -> list[Problem]:
-    """Return what is wrong, the broken things first."""
+    """Return the problems, broken parts first."""
     found = [*_python_problems(facts), *_compiler_problems(facts), *_cuda_problems(facts), *_setting_problems(facts)]
     if not facts.ptxsim:
         fix = companions.how_to_install("ptxsim")
@@ -96,7 +96,7 @@ def problems(facts: Facts) -> list[Problem]:
 
 
 def backends(facts: Facts) -> dict[str, str]:
-    """Return, for each way to run, where it runs or why it does not."""
+    """Return for each backend where it runs, or why it does not."""
     compiles = not facts.compiler_error
     ready = [f"cuda:{i} ({gpu.arch})" for i, gpu in enumerate(facts.gpus) if gpu.arch]
     if ready:
@@ -113,7 +113,7 @@ def backends(facts: Facts) -> dict[str, str]:
 
 
 def driver_cuda() -> str | None:
-    """Return the newest CUDA version the NVIDIA driver supports, or None without a driver."""
+    """Return the newest CUDA version that the NVIDIA driver supports, or None without a driver."""
     try:
         version = ctypes.c_int()
         if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
@@ -124,14 +124,14 @@ def driver_cuda() -> str | None:
 
 
 def writable(folder: Path) -> bool:
-    """Say whether files can be made in a folder, or the folder itself; makes neither."""
+    """Return whether files can be created in a folder, or the folder itself; creates neither."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def as_dict(facts: Facts) -> dict[str, object]:
-    """Return the whole report as data for JSON."""
+    """Return the report as data for JSON."""
     shelf = shelves.listing(facts.cache_dir)
     return {
         "versions": versions(facts),
@@ -151,7 +151,7 @@ def as_dict(facts: Facts) -> dict[str, object]:
 
 
 def versions(facts: Facts) -> dict[str, str]:
-    """Return name and version of everything that matters."""
+    """Return names and versions of Python, torch and the parts of the compiler."""
     return {
         "python": facts.python,
         "cute_ssm": cute_ssm.__version__,
@@ -165,7 +165,7 @@ def versions(facts: Facts) -> dict[str, str]:
 def _gpus() -> tuple[str | None, list[Gpu]]:
     try:
         import torch
-    except Exception:  # its own problem is reported by its version and by the reference
+    except Exception:  # reported by _python_problems and as the compiler's error
         return None, []
     found = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -206,10 +206,14 @@ def _compiler_problems(facts: Facts) -> list[Problem]:
     if len(set(facts.dsl.values())) > 1:
         parts = ", ".join(f"{name} {version}" for name, version in facts.dsl.items())
         wanted = toolchain.requirement(toolchain.DSL, toolchain.DSL_RANGE)
-        found.append(Problem(True, f"parts of the compiler differ: {parts}", f"{PIP} --force-reinstall '{wanted}'"))
+        found.append(
+            Problem(
+                True, f"parts of the compiler have different versions: {parts}", f"{PIP} --force-reinstall '{wanted}'"
+            )
+        )
     if facts.compiler_error and not found:
         wanted = toolchain.requirement(toolchain.DSL, toolchain.DSL_RANGE)
-        what = f"the compiler does not import: {facts.compiler_error}"
+        what = f"importing the compiler fails: {facts.compiler_error}"
         found.append(Problem(True, what, f"{PIP} --force-reinstall '{wanted}'"))
     return found
 
@@ -218,7 +222,9 @@ def _cuda_problems(facts: Facts) -> list[Problem]:
     found = []
     if facts.torch is not None and facts.driver_cuda is not None and facts.torch_cuda is None:
         wanted = toolchain.requirement("torch", TORCH_RANGE)
-        what = f"an NVIDIA driver (CUDA {facts.driver_cuda}) is here, but torch {facts.torch} is built for the CPU only"
+        what = (
+            f"there is an NVIDIA driver (CUDA {facts.driver_cuda}), but torch {facts.torch} is built for the CPU only"
+        )
         found.append(Problem(False, what, f"{PIP} --force-reinstall '{wanted}'"))
     if (facts.torch_cuda or "").startswith("13.") and f"{toolchain.DSL}-libs-cu13" not in facts.dsl:
         what = f"torch is built for CUDA {facts.torch_cuda}, the compiler's libraries for CUDA 12"
@@ -226,8 +232,8 @@ def _cuda_problems(facts: Facts) -> list[Problem]:
     for gpu in facts.gpus:
         if gpu.arch is None:
             known = ", ".join(archs.ARCHS)
-            what = f"{gpu.name} ({gpu.capability}) runs none of the kernels, which are for {known}"
-            found.append(Problem(False, what, "use CPU tensors: they take the reference"))
+            what = f"{gpu.name} ({gpu.capability}) cannot run the kernels, which are compiled for {known}"
+            found.append(Problem(False, what, "use CPU tensors, which run the PyTorch reference"))
     return found
 
 
@@ -237,13 +243,13 @@ def _setting_problems(facts: Facts) -> list[Problem]:
         found.append(Problem(True, facts.settings_error, f"unset {facts.settings_error.partition(':')[0]}"))
     known = {variable.name for variable in env.VARIABLES}
     for name in facts.variables.keys() - known:
-        found.append(Problem(False, f"{name} is no variable of this package: misspelt?", f"unset {name}"))
+        found.append(Problem(False, f"{name} is not a variable of this package; is it misspelt?", f"unset {name}"))
     for folder, kernels in facts.bundles.items():
         if not kernels:
-            what = f"the bundle {folder} holds no kernels: nothing is loaded from it"
+            what = f"the bundle {folder} contains no kernels"
             fix = f"python tools/build_aot.py --out {folder}, or name another folder in CUTE_SSM_AOT_DIR"
             found.append(Problem(False, what, fix))
     if facts.cache_dir is not None and not facts.cache_writable:
-        what = f"the kernel cache {facts.cache_dir} cannot be written: every process compiles anew"
+        what = f"the kernel cache {facts.cache_dir} cannot be written: every process compiles its kernels"
         found.append(Problem(False, what, "export CUTE_SSM_CACHE_DIR=<a writable folder>"))
     return found

@@ -1,6 +1,6 @@
-"""Kernels in the emulator `ptxsim`, if the user has opened it; this package never imports it on its own account.
+"""Kernels for the emulator `ptxsim`, and calls that are only planned (`planned`).
 
-And calls that are only planned: `planned`.
+This package never imports ptxsim itself: kernels run there only inside a session that the user has opened.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from cute_ssm.spec import Config, Spec
 
 _memory: dict[tuple[Spec, Config | None, str], Any] = {}
-_local = threading.local()  # .plan: the one that this thread has open
+_local = threading.local()  # .plan: the open plan of this thread
 
 
 @dataclass
 class Plan:
-    """Stands for an emulator session while calls are planned.
+    """Takes the place of an emulator session while calls are planned.
 
     Attributes
     ----------
@@ -38,7 +38,7 @@ class Plan:
     sm_count : int or None
         Of the GPU; None: that of the target's reference board.
     kernels : list
-        (spec, config, target) of every kernel that was asked for, in order.
+        (spec, config, target) of every requested kernel, in order.
     """
 
     arch: str
@@ -48,9 +48,9 @@ class Plan:
 
 @contextmanager
 def planned(arch: Arch, sm_count: int | None = None) -> Iterator[Plan]:
-    """Make operators on CPU tensors validate, choose their kernels, and then do nothing.
+    """Make operators on CPU tensors validate their arguments and select kernels, without running anything.
 
-    Compiles nothing and writes nothing.  Holds for this thread.
+    Nothing is compiled or written.  Applies to the current thread.
     """
     before = _local.__dict__.get("plan")
     _local.plan = Plan(arch.name, sm_count)
@@ -61,7 +61,7 @@ def planned(arch: Arch, sm_count: int | None = None) -> Iterator[Plan]:
 
 
 def emulator() -> Any | None:
-    """Return the emulator session that this thread has open, or None; a `Plan` stands for one."""
+    """Return the open emulator session or `Plan` of this thread, or None."""
     plan = _local.__dict__.get("plan")
     if plan is not None:
         return plan
@@ -70,21 +70,21 @@ def emulator() -> Any | None:
 
 
 def emulated(spec: Spec, config: Config | None = None, arch: Arch | None = None) -> Any:
-    """Return the kernel of a spec for CPU tensors inside ``ptxsim.emulate()``; like `get`, but for the emulator.
+    """Return the kernel of a spec for CPU tensors inside ``ptxsim.emulate()``, as `get` does for CUDA tensors.
 
-    Kept in memory and in the cache on disk: another process starts it without the compiler's work.
+    Kernels are cached in memory and on disk, so that other processes need not compile them.
 
     Parameters
     ----------
     spec, config
         As for `get`.
     arch : Arch, optional
-        Compile target; by default that of the open session, else as for `get`.
+        Compile target.  Default: that of the open session, else as for `get`.
 
     Returns
     -------
     object
-        What ``ptxsim.compile`` returns: callable like the function of `get`, with PTX and register counts on it.
+        A ``ptxsim.CompiledKernel``, called like the function of `get`; it also has the PTX and register counts.
     """
     if arch is None:
         session = emulator()
@@ -107,18 +107,18 @@ def emulated(spec: Spec, config: Config | None = None, arch: Arch | None = None)
 
 
 def forget() -> None:
-    """Empty the memory, not the disk; the next `get` or `emulated` of each spec looks there."""
+    """Clear the kernels in memory, not those on disk."""
     with compiler.LOCK:
         lookup.forget()
         _memory.clear()
 
 
 def _nothing(*_: Any) -> None:
-    """Stand for a kernel in a plan."""
+    """The kernel of a plan, which does nothing."""
 
 
 class _Logged:
-    """A kernel that logs its calls, otherwise as it is."""
+    """A kernel that logs its calls."""
 
     def __init__(self, key: Key, kernel: Any):
         self._key, self._kernel = key, kernel

@@ -1,6 +1,6 @@
-"""`get`: the callable of a spec, from memory, an ahead-of-time bundle, the disk, or the compiler, in this order.
+"""`get`: the callable of a spec, from memory, a bundle, the disk cache or the compiler, in this order.
 
-The compiler is imported when no bundle has a library of the kernel.
+The compiler is imported only if no bundle has a library of the kernel.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ if TYPE_CHECKING:
 
 _memory: dict[tuple[Spec, Config | None, str], Function] = {}
 _targets: dict[torch.device | None, Arch] = {}
-_referred: set[Spec] = set()  # specs that the log has said the reference runs
+_referred: set[Spec] = set()  # specs whose run by the reference has been logged
 
 
 def get(spec: Spec, config: Config | None = None, arch: Arch | None = None) -> Function:
-    """Return the function that runs a kernel on CUDA tensors, on torch's current stream.
+    """Return the function that runs a kernel on CUDA tensors and torch's current stream.
 
     Parameters
     ----------
     spec : Spec
-        What is computed.
+        What the kernel computes.
     config : Config, optional
-        How fast; by default what the kernel class chooses.
+        How it computes it.  Default: the choice of the kernel class.
     arch : Arch, optional
-        Compile target; by default that of CUTE_SSM_ARCH, else of the current CUDA device.
+        Compile target.  Default: CUTE_SSM_ARCH, else that of the current CUDA device.
 
     Returns
     -------
     callable
-        A raw ``tvm_ffi.Function`` that takes the arguments of the kernel's ``__call__`` but the stream.
+        A raw ``tvm_ffi.Function`` with the arguments of the kernel's ``__call__``, without the stream.
 
     Raises
     ------
     UnsupportedSpecError, UnsupportedArchError, CompileError
-        Nothing is stored then.
+        Nothing has been stored.
     """
     if arch is None:
         arch = target()
@@ -57,7 +57,7 @@ def get(spec: Spec, config: Config | None = None, arch: Arch | None = None) -> F
 
 
 def target(device: torch.device | None = None) -> Arch:
-    """Return the compile target for a CUDA device, by default the current one; CUTE_SSM_ARCH wins over both."""
+    """Return CUTE_SSM_ARCH if set, else the compile target of a CUDA device, by default the current one."""
     known = _targets.get(device)
     if known is None:
         known = settings().arch or _own_target(device)
@@ -67,7 +67,7 @@ def target(device: torch.device | None = None) -> Arch:
 
 
 def compile_to(folder: str | Path, spec: Spec, config: Config | None = None, arch: Arch | None = None) -> Path:
-    """Compile a kernel into a bundle that CUTE_SSM_AOT_DIR can name; return the object's path.
+    """Compile a kernel to an object in a bundle for CUTE_SSM_AOT_DIR; return the object's path.
 
     Raises
     ------
@@ -83,18 +83,18 @@ def compile_to(folder: str | Path, spec: Spec, config: Config | None = None, arc
             data, seconds = _compile(key)
             if not (held and store.write(key, data, seconds)):
                 raise CuteSsmError(
-                    describe("folder", "one that can be written", repr(str(folder)), "see the warning before")
+                    describe("folder", "a folder that can be written", repr(str(folder)), "see the warning above")
                 )
     return store.path(key)
 
 
 def bundle_to(folder: str | Path, spec: Spec, config: Config | None = None, arch: Arch | None = None) -> Path:
-    """Compile a kernel to a shared library in a bundle, which loads without the compiler; return the library's path.
+    """Compile a kernel to a shared library in a bundle, which needs no compiler; return the library's path.
 
     Raises
     ------
     CuteSsmError
-        If the folder cannot be written, or nothing can link.
+        If the folder cannot be written, or there is no linker.
     """
     arch = arch or target()
     spec.check()
@@ -105,13 +105,13 @@ def bundle_to(folder: str | Path, spec: Spec, config: Config | None = None, arch
             data, seconds = _compile(key)
             if not (held and store.write(key, bundles.link(data), seconds, ".so")):
                 raise CuteSsmError(
-                    describe("folder", "one that can be written", repr(str(folder)), "see the warning before")
+                    describe("folder", "a folder that can be written", repr(str(folder)), "see the warning above")
                 )
     return store.path(key, ".so")
 
 
 def prepare(spec: Spec, config: Config, arch: Arch) -> bool:
-    """See that a kernel is in the cache on disk; say whether it had to be compiled.
+    """Ensure that a kernel is in the disk cache; return whether it had to be compiled.
 
     Raises
     ------
@@ -122,7 +122,7 @@ def prepare(spec: Spec, config: Config, arch: Arch) -> bool:
     toolchain.check()
     folder = settings().cache_dir
     if folder is None:
-        raise CuteSsmError(describe("CUTE_SSM_CACHE", "1", "0", "kernels are prepared in the cache on disk"))
+        raise CuteSsmError(describe("CUTE_SSM_CACHE", "1", "0", "preparing kernels needs the disk cache"))
     with compiler.LOCK:
         store, key = Store(folder), Key(spec, config, arch)
         if _readable(store, key):
@@ -147,7 +147,7 @@ def _readable(store: Store, key: Key) -> bool:
 
 
 def forget() -> None:
-    """Empty the memory of `get`."""
+    """Clear the kernels in memory."""
     with compiler.LOCK:
         _memory.clear()
         _targets.clear()
@@ -181,7 +181,7 @@ def _miss(spec: Spec, config: Config | None, arch: Arch) -> Function:
 
 def _find(key: Key) -> Function:
     toolchain.check()
-    toolchain.stack()  # imports the compiler, whose seconds are neither a load's nor a compile's in the log
+    toolchain.stack()  # imports the compiler here, so that logged load and compile times exclude the import
     for folder in settings().aot_dirs:
         function = _from_bundle(Store(folder), key)
         if function is not None:
@@ -204,7 +204,7 @@ def _from_bundle(store: Store, key: Key) -> Function | None:
 
 
 class Made(NamedTuple):
-    """A kernel that has just been compiled, what of it is stored, and how long that took."""
+    """A newly compiled kernel, the bytes to store, and the compile time in seconds."""
 
     kernel: Any
     data: bytes
@@ -212,7 +212,7 @@ class Made(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What is kept of a key: the suffix of the file, how bytes become a kernel, and how one is compiled."""
+    """A kind of stored kernel: suffix of the file, how bytes are loaded, and how a kernel is compiled."""
 
     suffix: str
     load: Callable[[bytes], Any]
@@ -222,7 +222,7 @@ class Kind(NamedTuple):
 def kept(store: Store, key: Key, kind: Kind) -> Any:
     """Return a kernel from the disk, or compile and store it.
 
-    Reads without a lock, which a read-only disk allows; judges an object bad, or compiles, only with the lock.
+    Reading takes no lock, so that it works on a read-only disk.  Compiling and moving a bad object need the lock.
     """
     try:
         kernel = _stored(store, key, kind)
@@ -253,13 +253,13 @@ def _stored(store: Store, key: Key, kind: Kind) -> Any | None:
     try:
         kernel = kind.load(data)
     except Exception as error:
-        raise BadObjectError(f"it does not load: {error}") from error
+        raise BadObjectError(f"loading it failed: {error}") from error
     logger().info("loaded %s in %.1f ms", store.path(key, kind.suffix), (time.perf_counter() - start) * 1e3)
     return kernel
 
 
 def _objects(key: Key) -> Kind:
-    """Kernels for GPUs."""
+    """Return the kind of kernels for GPUs."""
 
     def make() -> Made:
         data, seconds = _compile(key)
@@ -277,7 +277,7 @@ def _compile(key: Key) -> tuple[bytes, float]:
 
 
 def by_reference(spec: Spec, arguments: Iterable[Any]) -> None:
-    """Log that a call is about to run by the reference in PyTorch, as CPU tensors without an emulator do."""
+    """Log that a call with CPU tensors is about to run the PyTorch reference."""
     if settings().log == "off":
         return
     if spec not in _referred:
@@ -287,9 +287,9 @@ def by_reference(spec: Spec, arguments: Iterable[Any]) -> None:
         log_call("reference", spec.text(), arguments)
 
 
-def log_call(way: str, name: str, arguments: Iterable[Any]) -> None:
-    """Log a call, the way it runs, and its arguments."""
-    logger().debug("%s: %s(%s)", way, name, ", ".join(map(_brief, arguments)))
+def log_call(backend: str, name: str, arguments: Iterable[Any]) -> None:
+    """Log the backend of a call, its name and its arguments."""
+    logger().debug("%s: %s(%s)", backend, name, ", ".join(map(_brief, arguments)))
 
 
 def _logged(key: Key, function: Function) -> Function:

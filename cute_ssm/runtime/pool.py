@@ -1,4 +1,4 @@
-"""Many kernels compiled at once, by several processes: each compiles one at a time."""
+"""Compile many kernels in several processes, because the compiler runs one compile per process at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one kernel: compiled, found, or neither, and then why."""
+    """The result for one kernel: compiled, already present (not `compiled`), or the error."""
 
     kernel: tuple[Spec, Config, Arch]
     compiled: bool
@@ -27,20 +27,20 @@ class Outcome:
 
 
 def executor(jobs: int) -> Executor:
-    """Return a pool of processes that share nothing with this one but its import path."""
+    """Return a pool of spawned processes, which share only the import path with this one."""
     return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
 
 
 def compile_all(
     kernels: Sequence[tuple[Spec, Config, Arch]], jobs: int | None = None, bundle: Path | None = None
 ) -> Iterator[Outcome]:
-    """Compile kernels into the cache, or into a bundle, and yield each one's outcome as it is done.
+    """Compile kernels into the cache or a bundle, and yield the outcome of each as it completes.
 
     Parameters
     ----------
     kernels : sequence of (Spec, Config, Arch)
     jobs : int, optional
-        Processes; by default one for each core.  1: this process.
+        Number of processes.  Default: one per core.  1: compile in this process.
     bundle : Path, optional
         Folder of shared libraries instead of the cache.
     """

@@ -1,4 +1,4 @@
-"""Which kernel class implements a spec; classes are imported, and with them the compiler, when first asked for."""
+"""Which kernel class implements a spec.  Classes, and with them the compiler, are imported on first use."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 class Kernel(Protocol):
-    """What the runtime needs of a kernel class; its ``__call__`` is a ``cute.jit`` function of the fakes."""
+    """The interface of a kernel class; its ``__call__`` is a ``cute.jit`` function of the fakes."""
 
     def __init__(self, spec: Any, config: Any, arch: Arch) -> None: ...
 
     @staticmethod
     def default_config(spec: Any, arch: Arch, units: int | None = None) -> Config:
-        """Return the config of a spec, for about `units` units of work if known."""
+        """Return the config of a spec, for `units` units of work if known."""
         ...
 
     def fakes(self) -> tuple[Any, ...]:
-        """Return the arguments of ``__call__`` as the compiler sees them, the stream last."""
+        """Return fake arguments of ``__call__`` for the compiler, the stream last."""
         ...
 
     def __call__(self, *arguments: Any) -> None: ...
@@ -38,12 +38,12 @@ _resolved: dict[str, type[Kernel]] = {}
 
 
 def register(spec_type: type[Spec], path: str) -> None:
-    """Let the kernel class at ``"module:Class"`` implement a type of spec.
+    """Register the kernel class ``"module:Class"`` as the implementation of a type of spec.
 
     Raises
     ------
     ValueError
-        If the path is not of that form, or another class implements this type already.
+        If the path does not have that form, or another class is registered for this type.
     """
     module, _, name = path.partition(":")
     if not (module and name.isidentifier()):
@@ -78,14 +78,14 @@ def kernel_class(spec: Spec) -> type[Kernel]:
 
 
 def default_config(spec: Spec, arch: Arch, units: int | None = None) -> Config:
-    """Return the config that a spec gets when the caller chooses none."""
+    """Return the config of a spec if the caller gives none."""
     return kernel_class(spec).default_config(spec, arch, units)
 
 
 def fingerprint(spec: Spec) -> str:
-    """Return what identifies the code of a spec's kernel beyond this package's sources.
+    """Return a string that identifies the code of a spec's kernel, in addition to this package's sources.
 
-    A class of this package is identified by its path; of one registered from outside, the file's contents count too.
+    It is the path of the class; for a class outside this package also the contents of its file.
     """
     path = kernel_path(spec)
     module = path.partition(":")[0]

@@ -1,4 +1,4 @@
-"""Looking through, and emptying, a folder of compiled kernels, whichever tool-chain wrote them."""
+"""List and delete compiled kernels on disk, of all tool-chains."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Item:
 
     @property
     def name(self) -> str:
-        """The kernel's readable name, and what it is for."""
+        """Readable name of the kernel, marked if it is for the emulator."""
         stem = self.path.stem
         return f"{stem.rpartition('.')[0]} (emulator)" if self.path.suffix == EMULATED else stem
 
 
 def listing(root: Path | None) -> list[Item]:
-    """Return all objects under a cache folder or a bundle, in order of their paths."""
+    """Return all objects in a cache folder or a bundle, sorted by path."""
     found = []
     for folder in _folders(root):
         for path in sorted(path for suffix in _OBJECTS for path in folder.glob(f"*{suffix}")):
@@ -56,14 +56,14 @@ def listing(root: Path | None) -> list[Item]:
 
 
 def clear(root: Path | None, version: str | None = None) -> tuple[int, int]:
-    """Delete the files of the cache, of one package version or of all, and the folders this leaves empty.
+    """Delete the files of the cache, of one package version or of all, and folders that are empty then.
 
-    Nothing is deleted that does not look like this package's own: a wrongly set folder loses nothing else.
+    Only files that this package writes are deleted, so that a wrong folder loses nothing else.
 
     Returns
     -------
     tuple of int
-        Files deleted, and their bytes.
+        Number of deleted files, and their bytes.
 
     Raises
     ------
@@ -79,14 +79,14 @@ def clear(root: Path | None, version: str | None = None) -> tuple[int, int]:
                 size += path.stat().st_size
                 path.unlink()
                 count += 1
-        with contextlib.suppress(OSError):  # not empty, or in use by another process: stays
+        with contextlib.suppress(OSError):  # kept if not empty or in use by another process
             for level in (folder, folder.parent, folder.parent.parent):
                 level.rmdir()
     return count, size
 
 
 def _folders(root: Path | None) -> Iterator[Path]:
-    """Yield the folders ``version/target/digest`` that a tool-chain has described."""
+    """Yield the folders ``version/target/digest`` that contain a ``meta.json``."""
     if root is None or not root.is_dir():
         return
     for meta in sorted(root.glob(f"*/*/*/{META}")):

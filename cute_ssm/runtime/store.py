@@ -1,8 +1,8 @@
 """Compiled kernels on disk: ``<root>/<package version>/<target>/<tool-chain digest>/<readable name>-<digest>.o``.
 
-Beside each object lies a record, ``.json``, with spec, config, date, size and SHA-256; in each digest's folder a
-``meta.json`` with the versions behind the digest.  Files appear by atomic replacement while the key's lock is held.
-What the emulator compiled has the suffix ``.<digest of the emulator's format>.emulated``, and a record of its own.
+Each object has a record, ``.json``, with spec, config, date, size and SHA-256; each folder of a digest has a
+``meta.json`` with the versions that the digest stands for.  Files are replaced atomically while the key's lock is held.
+Kernels for the emulator have the suffix ``.<digest of the emulator's format>.emulated``, and their own record.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from cute_ssm.spec import Config, Spec, digest
 META = "meta.json"
 BAD = ".bad-"
 TEMPORARY = ".tmp-"
-LOCK_TIMEOUT_S = 600.0  # a compile takes seconds; a process stopped by a debugger must not stop others for ever
+LOCK_TIMEOUT_S = 600.0  # a compile takes seconds; a process stopped in a debugger must not block others for ever
 LOCK_POLL_S = 0.02
 EMULATED = ".emulated"
 
 
 class BadObjectError(Exception):
-    """A stored object that is there and cannot be used."""
+    """A stored object cannot be used."""
 
 
 def record_path(path: Path) -> Path:
@@ -44,7 +44,7 @@ def record_path(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Key:
-    """All that a compile depends on, given a tool-chain."""
+    """Everything that a compile depends on, apart from the tool-chain."""
 
     spec: Spec
     config: Config
@@ -57,7 +57,7 @@ class Key:
 
     @cached_property
     def digest(self) -> str:
-        """Twelve hexadecimal digits of spec, config, target and, for kernels from outside, their source."""
+        """Digest, 12 hexadecimal digits, of spec, config, target and, for external kernels, their source."""
         return digest(self.spec, self.config, self.arch, registry.fingerprint(self.spec))
 
     @property
@@ -69,7 +69,7 @@ class Key:
 class Store:
     """One folder of compiled kernels."""
 
-    warned: ClassVar[set[Path]] = set()  # shared on purpose: one warning per folder and process
+    warned: ClassVar[set[Path]] = set()  # shared by all stores: one warning per folder and process
 
     def __init__(self, root: Path):
         self.root = root
@@ -79,7 +79,7 @@ class Store:
         return self.root / cute_ssm.__version__ / key.arch.name / toolchain.stack()
 
     def path(self, key: Key, suffix: str = ".o") -> Path:
-        """Return where a key's object, or shared library, lies or would lie."""
+        """Return the path of a key's object or shared library, which need not exist."""
         return self.folder(key) / f"{key.name}{suffix}"
 
     def read(self, key: Key, suffix: str = ".o") -> bytes | None:
@@ -88,13 +88,13 @@ class Store:
         Raises
         ------
         BadObjectError
-            If object, record and folder do not fit together.
+            If the object does not match its record, or the folder the tool-chain.
         """
         path = self.path(key, suffix)
         try:
             data = path.read_bytes()
             if not self._described(path.parent):
-                raise BadObjectError(f"{META} beside it is missing or not that of this tool-chain")
+                raise BadObjectError(f"{META} in its folder is missing or of another tool-chain")
             record = json.loads(record_path(path).read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             if path.exists():
@@ -106,11 +106,11 @@ class Store:
         except ValueError as error:
             raise BadObjectError(f"unreadable record: {error}") from None
         if not isinstance(record, dict) or record.get("sha256") != hashlib.sha256(data).hexdigest():
-            raise BadObjectError("the object is not the one its record describes")
+            raise BadObjectError("its SHA-256 is not the one in its record")
         return data
 
     def write(self, key: Key, data: bytes, compile_s: float, suffix: str = ".o") -> bool:
-        """Store an object, or shared library, with the key's lock held; say whether it was possible."""
+        """Store an object or shared library while holding the key's lock; return whether that succeeded."""
         if toolchain.sources_changed():
             self.trouble("write", "the sources of cute_ssm have changed since this process read them")
             return False
@@ -137,7 +137,7 @@ class Store:
         return True
 
     def quarantine(self, key: Key, reason: object, suffix: str = ".o") -> None:
-        """Move a bad object out of the way, with the lock held; the second bad one replaces the first."""
+        """Rename a bad object while holding the lock; it replaces an earlier bad one."""
         path = self.path(key, suffix)
         self.damaged(key, reason, suffix)
         try:
@@ -147,12 +147,12 @@ class Store:
             self.trouble("move", error)
 
     def damaged(self, key: Key, reason: object, suffix: str = ".o") -> None:
-        """Warn that an object is compiled again, and why."""
+        """Warn that an object is compiled again, with the reason."""
         logger().warning("%s cannot be used and is compiled again: %s", self.path(key, suffix), reason)
 
     @contextlib.contextmanager
     def lock(self, key: Key) -> Iterator[bool]:
-        """Hold a key's lock among processes; False where the folder cannot be written or locked."""
+        """Hold a key's lock between processes; yields False if the folder cannot be written or locked."""
         file = self._locked(self.path(key).with_suffix(".lock"))
         try:
             yield file is not None
@@ -161,17 +161,17 @@ class Store:
                 file.close()
 
     def trouble(self, verb: str, error: object) -> None:
-        """Warn, once per folder and process, that kernels stay in memory only."""
+        """Warn, once per folder and process, that kernels are cached in memory only."""
         if self.root not in self.warned:
             self.warned.add(self.root)
             logger().warning(
-                "cannot %s in the kernel cache %s (%s): kernels are kept in memory only; "
-                "point CUTE_SSM_CACHE_DIR to a writable folder or set CUTE_SSM_CACHE=0",
+                "cannot %s in the kernel cache %s (%s): kernels are cached in memory only; "
+                "set CUTE_SSM_CACHE_DIR to a writable folder, or CUTE_SSM_CACHE=0",
                 *(verb, self.root, error),
             )
 
     def _described(self, folder: Path) -> bool:
-        """Say whether a folder's ``meta.json`` is that of the running tool-chain."""
+        """Return whether a folder's ``meta.json`` matches the running tool-chain."""
         try:
             meta = json.loads((folder / META).read_bytes())
         except (FileNotFoundError, NotADirectoryError):
@@ -199,7 +199,7 @@ class Store:
 
 
 def _flock(file: IO[bytes]) -> None:
-    """Wait for an exclusive lock, which the kernel releases when its holder dies."""
+    """Wait for an exclusive lock, which the operating system releases if its holder dies."""
     import fcntl
 
     deadline = time.monotonic() + LOCK_TIMEOUT_S
@@ -217,7 +217,7 @@ def _flock(file: IO[bytes]) -> None:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Let a file appear with these contents, whole or not at all."""
+    """Write a file atomically."""
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
         with open(temporary, "wb") as file:

@@ -1,4 +1,4 @@
-"""What compiled a kernel: versions, sources and options, of which every stored object carries the digest."""
+"""The tool-chain of a kernel: versions, sources and options, whose digest names the folder of stored objects."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TVM_FFI = "apache-tvm-ffi"
 TVM_FFI_RANGE = ((0, 1, 11), (0, 2))
 OPTIONS = "--enable-tvm-ffi --gpu-arch {arch}"
 
-# Everything that tracing a kernel can execute: these, but for the files of operators that never are.
+# Everything that tracing a kernel may execute; the host files of operators are never traced.
 _SOURCES = ("arch.py", "device", "ops", "spec.py", "tuning")
 _HOST_FILES = ("arguments.py", "operator.py", "reference.py", "workload.py")
 
@@ -44,19 +44,19 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def within(version: str, accepted: Range) -> bool:
-    """Say whether a version lies in a half-open range."""
+    """Return whether a version is in a half-open range."""
     return accepted[0] <= numbers(version) < accepted[1]
 
 
 def requirement(distribution: str, accepted: Range) -> str:
-    """Return a range as pip spells it, e.g. ``"nvidia-cutlass-dsl>=4.8.1,<4.9"``."""
+    """Return a range as a pip requirement, e.g. ``"nvidia-cutlass-dsl>=4.8.1,<4.9"``."""
     low, high = (".".join(map(str, bound)) for bound in accepted)
     return f"{distribution}>={low},<{high}"
 
 
 @functools.cache
 def check() -> None:
-    """Raise `CompileError` if the installed compiler is not one this version works with."""
+    """Raise `CompileError` if the installed compiler is not supported by this version."""
     for name, accepted in ((DSL, DSL_RANGE), (TVM_FFI, TVM_FFI_RANGE)):
         version = installed(name)
         if version is None or not within(version, accepted):
@@ -66,7 +66,7 @@ def check() -> None:
 
 
 def dsl_distributions() -> dict[str, str]:
-    """Return the versions of all installed parts of the compiler; their names tell which CUDA they are built for."""
+    """Return the versions of all installed parts of the compiler; their names contain the CUDA version."""
     found = {}
     for distribution in importlib.metadata.distributions():
         name = (distribution.metadata["Name"] or "").lower().replace("_", "-")
@@ -77,16 +77,16 @@ def dsl_distributions() -> dict[str, str]:
 
 @functools.cache
 def sources_digest() -> str:
-    """Return a digest of the sources a kernel is made of, as they are at the first call."""
+    """Return a digest of the sources that a kernel is built from, as they are at the first call."""
     return _hash_sources()
 
 
 def sources_changed() -> bool:
-    """Say whether the sources have been edited, so that what runs here is not what the digest stands for.
+    """Return whether the sources may have changed, so that the digest does not describe what this process runs.
 
-    Modules are read when they are imported, the digest later, and what is traced is read again: a file that is newer
-    than this package's import may be any of these.  One whose time lay in the future from the first, as clocks that
-    differ leave it, counts once that time is another.
+    Modules are read at import, the digest is computed later, and traced sources are read again.  A file newer than the
+    import of this package may therefore have been read in different versions.  A file whose time was in the future at
+    import, as with clocks that differ, counts only if its time has changed since.
     """
     times = ((file, file.stat().st_mtime) for file in _sources())
     newer = any(at > cute_ssm._IMPORTED and at != _AHEAD.get(file) for file, at in times)
@@ -101,7 +101,7 @@ def _sources() -> list[Path]:
 
 
 def _ahead() -> dict[Path, float]:
-    """Times of sources that are in the future."""
+    """Return the modification times of sources that are in the future."""
     now = time.time()
     return {file: changed for file in _sources() if (changed := file.stat().st_mtime) > now}
 
@@ -119,7 +119,7 @@ def _hash_sources() -> str:
 
 
 def cuda_flavor() -> str:
-    """Return the CUDA major version of the loaded compiler: of several installed ones, the driver decides at import."""
+    """Return the CUDA version of the loaded compiler; if several are installed, the driver's version selects one."""
     import cutlass  # noqa: F401
     import tvm_ffi  # noqa: F401
 
@@ -142,7 +142,7 @@ def description() -> dict[str, object]:
 
 
 def light_description() -> dict[str, object]:
-    """Return the part of ``meta.json`` that holds without a compiler: what a library made elsewhere must agree with."""
+    """Return the part of ``meta.json`` that needs no compiler, which must match for libraries built elsewhere too."""
     return {
         "cute_ssm": cute_ssm.__version__,
         "sources": sources_digest(),
@@ -152,5 +152,5 @@ def light_description() -> dict[str, object]:
 
 @functools.cache
 def stack() -> str:
-    """Return the digest of `description`, the name of the folder of everything this tool-chain compiles."""
+    """Return the digest of `description`, which names the folder of this tool-chain's kernels."""
     return digest(repr(sorted(description().items())))
