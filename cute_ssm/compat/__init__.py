@@ -1,1 +1,1 @@
-"""Signatures and conventions of other packages, thin over this one's operators."""
+"""Thin wrappers of this package's operators with the signatures and conventions of other packages."""

@@ -1,4 +1,4 @@
-"""Outputs of padding as vLLM and FlashInfer have them: those of a state of zeros, while nothing is stored."""
+"""Outputs of padding rows as in vLLM and FlashInfer: those of a zero state, which is not stored."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NOBODY = -1  # no slot of a state of zeros
+NOBODY = -1  # for rows that are not padding
 
 
 class Padding(NamedTuple):
-    """A pool with one state of zeros, and its indices: slot 0 for rows that are padding, `NOBODY` for all others."""
+    """A pool with one zero state, and the slots of the batch: 0 for padding rows, `NOBODY` for all others."""
 
     state: Tensor
     scale: Tensor | None
@@ -19,12 +19,12 @@ class Padding(NamedTuple):
 
 
 def padding(state: Tensor, scale: Tensor | None, src: Tensor, accepted: Tensor | None, pad: int) -> Padding:
-    """Return what a second call needs that writes the rows of ``out`` whose sequence is padding.
+    """Return the arguments of a second call that writes the padding rows of ``out``.
 
     Parameters
     ----------
     src : Tensor, (batch,) or (batch, columns)
-        Slots of the sequences; of several columns, that which ``accepted`` chooses, or the first.
+        Slots of the sequences; of several columns, the one that ``accepted`` selects, else the first.
     """
     first = src
     if src.dim() == 2:

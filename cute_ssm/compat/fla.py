@@ -24,7 +24,7 @@ def fused_recurrent_gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Decode 1 to 16 tokens per sequence, like ``fla.ops.gated_delta_rule.fused_recurrent_gated_delta_rule``.
+    """Decode 1 to 16 tokens per sequence with the signature of fla's function of this name.
 
     Parameters
     ----------
@@ -35,11 +35,11 @@ def fused_recurrent_gated_delta_rule(
     g : Tensor, (batch, tokens, value_heads), optional
         Logarithms of the decays, of any sign.  None: no decay.
     gk, gv, cu_seqlens
-        Decays per key or value channel, and packed sequences: refused.
+        Not supported: decays per key or value channel, and packed sequences.
     beta : Tensor, (batch, tokens, value_heads), optional
-        Steps; up to 2 with ``allow_neg_eigval``.  None: 1.
+        Update weights, sigmoid already applied; up to 2 with ``allow_neg_eigval``.  None: 1.
     scale : float, optional
-        Of q; None: ``K ** -0.5``.
+        Scale of q.  None: ``K ** -0.5``.
     initial_state : Tensor, (batch, value_heads, K, V), float32/bfloat16/float16, optional
         Not modified.  None: zeros.
     output_final_state : bool
@@ -55,18 +55,17 @@ def fused_recurrent_gated_delta_rule(
     Raises
     ------
     UnsupportedSpecError
-        An argument that is refused.
+        An argument is not supported.
 
     Notes
     -----
-    States are copied to and from the layout of `cute_ssm.gated_delta_rule_mtp`, [V, K], which updates a pool in place:
-    an engine calls that.
+    Every call copies states to and from the layout [V, K] of `cute_ssm.gated_delta_rule_mtp`.  Serving engines should
+    call that function, which updates a pool in place.
     """
     for name, value in (("gk", gk), ("gv", gv), ("cu_seqlens", cu_seqlens)):
         if value is not None:
-            raise UnsupportedSpecError(
-                describe(name, "None", "a tensor", "this version decodes with one decay per head")
-            )
+            fix = "this version supports one decay per head, and sequences of equal length"
+            raise UnsupportedSpecError(describe(name, "None", "a tensor", fix))
     for name, value in (("q", q), ("v", v)):
         if not isinstance(value, Tensor) or value.dim() != 4:
             raise ValueError(describe(name, "a tensor of 4 dimensions", type(value).__name__))

@@ -75,17 +75,17 @@ def selective_scan_fn(
     delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Scan sequences of equal length from zero states, like ``mamba_ssm.ops.selective_scan_interface``.
+    """Scan sequences of equal length from zero states, like mamba_ssm's function of this name.
 
     Parameters
     ----------
     u, delta : Tensor, (batch, dim, length), float32/bfloat16/float16
-        Any strides, like B, C and z; stride 1 in the last dimension saves a copy.
+        Any strides, as for B, C and z; stride 1 in the last dimension avoids a copy.
     A : Tensor, (dim, dstate), float32
     B, C : Tensor, (batch, dstate, length) or (batch, ngroups, dstate, length), type of u
-        Projections that do not depend on the token, (dim, dstate), are refused.
+        Projections of shape (dim, dstate), the same for all tokens, are not supported.
     D, delta_bias : Tensor, (dim,), optional
-        Used in float32.
+        Converted to float32.
     z : Tensor, (batch, dim, length), type of u, optional
         Gate.
     delta_softplus : bool
@@ -104,14 +104,14 @@ def selective_scan_fn(
     ValueError, TypeError
         As for `cute_ssm.selective_scan`.
     UnsupportedSpecError
-        B or C does not depend on the token.
+        B or C has shape (dim, dstate).
 
     Notes
     -----
-    No argument is modified.  As in mamba_ssm there are gradients, of all arguments, and of ``last_state`` too: with
-    grad mode on, and if an argument requires grad.  Outputs are those of the operator on every path; the backward pass
-    recomputes the scan in float32, token by token, by PyTorch.  That is for fine-tuning and tests: training at speed
-    has kernels of its own in mamba_ssm.
+    No argument is modified.  As in mamba_ssm, outputs and ``last_state`` have gradients with respect to all arguments,
+    if grad mode is on and an argument requires grad.  The forward pass is that of the operator on every backend; the
+    backward pass recomputes the scan in float32, token by token, in PyTorch.  It is meant for tests and small
+    fine-tuning runs: use mamba_ssm's kernels for training.
     """
     for name, tensor in (("B", B), ("C", C)):
         if isinstance(tensor, Tensor) and tensor.dim() == 2:
@@ -129,7 +129,7 @@ def selective_scan_fn(
 
 
 class _Scan(torch.autograd.Function):
-    """The operator, with the gradients of its reference."""
+    """The operator, with gradients by its reference."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor | None, delta_softplus: bool, *tensors: Any) -> Any:
@@ -164,14 +164,14 @@ def selective_state_update(
     dt_softplus: bool = False,
     state_batch_indices: Tensor | None = None,
 ) -> Tensor:
-    """Advance states by one token, like ``mamba_ssm.ops.triton.selective_state_update``.
+    """Advance states by one token, like mamba_ssm's function of this name.
 
     Parameters
     ----------
     state : Tensor, (batch or slots[, nheads], dim, dstate), float32/bfloat16/float16
-        **Updated in place**; laid out as for `cute_ssm.selective_state_update`.
+        **Updated in place.**  Layout as for `cute_ssm.selective_state_update`.
     x, dt : Tensor, (batch[, nheads], dim), float32/bfloat16/float16
-        Any strides, like B, C and z; stride 1 in the last dimension saves a copy.  dt may have stride 0 there.
+        Any strides, as for B, C and z; stride 1 in the last dimension avoids a copy, as does stride 0 for dt.
     A : Tensor, ([nheads, ]dim, dstate), float32/bfloat16/float16
         Strides 0 in the last two dimensions mean one value per head.
     B, C : Tensor, (batch[, ngroups], dstate)
@@ -181,12 +181,12 @@ def selective_state_update(
     dt_softplus : bool
         Apply softplus to dt + dt_bias.
     state_batch_indices : Tensor, (batch,), int32/int64, optional
-        Slot of each sequence; -1 is padding, whose rows of the result are zero.
+        Slot of each sequence.  -1 is padding, whose output is zero.
 
     Returns
     -------
     Tensor
-        Of the shape and type of x.
+        Output, with shape and dtype of x.
 
     Raises
     ------
@@ -195,7 +195,7 @@ def selective_state_update(
 
     Notes
     -----
-    B, C and z of another type than x are converted to it.
+    B, C and z are converted to the dtype of x.
     """
     if isinstance(x, Tensor):
         B, C, z = (_like(tensor, x.dtype) for tensor in (B, C, z))
@@ -219,7 +219,7 @@ def selective_state_update(
 
 
 def _like(tensor: Any, dtype: torch.dtype) -> Any:
-    """Bring a token's tensor to a type, and to stride 1 in its last dimension."""
+    """Convert a tensor to a dtype, and to stride 1 in its last dimension."""
     if not isinstance(tensor, Tensor):
         return tensor
     tensor = tensor if tensor.dtype == dtype or not tensor.is_floating_point() else tensor.to(dtype)

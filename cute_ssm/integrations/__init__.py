@@ -1,1 +1,1 @@
-"""Other packages' models on this package's operators."""
+"""Run models of other packages with this package's operators."""

@@ -1,4 +1,4 @@
-"""Prefill of Mamba-1 and decode steps of Mamba models of Hugging Face ``transformers``, by this package's operators."""
+"""Run decode steps and Mamba-1 prefill of Hugging Face ``transformers`` with this package's operators."""
 
 from __future__ import annotations
 
@@ -24,50 +24,51 @@ FUNCTIONS = ("mamba_selective_state_update", "mamba2_selective_state_update")
 SCAN = "mamba_selective_scan"
 CHUNKS = "mamba2_chunk_scan"
 
-# Functions of models that have other recurrences, and what to do about them.
+# Functions of models with other recurrences -> what such a model is, and what to do.
 OTHERS = {
     "torch_recurrent_gated_delta_rule": (
-        "a gated delta net, whose layers patch() does not replace: leave the model as it is, or call "
-        "cute_ssm.gated_delta_rule_mtp in a layer of your own"
+        "a gated delta net, whose layers patch() does not replace: use the model unpatched, or call "
+        "cute_ssm.gated_delta_rule_mtp in your own layer"
     ),
     "recurrent_kimi_delta_attention": (
-        "Kimi delta attention, whose decay differs by channel, which no kernel here computes: leave the model as it is"
+        "Kimi delta attention, whose decay per channel this package does not support: use the model unpatched"
     ),
 }
-# Arguments beyond those of the operators that change a result; transformers' own functions ignore all others.
+# Arguments that change a result and that the operators lack; transformers' own functions ignore all others.
 MEANT = ("cu_seqlens", "seq_idx", "state_batch_indices")
 
 _originals: dict[tuple[ModuleType, str], Callable[..., Any]] = {}
 
 
 def patch(*models: str) -> Patch:
-    """Let models run through `cute_ssm.selective_state_update` and `cute_ssm.selective_scan`, or in a context.
+    """Make models use `cute_ssm.selective_state_update` for decode steps and `cute_ssm.selective_scan` for prefill.
 
-    Decode steps run through the first, the prefill of Mamba-1 models through the second; that of Mamba-2 models and
-    training are untouched.  ``patch()`` holds until `unpatch`; ``with patch(): ...`` until the end of the block.  It
-    concerns models that exist already as well as later ones, since their modules look the functions up at every call;
-    what ``torch.compile`` has traced before keeps what it saw.  A call that an operator does not support (dstate below
-    16 in a decode step, say), or that needs gradients, runs as without the patch; the first such is logged.  Arguments
-    that transformers' own functions ignore, such as those that hybrid models pass on to all layers, are ignored.
+    Prefill is replaced in Mamba-1 models only; Mamba-2 prefill and training do not change.  ``patch()`` is in effect
+    until `unpatch`, ``with patch(): ...`` until the end of the block.  It applies to existing and to new models,
+    because transformers looks the functions up at every call; graphs that ``torch.compile`` has already traced do not
+    change.
+
+    A call that an operator does not support (for example dstate below 16 in a decode step), or that needs gradients,
+    runs transformers' own function; the first such call is logged.  Arguments that transformers' functions ignore, such
+    as those that hybrid models pass to all layers, are ignored.
 
     Parameters
     ----------
     *models : str
-        Folders of ``transformers.models`` that define ``mamba_selective_state_update``, and then
-        ``mamba_selective_scan`` too, or ``mamba2_selective_state_update``; by default all of `MODELS` that this
-        version of transformers has.
+        Folders of ``transformers.models`` that define ``mamba_selective_state_update`` and ``mamba_selective_scan``, or
+        ``mamba2_selective_state_update``.  Default: all of `MODELS` that the installed transformers has.
 
     Returns
     -------
     Patch
-        Says what is patched and what is not; as a context manager, its exit undoes what this call has patched.
+        Lists what is patched and what is not.  As a context manager, its exit undoes this call.
 
     Raises
     ------
     ImportError
-        transformers, or a model that was named, is missing.
+        transformers, or a named model, is missing.
     CuteSsmError
-        A named model has no such layers, or this version of transformers computes them in another place.
+        A named model has no such layers, or the installed transformers defines them elsewhere.
 
     Examples
     --------
@@ -90,7 +91,7 @@ def patch(*models: str) -> Patch:
             continue
         found += places
         if callable(getattr(places[0][0], CHUNKS, None)):
-            skipped[f"{model}.{CHUNKS}"] = "the prefill of Mamba-2 has no kernel here"
+            skipped[f"{model}.{CHUNKS}"] = "this package has no kernel for Mamba-2 prefill"
     names = tuple(f"{module.__name__.split('.')[-2]}.{name}" for module, name in dict.fromkeys(found))
     added = [place for place in dict.fromkeys(found) if place not in _originals]
     for module, name in added:
@@ -100,12 +101,12 @@ def patch(*models: str) -> Patch:
 
 
 def import_transformers() -> ModuleType:
-    """Return the module transformers.
+    """Import and return transformers.
 
     Raises
     ------
     ImportError
-        It is not installed; the message names the extra.
+        If it is not installed; the message names the extra.
     """
     try:
         return import_module("transformers")
@@ -122,19 +123,19 @@ def unpatch() -> None:
 
 
 def patched() -> bool:
-    """Whether any model is patched."""
+    """Return whether any model is patched."""
     return bool(_originals)
 
 
 class Patch:
-    """What a call of `patch` did; a context manager whose exit undoes it.
+    """The result of `patch`; a context manager whose exit undoes the call.
 
     Attributes
     ----------
     patched : tuple of str
-        ``model.function`` of each function that runs through this package, whether this call patched it or an earlier.
+        ``model.function`` of each replaced function, by this or an earlier call.
     skipped : dict
-        What of these models runs as before, and why: ``model``, or ``model.function``.
+        ``model`` or ``model.function`` that is not replaced -> the reason.
     """
 
     def __init__(self, patched: tuple[str, ...], skipped: dict[str, str], places: list[tuple[ModuleType, str]]) -> None:
@@ -159,7 +160,7 @@ def _restore(places: list[tuple[ModuleType, str]]) -> None:
 
 
 def _find(model: str) -> list[tuple[ModuleType, str]]:
-    """The functions of a model to replace: its decode step and, of Mamba-1, its scan."""
+    """Return the functions of a model to replace: its decode step and, for Mamba-1, its scan."""
     module = import_module(f"transformers.models.{model}.modeling_{model}")
     steps = [name for name in FUNCTIONS if callable(getattr(module, name, None))]
     names = [*steps[:1], *([SCAN] if FUNCTIONS[0] in steps else [])]
@@ -170,12 +171,12 @@ def _find(model: str) -> list[tuple[ModuleType, str]]:
     other = next((words for name, words in OTHERS.items() if callable(getattr(module, name, None))), None)
     if other is not None:
         raise CuteSsmError(describe("models", expected, repr(model), f"it is {other}"))
-    known = f"those known are {', '.join(MODELS)}, in transformers 5.23 and 5.24"
+    known = f"known models are {', '.join(MODELS)}, in transformers 5.23 and 5.24"
     raise CuteSsmError(describe("models", expected, f"{model!r} of transformers {version}", known))
 
 
 class _Fallback:
-    """Runs a call by an operator if it can, else by the function that it replaced; the first such call is logged."""
+    """Runs a call by an operator if possible, else by the replaced function; logs the first such call."""
 
     def __init__(self, original: Callable[..., Any]) -> None:
         self.original, self.logged = original, False
@@ -183,7 +184,7 @@ class _Fallback:
     def __call__(
         self, operator: Callable[[], Any], original: Callable[[], Any], operands: Any, others: dict[str, Any]
     ) -> Any:
-        """`others` are arguments that the operator does not have, of which those in `MEANT` change a result."""
+        """Run one call; `others` are arguments that the operator lacks, of which those in `MEANT` change a result."""
         reason: object = "gradients are not supported; generate under torch.no_grad()"
         meant = [name for name in MEANT if others.get(name) is not None]
         if meant:
@@ -195,12 +196,12 @@ class _Fallback:
                 reason = error
         if not self.logged:
             self.logged = True
-            env.logger().warning("%s runs as without cute_ssm: %s", self.original.__qualname__, reason)
+            env.logger().warning("%s runs without cute_ssm: %s", self.original.__qualname__, reason)
         return original()
 
 
 def _update(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A decode step."""
+    """Return the replacement of a decode step."""
     run = _Fallback(original)
 
     @functools.wraps(original)
@@ -231,7 +232,7 @@ def _update(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _scan(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The scan of a prefill, from zero states."""
+    """Return the replacement of the scan of a prefill, which starts from zero states."""
     run = _Fallback(original)
 
     @functools.wraps(original)
@@ -251,10 +252,10 @@ def _scan(original: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         tensors = (hidden_states, dt, A, B, C, D, z, delta_bias)
-        ways = {"use_mambapy": use_mambapy, "use_associative_scan": use_associative_scan}  # without this package
+        fallbacks = {"use_mambapy": use_mambapy, "use_associative_scan": use_associative_scan}  # read by transformers
         return run(
             lambda: selective_scan_fn(*tensors, delta_softplus, return_last_state),
-            lambda: original(*tensors, delta_softplus, return_last_state, **ways, **kwargs),
+            lambda: original(*tensors, delta_softplus, return_last_state, **fallbacks, **kwargs),
             tensors,
             kwargs,
         )

@@ -332,7 +332,7 @@ def test_hybrid_models_decode_through_the_operators(name, calls, scans, caplog):
     assert len(calls) == 3 * layers
     assert len(scans) == scanned
     assert torch.equal(got, want)
-    assert "runs as without" not in caplog.text
+    assert "runs without cute_ssm" not in caplog.text
 
 
 @pytest.mark.parametrize("name", integration.MEANT)
@@ -393,7 +393,7 @@ def test_what_the_operator_does_not_support_runs_as_before(caplog):
     caplog.set_level(logging.WARNING, logger="cute_ssm")
     with integration.patch():
         assert torch.equal(generate(model, 4), want)
-    assert len([m for m in caplog.messages if "runs as without cute_ssm" in m]) == 1
+    assert len([m for m in caplog.messages if "runs without cute_ssm" in m]) == 1
 
 
 def test_gradients_run_as_before(calls, scans):

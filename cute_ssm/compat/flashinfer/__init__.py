@@ -1,1 +1,1 @@
-"""Modules named like FlashInfer's."""
+"""Modules with the names of FlashInfer's modules."""

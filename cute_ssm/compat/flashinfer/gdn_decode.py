@@ -25,17 +25,22 @@ def gated_delta_rule_mtp(
     use_qk_l2norm: bool = True,
     output_state_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run 1 to 16 tokens of the gated delta rule for every request, like the function of that name in FlashInfer.
+    """Run 1 to 16 tokens of the gated delta rule for every request, like FlashInfer's function of this name.
 
-    Parameters and results are those of `cute_ssm.gated_delta_rule_mtp`, which takes what FlashInfer's function takes.
-    ``output_state_indices`` on another device, or of another integer type than ``initial_state_indices``, is converted,
-    as there.
+    Parameters and results are those of `cute_ssm.gated_delta_rule_mtp`.  As in FlashInfer, ``output_state_indices`` on
+    another device, or of another integer dtype than ``initial_state_indices``, is converted.
 
     Notes
     -----
-    What differs: states may be 16 bits wide; float16 inputs are not rounded to bfloat16; negative entries of
-    ``ssm_state_indices`` are skipped; a buffer with more rows of tokens than the call is addressed by its strides; any
-    pool may be strided; K and V may be other multiples of 16 up to 256, V 512 too; indices on the CPU are checked.
+    Differences from FlashInfer:
+
+    * States may be bfloat16 or float16.
+    * float16 inputs are not rounded to bfloat16.
+    * Negative entries of ``ssm_state_indices`` are skipped.
+    * An intermediate buffer may have more tokens per row than the call.
+    * Every pool may be strided.
+    * K and V may be any multiples of 16 up to 256, V also 512.
+    * Indices on the CPU are checked.
     """
     if isinstance(output_state_indices, Tensor) and isinstance(initial_state_indices, Tensor):
         output_state_indices = output_state_indices.to(initial_state_indices)

@@ -1,4 +1,4 @@
-"""FlashInfer's ``flashinfer.mamba``, over this package's operators."""
+"""Functions with the signatures and conventions of ``flashinfer.mamba``."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def selective_state_update(
     state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, pad_slot_id, disable_state_update
         As for `cute_ssm.selective_state_update`.
     state_batch_indices, dst_state_batch_indices : Tensor, (>= batch,) or (>= batch, n), int32/int64, optional
-        As there; further rows are ignored.
+        As there; rows beyond the batch are ignored.
     state_scale : Tensor, (slots, nheads, dim) or (slots, nheads, dim, 1), float32
     out : Tensor, optional
         **Written**, and returned.
@@ -63,22 +63,23 @@ def selective_state_update(
     rand_seed : Tensor, one element of any shape, or (slots,), int64, optional
         As there.
     cache_steps : int
-        With ``cu_seqlens``, the most tokens of a sequence; with x of rank 4 and an intermediate buffer, at least T.
-        With x of rank 3 and no ``cu_seqlens``, 1 or more inserts an axis T = 1 into x, dt, B, C, z and the result.
+        With ``cu_seqlens``, the largest number of tokens of a sequence; with x of rank 4 and an intermediate buffer, at
+        least T.  With x of rank 3 and no ``cu_seqlens``, a positive value inserts an axis T = 1 into x, dt, B, C, z and
+        the result.
     algorithm, cu_seqlens, num_accepted_tokens
         As there.
     backend : {"auto", "flashinfer", "cake"}
         Accepted for compatibility.
     write_padded_rows : bool
-        Not of FlashInfer.  True writes rows of ``out`` whose sequence is padding as FlashInfer does: the outputs of a
-        state of zeros.  It costs a second launch, a state of zeros for it, and a few small kernels of PyTorch; rows of
-        padding matter only to callers that read them.
+        Not in FlashInfer.  True writes padding rows of ``out`` as FlashInfer does, with the outputs of a zero state.
+        This costs a second launch, the memory of one state, and a few small PyTorch kernels.  Only callers that read
+        padding rows need it.
 
     Returns
     -------
     Tensor
-        ``out`` if given, else a new tensor of the shape of x, T axis included.  Rows whose sequence is padding are as
-        they were in ``out``, or zero if it was not given, unless ``write_padded_rows``.
+        ``out`` if given, else a new tensor of the shape of x, including an inserted T axis.  Without
+        ``write_padded_rows``, padding rows of a given ``out`` do not change, and those of a new tensor are zero.
 
     Raises
     ------
@@ -90,12 +91,12 @@ def selective_state_update(
     Differences from FlashInfer:
 
     * Without ``state_batch_indices`` no sequence is padding.
-    * Rows of padding are not written; FlashInfer writes the outputs of a state of zeros.  Pass
-      ``write_padded_rows=True`` to have those.
-    * With an intermediate buffer, the last state also goes to ``state`` unless ``disable_state_update``, and that
-      argument holds with ``dst_state_batch_indices`` too; pad entries are checked in every mode.
-    * D may be None, all types of states may be rounded stochastically, those with scales too, and ``rand_seed`` may
-      hold a seed for every slot.
+    * Padding rows are not written unless ``write_padded_rows=True``; FlashInfer writes the outputs of a zero state.
+    * With an intermediate buffer, the last state is also written to ``state`` unless ``disable_state_update``, which
+      applies with ``dst_state_batch_indices`` too; padding entries are skipped in every mode.
+    * D may be None.
+    * States of all dtypes but float32 may be rounded stochastically, including those with scales, and ``rand_seed`` may
+      hold one seed per slot.
     """
     if backend not in BACKENDS:
         raise ValueError(describe("backend", " or ".join(BACKENDS), repr(backend)))
@@ -154,10 +155,10 @@ def checkpointing_ssu(
     max_seqlen: int | None = None,
     enable_pdl: bool | str = False,
 ) -> Tensor:
-    """Return outputs at new tokens over states that lag, like FlashInfer 0.6's function of this name.
+    """Verify speculative tokens with deferred state writes, like FlashInfer 0.6's function of this name.
 
-    Parameters and result are those of `cute_ssm.checkpointing_ssu`, which takes what FlashInfer's function takes.  A
-    seed with a float32 state is ignored, as there.
+    Parameters and result are those of `cute_ssm.checkpointing_ssu`.  As in FlashInfer, a seed with a float32 state is
+    ignored.
 
     Raises
     ------
@@ -168,15 +169,16 @@ def checkpointing_ssu(
     -----
     Differences from FlashInfer:
 
-    * ``old_cumAdt`` is continued where a step appends to a history; FlashInfer stores sums that start anew there, and
-      reads them as if they did not, so that its decays are wrong from the second such step on.
+    * A step that appends to a history continues the sums in ``old_cumAdt``.  FlashInfer restarts them but reads them
+      as continued, so that its decays are wrong from the second such step on.
     * The window may have up to 64 rows instead of 16, and there may be more new tokens than rows.
-    * float16 inputs are not read as if they were bfloat16; bfloat16 states with a seed are rounded stochastically;
-      int16 states, one seed per slot, and two buffers of ``old_x`` are accepted.
-    * Rows of the history that no token was written to may hold NaN.
+    * float16 inputs are not read as bfloat16; bfloat16 states with a seed are rounded stochastically; int16 states, one
+      seed per slot, and two buffers of ``old_x`` are accepted.
+    * Unused rows of the history may hold NaN.
     * Without ``state_batch_indices`` no sequence is padding.
-    * ``enable_pdl=True`` accesses nothing before the kernel before has ended; FlashInfer's kernel reads states, slots,
-      cursors, dt and z before.  ``enable_pdl="early_reads"`` is between the two: see `cute_ssm.checkpointing_ssu`.
+    * With ``enable_pdl=True`` the kernel accesses no memory before the preceding kernel has ended; FlashInfer's kernel
+      reads states, slots, cursors, dt and z earlier.  ``enable_pdl="early_reads"`` is in between: see
+      `cute_ssm.checkpointing_ssu`.
     """
     rand_seed = _seed(state, rand_seed)
     return _checkpointing(
@@ -218,7 +220,7 @@ def checkpointing_ssu_ring(
     precompute_heads_per_cta: int = 0,
     algorithm: str = "auto",
 ) -> Tensor:
-    """Do the same with a ring, like ``checkpointing_ssu`` of FlashInfer's development branch.
+    """`checkpointing_ssu` with a ring as history, like that function in FlashInfer's development branch.
 
     Parameters
     ----------
@@ -229,13 +231,13 @@ def checkpointing_ssu_ring(
     rand_seed : Tensor, one element of any shape, or (slots,), int64, optional
         As there; ignored with a float32 state.
     enable_pdl : bool or "early_reads"
-        As there: True waits for the kernel before ahead of every access.
+        As there; with True, the kernel waits for the preceding one before its first access.
     cb_scaled, cumAdt_vec, cb_old : Tensor, optional
-        Scratch memory of FlashInfer's two kernels: all or none.  Not used.
+        Scratch memory of FlashInfer's two kernels: pass all or none.  Not used.
     precompute_heads_per_cta : int
         Accepted for compatibility.
     algorithm : {"auto", "monolith", "two-kernel"}
-        Accepted for compatibility; "two-kernel" needs the scratch memory, as there.
+        Accepted for compatibility; as in FlashInfer, "two-kernel" requires the scratch memory.
 
     Returns
     -------
@@ -249,7 +251,7 @@ def checkpointing_ssu_ring(
 
     Notes
     -----
-    The window is L - T, as there; `cute_ssm.checkpointing_ssu_ring` takes longer rings too.
+    The window is L - T, as in FlashInfer.  Call `cute_ssm.checkpointing_ssu_ring` for a smaller window.
     """
     if algorithm not in RING_ALGORITHMS:
         raise ValueError(describe("algorithm", " or ".join(RING_ALGORITHMS), repr(algorithm)))
@@ -273,12 +275,12 @@ def checkpointing_ssu_ring(
 
 
 def _seed(state: Any, rand_seed: Any) -> Any:
-    """Return the seed, or None where states are not rounded."""
+    """Return the seed, or None if states are float32 and therefore not rounded."""
     return None if isinstance(state, Tensor) and state.dtype is torch.float32 else _one_seed(rand_seed)
 
 
 def _one_seed(rand_seed: Any) -> Any:
-    """Return a seed of one element, of whatever shape, as (1,)."""
+    """Return a seed with one element, of any shape, with shape (1,)."""
     single = isinstance(rand_seed, Tensor) and rand_seed.dim() != 1 and rand_seed.numel() == 1
     return rand_seed.reshape(1) if single else rand_seed
 
@@ -288,7 +290,7 @@ def _steps(x: Tensor) -> int:
 
 
 def _with_steps(tensor: Any) -> Any:
-    """Insert the axes that (batch, T = 1, heads or groups, columns) has more."""
+    """Insert the axis T = 1, and that of a left-out head or group: (batch, 1, heads or groups, columns)."""
     if isinstance(tensor, Tensor) and tensor.dim() == 2:
         tensor = tensor.unsqueeze(1)
     return tensor.unsqueeze(1) if isinstance(tensor, Tensor) and tensor.dim() == 3 else tensor

@@ -1,8 +1,8 @@
-"""vLLM's ``selective_state_update`` and its tuned configs, over this package's operator.
+"""vLLM's ``selective_state_update`` and its tuned configs, with this package's operator.
 
-A file of tuned configs has the name that `get_ssm_config_file_name` gives, and is looked for in the folder that
-``VLLM_TUNED_CONFIG_FOLDER`` names, then in `_CONFIGS_DIR`, in which this package has no such files: without one, and
-without `override_ssm_config`, its own choice of configs holds.
+Files of tuned configs are named as `get_ssm_config_file_name` returns, and are searched for in the folder
+``VLLM_TUNED_CONFIG_FOLDER``, then in `_CONFIGS_DIR`, where this package has none.  Without such a file, and without
+`override_ssm_config`, this package selects its own configs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cute_ssm.errors import describe
 from cute_ssm.ops.selective_state_update.operator import selective_state_update as _update
 
 NULL_BLOCK_ID = 0
-PHILOX_ROUNDS = 10  # that `cache_philox_rounds` = 0 stands for
+PHILOX_ROUNDS = 10  # for `cache_philox_rounds` = 0
 
 __all__ = [
     "NULL_BLOCK_ID",
@@ -82,28 +82,29 @@ def selective_state_update(
     state_batch_indices : Tensor, (>= batch,) or (>= batch, n), int32/int64, optional
         Slot of each sequence.  Of a matrix, column 0, or with ``num_accepted_tokens`` the slots of its tokens.
     dst_state_batch_indices : Tensor, like state_batch_indices, optional
-        Where new states go; by default where states were read.  Entries equal to ``null_block_id`` are not written.
+        Slots that receive new states.  Default: the slots that were read.  Entries equal to ``null_block_id`` are not
+        written.
     null_block_id : int
-        A sequence whose slot this is reads a state of zeros and writes none.
+        A sequence with this slot reads a zero state and writes none.
     out : Tensor, like x
         **Written.**  Required.
     num_accepted_tokens : Tensor, (batch,), int32/int64, optional
         Speculative decoding.  Sequence b starts from the slot in column ``num_accepted_tokens[b] - 1`` (at least 0),
-        and the state after its token t goes to column t of the destinations.
+        and the state after its token t is written to the slot in column t of the destinations.
     cu_seqlens : Tensor, (batch + 1,), int32/int64, optional
         Sequence b owns rows cu_seqlens[b] to cu_seqlens[b + 1]; it may own none.
     is_blackwell : bool
-        Accepted for compatibility; changes nothing.
+        Accepted for compatibility; has no effect.
     enable_stochastic_rounding : bool
-        Round states stochastically, with a seed that is drawn on the device.  float16 states only.  As in vLLM, it does
-        not apply with ``num_accepted_tokens``.
+        Round states stochastically, with a seed drawn on the device.  float16 states only.  As in vLLM, it has no
+        effect with ``num_accepted_tokens``.
     cache_philox_rounds : int
         Rounds of the Philox generator; 0: 10.
     rand_seed : Tensor, (1,) or (slots,), int64, optional
-        Not of vLLM.  The seed of stochastic rounding, which saves drawing one in every layer.
+        Not in vLLM.  The seed of stochastic rounding; without it, every layer draws one.
     write_padded_rows : bool
-        Not of vLLM.  False leaves rows of ``out`` whose sequence is padding as they are, which saves a few small
-        kernels; they matter only to callers that read them, for example to take a maximum over all rows.
+        Not in vLLM.  False does not write padding rows of ``out``, which saves a few small kernels.  Only callers that
+        read padding rows need them, for example to take a maximum over all rows.
 
     Raises
     ------
@@ -114,12 +115,12 @@ def selective_state_update(
 
     Notes
     -----
-    Differences from vLLM: destinations equal to ``null_block_id`` are never written, which vLLM checks in speculative
-    decoding only; stochastic rounding works on every GPU that this package supports; and softplus of very negative
-    inputs is not rounded to 0.
+    Differences from vLLM: destinations equal to ``null_block_id`` are never written, while vLLM checks this in
+    speculative decoding only; stochastic rounding works on every supported GPU; and softplus of very negative inputs is
+    not rounded to 0.
 
-    A file of tuned configs (`get_ssm_configs`) or `override_ssm_config` decides about tiles of this function's calls.
-    Such calls check their arguments anew each time, which costs the host, and nothing when replayed in a CUDA graph.
+    A file of tuned configs (`get_ssm_configs`) or `override_ssm_config` selects the tiles of calls of this function.
+    Such calls validate their arguments every time, which costs host time, but none when replayed in a CUDA graph.
     """
     if not isinstance(out, Tensor):
         raise TypeError(describe("out", "a torch.Tensor of the shape of x", type(out).__name__, "allocate it"))
@@ -180,7 +181,7 @@ def _batch(cu_seqlens: Tensor) -> int:
 
 
 def _indices(name: str, indices: Tensor | None, batch: int, speculative: bool) -> Tensor | None:
-    """Return the part of an index tensor that is used: a matrix for speculative decoding, else a vector."""
+    """Return the used part of an index tensor: a matrix for speculative decoding, else a vector."""
     if indices is None:
         return None
     if not isinstance(indices, Tensor):
@@ -197,13 +198,13 @@ def _indices(name: str, indices: Tensor | None, batch: int, speculative: bool) -
 
 
 def _seed(state: Tensor, enabled: bool, rounds: int, seed: Tensor | None, speculative: bool) -> Tensor | None:
-    """Return the seed of the call: given or drawn, or None for rounding to nearest."""
+    """Return the given or a drawn seed, or None to round to nearest."""
     if not enabled:
         if seed is not None:
             raise ValueError(describe("rand_seed", "None without enable_stochastic_rounding", "a tensor"))
         return None
     if state.dtype != torch.float16:
-        fix = "call cute_ssm.selective_state_update, which rounds other types stochastically too"
+        fix = "call cute_ssm.selective_state_update to round other types stochastically"
         raise TypeError(describe("state", "dtype float16 with enable_stochastic_rounding", state.dtype, fix))
     if rounds < 0:
         raise ValueError(describe("cache_philox_rounds", "0 or more", rounds))
@@ -215,7 +216,7 @@ def _seed(state: Tensor, enabled: bool, rounds: int, seed: Tensor | None, specul
 
 
 def _tuned(state: Tensor, x: Tensor, batch: int, packed: bool) -> dict[str, int] | None:
-    """Return the fields of the config that a file or an override asks for, if one does."""
+    """Return the fields of the config of a file or an override, or None if there is neither."""
     if state.dim() < 3:
         return None
     dim, dstate = state.shape[-2:]
@@ -233,23 +234,23 @@ _ssm_config_override: tuple[int, int] | None = None
 
 
 def get_ssm_config_file_name(headdim: int, dstate: int, cache_dtype: str, device_name: str) -> str:
-    """Return the name of the file of tuned configs for states of headdim x dstate.
+    """Return the name of the file of tuned configs for states of shape (headdim, dstate).
 
     Parameters
     ----------
     headdim, dstate : int
     cache_dtype : str
-        Type of the states, e.g. ``"float32"``.
+        Dtype of the states, e.g. ``"float32"``.
     device_name : str
-        As `get_ssm_device_name` says it.
+        As returned by `get_ssm_device_name`.
     """
     return f"headdim={headdim},dstate={dstate},device_name={device_name},cache_dtype={cache_dtype}.json"
 
 
 def get_ssm_device_name() -> str:
-    """Return the name of the current GPU as vLLM writes it in names of files; ``"cpu"`` without one.
+    """Return the name of the current GPU as in vLLM's file names; ``"cpu"`` without a GPU.
 
-    Runs of white space, slashes and dashes become one underscore, and what no file system takes is left out.
+    Runs of white space, slashes and dashes become one underscore; characters that file systems reject are removed.
     """
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return re.sub(r'[\x00-\x1f\x7f\\:*?"<>|]', "", re.sub(r"[\s/-]+", "_", name)).rstrip(" .")
@@ -257,21 +258,21 @@ def get_ssm_device_name() -> str:
 
 @functools.cache
 def get_ssm_configs(headdim: int, dstate: int, cache_dtype: str) -> dict[int, dict[str, int]] | None:
-    """Return the tuned configs of a file for the current GPU by effective batch, or None if no file is found.
+    """Return the tuned configs for the current GPU from a file, by effective batch, or None if there is no file.
 
-    Memorised, so that each search is logged once; ``get_ssm_configs.cache_clear()`` or `clear_ssm_config_caches` makes
-    the next call search again.
+    Results are cached, so that each search is logged once; ``get_ssm_configs.cache_clear()`` or
+    `clear_ssm_config_caches` makes the next call search again.
 
     Parameters
     ----------
     headdim, dstate : int
     cache_dtype : str
-        Type of the states; bfloat16 shares the file of float16.
+        Dtype of the states; bfloat16 uses the file of float16.
 
     Returns
     -------
     dict or None
-        In the order of the file.  Empty if the file holds no config, which means that none is wanted.
+        In the order of the file.  Empty if the file has no config, which selects this package's own.
     """
     dtype = str(cache_dtype).removeprefix("torch.")
     dtype = "float16" if dtype == "bfloat16" else dtype
@@ -280,7 +281,7 @@ def get_ssm_configs(headdim: int, dstate: int, cache_dtype: str) -> dict[int, di
     for folder in ([own] if own is not None else []) + [Path(_CONFIGS_DIR)]:
         table = vllm_configs.read(folder / name)
         if table is not None:
-            env.logger().info("selective_state_update takes its configs from %s", folder / name)
+            env.logger().info("selective_state_update uses the tuned configs of %s", folder / name)
             return table
     env.logger().info("no file of tuned configs for selective_state_update: %s", name)
     return None
@@ -289,9 +290,9 @@ def get_ssm_configs(headdim: int, dstate: int, cache_dtype: str) -> dict[int, di
 def try_get_optimal_ssm_config(
     headdim: int, dstate: int, batch: int, nheads: int, cache_dtype: str, is_blackwell: bool
 ) -> tuple[int, int]:
-    """Return (BLOCK_SIZE_M, num_warps): of the override, else of the file, else what vLLM falls back to.
+    """Return (BLOCK_SIZE_M, num_warps) of the override, else of the file, else vLLM's fallback.
 
-    Of a file, the config whose effective batch, sequences times heads, has the least linear distance; of two, the
+    From a file, the config with the nearest effective batch (sequences times heads) is taken; of two equally near, the
     first.
 
     Parameters
@@ -299,9 +300,9 @@ def try_get_optimal_ssm_config(
     headdim, dstate, cache_dtype
         As for `get_ssm_configs`.
     batch, nheads : int
-        Sequences, and heads of each.
+        Number of sequences, and of heads.
     is_blackwell : bool
-        Matters to the fallback only.
+        Used by the fallback only.
     """
     if _ssm_config_override is not None:
         return _ssm_config_override
@@ -312,7 +313,7 @@ def try_get_optimal_ssm_config(
 def _try_get_optimal_ssm_config_cached(
     headdim: int, dstate: int, batch: int, nheads: int, cache_dtype: str, is_blackwell: bool
 ) -> tuple[int, int]:
-    """What `try_get_optimal_ssm_config` returns without an override."""
+    """`try_get_optimal_ssm_config` without an override."""
     table = get_ssm_configs(headdim, dstate, cache_dtype)
     if not table:
         return _get_default_ssm_launch_config(dstate, is_blackwell)
@@ -321,7 +322,7 @@ def _try_get_optimal_ssm_config_cached(
 
 
 def _get_default_ssm_launch_config(dstate: int, is_blackwell: bool) -> tuple[int, int]:
-    """Return what vLLM launches without a tuned config."""
+    """Return vLLM's config for launches without a tuned one."""
     for columns, config in ((16, (32, 4)), (32, (16, 4)), (64, (8, 4))):
         if dstate <= columns:
             return config
@@ -332,9 +333,9 @@ def _get_default_ssm_launch_config(dstate: int, is_blackwell: bool) -> tuple[int
 
 @contextmanager
 def override_ssm_config(config: tuple[int, int] | None) -> Iterator[None]:
-    """Make (BLOCK_SIZE_M, num_warps) win over every file inside the context; None lets files decide again.
+    """Use (BLOCK_SIZE_M, num_warps) instead of any file inside the context; None selects the files again.
 
-    For `selective_state_update` of this module; contexts nest.  Not for use from several threads at once.
+    Applies to `selective_state_update` of this module.  Contexts nest.  Not thread-safe.
 
     Raises
     ------
@@ -351,6 +352,6 @@ def override_ssm_config(config: tuple[int, int] | None) -> Iterator[None]:
 
 
 def clear_ssm_config_caches() -> None:
-    """Forget the files that were read, and what was chosen from them.  Not of vLLM, which has one for each cache."""
+    """Clear the caches of files and of selected configs.  Not in vLLM, which clears each cache separately."""
     get_ssm_configs.cache_clear()
     _try_get_optimal_ssm_config_cached.cache_clear()

@@ -1,7 +1,8 @@
-"""vLLM's files of tuned configs for ``selective_state_update``: how they are read, and what a config means here.
+"""Read vLLM's files of tuned configs for ``selective_state_update``, and convert their configs.
 
-A file is one JSON object.  Its keys that are numbers are effective batches, sequences times heads, and map to
-``{"BLOCK_SIZE_M": rows, "num_warps": warps}``; other keys are ignored.  `cute_ssm.compat.vllm` finds and chooses.
+A file is one JSON object.  Keys that are numbers are effective batches (sequences times heads), and map to
+``{"BLOCK_SIZE_M": rows, "num_warps": warps}``; other keys are ignored.  `cute_ssm.compat.vllm` finds the file and
+selects the config.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ KEYS = ("BLOCK_SIZE_M", "num_warps")
 def as_override(
     headdim: int, dstate: int, cache_dtype: str, packed: bool, vllm_config: tuple[int, int]
 ) -> dict[str, int] | None:
-    """Return the fields of `SelectiveStepConfig` that stand for a config of vLLM, for `tuning.override`.
+    """Convert a config of vLLM to fields of `SelectiveStepConfig` for `tuning.override`; None if no config fits.
 
-    A CTA gets the rows of one Triton program, split evenly over its warps; both are then clipped to what the kernel
-    can run in an SM's shared memory.  None: no such config can.
+    A CTA gets the rows of one Triton program, split evenly over its warps; rows and warps are then reduced to what fits
+    in an SM's shared memory.
 
     Parameters
     ----------
     headdim, dstate, cache_dtype
-        Of the states.
+        Shape and dtype of the states.
     packed : bool
         Whether there are several tokens per sequence.
     vllm_config : tuple of int
@@ -75,7 +76,7 @@ def check_pair(config: Any) -> tuple[int, int]:
     Raises
     ------
     ValueError
-        It is not a pair of positive integers.
+        If it is not a pair of positive integers.
     """
     if not (isinstance(config, (tuple, list)) and len(config) == 2 and all(map(_is_positive, config))):
         raise ValueError(describe("config", "(BLOCK_SIZE_M, num_warps), two positive integers", config))
@@ -107,7 +108,7 @@ def read(path: Path) -> dict[int, dict[str, int]] | None:
 
 
 def _spec(headdim: int, dstate: int, state_dtype: str, packed: bool) -> SelectiveStateUpdateSpec:
-    """Return a spec with the fields that the legality of a config depends on."""
+    """Return a spec with the fields that determine which configs are valid."""
     return SelectiveStateUpdateSpec(
         state_dtype=state_dtype,
         input_dtype="float32",
