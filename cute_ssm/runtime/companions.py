@@ -1,4 +1,4 @@
-"""Packages of this repository that are installed by themselves: the emulator and the machine model."""
+"""Packages of this repository that are installed separately: the emulator and the machine model."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
-NEEDS = {"ptxsim": ("ptxsim",), "gpumodel": ("ptxsim", "gpumodel")}  # what each package needs, itself included
+NEEDS = {"ptxsim": ("ptxsim",), "gpumodel": ("ptxsim", "gpumodel")}  # required packages of each, itself included
 
 
 def missing(name: str) -> list[str]:
-    """Return what has to be installed before a package can be imported; a folder of its name does not count."""
+    """Return the packages to install before one can be imported; a folder of that name does not count."""
     return [needed for needed in NEEDS[name] if getattr(find_spec(needed), "origin", None) is None]
 
 
@@ -26,7 +26,7 @@ def require(name: str) -> ModuleType:
     Raises
     ------
     ImportError
-        If it, or what it needs, is not installed; the message says how to install it.
+        If it or a package it requires is not installed; the message has the install command.
     """
     if absent := missing(name):
         raise ImportError(f"not installed: {' and '.join(absent)}; {how_to_install(name)}", name=absent[0])
