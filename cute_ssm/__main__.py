@@ -1,9 +1,10 @@
-"""The command line: ``python -m cute_ssm env | cache | warmup | tune | demo``."""
+"""The command line: ``cute-ssm env | cache | warmup | tune | demo``, or ``python -m cute_ssm ...``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -17,42 +18,106 @@ from cute_ssm.workloads import cli as workloads
 if TYPE_CHECKING:
     from cute_ssm.runtime import doctor
 
+SCRIPT = "cute-ssm"  # that pip installs
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m cute_ssm", description="State-space-model decode kernels.")
-    parser.add_argument("--version", action="version", version=f"cute_ssm {cute_ssm.__version__}")
-    commands = parser.add_subparsers(metavar="command", required=True)
-
-    env = commands.add_parser("env", help="versions, GPUs, cache, what would run where, and what is wrong")
-    env.add_argument("--json", action="store_true", help="print one JSON object")
-    env.set_defaults(run=_env)
-
-    cache = commands.add_parser("cache", help="list or delete the compiled kernels on disk")
-    cache.add_argument("action", choices=("ls", "clear"))
-    cache.add_argument("--all", action="store_true", help="of every version of the package, not only of this one")
-    cache.add_argument("--json", action="store_true", help="list them as a file of specs, for warmup and bundles")
-    cache.set_defaults(run=_cache)
-
-    warmup = commands.add_parser("warmup", help="compile the kernels of declared calls into the cache")
-    workloads.add_arguments(warmup)
-    warmup.set_defaults(run=workloads.main)
-
-    tune = commands.add_parser("tune", help="search configs of calls, and merge the best into a table")
-    tuner.add_arguments(tune)
-    tune.set_defaults(run=tuner.main)
-
-    demo = commands.add_parser("demo", help="generate text with a small Mamba-2 model")
-    cli.add_arguments(demo)
-    demo.set_defaults(run=cli.main)
-
-    options = parser.parse_args(argv)
+    options = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int | None] = options.run
     try:
         return run(options) or 0
     except (CuteSsmError, ValueError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{program()}: {error}", file=sys.stderr)
         return 2
+
+
+def program() -> str:
+    """Return how the command line was called: by the installed script, or as a module."""
+    return SCRIPT if os.path.basename(sys.argv[0]) == SCRIPT else "python -m cute_ssm"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program(),
+        description="State-space-model decode kernels: check an installation, compile kernels before the first call,\n"
+        "search their configs, and run a small language model.",
+        epilog=f"`{program()} COMMAND --help` lists the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"cute_ssm {cute_ssm.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, summary: str, description: str, *examples: str) -> argparse.ArgumentParser:
+        shown = "\n".join(f"  {program()} {name} {example}".rstrip() for example in examples)
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=description,
+            epilog=f"examples:\n{shown}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    env = add(
+        "env",
+        "check the installation: versions, GPUs, cache, what runs where",
+        "Print versions, GPUs, the cache of compiled kernels, environment variables and what runs where. For each\n"
+        "problem, print the command that fixes it. The exit code is 1 if something is broken.",
+        "",
+        "--json",
+    )
+    env.add_argument("--json", action="store_true", help="print one JSON object")
+    env.set_defaults(run=_env)
+
+    cache = add(
+        "cache",
+        "list or delete compiled kernels on disk",
+        "List the compiled kernels in the cache folder, which `env` names, or delete them. Other files in that folder\n"
+        "are left alone.",
+        "ls",
+        "ls --json > specs.json",
+        "clear --all",
+    )
+    cache.add_argument("action", choices=("ls", "clear"), help="ls lists kernels, clear deletes them")
+    cache.add_argument("--all", action="store_true", help="kernels of all versions of cute_ssm (default: this version)")
+    cache.add_argument("--json", action="store_true", help="with ls: print a file of specs for warmup")
+    cache.set_defaults(run=_cache)
+
+    warmup = add(
+        "warmup",
+        "compile kernels before they are needed",
+        "Compile kernels into the cache, so that no call of a service has to: those of known models, of one model, or\n"
+        "those that a file of specs lists. The exit code is 1 if a kernel does not compile.",
+        "--specs nemotron-3-super --batches 1,8,64",
+        "--specs specs.json --arch sm_90a --arch sm_100a --jobs 8",
+    )
+    workloads.add_arguments(warmup)
+    warmup.set_defaults(run=workloads.main)
+
+    tune = add(
+        "tune",
+        "search the configs of an operator's calls",
+        "Search launch configs for calls of an operator, and merge those that beat the default config into a table,\n"
+        "which later calls read. On a GPU configs are timed; elsewhere the machine model or counters of the emulator\n"
+        "rank them, for which ptxsim and gpumodel must be installed.",
+        "selective_state_update --shapes nheads=16 batch=1,64 --minutes 10",
+        "selective_scan --arch sm_90a --objective model --out table.json",
+    )
+    tuner.add_arguments(tune)
+    tune.set_defaults(run=tuner.main)
+
+    demo = add(
+        "demo",
+        "generate text with a small Mamba-2 model",
+        "Generate text with a small Mamba-2 model whose weights are in the package, verifying several drafted tokens\n"
+        "per step. Needs the extra 'demo', and ptxsim for --backend emulate.",
+        "",
+        "--backend emulate --tokens 20",
+        "--draft 0 --temperature 0",
+    )
+    cli.add_arguments(demo)
+    demo.set_defaults(run=cli.main)
+    return parser
 
 
 def _env(options: argparse.Namespace) -> int:

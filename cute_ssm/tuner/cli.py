@@ -19,24 +19,34 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("op", metavar="OP", help="operator, e.g. selective_state_update")
+    parser.add_argument("op", metavar="OP", help="operator, for example selective_state_update")
     parser.add_argument(
-        "--shapes", nargs="+", metavar="KEY=VALUE,...", help="parameters of calls (default: those of known models)"
+        "--shapes", nargs="+", metavar="KEY=VALUE,...", help="shapes of the calls (default: those of known models)"
     )
-    parser.add_argument("--arch", action="append", help="target, without a GPU; repeatable (default: sm_90a)")
-    parser.add_argument("--batches", metavar="N,N,...", help="numbers of requests (default: those of the operator)")
-    parser.add_argument("--minutes", type=float, help="time for all calls together (default: no limit)")
-    parser.add_argument("--gpus", type=int, default=1, help="GPUs, or without one processes, that measure")
-    parser.add_argument("--engine", default="auto", help="auto, inline, processes or ray")
-    parser.add_argument("--objective", default="auto", help="auto, gpu, model or counters")
-    parser.add_argument("--margin", type=float, help="gain that a config must have over the rule's (default: 0.05)")
+    parser.add_argument(
+        "--arch", action="append", metavar="ARCH", help="target where there is no GPU; repeatable (default: sm_90a)"
+    )
+    parser.add_argument("--batches", metavar="N,N,...", help="batch sizes (default: those declared for the operator)")
+    parser.add_argument("--minutes", type=float, metavar="N", help="time limit of the whole search (default: none)")
+    parser.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="GPUs, or without a GPU processes, that measure (default: 1)"
+    )
+    parser.add_argument(
+        "--engine", default="auto", help="where configs are measured: auto, inline, processes or ray (default: auto)"
+    )
+    parser.add_argument(
+        "--objective", default="auto", help="what ranks configs: auto, gpu, model or counters (default: auto)"
+    )
+    parser.add_argument("--margin", type=float, help="relative gain required over the default config (default: 0.05)")
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
         help="table to merge into (default: OP.json in CUTE_SSM_TUNING_DIR, or else in ~/.config/cute_ssm/tuning)",
     )
-    parser.add_argument("--journal", type=Path, metavar="FILE", help="measurements, to go on from (default: beside it)")
+    parser.add_argument(
+        "--journal", type=Path, metavar="FILE", help="measurements to resume from (default: beside the table)"
+    )
 
 
 def main(options: argparse.Namespace) -> int:

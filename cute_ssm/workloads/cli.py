@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options, which tools/build_aot.py shares."""
     parser.add_argument(
-        "--specs", default="all", metavar="FILE|MODEL", help="file of specs, name of a model, or all (default)"
+        "--specs", default="all", metavar="FILE|MODEL", help="file of specs, name of a model, or all (default: all)"
     )
     parser.add_argument(
-        "--arch", action="append", choices=tuple(archs.ARCHS), help="compile for this target; repeatable"
+        "--arch", action="append", choices=tuple(archs.ARCHS), help="target; repeatable (default: that of the GPU)"
     )
-    parser.add_argument("--batches", metavar="N,N,...", help="numbers of requests (default: those of the operator)")
-    parser.add_argument("--jobs", type=int, help="processes that compile (default: one for each core)")
+    parser.add_argument("--batches", metavar="N,N,...", help="batch sizes (default: those declared for the operator)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="compiling processes (default: one per core)")
 
 
 def main(options: argparse.Namespace) -> int:
