@@ -38,9 +38,38 @@ def test_files_that_a_wheel_needs_exist(name):
     assert "version" in declared["dynamic"]
     version = FOLDERS[name] / project(name)["tool"]["hatch"]["version"]["path"]
     assert re.search(r'^__version__ = "\d+\.\d+\.\d+', version.read_text(), re.M)
-    for file in (declared["readme"], *declared["license-files"]):
+    for file in ("README.md", *declared["license-files"]):
         assert (FOLDERS[name] / file).is_file()
     assert (FOLDERS[name] / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_long_description_has_absolute_links_to_files_that_exist(name):
+    """As the hook of the build makes it; relative links lead nowhere on a package index."""
+    hook = project(name)["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    text = "".join((FOLDERS[name] / fragment["path"]).read_text() for fragment in hook["fragments"])
+    relative = re.findall(r"\]\((?!https?:|#|\.\.\.)", text)
+    for change in hook["substitutions"]:
+        text = re.sub(change["pattern"], change["replacement"], text)
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert all(link.startswith(("https://", "#", "...")) for link in links)
+    own = re.compile(
+        r"https://(?:raw\.githubusercontent|github)\.com/cute-ssm/cute_ssm/(?:blob/)?v\$HFPR_VERSION/([^#]+)"
+    )
+    files = [found.group(1) for found in map(own.match, links) if found]
+    assert len(files) == len(relative)
+    assert not [file for file in files if not (ROOT / file).exists()]
+
+
+def test_installed_script_is_the_module():
+    assert project("cute-ssm")["project"]["scripts"] == {"cute-ssm": "cute_ssm.__main__:main"}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_project_has_the_usual_urls(name):
+    urls = project(name)["project"]["urls"]
+    assert {"Homepage", "Repository", "Changelog", "Issues"} <= urls.keys()
+    assert all(url.startswith(("https://github.com/cute-ssm/cute_ssm", "https://cute-ssm.")) for url in urls.values())
 
 
 @pytest.mark.parametrize("name", OWN)
