@@ -145,7 +145,7 @@ class Rows(NamedTuple):
             expected = f"at most {self.places - self.window} tokens of a row, the ring's length but for the window"
             raise ValueError(describe("cu_seqlens", expected, int(counts.max())))
         fields = (self.pnat, self.place, self.places, self.ring, self.window)
-        return Cursors(*fields, slots=slots, counts=counts, live=live)
+        return Cursors(*fields, slots=slots, num_tokens=counts, active=live)
 
     def scalars(self) -> tuple[int, int, int, int]:
         return self.pad_slot_id, self.tokens, self.window, self.places

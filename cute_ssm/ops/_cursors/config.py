@@ -1,4 +1,4 @@
-"""The config of kernels over the cursors of a batch; no bit of a result depends on it."""
+"""The config of the kernels over the cursors of a batch; results do not depend on it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from cute_ssm.arch import Arch
 from cute_ssm.errors import UnsupportedSpecError
 from cute_ssm.spec import Config, Spec
 
-MOST_TOKENS = 1 << 20  # new tokens of a row: more are offsets that hold something else
+MOST_TOKENS = 1 << 20  # new tokens of a row; larger differences of offsets are taken for invalid offsets
 MOST_WARPS = 32  # of a CTA
-FEW_ROWS = 128  # of a batch, for which a small CTA is enough
+FEW_ROWS = 128  # largest batch for which a small CTA is enough
 
 
 @dataclass(frozen=True)

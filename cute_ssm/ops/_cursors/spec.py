@@ -1,4 +1,4 @@
-"""What specs over the cursors of a batch have in common."""
+"""`CursorSpec`: fields that the specs over the cursors of a batch share."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from cute_ssm.spec import Spec
 
 @dataclass(frozen=True)
 class CursorSpec(Spec):
-    """What kernels over the cursors of a batch have in common (`cute_ssm.serving`).
+    """Base of the specs of `commit` and `build_work_items` (`cute_ssm.serving`).
 
     Attributes
     ----------
     ring : bool
-        The cursor beside the number of pending tokens is the start of a ring; else the index of the active buffer.
+        Cursors are first rows of rings (``ring_start``); otherwise indices of active buffers (``cache_buf_idx``).
     src_dtype : str or None
         Type of ``state_batch_indices``.  None: sequence b uses slot b.
     cu_dtype : str or None

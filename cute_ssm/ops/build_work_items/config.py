@@ -8,5 +8,5 @@ from cute_ssm.tuning import apply_override
 
 
 def choose_work_items(batch: int) -> CursorConfig:
-    """Return the config of `BuildWorkItems`, whose only CTA walks over the batch: large, unless there is little."""
+    """Return the config of `BuildWorkItems`, which runs in one CTA: a small CTA for small batches, else the largest."""
     return apply_override(CursorConfig(warps=FEW_ROWS // WARP if batch <= FEW_ROWS else MOST_WARPS))

@@ -1,4 +1,4 @@
-"""`build_work_items`, as mathematics."""
+"""What `build_work_items` computes, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from cute_ssm.reference.cursors import Cursors
 def work_items(cursors: Cursors, pad_slot_id: int) -> tuple[Tensor, int]:
     """Return the rows of a batch as work items, and how many of them write.
 
-    An item is (position in the batch, slot, PNAT, buffer or start).  Rows that write come first, and both kinds are in
-    the order of the batch.  Rows that are not live have the slot `pad_slot_id` and zeros, among those that do not.
+    An item is (position in the batch, slot, pending tokens, cursor).  Rows that write come first; both groups are in
+    the order of the batch.  Inactive rows, with the slot `pad_slot_id` and zeros, are among those that do not write.
 
     Parameters
     ----------
@@ -25,10 +25,10 @@ def work_items(cursors: Cursors, pad_slot_id: int) -> tuple[Tensor, int]:
     num_writes : int
     """
     c = cursors
-    safe = torch.where(c.live, c.slots, 0)
-    columns = [c.slots, *(t[safe].long() if len(t) else t.new_zeros(len(safe)).long() for t in (c.pnat, c.place))]
-    empty = (pad_slot_id, 0, 0)
-    columns = [torch.where(c.live, column, value) for column, value in zip(columns, empty)]
+    safe = torch.where(c.active, c.slots, 0)
+    columns = [c.slots, *(t[safe].long() if len(t) else t.new_zeros(len(safe)).long() for t in (c.pending, c.cursor))]
+    inactive = (pad_slot_id, 0, 0)
+    columns = [torch.where(c.active, column, value) for column, value in zip(columns, inactive)]
     items = torch.stack([torch.arange(len(c.slots)), *columns], 1).to(torch.int32)
     writes = c.writes()
     return torch.cat([items[writes], items[~writes]]), int(writes.sum())

@@ -1,10 +1,11 @@
-"""`CommitCursors`: the cursors of all layers, advanced after a model step by the numbers of accepted tokens.
+"""`CommitCursors`: advance the cursors of all layers after a model step by the numbers of accepted tokens.
 
-The rule is that of `cute_ssm.reference.serving.commit`; a thread per row of the batch.  The kernel is launched in plain
-stream order and releases no dependents early: operators may read cursors before they wait for the kernel before them.
+The rule is that of `cute_ssm.ops.commit.reference`; one thread per row of the batch.  The kernel is launched in plain
+stream order and does not release dependents early, because operators may read cursors before they wait for the kernel
+before them.
 """
 
-from typing import Optional
+from typing import Any, NamedTuple, Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -14,15 +15,31 @@ from cutlass.cute.runtime import make_fake_stream
 from cute_ssm.arch import WARP, Arch
 from cute_ssm.device.fakes import fake
 from cute_ssm.ops._cursors.config import CursorConfig
-from cute_ssm.ops._cursors.rows import CursorRows
+from cute_ssm.ops._cursors.rows import CursorBounds, CursorRows, CursorTensors
 from cute_ssm.ops.commit.config import choose_commit
 from cute_ssm.ops.commit.spec import CommitSpec
+
+
+class CommitTensors(NamedTuple):
+    """The tensors of a call; ``cursor`` is ``cache_buf_idx`` or ``ring_start``."""
+
+    prev_num_accepted_tokens: cute.Tensor
+    cursor: cute.Tensor
+    num_accepted_tokens: cute.Tensor
+    state_batch_indices: Optional[cute.Tensor]
+    cu_seqlens: Optional[cute.Tensor]
+    rand_seed: Optional[cute.Tensor]
+    unallocated: Optional[cute.Tensor]
+
+    def rows(self) -> CursorTensors:
+        """Return those that describe rows."""
+        return CursorTensors(self.prev_num_accepted_tokens, self.cursor, self.state_batch_indices, self.cu_seqlens)
 
 
 class CommitCursors:
     """The kernel of a `CommitSpec`; everything but types is dynamic."""
 
-    def __init__(self, spec: CommitSpec, config: CursorConfig, arch: Arch):
+    def __init__(self, spec: CommitSpec, config: CursorConfig, arch: Arch) -> None:
         config.check(spec, arch)
         self.spec = spec
         self.threads = WARP * config.warps
@@ -30,75 +47,81 @@ class CommitCursors:
 
     @staticmethod
     def default_config(spec: CommitSpec, arch: Arch, units: int | None = None) -> CursorConfig:
-        """The one config there is."""
+        """Return the only config."""
         return choose_commit()
 
-    def fakes(self):
-        """Arguments of `__call__` as the compiler sees them."""
+    def fakes(self) -> tuple[Any, ...]:
+        """Return the arguments of `__call__` that the kernel is compiled for."""
         batch, slots, layers = (cute.sym_int32() for _ in range(3))
-        pnat, cursor, src, cu = self.rows.fakes(batch, slots)
+        prev_num_accepted_tokens, cursor, slot, offsets = self.rows.fakes(batch, slots)
         accepted = fake(self.spec.accepted_dtype, (batch,))
         seeds = None
         if self.spec.seeds:
             seeds = fake(Int64, (layers, slots), (1,))
         closed = fake(Uint8, (slots,)) if self.spec.unallocated else None
-        stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        return pnat, cursor, accepted, src, cu, seeds, closed, Int64(0), Int32(0), Int32(0), Int32(0), stream
+        tensors = (prev_num_accepted_tokens, cursor, accepted, slot, offsets, seeds, closed)
+        return (
+            *tensors,
+            *CursorBounds(Int64(0), Int32(0), Int32(0), Int32(0)),
+            make_fake_stream(use_tvm_ffi_env_stream=True),
+        )
 
     @cute.jit
     def __call__(
         self,
-        pnat: cute.Tensor,
+        prev_num_accepted_tokens: cute.Tensor,
         cursor: cute.Tensor,
-        accepted: cute.Tensor,
-        src: Optional[cute.Tensor],
-        cu: Optional[cute.Tensor],
-        seeds: Optional[cute.Tensor],
+        num_accepted_tokens: cute.Tensor,
+        state_batch_indices: Optional[cute.Tensor],
+        cu_seqlens: Optional[cute.Tensor],
+        rand_seed: Optional[cute.Tensor],
         unallocated: Optional[cute.Tensor],
-        pad_slot: Int64,
-        tokens: Int32,
+        pad_slot_id: Int64,
+        num_tokens: Int32,
         window: Int32,
-        places: Int32,
-        stream,
-    ):
-        """Shapes and types as in `cute_ssm.serving.commit`; `places` counts the values of the cursor."""
-        self.kernel(pnat, cursor, accepted, src, cu, seeds, unallocated, pad_slot, tokens, window, places).launch(
-            grid=[cute.ceil_div(accepted.shape[0], self.threads), 1, 1], block=[self.threads, 1, 1], stream=stream
+        num_cursors: Int32,
+        stream: Any,
+    ) -> None:
+        """Shapes and types as in `cute_ssm.serving.commit`; for the scalars see `CursorBounds`."""
+        tensors = CommitTensors(
+            prev_num_accepted_tokens,
+            cursor,
+            num_accepted_tokens,
+            state_batch_indices,
+            cu_seqlens,
+            rand_seed,
+            unallocated,
+        )
+        bounds = CursorBounds(pad_slot_id, num_tokens, window, num_cursors)
+        self.kernel(tensors, bounds).launch(
+            grid=[cute.ceil_div(num_accepted_tokens.shape[0], self.threads), 1, 1],
+            block=[self.threads, 1, 1],
+            stream=stream,
         )
 
     @cute.kernel
-    def kernel(
-        self,
-        pnat: cute.Tensor,
-        cursor: cute.Tensor,
-        accepted: cute.Tensor,
-        src: Optional[cute.Tensor],
-        cu: Optional[cute.Tensor],
-        seeds: Optional[cute.Tensor],
-        unallocated: Optional[cute.Tensor],
-        pad_slot: Int64,
-        tokens: Int32,
-        window: Int32,
-        places: Int32,
-    ):
+    def kernel(self, tensors: CommitTensors, bounds: CursorBounds) -> None:
+        """Advance the row of this thread."""
         b = cute.arch.block_idx()[0] * self.threads + cute.arch.thread_idx()[0]
-        if b < accepted.shape[0]:
-            sizes = (pad_slot, tokens, window, places)
-            slot, count, kept, place, live = self.rows.load((pnat, cursor, src, cu), b, sizes)
-            if const_expr(unallocated is not None):
-                if live:
-                    live = unallocated[slot] == 0
-            taken = Int64(accepted[b])
-            if live and taken >= 0 and taken <= cutlass.min(count, window):
-                if self.rows.writes(kept, count, window):
+        if b < tensors.num_accepted_tokens.shape[0]:
+            row = self.rows.load(tensors.rows(), b, bounds)
+            active = row.active
+            if const_expr(tensors.unallocated is not None):
+                if active:
+                    active = tensors.unallocated[row.slot] == 0
+            num_accepted = Int64(tensors.num_accepted_tokens[b])
+            if active and num_accepted >= 0 and num_accepted <= cutlass.min(row.num_tokens, bounds.window):
+                pending = row.pending
+                if self.rows.writes(row, bounds.window):
+                    cursor = row.cursor
                     if const_expr(self.spec.ring):
-                        behind = places - place  # place + kept may not fit 32 bits
-                        place = kept - behind if kept >= behind else place + kept
+                        rest = bounds.num_cursors - cursor  # cursor + pending may not fit 32 bits
+                        cursor = pending - rest if pending >= rest else cursor + pending
                     else:
-                        place = 1 - place
-                    cursor[slot] = place
-                    kept = Int32(0)
-                pnat[slot] = kept + Int32(taken)
-                if const_expr(seeds is not None):
-                    for layer in cutlass.range(seeds.shape[0], unroll=4):
-                        seeds[layer, slot] = seeds[layer, slot] + 1
+                        cursor = 1 - cursor
+                    tensors.cursor[row.slot] = cursor
+                    pending = Int32(0)
+                tensors.prev_num_accepted_tokens[row.slot] = pending + Int32(num_accepted)
+                if const_expr(tensors.rand_seed is not None):
+                    for layer in cutlass.range(tensors.rand_seed.shape[0], unroll=4):
+                        tensors.rand_seed[layer, row.slot] = tensors.rand_seed[layer, row.slot] + 1

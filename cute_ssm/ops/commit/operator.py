@@ -165,14 +165,14 @@ def _run(
 def _check_accepted(accepted: Tensor, cursors: Cursors, unallocated: Tensor | None, pad_slot_id: int) -> None:
     """Raise on numbers that no step can have accepted, and on slots that no row or two rows may advance."""
     if unallocated is not None:
-        advanced = cursors.live & (accepted >= 0)
+        advanced = cursors.active & (accepted >= 0)
         check_allocated("state_batch_indices", cursors.slots, unallocated, advanced, pad_slot_id)
-    most = cursors.counts.clamp(max=cursors.window)
-    bad = (cursors.live & (accepted > most)).nonzero()[:, 0].tolist()
+    most = cursors.num_tokens.clamp(max=cursors.window)
+    bad = (cursors.active & (accepted > most)).nonzero()[:, 0].tolist()
     if bad:
         expected = f"at most {int(most[bad[0]])} of the row's tokens"
         raise ValueError(describe("num_accepted_tokens", expected, f"{int(accepted[bad[0]])} at position {bad[0]}"))
-    slots = cursors.slots[cursors.live].sort().values
+    slots = cursors.slots[cursors.active].sort().values
     twice = slots[1:][slots[1:] == slots[:-1]]
     if len(twice):
         got = f"{int(twice[0])} more than once"

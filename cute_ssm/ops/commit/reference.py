@@ -1,4 +1,4 @@
-"""`commit`, as mathematics."""
+"""What `commit` computes, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from torch import Tensor
 from cute_ssm.reference.cursors import Cursors
 
 
-def commit(cursors: Cursors, accepted: Tensor, seeds: Tensor | None) -> None:
-    """Advance the cursors of live rows by their accepted tokens, and their seeds by one.
+def commit(cursors: Cursors, num_accepted: Tensor, seeds: Tensor | None) -> None:
+    """Advance the cursors of active rows by their accepted tokens, and their seeds by one.
 
-    A row that writes has its new tokens, and nothing else, in the other buffer, or in the ring behind those that were
-    folded: PNAT becomes `accepted`, the buffer flips, or the start moves on by the old PNAT.  A row that does not
-    write has appended them: PNAT grows by `accepted`.  Rows with a negative `accepted` stay as they are.
+    The step of a row that writes has stored its new tokens in the other buffer, or in the ring behind the tokens that
+    it folded: the number of pending tokens becomes `num_accepted`, and the buffer flips, or the ring starts where the
+    folded tokens end.  The step of another row has appended its new tokens: the number of pending tokens grows by
+    `num_accepted`.  Rows with a negative `num_accepted` do not change.
 
     Parameters
     ----------
     cursors : Cursors
-        ``pnat`` and ``place`` are **written**.
-    accepted : Tensor, (batch,), integers
-        Of row b, the first ``accepted[b]`` new tokens are kept.
+        ``pending`` and ``cursor`` are **written**.
+    num_accepted : Tensor, (batch,), integers
+        The first ``num_accepted[b]`` new tokens of row b are accepted.
     seeds : Tensor, (layers, slots), int64, optional
         **Written.**
     """
     c = cursors
-    rows = c.live & (accepted >= 0)
-    writes, slots, accepted = c.writes()[rows], c.slots[rows], accepted[rows].to(c.pnat.dtype)
-    pending, place = c.pnat[slots], c.place[slots]
-    moved = (place + pending) % c.places if c.ring else 1 - place
-    c.place[slots] = torch.where(writes, moved, place)
-    c.pnat[slots] = torch.where(writes, accepted, pending + accepted)
+    rows = c.active & (num_accepted >= 0)
+    writes, slots, accepted = c.writes()[rows], c.slots[rows], num_accepted[rows].to(c.pending.dtype)
+    pending, cursor = c.pending[slots], c.cursor[slots]
+    moved = (cursor + pending) % c.num_cursors if c.ring else 1 - cursor
+    c.cursor[slots] = torch.where(writes, moved, cursor)
+    c.pending[slots] = torch.where(writes, accepted, pending + accepted)
     if seeds is not None:
         seeds[:, slots] += 1

@@ -16,9 +16,9 @@ class CommitSpec(CursorSpec):
     accepted_dtype : str
         Type of ``num_accepted_tokens``.
     seeds : bool
-        Seeds of the slots advance too.
+        ``rand_seed`` is given and advances too.
     unallocated : bool
-        A mask says which slots no sequence has.
+        ``unallocated`` is given.
     """
 
     accepted_dtype: str
