@@ -67,8 +67,8 @@ FAULTS = [
     Fault(
         "rows of unallocated slots are committed on a GPU",
         "cute_ssm/ops/commit/kernel.py",
-        "live = unallocated[slot] == 0",
-        "live = unallocated[slot] >= 0",
+        "active = tensors.unallocated[row.slot] == 0",
+        "active = tensors.unallocated[row.slot] >= 0",
         (POOLS + "test_on_a_gpu_rows_of_unallocated_slots_are_left_alone",),
     ),
     Fault(

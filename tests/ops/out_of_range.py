@@ -15,6 +15,7 @@ from step_cases import copy, storage
 from cute_ssm.ops import _slot_rows
 from cute_ssm.ops._cursors import arguments as cursors
 from cute_ssm.ops.checkpointing_ssu import arguments as _checkpointing_arguments
+from cute_ssm.ops.commit import operator as commit
 from cute_ssm.ops.gated_delta_rule_mtp import operator as gated_delta_rule
 from cute_ssm.ops.gated_delta_rule_replay import operator as gated_delta_rule_replay
 from cute_ssm.ops.selective_scan import operator as selective_scan
@@ -31,7 +32,7 @@ def unchecked(monkeypatch) -> None:
     monkeypatch.setattr(gated_delta_rule_replay, "_check_values", lambda *_: None)
     monkeypatch.setattr(selective_scan, "plan_on_cpu", lambda *_: [])
     monkeypatch.setattr(cursors.Rows, "cursors", lambda *_: None)
-    monkeypatch.setattr(cursors, "_check_accepted", lambda *_: None)
+    monkeypatch.setattr(commit, "_check_accepted", lambda *_: None)
     monkeypatch.setattr(_slot_rows.SlotRows, "read", lambda *_: [])
 
 
