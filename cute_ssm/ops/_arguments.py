@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,9 +51,11 @@ def not_tensors(**given: object) -> TypeError:
     return TypeError(describe(name, "a torch.Tensor", type(value).__name__))
 
 
-def check_tensors(tensors: Mapping[str, object], optional: Iterable[str]) -> None:
+def check_tensors(
+    tensors: Mapping[str, object], optional: Iterable[str], written: frozenset[str] = frozenset()
+) -> None:
     """Raise unless all are tensors (or None where optional) of one device."""
-    optional = set(optional)
+    optional, written = set(optional), written | WRITTEN
     device = None
     for name, value in tensors.items():
         if value is None and name in optional:
@@ -64,12 +66,12 @@ def check_tensors(tensors: Mapping[str, object], optional: Iterable[str]) -> Non
             first, device = name, value.device
             if device.type not in ("cuda", "cpu"):
                 expected, fix = "a tensor on a GPU or on the CPU", "move all to one of them"
-                if name in WRITTEN:
+                if name in written:
                     fix = f"{fix}; {allocation(value, device='cuda')}"
                 raise ValueError(describe(name, expected, f"one on {device}", fix))
         elif value.device != device:
             fix = f"move it with {name}.to({str(device)!r})"
-            if name in WRITTEN:
+            if name in written:
                 fix = allocation(value, device=device)
             raise ValueError(describe(name, f"a tensor on {device} like {first}", f"one on {value.device}", fix))
 
@@ -87,17 +89,16 @@ def check_dtype(
         raise TypeError(describe(name, f"dtype {' or '.join(map(name_of, allowed))}", name_of(tensor.dtype), why))
 
 
-def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], letters: str) -> None:
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], letters: str, written: bool = False) -> None:
     """Raise unless the shape is the given one; `letters` spells it in the user's terms."""
     if tensor.shape != shape:
-        raise ValueError(
-            describe(name, f"shape {letters} = {shape}", tuple(tensor.shape), _of_shape(name, tensor, shape))
-        )
+        fix = _of_shape(name, tensor, shape, written)
+        raise ValueError(describe(name, f"shape {letters} = {shape}", tuple(tensor.shape), fix))
 
 
-def _of_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
+def _of_shape(name: str, tensor: Tensor, shape: tuple[int, ...], written: bool) -> str:
     """The way out for a tensor of another shape."""
-    if name in WRITTEN:
+    if written or name in WRITTEN:
         return allocation(tensor, shape)
     axes = PER_HEAD.get(name.partition("[")[0], 0)  # A[1]: that of a layer
     if axes and len(shape) > axes and tensor.shape == shape[:-axes]:
@@ -112,6 +113,42 @@ def check_last_contiguous(name: str, tensor: Tensor) -> None:
         raise ValueError(describe(name, "stride 1 in its last dimension", f"strides {tensor.stride()}", fix))
 
 
+def check_contiguous(name: str, tensor: Tensor, count: int, axes: Sequence[str], written: bool) -> None:
+    """Raise unless the last `count` dimensions are contiguous; `axes` spells all dimensions."""
+    size, good = 1, True
+    for n, stride in zip(reversed(tensor.shape[-count:]), reversed(tensor.stride()[-count:])):
+        good, size = good and stride == size, size * n
+    if not good:
+        expected = "stride 1 in its last dimension"
+        if count > 1:
+            expected = f"contiguous rows of {axes[-1]} and heads of {' x '.join(axes[-count:])}"
+        fix = allocation(tensor) if written or name in WRITTEN else f"pass {name}.contiguous()"
+        raise ValueError(describe(name, expected, f"strides {tensor.stride()}", fix))
+
+
+def check_aligned(name: str, tensor: Tensor, n_bytes: int, contiguous: int, axis: str, written: bool) -> None:
+    """Raise unless the address, and the strides of all but the last `contiguous` dimensions, are multiples of bytes.
+
+    `axis` is what the first dimension counts.
+    """
+    if not aligned(tensor, n_bytes, contiguous):
+        got = f"address {tensor.data_ptr():#x} and strides {tensor.stride()} of {tensor.element_size()} bytes"
+        padded = "the slots of the pool" if axis == "slots" else "its rows"
+        fix = f"pad {padded}: {allocation(tensor)}" if written or name in WRITTEN else "pass a copy"
+        expected = f"an address and outer strides of multiples of {n_bytes} bytes"
+        raise ValueError(describe(name, expected, got, fix))
+
+
+def check_integer(name: str, value: object, optional: bool = False) -> None:
+    """Raise unless a value is an integer of 64 bits, or None where that is allowed."""
+    if value is None and optional:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(describe(name, "an int" + " or None" * optional, type(value).__name__))
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(describe(name, "an int of 64 bits", value))
+
+
 def check_saturate(saturate: bool, name: str, dtype: torch.dtype | None) -> None:
     """Raise unless new states may saturate: those of `dtype` in the argument `name`, None if there are none."""
     if not isinstance(saturate, bool):
@@ -122,10 +159,10 @@ def check_saturate(saturate: bool, name: str, dtype: torch.dtype | None) -> None
         raise ValueError(describe("saturate", f"False with {kind}", saturate, fix))
 
 
-def aligned(tensor: Tensor, n_bytes: int) -> bool:
-    """Whether the address and all strides but the last are multiples of `n_bytes`."""
+def aligned(tensor: Tensor, n_bytes: int, contiguous: int = 1) -> bool:
+    """Whether the address, and all strides but those of `contiguous` last dimensions, are multiples of `n_bytes`."""
     size = tensor.element_size()
-    return tensor.data_ptr() % n_bytes == 0 and all(s * size % n_bytes == 0 for s in tensor.stride()[:-1])
+    return tensor.data_ptr() % n_bytes == 0 and all(s * size % n_bytes == 0 for s in tensor.stride()[:-contiguous])
 
 
 def common_alignment(tensors: Iterable[Tensor | None], most: int) -> int:

@@ -10,6 +10,8 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from cute_ssm.errors import describe
 from cute_ssm.ops._gradients import constants, refuse_tangents, requires_grad
@@ -27,8 +29,8 @@ def refuse_batched(names: Sequence[str], values: Sequence[Any]) -> None:
             raise ValueError(describe(name, "a tensor with memory of its own", "one that vmap has batched", fix))
 
 
-class Operator(NamedTuple):
-    """Two ways to call an operator; both keep to the policy of `_gradients`."""
+class Registered(NamedTuple):
+    """Ways to call an operator; `eager` and `overload` keep to the policy of `_gradients`."""
 
     eager: Callable[..., None]
     """Straight to the implementation: for plain tensors that nothing traces.
@@ -38,16 +40,19 @@ class Operator(NamedTuple):
     """
     overload: Callable[..., None]
     """Through PyTorch's dispatcher: ``torch.ops.cute_ssm.name.default``."""
+    route: Callable[[object], Callable[..., None]]
+    """Of one of the tensors of a call, the way that it takes: through the dispatcher where something traces it, by
+    `eager` where gradients are a question, and else straight to the implementation."""
 
 
 def register(
     schema: str,
     implementation: Callable[..., None],
-    fake: Callable[..., None],
+    fake: Callable[..., None] = lambda *_: None,
     *,
     eager: Callable[..., None] | None = None,
     names: Callable[[dict[str, Any]], Mapping[str, str]] | None = None,
-) -> Operator:
+) -> Registered:
     """Define an operator that mutates arguments and returns nothing.
 
     Parameters
@@ -100,4 +105,10 @@ def register(
             overload(*values)
 
     _library.impl(name, run_below_autograd, "Autograd")
-    return Operator(run_eagerly, overload)
+
+    def route(tensor: object) -> Callable[..., None]:
+        if type(tensor) is not Tensor or is_compiling():
+            return overload  # type: ignore[no-any-return]
+        return run_eagerly if is_grad_enabled() or transform_level() is not None else run
+
+    return Registered(run_eagerly, overload, route)

@@ -16,6 +16,8 @@ from cute_ssm.spec import Config
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 _local = threading.local()  # .overrides: those that this thread has open
+_lock = threading.Lock()
+overrides_open = 0  # of all threads: where there are none, calls need not look at their own
 
 
 @contextmanager
@@ -25,11 +27,16 @@ def override(**fields: int | str) -> Iterator[None]:
     Holds for this thread.  A config that a kernel cannot run raises `UnsupportedSpecError`; one that has no such
     field raises TypeError.
     """
+    global overrides_open
     opened = _local.__dict__.setdefault("overrides", [])
     opened.append(fields)
+    with _lock:
+        overrides_open += 1
     try:
         yield
     finally:
+        with _lock:
+            overrides_open -= 1
         opened.pop()
 
 

@@ -131,7 +131,7 @@ class Keys(dict):
 
 def key_of(case: Case, call: dict, monkeypatch) -> object:
     keys = Keys()
-    monkeypatch.setattr(module, "_plans", keys)
+    monkeypatch.setattr(module._path, "plans", keys)
     call_of(case, copy(call))
     return keys.last
 
@@ -141,7 +141,7 @@ def test_steady_state_is_one_look_up_and_one_call(form, monkeypatch):
     case = FORMS[form]
     call = arguments(case)
     kernel = Recorder()
-    monkeypatch.setattr(module, "_plans", {key_of(case, call, monkeypatch): module._Plan(kernel, 132, 16)})
+    monkeypatch.setattr(module._path, "plans", {key_of(case, call, monkeypatch): module._Plan(kernel, 132, 16)})
     before = copy(call)
     assert call_of(case, call) is call["out"]
     (got,) = kernel.calls
@@ -159,16 +159,16 @@ def test_a_refusing_kernel_leads_to_the_full_check(form, monkeypatch):
     call = arguments(case)
     twin = copy(call)
     refusing = module._Plan(Recorder(refuse=True), 132, 16)
-    monkeypatch.setattr(module, "_plans", {key_of(case, call, monkeypatch): refusing})
+    monkeypatch.setattr(module._path, "plans", {key_of(case, call, monkeypatch): refusing})
     call_of(case, call)
-    monkeypatch.setattr(module, "_plans", {})
+    monkeypatch.setattr(module._path, "plans", {})
     call_of(case, twin)
     assert same(call["state"], twin["state"]) and same(call["out"], twin["out"])
 
 
 def test_plans_are_not_used_while_a_config_is_overridden(monkeypatch):
     call, kernel = arguments(BASE), Recorder()
-    monkeypatch.setattr(module, "_plans", {key_of(BASE, call, monkeypatch): module._Plan(kernel, 132, 16)})
+    monkeypatch.setattr(module._path, "plans", {key_of(BASE, call, monkeypatch): module._Plan(kernel, 132, 16)})
     with cute_ssm.tuning.override(depth=1):
         call_of(BASE, call)
     assert not kernel.calls

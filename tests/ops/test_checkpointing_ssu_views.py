@@ -131,11 +131,11 @@ def test_a_plan_is_used_for_rows_of_its_own_alignment_alone(monkeypatch):
             seen.append(key)
 
     seen = []
-    monkeypatch.setattr(module, "_plans", Keys())
+    monkeypatch.setattr(module._path, "plans", Keys())
     run(BASE, arguments(BASE))
     for order in ((16, 4, 2), (2, 16, 4), (4, 2, 16)):
-        monkeypatch.setattr(module, "_plans", Plans())
-        monkeypatch.setattr(module, "_loose_plans", Plans())
+        monkeypatch.setattr(module._path, "plans", Plans())
+        monkeypatch.setattr(module._path, "loose_plans", Plans())
         for width in order:
             entry = Entry(width, *(wider for wider in (2, 4, 8, 16) if wider >= width))
             shift = {16: 0, 4: 2, 2: 1}[width]

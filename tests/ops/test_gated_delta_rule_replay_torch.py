@@ -70,7 +70,7 @@ class Recorder:
 
 @pytest.fixture
 def plans(monkeypatch):
-    monkeypatch.setattr(module, "_plans", {})
+    monkeypatch.setattr(module._path, "plans", {})
 
 
 class Keys(dict):
@@ -81,14 +81,14 @@ class Keys(dict):
 
 def key_of(call):
     """The key under which a call's plan would be kept."""
-    module._plans = keys = Keys()
+    module._path.plans = keys = Keys()
     cute_ssm.gated_delta_rule_replay(**call)
     return keys.last
 
 
 def test_steady_state_is_one_look_up_and_one_call(plans):
     kernel = Recorder()
-    module._plans = type("Any", (dict,), {"get": lambda self, key, default=None: kernel})()
+    module._path.plans = type("Any", (dict,), {"get": lambda self, key, default=None: kernel})()
     call = arguments(Case(scale=0.5))
     out, pool = cute_ssm.gated_delta_rule_replay(**call)
     assert out is call["output"]
@@ -105,9 +105,9 @@ def test_a_refusing_kernel_leads_to_the_full_check(plans):
     key = key_of(copy(call))
     assert key is not None
     refusing = Recorder(refuse=True)
-    module._plans = type("Any", (dict,), {"get": lambda self, key, default=None: refusing})()
+    module._path.plans = type("Any", (dict,), {"get": lambda self, key, default=None: refusing})()
     cute_ssm.gated_delta_rule_replay(**call)
-    module._plans = {}
+    module._path.plans = {}
     cute_ssm.gated_delta_rule_replay(**twin)
     for name in ("initial_state", *RINGS):
         assert torch.equal(storage(call[name]), storage(twin[name])), name

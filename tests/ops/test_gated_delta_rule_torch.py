@@ -72,7 +72,7 @@ class Recorder:
 
 @pytest.fixture
 def plans(monkeypatch):
-    monkeypatch.setattr(module, "_plans", {})
+    monkeypatch.setattr(module._path, "plans", {})
 
 
 def key_of(call):
@@ -83,7 +83,7 @@ def key_of(call):
             self.last = key
             return super().get(key, default)
 
-    module._plans = keys = Keys()
+    module._path.plans = keys = Keys()
     cute_ssm.gated_delta_rule_mtp(**call)
     return keys.last
 
@@ -92,7 +92,7 @@ def test_steady_state_is_one_look_up_and_one_call(plans):
     call = arguments(Case(mode="accepted_split", scale=0.5))
     key = key_of(copy(call))
     kernel = Recorder()
-    module._plans = {key: kernel}
+    module._path.plans = {key: kernel}
     call["output"] = arguments(Case())["output"]
     while call["output"].data_ptr() % 16 != key[-2]:
         call["output"] = call["output"].clone()
@@ -108,9 +108,9 @@ def test_a_refusing_kernel_leads_to_the_full_check(plans):
     call = arguments(Case())
     twin = copy(call)
     key = key_of(copy(call))
-    module._plans = {key: Recorder(refuse=True)}
+    module._path.plans = {key: Recorder(refuse=True)}
     cute_ssm.gated_delta_rule_mtp(**call)
-    module._plans = {}
+    module._path.plans = {}
     cute_ssm.gated_delta_rule_mtp(**twin)
     assert torch.equal(storage(call["initial_state"]), storage(twin["initial_state"]))
 

@@ -93,7 +93,7 @@ class Recorder:
 
 @pytest.fixture
 def plans(monkeypatch):
-    monkeypatch.setattr(module, "_plans", {})
+    monkeypatch.setattr(module._path, "plans", {})
 
 
 def memorised(case, call):
@@ -104,7 +104,7 @@ def memorised(case, call):
             self.last = key
             return super().get(key, default)
 
-    module._plans = keys = Keys()
+    module._path.plans = keys = Keys()
     scan(case, call)
     return keys.last
 
@@ -114,7 +114,7 @@ def test_steady_state_is_one_look_up_and_one_call(case, plans):
     call = arguments(case)
     key = memorised(case, call)
     kernel = Recorder()
-    module._plans = {key: module._Plan(kernel, 528)}
+    module._path.plans = {key: module._Plan(kernel, 528)}
     out = scan(case, call)
     (got,) = kernel.calls
     sequences = len(case.lengths)
@@ -132,7 +132,7 @@ def test_parts_get_scratch_of_their_own(plans):
     call = arguments(SMALL)
     key = memorised(SMALL, call)
     kernel = Recorder()
-    module._plans = {key: module._Plan(kernel, 528, (3, 4, 8, 20))}
+    module._path.plans = {key: module._Plan(kernel, 528, (3, 4, 8, 20))}
     scan(SMALL, call)
     scan(SMALL, call)
     for got in kernel.calls:
@@ -145,9 +145,9 @@ def test_a_refusing_kernel_leads_to_the_full_check(plans):
     call = arguments(SMALL)
     twin = copy(call)
     key = memorised(SMALL, copy(call))
-    module._plans = {key: module._Plan(Recorder(refuse=True), 528)}
+    module._path.plans = {key: module._Plan(Recorder(refuse=True), 528)}
     scan(SMALL, call)
-    module._plans = {}
+    module._path.plans = {}
     scan(SMALL, twin)
     for name in ("ssm_states", "out"):
         assert torch.equal(storage(call[name]), storage(twin[name]))

@@ -14,9 +14,10 @@ from token_cases import Tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cute_ssm
+from cute_ssm.ops._calls import Plan
 from cute_ssm.ops._plans import Plans
 from cute_ssm.ops.selective_state_update import operator as module
-from cute_ssm.ops.selective_state_update.arguments import Operands, Settings
+from cute_ssm.ops.selective_state_update.arguments import TABLE, Arguments
 
 PACKED = Tokens(packed=True, lengths=(3, 0, 2), pads=(0,))
 FORMS = {
@@ -54,17 +55,17 @@ def canonical(call: dict) -> tuple:
             call[name] = call[name].contiguous()
             if call[name].is_floating_point():
                 call[name] = call[name].nan_to_num(0.0)
-    return tuple(call.get(name) for name in (*Operands._fields, *Settings._fields))
+    return tuple(call.get(name) for name in Arguments._fields)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck(form):
-    torch.library.opcheck(module._overload, canonical(arguments(FORMS[form])))
+    torch.library.opcheck(module._REGISTERED.overload, canonical(arguments(FORMS[form])))
 
 
 def test_schema_names_what_is_written():
-    schema = {argument.name: argument for argument in module._overload._schema.arguments}
-    assert list(schema) == [*Operands._fields, *Settings._fields]
+    schema = {argument.name: argument for argument in module._REGISTERED.overload._schema.arguments}
+    assert list(schema) == [*Arguments._fields]
     written = {name for name, argument in schema.items() if argument.alias_info and argument.alias_info.is_write}
     assert written == {"state", "out", "state_scale", "intermediate_states_buffer", "intermediate_state_scales"}
 
@@ -115,8 +116,8 @@ class Recorder:
 
 @pytest.fixture
 def plans(monkeypatch):
-    monkeypatch.setattr(module, "_plans", {})
-    return module._plans
+    monkeypatch.setattr(module._path, "plans", {})
+    return module._path.plans
 
 
 def memorised(call, plans):
@@ -127,7 +128,7 @@ def memorised(call, plans):
             self.last = key
             return super().get(key, default)
 
-    module._plans = keys = Keys(plans)
+    module._path.plans = keys = Keys(plans)
     cute_ssm.selective_state_update(**call)
     return keys.last
 
@@ -137,13 +138,13 @@ def test_steady_state_is_one_look_up_and_one_call(form, plans):
     call = arguments(FORMS[form])
     key = memorised(copy(call), plans)
     kernel = Recorder()
-    module._plans = {key: (kernel, 7, 528)}
+    module._path.plans = {key: (kernel, (7, 528))}
     before = copy(call)
     out = cute_ssm.selective_state_update(**call)
     assert out is call["out"]
     (got,) = kernel.calls
-    assert len(got) == len(Operands._fields) + 3
-    for name, value in zip(Operands._fields, got):
+    assert len(got) == len(TABLE.tensors) + 3
+    for name, value in zip(TABLE.tensors, got):
         assert value is call.get(name), name
     assert got[-3:] == (-1, 7, 528)
     assert same(call["state"], before["state"])
@@ -155,9 +156,9 @@ def test_a_refusing_kernel_leads_to_the_full_check(form, plans):
     call = arguments(FORMS[form])
     twin = copy(call)
     key = memorised(copy(call), plans)
-    module._plans = {key: (Recorder(refuse=True), 7, 528)}
+    module._path.plans = {key: (Recorder(refuse=True), (7, 528))}
     cute_ssm.selective_state_update(**call)
-    module._plans = {}
+    module._path.plans = {}
     cute_ssm.selective_state_update(**twin)
     assert same(call["state"], twin["state"])
     assert same(call["out"], twin["out"])
@@ -239,9 +240,9 @@ def test_what_the_entry_of_a_kernel_does_not_check_is_in_the_key(form, change, m
     class Plans(dict):
         def get(self, key, default=None):
             keys.append(key)
-            return Recorder(), 7, 528
+            return Recorder(), (7, 528)
 
-    monkeypatch.setattr(module, "_plans", Plans())
+    monkeypatch.setattr(module._path, "plans", Plans())
     for one in (call, copy(call), other):
         cute_ssm.selective_state_update(**one)
     assert keys[0] == keys[1] != keys[2]
@@ -253,7 +254,7 @@ def test_plans_are_not_used_while_a_config_is_overridden(plans):
     call = arguments(Case())
     key = memorised(copy(call), plans)
     kernel = Recorder()
-    module._plans = {key: (kernel, 7, 528)}
+    module._path.plans = {key: (kernel, (7, 528))}
     with cute_ssm.tuning.override(rows=16):
         cute_ssm.selective_state_update(**call)
     assert not kernel.calls
@@ -267,7 +268,7 @@ def key_of(call: dict) -> object:
             self.last = key
             return default
 
-    module._plans = keys = Keys()
+    module._path.plans = keys = Keys()
     with contextlib.suppress(ValueError):
         cute_ssm.selective_state_update(**call)
     return keys.last
@@ -289,26 +290,27 @@ def test_packed_calls_differ_in_slots_and_rows_that_their_entry_cannot_compare(p
 
 def test_a_kernel_for_free_strides_does_not_take_tied_calls(monkeypatch):
     """Which kernel a tied call runs, and so its bits, does not depend on calls before it."""
-    monkeypatch.setattr(module, "_plans", Plans())
-    monkeypatch.setattr(module, "_loose_plans", Plans())
     tied = step_cases.arguments(step_cases.Case())
     dense = {**tied, "dt": tied["dt"].contiguous()}
     kernels = {}
 
     def memorise(call, name):
-        seen = {}
-        monkeypatch.setattr(module, "_run_on_cpu", lambda spec, operands, settings: seen.update(spec=spec, o=operands))
-        key = key_of(call)
-        module._plans = Plans()
+        """Keep a plan for a call on the CPU, as is done for those on a GPU."""
+        checked = []
+        with monkeypatch.context() as patch:
+            patch.setattr(module._path, "_run_on_cpu", checked.append)
+            key = key_of(call)
         kernels[name] = Recorder()
-        module._memorise((kernels[name], 1, 528), key, seen["spec"], seen["o"])
+        path = module._path
+        path.plans, path.loose_plans = Plans(), Plans()
+        path.remember(key, checked[0], Plan(kernels[name], (1, 528)))
         return key
 
+    monkeypatch.setattr(module._path, "plans", Plans())
+    monkeypatch.setattr(module._path, "loose_plans", Plans())
     assert memorise(dense, "dense") == memorise(tied, "tied")
-    module._plans.clear()
-    module._loose_plans.clear()
     key = memorise(dense, "dense")
-    assert key not in module._plans
+    assert key not in module._path.plans
     cute_ssm.selective_state_update(**tied)
     assert not kernels["dense"].calls
     cute_ssm.selective_state_update(**dense)

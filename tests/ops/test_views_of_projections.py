@@ -113,9 +113,8 @@ def test_alignment_is_in_the_key_of_plans(name, monkeypatch):
         def __bool__(self):
             return True
 
-    for store in ("_plans", "_loose_plans"):
-        if hasattr(MODULES[op], store):
-            monkeypatch.setattr(MODULES[op], store, Keys())
+    for store in ("plans", "loose_plans"):
+        monkeypatch.setattr(MODULES[op]._path, store, Keys())
     keys = set()
     rows = {n: inner for n, inner in rows.items() if n not in ("out", "output")}
     for shift in (0, 1, 4, 0):

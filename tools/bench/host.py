@@ -29,7 +29,7 @@ from cutlass.cute.runtime import make_fake_compact_tensor
 import cute_ssm
 from cute_ssm import workloads
 from cute_ssm.ops.selective_state_update import operator as module
-from cute_ssm.ops.selective_state_update.arguments import Operands
+from cute_ssm.ops.selective_state_update.arguments import TABLE
 
 DTYPES = {
     torch.float32: cute.Float32,
@@ -106,7 +106,7 @@ def fake(tensor: torch.Tensor | None):
 @torch.no_grad()
 def measure(call: dict) -> tuple[int, float, float]:
     """(tensors, microseconds of the operator, microseconds of its compiled entry) of a call in steady state."""
-    tensors = [call.get(name) for name in Operands._fields]
+    tensors = [call.get(name) for name in TABLE.tensors]
     scalars = (cute.Int64(0), cute.Int32(0), cute.Int32(0))
     function = cute.compile(entry, *map(fake, tensors), *scalars, options="--enable-tvm-ffi")
     raw = function.__tvm_ffi_object__()
@@ -114,16 +114,16 @@ def measure(call: dict) -> tuple[int, float, float]:
 
     class Keys(dict):
         def get(self, key, default=None):
-            self[key] = (raw, 4, 528)
+            self[key] = (raw, (4, 528))
             return self[key]
 
-    memory, module._plans = module._plans, Keys()
+    memory, module._path.plans = module._path.plans, Keys()
     try:
         cute_ssm.selective_state_update(**call, dt_softplus=True)  # learn the key
-        module._plans = dict(module._plans)
+        module._path.plans = dict(module._path.plans)
         cached = microseconds(lambda: cute_ssm.selective_state_update(**call, dt_softplus=True))
     finally:
-        module._plans = memory
+        module._path.plans = memory
     given = sum(tensor is not None for tensor in tensors)
     return given, cached, microseconds(lambda: raw(*tensors, -1, 4, 528))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -12,9 +10,9 @@ from cute_ssm import runtime
 from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
 from cute_ssm.ops import _library
+from cute_ssm.ops._calls import CallPath
 from cute_ssm.ops._cursors.arguments import Rows, batch_of, is_eager, places_of, plan_key, run_plan
 from cute_ssm.ops._cursors.config import FEW_ROWS
-from cute_ssm.ops._plans import Plans
 from cute_ssm.ops.build_work_items import reference
 from cute_ssm.ops.build_work_items.config import choose_work_items
 from cute_ssm.ops.build_work_items.spec import WorkItemsSpec
@@ -93,7 +91,7 @@ def build_work_items(
 
 # Steady state: all that a kernel is chosen by, and what its own entry does not check before it launches.  The entry
 # checks types, strides, alignment, and the equality of sizes; if it refuses, the arguments are examined one by one.
-_plans: Plans[Callable[..., None]] = Plans()
+_path = CallPath()
 
 
 def _run(
@@ -115,7 +113,7 @@ def _run(
     key = plan_key(WorkItemsSpec, rows, work_items, num_writes)
     if key is not None:
         key += (work_items.shape[0] <= FEW_ROWS,)
-    if run_plan(_plans, key, operands):
+    if run_plan(_path.plans, key, operands):
         return
     named = {**rows.named(), "work_items": work_items, "num_writes": num_writes}
     arguments.check_tensors(named, ("state_batch_indices", "cu_seqlens"))
@@ -137,7 +135,7 @@ def _run(
     spec, config = WorkItemsSpec(**rows.spec()), choose_work_items(batch)
     if pnat.is_cuda:
         plan = runtime.get(spec, config, runtime.target(pnat.device))
-        _plans.remember(key, plan)
+        _path.plans.remember(key, plan)
         plan(*operands)
         return
     cursors = rows.cursors(batch)
@@ -151,7 +149,7 @@ def _run(
         runtime.emulated(spec, config, archs.by_name(emulator.arch))(*operands)
 
 
-_eager, _overload = _library.register(
+_eager, _overload, _ = _library.register(
     "serving_build_work_items(Tensor prev_num_accepted_tokens, Tensor place, Tensor? state_batch_indices, "
     "Tensor? cu_seqlens, Tensor(a!) work_items, Tensor(b!) num_writes, bool ring, int pad_slot_id, int tokens, "
     "int window, int places) -> ()",

@@ -13,8 +13,9 @@ from cute_ssm import runtime
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops import _library
 from cute_ssm.ops._arguments import first_of_batch, first_rows
+from cute_ssm.ops._calls import CallPath
 from cute_ssm.ops._library import transform_level
-from cute_ssm.ops._plans import REFUSALS, Plans
+from cute_ssm.ops._plans import REFUSALS
 from cute_ssm.ops.checkpointing_ssu import arguments as arguments
 from cute_ssm.ops.checkpointing_ssu import config as tuning
 from cute_ssm.ops.checkpointing_ssu.arguments import TIED, Operands, Settings
@@ -313,8 +314,7 @@ class _Plan(NamedTuple):
 # checks types, strides, alignment, and the equality of sizes that several tensors have; if it refuses, the arguments
 # are examined one by one.  An entry for rows of 16 bytes refuses others, and is tried first.  One for rows that are
 # less aligned would take all, so it is remembered with the layout it was chosen for.
-_plans: Plans[_Plan] = Plans()
-_loose_plans: Plans[_Plan] = Plans()
+_path = CallPath()
 
 
 def _layout(operands: Operands) -> tuple[object, ...] | None:
@@ -388,14 +388,14 @@ def _run(
         state, x_history, B_history, dt_history, cum_history, cursor, prev_num_accepted_tokens, x, dt, A, B, C, D, z,
         dt_bias, out, state_scale, state_batch_indices, cu_seqlens, rand_seed, work_items, num_writes,
     )  # fmt: skip
-    plan = _plans.get(key)
+    plan = _path.plans.get(key)
     if plan is not None and not overridden():
         try:
             plan.launch(*tensors, pad_slot_id, plan.sm_count)
             return
         except REFUSALS:
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
-    if _loose_plans and _run_loose(key, tensors, pad_slot_id):
+    if _path.loose_plans and _run_loose(key, tensors, pad_slot_id):
         return
     settings = Settings(ring, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, window, pdl, saturate)
     operands, spec = arguments.check(Operands._make(tensors), settings)
@@ -413,7 +413,7 @@ def _run(
 
 def _run_loose(key: tuple[object, ...] | None, tensors: tuple[Any, ...], pad_slot_id: int) -> bool:
     """Run a kernel for rows that are less aligned, if there is one for this layout and it takes the arguments."""
-    plan = None if key is None else _loose_plans.get((key, _layout(Operands._make(tensors))))
+    plan = None if key is None else _path.loose_plans.get((key, _layout(Operands._make(tensors))))
     if plan is None or overridden():
         return False
     try:
@@ -427,9 +427,9 @@ def _remember(key: tuple[object, ...] | None, plan: _Plan, operands: Operands) -
     if key is None:
         return
     if plan.input_bytes == arguments.ROW_BYTES:
-        _plans.remember(key, plan)
+        _path.plans.remember(key, plan)
     else:
-        _loose_plans.remember((key, _layout(operands)), plan)
+        _path.loose_plans.remember((key, _layout(operands)), plan)
 
 
 def _config(
@@ -484,7 +484,7 @@ def _run_traced(*values: Any) -> None:
     _run(*call.values())
 
 
-_eager, _overload = _library.register(
+_eager, _overload, _ = _library.register(
     "checkpointing_ssu(Tensor(a!) state, Tensor(b!) x_history, Tensor(c!) B_history, Tensor(d!) dt_history, "
     "Tensor(e!)? cum_history, Tensor cursor, Tensor prev_num_accepted_tokens, Tensor x, Tensor dt, Tensor A, Tensor B, "
     "Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor(f!) out, Tensor(g!)? state_scale, "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -12,8 +10,8 @@ from cute_ssm import runtime
 from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
 from cute_ssm.ops import _library
+from cute_ssm.ops._calls import CallPath
 from cute_ssm.ops._cursors.arguments import INTEGERS, NO_PAD, Rows, is_eager, places_of, plan_key, run_plan
-from cute_ssm.ops._plans import Plans
 from cute_ssm.ops.commit import reference
 from cute_ssm.ops.commit.config import choose_commit
 from cute_ssm.ops.commit.spec import CommitSpec
@@ -95,7 +93,7 @@ def commit(
 
 # Steady state: all that a kernel is chosen by, and what its own entry does not check before it launches.  The entry
 # checks types, strides, alignment, and the equality of sizes; if it refuses, the arguments are examined one by one.
-_plans: Plans[Callable[..., None]] = Plans()
+_path = CallPath()
 
 
 def _run(
@@ -119,7 +117,7 @@ def _run(
         mask = mask.view(torch.uint8)  # as the kernel reads it
     operands = (pnat, place, accepted, src, cu_seqlens, seeds, mask, *rows.scalars())
     key = plan_key(CommitSpec, rows, accepted, seeds, unallocated)
-    if run_plan(_plans, key, operands):
+    if run_plan(_path.plans, key, operands):
         return
     named = {**rows.named(), "num_accepted_tokens": accepted, "rand_seed": seeds, "unallocated": unallocated}
     arguments.check_tensors(named, ("state_batch_indices", "cu_seqlens", "rand_seed", "unallocated"))
@@ -148,7 +146,7 @@ def _run(
     if pnat.is_cuda:
         if batch:
             plan = runtime.get(spec, choose_commit(), runtime.target(pnat.device))
-            _plans.remember(key, plan)
+            _path.plans.remember(key, plan)
             plan(*operands)
         return
     cursors = rows.cursors(batch)
@@ -179,7 +177,7 @@ def _check_accepted(accepted: Tensor, cursors: Cursors, unallocated: Tensor | No
         raise ValueError(describe("state_batch_indices", "a slot of its own for each row", got))
 
 
-_eager, _overload = _library.register(
+_eager, _overload, _ = _library.register(
     "serving_commit(Tensor(a!) prev_num_accepted_tokens, Tensor(b!) place, Tensor num_accepted_tokens, "
     "Tensor? state_batch_indices, Tensor? cu_seqlens, Tensor(c!)? rand_seed, Tensor? unallocated, bool ring, "
     "int pad_slot_id, int tokens, int window, int places) -> ()",

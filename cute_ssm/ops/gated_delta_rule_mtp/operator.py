@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +13,12 @@ from cute_ssm import runtime
 from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
 from cute_ssm.ops import _library
+from cute_ssm.ops._calls import CallPath
 from cute_ssm.ops._gated_delta import arguments as checks
 from cute_ssm.ops._gated_delta import config as tuning
 from cute_ssm.ops._gated_delta.reference import gates, recurrence
 from cute_ssm.ops._library import transform_level
-from cute_ssm.ops._plans import REFUSALS, Plans
+from cute_ssm.ops._plans import REFUSALS
 from cute_ssm.ops.gated_delta_rule_mtp.spec import GatedDeltaRuleSpec
 from cute_ssm.reference.rounding import saturated
 from cute_ssm.tuning import overridden
@@ -181,8 +181,7 @@ def _warn_of_default() -> None:
 # types, the kernel's own entry checks before it launches; if it refuses, the arguments are examined one by one.  A
 # kernel for fully aligned q, k and v refuses others, and is tried first.  One for narrower accesses would take all, and
 # is remembered with the layout it was chosen for.
-_plans: Plans[Callable[..., None]] = Plans()
-_loose_plans: Plans[Callable[..., None]] = Plans()
+_path = CallPath()
 
 
 class Flags(NamedTuple):
@@ -246,14 +245,14 @@ def _run(
     if accepted is not None and disable_state_update:
         # without a state to write, the kernel has no argument for how many tokens it would pass
         operands = (*tensors[:-1], None)
-    plan = _plans.get(key)
+    plan = _path.plans.get(key)
     if plan is not None and not overridden():
         try:
             plan(*operands, scale)
             return
         except REFUSALS:
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
-    if _loose_plans and checks.run_loose(_loose_plans, key, (*operands, scale)):
+    if _path.loose_plans and checks.run_loose(_path.loose_plans, key, (*operands, scale)):
         return
     flags = Flags(disable_state_update, use_qk_l2norm, zero_padding, saturate, gate_logits)
     spec = _check(*tensors, flags)
@@ -272,7 +271,7 @@ def _run(
         arch = runtime.target(q.device)
         config = tuning.choose(spec, arch, units, torch.cuda.get_device_properties(q.device).multi_processor_count)
         plan = runtime.get(spec, config, arch)
-        checks.remember(_plans, _loose_plans, key, plan, spec, (q, k, v))
+        checks.remember(_path.plans, _path.loose_plans, key, plan, spec, (q, k, v))
         plan(*operands, scale)
 
 
@@ -437,7 +436,7 @@ def _reference(
     state[targets[kept]] = everything[_positions(count), count][kept]
 
 
-_eager, _overload = _library.register(
+_eager, _overload, _ = _library.register(
     "gated_delta_rule_mtp(Tensor q, Tensor k, Tensor v, Tensor(a!) initial_state, Tensor initial_state_indices, "
     "Tensor A_log, Tensor a, Tensor dt_bias, Tensor b, float scale, Tensor(b!) output, "
     "Tensor(c!)? intermediate_states_buffer, Tensor? ssm_state_indices, bool disable_state_update, bool use_qk_l2norm, "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, is_grad_enabled
 
@@ -12,12 +10,13 @@ from cute_ssm import runtime
 from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
 from cute_ssm.ops import _library
+from cute_ssm.ops._calls import CallPath
 from cute_ssm.ops._gated_delta import arguments as checks
 from cute_ssm.ops._gated_delta import config as tuning
 from cute_ssm.ops._gated_delta.reference import gates
 from cute_ssm.ops._gated_delta.spec import WINDOW_BUCKETS, token_bucket, window_bucket
 from cute_ssm.ops._library import transform_level
-from cute_ssm.ops._plans import REFUSALS, Plans
+from cute_ssm.ops._plans import REFUSALS
 from cute_ssm.ops.gated_delta_rule_replay.reference import gated_delta_rule_replay as reference
 from cute_ssm.ops.gated_delta_rule_replay.spec import GatedDeltaRuleReplaySpec
 from cute_ssm.reference.rounding import saturated
@@ -183,8 +182,7 @@ def gated_delta_rule_replay(
 # types, the kernel's own entry checks before it launches; if it refuses, the arguments are examined one by one.  A
 # kernel for fully aligned q, k and v refuses others, and is tried first.  One for narrower accesses would take all, and
 # is remembered with the layout it was chosen for.
-_plans: Plans[Callable[..., None]] = Plans()
-_loose_plans: Plans[Callable[..., None]] = Plans()
+_path = CallPath()
 
 
 def _run(
@@ -227,14 +225,14 @@ def _run(
     tensors = (
         q, k, v, state, src, k_cache, v_cache, g_cache, beta_cache, ring_start, counts, A_log, a, dt_bias, b, output,
     )  # fmt: skip
-    plan = _plans.get(key)
+    plan = _path.plans.get(key)
     if plan is not None and not overridden():
         try:
             plan(*tensors, scale, window)
             return
         except REFUSALS:
             pass  # other strides or alignment than last time, or a bad argument: the checks below tell
-    if _loose_plans and checks.run_loose(_loose_plans, key, (*tensors, scale, window)):
+    if _path.loose_plans and checks.run_loose(_path.loose_plans, key, (*tensors, scale, window)):
         return
     given = _named(*tensors)
     spec = _check(given, window, use_qk_l2norm, zero_padding, saturate)
@@ -253,7 +251,7 @@ def _run(
         arch = runtime.target(q.device)
         config = tuning.choose(spec, arch, units, torch.cuda.get_device_properties(q.device).multi_processor_count)
         plan = runtime.get(spec, config, arch)
-        checks.remember(_plans, _loose_plans, key, plan, spec, (q, k, v))
+        checks.remember(_path.plans, _path.loose_plans, key, plan, spec, (q, k, v))
         plan(*tensors, scale, window)
 
 
@@ -360,7 +358,7 @@ def _reference(
         ring[slots[:, None], :, fresh] = rows_of_tokens
 
 
-_eager, _overload = _library.register(
+_eager, _overload, _ = _library.register(
     "gated_delta_rule_replay(Tensor q, Tensor k, Tensor v, Tensor(a!) initial_state, Tensor initial_state_indices, "
     "Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor(d!) g_cache, Tensor(e!) beta_cache, Tensor ring_start, "
     "Tensor prev_num_accepted_tokens, Tensor A_log, Tensor a, Tensor dt_bias, Tensor b, float scale, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,8 @@ from cute_ssm import runtime
 from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
 from cute_ssm.ops import _library
-from cute_ssm.ops._plans import REFUSALS, Plans
+from cute_ssm.ops._calls import CallPath
+from cute_ssm.ops._plans import REFUSALS
 from cute_ssm.ops._slot_rows import SlotRows
 from cute_ssm.ops.materialize import reference
 from cute_ssm.ops.materialize.config import MOST_PENDING, choose_materialize
@@ -161,7 +162,7 @@ class _Operands(NamedTuple):
 
 OPTIONAL = ("state_scale", "out_scale", "num_tokens", "rand_seed")
 # Steady state: all that a kernel is chosen by, and what its own entry does not check before it launches.
-_plans: Plans[Callable[..., None]] = Plans()
+_path = CallPath()
 
 
 def _run(
@@ -199,7 +200,7 @@ def _run(
         )  # fmt: skip
     except AttributeError:  # something is no tensor, which the checks will name
         key = None
-    plan = _plans.get(key)
+    plan = _path.plans.get(key)
     if plan is not None and not overridden():
         try:
             plan(*tensors, pad_slot_id)
@@ -212,7 +213,7 @@ def _run(
     if state.is_cuda:
         if work:
             function = runtime.get(spec, choose_materialize(), runtime.target(state.device))
-            _plans.remember(key, function)
+            _path.plans.remember(key, function)
             function(*operands, pad_slot_id)
         return
     most = dt_history.shape[-1]
@@ -404,7 +405,7 @@ def _run_library(
     )  # fmt: skip
 
 
-_eager, _overload = _library.register(
+_eager, _overload, _ = _library.register(
     "serving_materialize(Tensor(a!) state, Tensor(b!)? state_scale, Tensor x_history, Tensor B_history, "
     "Tensor dt_history, Tensor cursor, Tensor prev_num_accepted_tokens, Tensor A, Tensor(c!)? out, "
     "Tensor(d!)? out_scale, Tensor state_batch_indices, Tensor dst_state_batch_indices, Tensor? num_tokens, "

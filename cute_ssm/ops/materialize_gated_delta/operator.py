@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,10 +12,11 @@ from cute_ssm import runtime
 from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
 from cute_ssm.ops import _library
+from cute_ssm.ops._calls import CallPath
 from cute_ssm.ops._gated_delta import arguments as checks
 from cute_ssm.ops._gated_delta import config as tuning
 from cute_ssm.ops._gated_delta.spec import WINDOW_BUCKETS, window_bucket
-from cute_ssm.ops._plans import REFUSALS, Plans
+from cute_ssm.ops._plans import REFUSALS
 from cute_ssm.ops._slot_rows import SlotRows
 from cute_ssm.ops.materialize_gated_delta import reference
 from cute_ssm.ops.materialize_gated_delta.spec import MaterializeGatedDeltaSpec
@@ -121,7 +121,7 @@ class _Operands(NamedTuple):
 
 
 # Steady state: all that a kernel is chosen by, and what its own entry does not check before it launches.
-_plans: Plans[Callable[..., None]] = Plans()
+_path = CallPath()
 
 
 def _run(
@@ -152,7 +152,7 @@ def _run(
         )  # fmt: skip
     except (AttributeError, IndexError):  # something is no tensor, or has no axes, which the checks will name
         key = None
-    plan = _plans.get(key)
+    plan = _path.plans.get(key)
     if plan is not None and not overridden():
         try:
             plan(*tensors, window)
@@ -167,7 +167,7 @@ def _run(
             sm_count = torch.cuda.get_device_properties(state.device).multi_processor_count
             config = tuning.choose_materialize(spec, units, sm_count)
             function = runtime.get(spec, config, runtime.target(state.device))
-            _plans.remember(key, function)
+            _path.plans.remember(key, function)
             function(*operands, window)
         return
     rows = SlotRows(
@@ -279,7 +279,7 @@ def _run_library(
     )  # fmt: skip
 
 
-_eager, _overload = _library.register(
+_eager, _overload, _ = _library.register(
     "serving_materialize_gated_delta(Tensor(a!) initial_state, Tensor k_cache, Tensor v_cache, Tensor g_cache, "
     "Tensor beta_cache, Tensor ring_start, Tensor prev_num_accepted_tokens, Tensor(b!)? out, "
     "Tensor state_batch_indices, Tensor dst_state_batch_indices, Tensor? num_tokens, bool use_qk_l2norm, int window, "

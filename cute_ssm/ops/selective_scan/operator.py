@@ -14,8 +14,9 @@ from cute_ssm.arch import Arch
 from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
 from cute_ssm.ops import _library
+from cute_ssm.ops._calls import CallPath
 from cute_ssm.ops._library import transform_level
-from cute_ssm.ops._plans import REFUSALS, Plans
+from cute_ssm.ops._plans import REFUSALS
 from cute_ssm.ops.selective_scan import config as tuning
 from cute_ssm.ops.selective_scan.arguments import check
 from cute_ssm.ops.selective_scan.plan import (
@@ -268,8 +269,7 @@ class _Plan(NamedTuple):
         self.kernel(*args, carried, null_block_id, block_size, sequences, self.max_ctas)
 
 
-_plans: Plans[_Plan] = Plans()
-_loose_plans: Plans[_Plan] = Plans()
+_path = CallPath()
 _COUNT = len(_Tensors._fields)
 
 
@@ -302,8 +302,8 @@ def _scan(
     """Scan into `out`, and into `ungated` what the gate has not seen; the names are those of errors."""
     tensors = of_batch(tensors)
     key = _key(tensors, flags, block_size, out, ungated)
-    for plans in (_plans, _loose_plans):
-        plan = plans.get((key, layout(tensors, out, ungated)) if plans and plans is _loose_plans else key)
+    for plans in (_path.plans, _path.loose_plans):
+        plan = plans.get((key, layout(tensors, out, ungated)) if plans and plans is _path.loose_plans else key)
         if plan is not None and not overridden():
             try:
                 plan.run(_canonical(tensors, out, ungated), null_block_id, block_size, _sequences(tensors))
@@ -330,9 +330,9 @@ def _scan(
         sm_count = torch.cuda.get_device_properties(u.device).multi_processor_count
         plan = _plan(spec, args, sequences, runtime.target(u.device), sm_count, runtime.get)
         if spec.aligned and (spec.aligned_states or spec.dstate % tuning.QUAD):
-            _plans.remember(key, plan)
+            _path.plans.remember(key, plan)
         else:
-            _loose_plans.remember(key and (key, layout(tensors, out, ungated)), plan)
+            _path.loose_plans.remember(key and (key, layout(tensors, out, ungated)), plan)
         plan.run(args, null_block_id, block_size, sequences)
 
 
@@ -465,13 +465,13 @@ _INPUTS = (
     "Tensor? block_idx_last_scheduled_token, Tensor? initial_state_idx, Tensor? cu_chunk_seqlen, "
     "Tensor? last_chunk_indices, bool delta_softplus, int null_block_id, int block_size"
 )
-_eager, _overload = _library.register(
+_eager, _overload, _ = _library.register(
     f"selective_scan(Tensor u, Tensor(a!)? ssm_states, Tensor delta, {_INPUTS.format(z='')}, Tensor(b!) out, "
     "bool saturate=False) -> ()",
     _run,
     lambda *_: None,
 )
-_eager_in_place, _overload_in_place = _library.register(
+_eager_in_place, _overload_in_place, _ = _library.register(
     f"selective_scan_fn(Tensor u, Tensor(a!)? ssm_states, Tensor(b!) delta, {_INPUTS.format(z='(c!)')}, "
     "bool saturate=False) -> ()",
     _run_in_place,

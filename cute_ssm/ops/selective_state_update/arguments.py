@@ -1,111 +1,94 @@
-"""Validation of `selective_state_update`: the arguments of a call, in canonical form, to its spec."""
+"""The arguments of `selective_state_update`: their table, what else they must be, and the spec of a call."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
-from cute_ssm.ops.selective_state_update import config as tuning
+from cute_ssm.ops._table import FLOAT32, INDICES, Arg, Given, Table
+from cute_ssm.ops.selective_state_update.config import input_vector
 from cute_ssm.ops.selective_state_update.spec import SelectiveStateUpdateSpec
-from cute_ssm.spec import QUANTISED
+from cute_ssm.spec import FLOATS, QUANTISED
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-STATES = (*FLOATS, torch.int16, torch.int8, torch.float8_e4m3fn)
+STATES = (*FLOATS, *QUANTISED)
+TOKENS = {"one": ("batch",), "batched": ("batch", "T"), "packed": ("total",)}  # axes of each layout
 X_SHAPES = {
     "packed": "(total, nheads, dim) with cu_seqlens",
     "dense": "(batch, nheads, dim) or (batch, T, nheads, dim) without cu_seqlens",
 }
-INTEGERS = (torch.int32, torch.int64)
 BULK_BYTES = 16  # bulk copies: addresses and sizes are multiples of it
 UNLIMITED = 2**31 - 1
-DEVICES = ("cuda", "cpu")
+
+Row = Arg("*tokens nheads dim", like="x", contiguous=1)  # one per head and token
+Column = Arg("*tokens ngroups dstate", like="x", contiguous=1)
+Pool = Arg("slots nheads dim dstate", STATES, contiguous=2, align=BULK_BYTES, written=True)
 
 
-class Operands(NamedTuple):
-    """The tensors of a call in the order of the kernel's arguments; no axis is left out any more."""
+class Arguments(NamedTuple):
+    """The arguments of a call in the order of the schema, the tensors in that of the kernel; no axis is left out."""
 
-    state: Tensor
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    dt_bias: Tensor | None
-    out: Tensor
-    state_scale: Tensor | None
-    state_batch_indices: Tensor | None
-    dst_state_batch_indices: Tensor | None
-    num_accepted_tokens: Tensor | None
-    cu_seqlens: Tensor | None
-    intermediate_states_buffer: Tensor | None
-    intermediate_state_indices: Tensor | None
-    intermediate_state_scales: Tensor | None
-    rand_seed: Tensor | None
-
-
-class Settings(NamedTuple):
-    """The arguments of a call that are no tensors."""
-
+    state: Annotated[Tensor, Pool]
+    x: Annotated[Tensor, Arg("*tokens nheads dim", FLOATS, contiguous=1)]
+    dt: Annotated[Tensor, Arg("*tokens nheads dim", FLOATS)]
+    A: Annotated[Tensor, Arg("nheads dim dstate", FLOATS)]
+    B: Annotated[Tensor, Column]
+    C: Annotated[Tensor, Column]
+    D: Annotated[Tensor | None, Arg("nheads dim", FLOATS)]
+    z: Annotated[Tensor | None, Row]
+    dt_bias: Annotated[Tensor | None, Arg("nheads dim", FLOATS)]
+    out: Annotated[Tensor, replace(Row, written=True)]
+    state_scale: Annotated[Tensor | None, Arg("slots nheads dim", FLOAT32, contiguous=1, written=True)]
+    state_batch_indices: Annotated[Tensor | None, Arg("*src", INDICES)]
+    dst_state_batch_indices: Annotated[Tensor | None, Arg("*dst", INDICES)]
+    num_accepted_tokens: Annotated[Tensor | None, Arg("batch", INDICES)]
+    cu_seqlens: Annotated[Tensor | None, Arg("batch+1", INDICES)]
+    intermediate_states_buffer: Annotated[
+        Tensor | None, replace(Pool, shape="rows steps nheads dim dstate", dtypes=(), like="state")
+    ]
+    intermediate_state_indices: Annotated[Tensor | None, Arg("batch", INDICES)]
+    intermediate_state_scales: Annotated[
+        Tensor | None, Arg("rows steps nheads dim", FLOAT32, contiguous=1, written=True)
+    ]
+    rand_seed: Annotated[Tensor | None, Arg("seeds", ("int64",))]
     dt_softplus: bool
     disable_state_update: bool
     zero_padding: bool
     philox_rounds: int
     cache_steps: int
     pad_slot_id: int
-    saturate: bool
+    saturate: bool = False
 
 
-WRITTEN = ("state", "state_scale", "out", "intermediate_states_buffer", "intermediate_state_scales")
-REQUIRED = ("state", "x", "dt", "A", "B", "C", "out")
-OPTIONAL = tuple(name for name in Operands._fields if name not in REQUIRED)
+TABLE = Table(Arguments)
 
 
-def check(operands: Operands, settings: Settings) -> SelectiveStateUpdateSpec:
+def check(call: Arguments) -> SelectiveStateUpdateSpec:
     """Raise unless the call is as the operator documents it; return its spec."""
-    arguments.check_tensors(operands._asdict(), OPTIONAL)
-    if operands.state.device.type not in DEVICES:
-        got = f"one on {operands.state.device}"
-        raise ValueError(describe("state", "a tensor on a GPU or on the CPU", got, "move all to one of them"))
+    given = TABLE.given(call)
     for setting in ("pad_slot_id", "cache_steps", "philox_rounds"):
-        value = getattr(settings, setting)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(describe(setting, "an int", type(value).__name__))
-        if not -(2**63) <= value < 2**63:
-            raise ValueError(describe(setting, "an int of 64 bits", value))
-    given = {name: tensor for name, tensor in operands._asdict().items() if tensor is not None}
-    _check_combinations(given, settings)
-    sizes = _check_shapes(given, settings)
-    _check_dtypes(given)
-    for name in ("x", "B", "C", "z", "out"):
-        if name in given:
-            arguments.check_last_contiguous(name, given[name])
-    for name in ("state_scale", "intermediate_state_scales"):
-        if name in given:
-            arguments.check_last_contiguous(name, given[name])
-    if operands.rand_seed is not None and operands.rand_seed.shape[0] > 1:
-        arguments.check_last_contiguous("rand_seed", operands.rand_seed)
-    for name in ("state", "intermediate_states_buffer"):
-        if name in given:
-            _check_pool_layout(name, given[name])
-    for name in WRITTEN:
-        if name in given:
-            arguments.check_writable(name, given[name])
-    A = operands.A
+        arguments.check_integer(setting, getattr(call, setting))
+    _check_combinations(given, call)
+    tokens = _check_shapes(given)
+    given.check_dtypes()
+    given.check_strides()
+    if call.rand_seed is not None and call.rand_seed.shape[0] > 1:
+        arguments.check_last_contiguous("rand_seed", call.rand_seed)
+    given.check_written()
+    A = call.A
     if not _tied(A) and A.stride(-1) != 1:
         expected = "strides 0 in the last two dimensions (one value per head) or stride 1 in the last"
         raise ValueError(describe("A", expected, f"strides {A.stride()}", "pass A.contiguous()"))
-    spec = _spec(operands, settings, sizes)
+    spec = _spec(call, tokens)
     spec.check()
-    vectors = (operands.B, operands.C) if spec.A_tied else (A, operands.B, operands.C)
-    if all(arguments.aligned(t, tuning.input_vector(spec, t.element_size()) * t.element_size()) for t in vectors):
+    vectors = (call.B, call.C) if spec.A_tied else (A, call.B, call.C)
+    if all(arguments.aligned(t, input_vector(spec, t.element_size()) * t.element_size()) for t in vectors):
         spec = dataclasses.replace(spec, vector_inputs=True)
     return spec
 
@@ -127,16 +110,16 @@ def warn_of_dense_A(spec: SelectiveStateUpdateSpec, A: Tensor) -> None:
     warnings.warn(
         f"A: strides {A.stride()}, beside one step size per head.  If A too holds one value per head, as of Mamba-2, "
         "pass A[..., :1, :1].expand(A.shape): the kernel for a dense A costs about twice the instructions",
-        stacklevel=5,
+        stacklevel=6,
     )
 
 
-def limit(operands: Operands, settings: Settings) -> int:
+def limit(call: Arguments) -> int:
     """Tokens that no sequence may exceed."""
-    if operands.cu_seqlens is None:
-        return operands.x.shape[1] if operands.x.dim() == 4 else 1
-    bounds = [min(settings.cache_steps or UNLIMITED, UNLIMITED)]
-    dst, saved = operands.dst_state_batch_indices, operands.intermediate_states_buffer
+    if call.cu_seqlens is None:
+        return call.x.shape[1] if call.x.dim() == 4 else 1
+    bounds = [min(call.cache_steps or UNLIMITED, UNLIMITED)]
+    dst, saved = call.dst_state_batch_indices, call.intermediate_states_buffer
     if dst is not None and dst.dim() == 2:
         bounds.append(dst.shape[1])
     if saved is not None:
@@ -144,13 +127,13 @@ def limit(operands: Operands, settings: Settings) -> int:
     return min(bounds)
 
 
-def check_contents(operands: Operands, settings: Settings) -> None:
+def check_contents(call: Arguments) -> None:
     """Raise on indices and lengths that do not fit; called for tensors on the CPU, whose contents can be read.
 
     Indices of sequences that are padding or have no tokens, and columns that no token uses, are never read.
     """
-    o, slots, pad = operands, operands.state.shape[0], settings.pad_slot_id
-    lengths = _lengths(o, settings)
+    o, slots, pad = call, call.state.shape[0], call.pad_slot_id
+    lengths = _lengths(call)
     source, real = torch.arange(len(lengths)), lengths > 0
     if o.state_batch_indices is not None:
         used = real
@@ -171,7 +154,7 @@ def check_contents(operands: Operands, settings: Settings) -> None:
             arguments.check_slots("intermediate_state_indices", rows, real, lines, None)
         name = "state_batch_indices" if o.intermediate_state_indices is None else "intermediate_state_indices"
         _check_distinct(name, rows[real], "rows of intermediate_states_buffer")
-    if settings.disable_state_update:
+    if call.disable_state_update:
         return
     name, target, used = "state_batch_indices", source, real
     if o.dst_state_batch_indices is not None:
@@ -188,15 +171,15 @@ def check_contents(operands: Operands, settings: Settings) -> None:
         raise ValueError(describe(name, "slots that no other sequence reads", got, "their order is not defined"))
 
 
-def _lengths(operands: Operands, settings: Settings) -> Tensor:
+def _lengths(call: Arguments) -> Tensor:
     """Tokens of each sequence; raise if ``cu_seqlens`` does not fit."""
-    cu, x = operands.cu_seqlens, operands.x
+    cu, x = call.cu_seqlens, call.x
     if cu is None:
         return torch.full((x.shape[0],), x.shape[1] if x.dim() == 4 else 1)
     lengths = cu.long().diff()
     if int(cu[0]) < 0 or int(cu[-1]) > x.shape[0] or bool((lengths < 0).any()):
         raise ValueError(describe("cu_seqlens", f"rising offsets of at most {x.shape[0]} tokens", cu.tolist()))
-    bound, longest = limit(operands, settings), max(lengths.tolist(), default=0)
+    bound, longest = limit(call), max(lengths.tolist(), default=0)
     if longest > bound:
         fix = "raise cache_steps, and give dst_state_batch_indices and intermediate_states_buffer as many steps"
         raise ValueError(describe("cu_seqlens", f"sequences of at most {bound} tokens", f"one of {longest}", fix))
@@ -234,11 +217,11 @@ def _tied(tensor: Tensor) -> bool:
     return tensor.stride(-1) == 0 and tensor.stride(-2) == 0
 
 
-def _spec(operands: Operands, settings: Settings, tokens: str) -> SelectiveStateUpdateSpec:
+def _spec(call: Arguments, tokens: str) -> SelectiveStateUpdateSpec:
     def name_of(tensor: Tensor | None) -> str | None:
         return None if tensor is None else arguments.name_of(tensor.dtype)
 
-    o = operands
+    o = call
     return SelectiveStateUpdateSpec(
         state_dtype=arguments.name_of(o.state.dtype),
         input_dtype=arguments.name_of(o.x.dtype),
@@ -252,11 +235,11 @@ def _spec(operands: Operands, settings: Settings, tokens: str) -> SelectiveState
         dt_tied=o.dt.stride(-1) == 0 and (o.dt_bias is None or o.dt_bias.stride(-1) == 0),
         D_tied=o.D is not None and o.D.stride(-1) == 0,
         has_z=o.z is not None,
-        dt_softplus=settings.dt_softplus,
+        dt_softplus=call.dt_softplus,
         src_dtype=name_of(o.state_batch_indices),
         dst_dtype=name_of(o.dst_state_batch_indices),
-        update_state=not settings.disable_state_update,
-        zero_padding=settings.zero_padding and o.state_batch_indices is not None,
+        update_state=not call.disable_state_update,
+        zero_padding=call.zero_padding and o.state_batch_indices is not None,
         vector_inputs=False,
         tokens=tokens,
         accepted_dtype=name_of(o.num_accepted_tokens),
@@ -265,19 +248,19 @@ def _spec(operands: Operands, settings: Settings, tokens: str) -> SelectiveState
         dst_columns=_matrix(o.dst_state_batch_indices),
         intermediates=o.intermediate_states_buffer is not None,
         intermediate_dtype=name_of(o.intermediate_state_indices),
-        philox_rounds=settings.philox_rounds if o.rand_seed is not None else 0,
+        philox_rounds=call.philox_rounds if o.rand_seed is not None else 0,
         seed_per_slot=o.rand_seed is not None and o.rand_seed.shape[0] != 1,
-        saturate=settings.saturate,
+        saturate=call.saturate,
     )
 
 
-def _check_combinations(given: dict[str, Tensor], settings: Settings) -> None:
+def _check_combinations(given: Given, call: Arguments) -> None:
     """Raise on arguments that exclude or need each other."""
 
     def refuse(name: str, expected: str, got: object, fix: str = "") -> None:
         raise ValueError(describe(name, expected, got, fix))
 
-    arguments.check_saturate(settings.saturate, "state", given["state"].dtype)
+    arguments.check_saturate(call.saturate, "state", given["state"].dtype)
     quantised = arguments.name_of(given["state"].dtype) in QUANTISED
     if quantised and "state_scale" not in given:
         refuse("state_scale", f"scales of a state of {arguments.name_of(given['state'].dtype)}", None)
@@ -304,64 +287,48 @@ def _check_combinations(given: dict[str, Tensor], settings: Settings) -> None:
         refuse("state_batch_indices", "a vector without num_accepted_tokens", "a matrix", "pass its column 0")
     if one and _has_columns(given.get("dst_state_batch_indices")):
         refuse("dst_state_batch_indices", "a vector with one token per sequence", "a matrix", "pass its column 0")
-    if settings.cache_steps < 0:
-        refuse("cache_steps", "0 or more", settings.cache_steps)
-    if "rand_seed" in given and settings.philox_rounds < 1:
-        refuse("philox_rounds", "1 or more with rand_seed", settings.philox_rounds)
+    if call.cache_steps < 0:
+        refuse("cache_steps", "0 or more", call.cache_steps)
+    if "rand_seed" in given and call.philox_rounds < 1:
+        refuse("philox_rounds", "1 or more with rand_seed", call.philox_rounds)
 
 
-def _check_shapes(given: dict[str, Tensor], settings: Settings) -> str:
+def _check_shapes(given: Given) -> str:
     """Raise unless all shapes agree; return how tokens are laid out."""
     packed = "cu_seqlens" in given
-    tokens = "packed" if packed else "batched" if given["x"].dim() == 4 else "one"
-    lead = {"one": "batch, ", "batched": "batch, T, ", "packed": "total, "}[tokens]
-    ranks = {
-        "state": (4, "(slots, nheads, dim, dstate)"),
-        "x": (4 if tokens == "batched" else 3, X_SHAPES["packed" if packed else "dense"]),
-        "B": (4 if tokens == "batched" else 3, f"({lead}ngroups, dstate)"),
-        "cu_seqlens": (1, "(batch + 1,)"),
-        "intermediate_states_buffer": (5, "(rows, steps, nheads, dim, dstate)"),
-    }
-    for name, (rank, letters) in ranks.items():
-        if name in given and given[name].dim() != rank:
-            raise ValueError(describe(name, f"shape {letters}", tuple(given[name].shape)))
+    layout = "packed" if packed else "batched" if given["x"].dim() == 4 else "one"
+    axes = TOKENS[layout]
+    if given["x"].dim() != len(axes) + 2:
+        expected = f"shape {X_SHAPES['packed' if packed else 'dense']}"
+        raise ValueError(describe("x", expected, tuple(given["x"].shape)))
+    given.check_ranks(
+        {"tokens": dict.fromkeys(axes, 0)}, ("state", "B", "cu_seqlens", "intermediate_states_buffer")
+    )
     slots, nheads, dim, dstate = given["state"].shape
     if not (nheads and dim and dstate):
         raise ValueError(describe("state", "at least one head, row and column", tuple(given["state"].shape)))
-    first = tuple(given["x"].shape[:-2])
-    batch = given["cu_seqlens"].shape[0] - 1 if packed else first[0]
+    tokens = dict(zip(axes, given["x"].shape))
+    batch = given["cu_seqlens"].shape[0] - 1 if packed else tokens["batch"]
     if batch < 0:
         raise ValueError(describe("cu_seqlens", "at least one offset", "none"))
     ngroups = given["B"].shape[-2]
     if ngroups < 1 or nheads % ngroups:
         raise ValueError(describe("B", f"ngroups that divides nheads = {nheads}", f"ngroups = {ngroups}"))
-    row, column, head = (*first, nheads, dim), (*first, ngroups, dstate), (nheads, dim)
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {
-        "x": (row, f"({lead}nheads, dim)"),
-        "dt": (row, f"({lead}nheads, dim)"),
-        "A": ((nheads, dim, dstate), "(nheads, dim, dstate)"),
-        "B": (column, f"({lead}ngroups, dstate)"),
-        "C": (column, f"({lead}ngroups, dstate)"),
-        "D": (head, "(nheads, dim)"),
-        "z": (row, f"({lead}nheads, dim)"),
-        "dt_bias": (head, "(nheads, dim)"),
-        "out": (row, f"({lead}nheads, dim)"),
-        "state_scale": ((slots, *head), "(slots, nheads, dim)"),
-        "num_accepted_tokens": ((batch,), "(batch,)"),
-        "intermediate_state_indices": ((batch,), "(batch,)"),
-    }
+    _check_index_shapes(given, batch, tokens.get("T"))
+    seed = given.get("rand_seed")
+    if seed is not None and (seed.dim() != 1 or seed.shape[0] not in (1, slots)):
+        raise ValueError(describe("rand_seed", f"shape (1,) or (slots,) = ({slots},)", tuple(seed.shape)))
+    sizes: dict[str, int | dict[str, int]] = {
+        "tokens": tokens, "batch": batch, "nheads": nheads, "ngroups": ngroups, "dim": dim, "dstate": dstate,
+        "slots": slots,
+    }  # fmt: skip
+    for name, index in (("src", "state_batch_indices"), ("dst", "dst_state_batch_indices")):
+        if index in given:
+            sizes[name] = dict(zip(("batch", "n"), given[index].shape))
     saved = given.get("intermediate_states_buffer")
     if saved is not None:
-        rows, steps = saved.shape[:2]
-        shapes["intermediate_states_buffer"] = (
-            (rows, steps, nheads, dim, dstate),
-            "(rows, steps, nheads, dim, dstate)",
-        )
-        shapes["intermediate_state_scales"] = ((rows, steps, *head), "(rows, steps, nheads, dim)")
-    for name, (shape, letters) in shapes.items():
-        if name in given:
-            arguments.check_shape(name, given[name], shape, letters)
-    _check_index_shapes(given, batch, first[1] if tokens == "batched" else None)
+        sizes |= {"rows": saved.shape[0], "steps": saved.shape[1]}
+    given.check_shapes(sizes)
     if slots < batch and "state_batch_indices" not in given:
         fix = "pass state_batch_indices to say which slot each sequence uses"
         raise ValueError(describe("state", f"at least batch = {batch} slots", slots, fix))
@@ -370,13 +337,10 @@ def _check_shapes(given: dict[str, Tensor], settings: Settings) -> str:
         raise ValueError(
             describe("intermediate_states_buffer", f"a row for each of {slots} slots", saved.shape[0], fix)
         )
-    seed = given.get("rand_seed")
-    if seed is not None and (seed.dim() != 1 or seed.shape[0] not in (1, slots)):
-        raise ValueError(describe("rand_seed", f"shape (1,) or (slots,) = ({slots},)", tuple(seed.shape)))
-    return tokens
+    return layout
 
 
-def _check_index_shapes(given: dict[str, Tensor], batch: int, T: int | None) -> None:
+def _check_index_shapes(given: Given, batch: int, T: int | None) -> None:
     """Raise unless indices have a row for each sequence, and a column for each of T tokens."""
     for name in ("state_batch_indices", "dst_state_batch_indices"):
         if name not in given:
@@ -389,38 +353,3 @@ def _check_index_shapes(given: dict[str, Tensor], batch: int, T: int | None) -> 
     saved = given.get("intermediate_states_buffer")
     if saved is not None and T is not None and saved.shape[1] < T:
         raise ValueError(describe("intermediate_states_buffer", f"at least T = {T} steps", saved.shape[1]))
-
-
-def _check_dtypes(given: dict[str, Tensor]) -> None:
-    x = given["x"]
-    allowed = {
-        "state": STATES,
-        **dict.fromkeys(("x", "dt", "A", "D", "dt_bias"), FLOATS),
-        **dict.fromkeys(("state_scale", "intermediate_state_scales"), (torch.float32,)),
-        **dict.fromkeys(("state_batch_indices", "dst_state_batch_indices", "num_accepted_tokens"), INTEGERS),
-        **dict.fromkeys(("cu_seqlens", "intermediate_state_indices"), INTEGERS),
-        "rand_seed": (torch.int64,),
-    }
-    for name, dtypes in allowed.items():
-        if name in given:
-            arguments.check_dtype(name, given[name], dtypes)
-    for name in ("B", "C", "z", "out"):
-        if name in given:
-            arguments.check_dtype(name, given[name], (x.dtype,), "the type of x", cast=True)
-    if "intermediate_states_buffer" in given:
-        why = "the type of state"
-        arguments.check_dtype(
-            "intermediate_states_buffer", given["intermediate_states_buffer"], (given["state"].dtype,), why
-        )
-
-
-def _check_pool_layout(name: str, pool: Tensor) -> None:
-    """Raise unless tiles of a pool of states are contiguous and can be copied in bulk."""
-    if pool.stride(-1) != 1 or pool.stride(-2) != pool.shape[-1]:
-        expected = "contiguous rows of dstate and heads of dim x dstate"
-        raise ValueError(describe(name, expected, f"strides {pool.stride()}", arguments.allocation(pool)))
-    if not arguments.aligned(pool[..., 0], BULK_BYTES):
-        got = f"address {pool.data_ptr():#x} and strides {pool.stride()} of {pool.element_size()} bytes"
-        expected = f"an address, and strides of slots and heads, of multiples of {BULK_BYTES} bytes"
-        fix = f"pad the slots of the pool: {arguments.allocation(pool)}"
-        raise ValueError(describe(name, expected, got, fix))

@@ -6,21 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled
+from torch import Tensor
 
-from cute_ssm import arch as archs
-from cute_ssm import runtime
+from cute_ssm.arch import Arch
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops import _library
 from cute_ssm.ops._arguments import first_of_batch, first_rows, not_tensors
-from cute_ssm.ops._library import transform_level
-from cute_ssm.ops._plans import REFUSALS, Plans
-from cute_ssm.ops.selective_state_update import arguments as arguments
-from cute_ssm.ops.selective_state_update import config as tuning
-from cute_ssm.ops.selective_state_update.arguments import Operands, Settings
+from cute_ssm.ops._calls import CallPath, Checked, Plan
+from cute_ssm.ops.selective_state_update import arguments, config
+from cute_ssm.ops.selective_state_update.arguments import TABLE, Arguments
 from cute_ssm.ops.selective_state_update.reference import update as reference
-from cute_ssm.ops.selective_state_update.spec import SelectiveStateUpdateSpec
-from cute_ssm.tuning import overridden
 
 MOST_UNITS = 2**30  # the kernel counts in 32 bits, and one grid past the last
 ALGORITHMS = ("auto", "simple", "vertical", "horizontal", "async_horizontal")
@@ -190,11 +185,7 @@ def selective_state_update(
         src = src[:, 0]
     if dst is not None and x.dim() == 3 and cu_seqlens is None and _is_matrix("dst_state_batch_indices", dst):
         dst = dst[:, 0]
-    if type(x) is not Tensor or torch.compiler.is_compiling():
-        run = _overload
-    else:
-        run = _eager if is_grad_enabled() or transform_level() is not None else _run
-    run(
+    _REGISTERED.route(x)(
         state, x, dt, A, B, C, D, z, dt_bias, written, state_scale, src, dst, num_accepted_tokens, cu_seqlens,
         intermediate_states_buffer, intermediate_state_indices, intermediate_state_scales, rand_seed,
         dt_softplus, disable_state_update, zero_padding, philox_rounds, cache_steps, pad_slot_id, saturate,
@@ -230,18 +221,9 @@ def _is_matrix(name: str, indices: Tensor) -> bool:
     return indices.dim() == 2 and indices.shape[1] > 0
 
 
-# Steady state: everything a kernel is chosen by, and what its own entry does not check before it launches.  The entry
-# checks types, strides, alignment, and the equality of sizes; if it refuses, the arguments are examined one by one.
-# A kernel for tied and aligned arguments refuses all others; one for free strides would take tied ones too, slowly and
-# with other bits, and so is remembered with the layout it was chosen for.
-_Plan = tuple[Callable[..., None], int, int]
-_plans: Plans[_Plan] = Plans()
-_loose_plans: Plans[_Plan] = Plans()
-
-
-def _layout(tensors: tuple[Any, ...]) -> tuple[object, ...] | None:
+def _layout(operands: tuple[Any, ...]) -> tuple[object, ...] | None:
     """Strides and alignment that a kernel for free strides does not check."""
-    dt, A, B, C, D, dt_bias, out = (tensors[i] for i in (2, 3, 4, 5, 6, 8, 9))
+    dt, A, B, C, D, dt_bias, out = (operands[i] for i in (2, 3, 4, 5, 6, 8, 9))
     if not all(isinstance(tensor, Tensor) for tensor in (dt, A, C, out)):
         return None
     optional = tuple(None if t is None else t.stride() for t in (D, dt_bias))
@@ -249,12 +231,7 @@ def _layout(tensors: tuple[Any, ...]) -> tuple[object, ...] | None:
     return (dt.stride(), A.stride(), B.stride(), C.stride(), out.stride(), *optional, aligned)
 
 
-def _memorise(plan: _Plan, key: Any, spec: SelectiveStateUpdateSpec, operands: Operands) -> None:
-    tied = spec.A_tied and spec.dt_tied and (spec.D_tied or spec.D_dtype is None)
-    if tied and spec.vector_inputs:
-        _plans.remember(key, plan)
-    else:
-        _loose_plans.remember((key, _layout(operands)), plan)
+_path = CallPath(_layout)
 
 
 def _run(
@@ -268,7 +245,7 @@ def _run(
     z: Tensor | None,
     dt_bias: Tensor | None,
     out: Tensor,
-    scale: Tensor | None,
+    state_scale: Tensor | None,
     src: Tensor | None,
     dst: Tensor | None,
     accepted: Tensor | None,
@@ -276,7 +253,7 @@ def _run(
     saved: Tensor | None,
     saved_rows: Tensor | None,
     saved_scale: Tensor | None,
-    seed: Tensor | None,
+    rand_seed: Tensor | None,
     dt_softplus: bool,
     disable_state_update: bool,
     zero_padding: bool,
@@ -303,14 +280,15 @@ def _run(
             src_shape, None if src is None else src.dtype, dst_shape, None if dst is None else dst.dtype,
             src is not None or state.shape[0] >= batch, saturate,
         )  # fmt: skip
-        if cu_seqlens is not None or saved is not None or accepted is not None or seed is not None:
+        if cu_seqlens is not None or saved is not None or accepted is not None or rand_seed is not None:
             rows_shape = None if saved_rows is None else saved_rows.shape
             if (rows_shape and rows_shape[0] > batch) or (accepted is not None and accepted.shape[0] > batch):
                 accepted, saved_rows = first_rows(batch, accepted, saved_rows)
                 rows_shape = getattr(saved_rows, "shape", None)
             key += (
                 None if cu_seqlens is None else (cu_seqlens.dtype, batch), cache_steps,
-                None if accepted is None else accepted.dtype, None if seed is None else (seed.shape, philox_rounds),
+                None if accepted is None else accepted.dtype,
+                None if rand_seed is None else (rand_seed.shape, philox_rounds),
                 None if saved is None else saved.shape,
                 rows_shape, None if saved_rows is None else saved_rows.dtype,
                 saved is None or saved_rows is not None or saved.shape[0] >= state.shape[0],
@@ -318,85 +296,51 @@ def _run(
     except (AttributeError, IndexError):  # something is no tensor, or has no axes, which the checks will name
         key = None
         src, dst, accepted, saved_rows = first_of_batch(x, cu_seqlens, src, dst, accepted, saved_rows)
-    tensors = (
-        state, x, dt, A, B, C, D, z, dt_bias, out, scale, src, dst, accepted, cu_seqlens, saved, saved_rows,
-        saved_scale, seed,
+    operands = (
+        state, x, dt, A, B, C, D, z, dt_bias, out, state_scale, src, dst, accepted, cu_seqlens, saved, saved_rows,
+        saved_scale, rand_seed, pad_slot_id,
     )  # fmt: skip
-    plan = _plans.get(key)
-    if plan is not None and not overridden():
-        try:
-            plan[0](*tensors, pad_slot_id, plan[1], plan[2])
-            return
-        except REFUSALS:
-            pass  # other strides or alignment than last time, or a bad argument: the checks below tell
-    plan = _loose_plans.get((key, _layout(tensors))) if _loose_plans else None
-    if plan is not None and not overridden():
-        try:
-            plan[0](*tensors, pad_slot_id, plan[1], plan[2])
-            return
-        except REFUSALS:
-            pass  # a bad argument
-    operands = Operands._make(tensors)
-    flags = (dt_softplus, disable_state_update, zero_padding)
-    settings = Settings(*flags, philox_rounds, cache_steps, pad_slot_id, saturate)
-    spec = arguments.check(operands, settings)
-    arguments.warn_of_dense_A(spec, operands.A)
-    if not x.is_cuda:
-        with torch.no_grad():
-            _run_on_cpu(spec, operands, settings)
-    elif _heads(operands) and x.numel():
-        arch = runtime.target(x.device)
-        sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
-        bound = arguments.limit(operands, settings)
-        config = _config(spec, operands, sm_count, bound, arch)
-        plan = (runtime.get(spec, config, arch), bound, sm_count * config.ctas_per_sm)
-        _memorise(plan, key, spec, operands)
-        plan[0](*operands, pad_slot_id, plan[1], plan[2])
+    if _path.run_plan(key, operands):
+        return
+    settings = (dt_softplus, disable_state_update, zero_padding, philox_rounds, cache_steps, pad_slot_id, saturate)
+    _path.run(key, _checked(Arguments(*operands[:-1], *settings)))
 
 
-def _heads(operands: Operands) -> int:
+def _checked(call: Arguments) -> Checked:
+    """Check the arguments of a call, and say how it runs."""
+    spec = arguments.check(call)
+    arguments.warn_of_dense_A(spec, call.A)
+    heads, most = _heads(call), arguments.limit(call)
+
+    def choose(arch: Arch, sm_count: int) -> config.SelectiveStepConfig:
+        chosen = config.choose(spec, arch, heads, sm_count, most)
+        units = heads * (spec.dim // chosen.rows)
+        if units >= MOST_UNITS:
+            fix = "split the batch"
+            raise UnsupportedSpecError(describe("x", f"fewer than {MOST_UNITS} tiles of the state", units, fix))
+        return chosen
+
+    def bind(kernel: Callable[..., None], chosen: config.SelectiveStepConfig, sm_count: int) -> Plan:
+        return Plan(kernel, (most, sm_count * chosen.ctas_per_sm))
+
+    tied = spec.A_tied and spec.dt_tied and (spec.D_tied or spec.D_dtype is None)
+    return Checked(
+        spec,
+        operands=(*call[: len(TABLE.tensors)], call.pad_slot_id),
+        units=heads if call.x.numel() else 0,
+        choose=choose,
+        check_contents=lambda: arguments.check_contents(call),
+        reference=lambda: reference(call, spec.philox_rounds),
+        bind=bind,
+        strict=tied and spec.vector_inputs,
+    )
+
+
+def _heads(call: Arguments) -> int:
     """Number of (sequence, head) pairs."""
-    packed = operands.cu_seqlens
-    batch = operands.x.shape[0] if packed is None else packed.shape[0] - 1
-    return batch * operands.state.shape[1]
+    packed = call.cu_seqlens
+    batch = call.x.shape[0] if packed is None else packed.shape[0] - 1
+    return batch * call.state.shape[1]
 
 
-def _config(
-    spec: SelectiveStateUpdateSpec, operands: Operands, sm_count: int, bound: int, arch: archs.Arch
-) -> tuning.SelectiveStepConfig:
-    """Choose the config of a call, and see that the kernel can count its work."""
-    heads = _heads(operands)
-    config = tuning.choose(spec, arch, heads, sm_count, bound)
-    units = heads * (spec.dim // config.rows)
-    if units >= MOST_UNITS:
-        fix = "split the batch"
-        raise UnsupportedSpecError(describe("x", f"fewer than {MOST_UNITS} tiles of the state", units, fix))
-    return config
-
-
-def _run_on_cpu(spec: SelectiveStateUpdateSpec, operands: Operands, settings: Settings) -> None:
-    """Run the compiled kernel if an emulator is open, else the reference."""
-    arguments.check_contents(operands, settings)
-    emulator = runtime.emulator()
-    if emulator is None:
-        runtime.by_reference(spec, operands)
-        reference(operands, settings, spec.philox_rounds)
-    elif _heads(operands) and operands.x.numel():
-        arch = archs.by_name(emulator.arch)
-        sm_count = emulator.sm_count or arch.sm_count
-        bound = arguments.limit(operands, settings)
-        config = _config(spec, operands, sm_count, bound, arch)
-        kernel = runtime.emulated(spec, config, arch)
-        kernel(*operands, settings.pad_slot_id, bound, sm_count * config.ctas_per_sm)
-
-
-_eager, _overload = _library.register(
-    "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-    "Tensor? dt_bias, Tensor(b!) out, Tensor(c!)? state_scale, Tensor? state_batch_indices, "
-    "Tensor? dst_state_batch_indices, Tensor? num_accepted_tokens, Tensor? cu_seqlens, "
-    "Tensor(d!)? intermediate_states_buffer, Tensor? intermediate_state_indices, "
-    "Tensor(e!)? intermediate_state_scales, Tensor? rand_seed, bool dt_softplus, bool disable_state_update, "
-    "bool zero_padding, int philox_rounds, int cache_steps, int pad_slot_id, bool saturate=False) -> ()",
-    _run,
-    lambda *_: None,
-)
+_REGISTERED = _library.register(TABLE.schema("selective_state_update"), _run)

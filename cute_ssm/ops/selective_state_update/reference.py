@@ -10,7 +10,7 @@ from torch import Tensor
 from cute_ssm.reference import rounding
 
 if TYPE_CHECKING:
-    from cute_ssm.ops.selective_state_update.arguments import Operands, Settings
+    from cute_ssm.ops.selective_state_update.arguments import Arguments
 
 
 def selective_state_update(
@@ -72,24 +72,23 @@ def selective_state_update(
     return out, new_state
 
 
-def update(operands: Operands, settings: Settings, philox_rounds: int) -> None:
+def update(call: Arguments, philox_rounds: int) -> None:
     """Do to checked arguments what the operator documents, token by token in float32.
 
     Parameters
     ----------
-    operands : Operands
+    call : Arguments
         ``state``, ``state_scale``, ``out`` and the intermediate tensors are **written**.
-    settings : Settings
     philox_rounds : int
         0: round states to nearest even.
     """
-    o = operands
+    o = call
     first, lengths = _extents(o)
     batch = len(first)
     rows = torch.arange(batch)
     source = rows if o.state_batch_indices is None else _source(o)
-    real = torch.ones(batch, dtype=torch.bool) if o.state_batch_indices is None else source != settings.pad_slot_id
-    if settings.zero_padding:
+    real = torch.ones(batch, dtype=torch.bool) if o.state_batch_indices is None else source != o.pad_slot_id
+    if o.zero_padding:
         for b in rows[~real].tolist():
             o.out[_token(o, first, torch.tensor([b]), slice(0, int(lengths[b])))] = 0
     rows = rows[real & (lengths > 0)]
@@ -101,15 +100,15 @@ def update(operands: Operands, settings: Settings, philox_rounds: int) -> None:
         at = _token(o, first, rows, t)
         z = None if o.z is None else o.z[at]
         y, states[rows] = selective_state_update(
-            states[rows], o.x[at], o.dt[at], o.A, o.B[at], o.C[at], o.D, z, o.dt_bias, settings.dt_softplus
+            states[rows], o.x[at], o.dt[at], o.A, o.B[at], o.C[at], o.D, z, o.dt_bias, o.dt_softplus
         )
         o.out[at] = y.to(o.out.dtype)
         ends = rows[lengths[rows] == t + 1]
-        _keep(o, settings, philox_rounds, states, source, rows, ends, t)
+        _keep(o, philox_rounds, states, source, rows, ends, t)
 
 
 def _keep(
-    o: Operands, settings: Settings, rounds: int, states: Tensor, source: Tensor, rows: Tensor, ends: Tensor, t: int
+    o: Arguments, rounds: int, states: Tensor, source: Tensor, rows: Tensor, ends: Tensor, t: int
 ) -> None:
     """Store states after token t: of `rows` where every token's goes somewhere, of `ends` where the last one's does."""
 
@@ -120,7 +119,7 @@ def _keep(
         if rounds and o.rand_seed is not None:
             seeds = o.rand_seed[source[sequences] if len(o.rand_seed) > 1 else torch.zeros_like(sequences)]
             bits = _random_bits(seeds, rounds, lines, pool.shape[-3:], t)
-        stored, scale = rounding.store(states[sequences], pool.dtype, bits=bits, saturate=settings.saturate)
+        stored, scale = rounding.store(states[sequences], pool.dtype, bits=bits, saturate=o.saturate)
         pool[at] = stored
         if scale is not None and scales is not None:
             scales[at] = scale
@@ -129,19 +128,19 @@ def _keep(
         indices = o.intermediate_state_indices
         lines = (source if indices is None else indices.long())[rows]
         store(o.intermediate_states_buffer, o.intermediate_state_scales, (lines, t), rows, lines)
-    if settings.disable_state_update:
+    if o.disable_state_update:
         return
     dst = o.dst_state_batch_indices
     if dst is not None and dst.dim() == 2:
         sequences, target = rows, dst[rows, t].long()
     else:
         sequences, target = ends, source[ends] if dst is None else dst[ends].long()
-    kept = target != settings.pad_slot_id if dst is not None else torch.ones_like(target, dtype=torch.bool)
+    kept = target != o.pad_slot_id if dst is not None else torch.ones_like(target, dtype=torch.bool)
     if kept.any():
         store(o.state, o.state_scale, (target[kept],), sequences[kept], target[kept])
 
 
-def _extents(o: Operands) -> tuple[Tensor, Tensor]:
+def _extents(o: Arguments) -> tuple[Tensor, Tensor]:
     """(first packed row, number of tokens) of each sequence."""
     if o.cu_seqlens is not None:
         return o.cu_seqlens[:-1].long(), o.cu_seqlens.diff().long()
@@ -149,7 +148,7 @@ def _extents(o: Operands) -> tuple[Tensor, Tensor]:
     return torch.arange(batch), torch.full((batch,), steps)
 
 
-def _source(o: Operands) -> Tensor:
+def _source(o: Arguments) -> Tensor:
     """Slot that each sequence reads."""
     indices = o.state_batch_indices
     if indices is None or o.num_accepted_tokens is None:
@@ -158,7 +157,7 @@ def _source(o: Operands) -> Tensor:
     return indices[torch.arange(len(indices)), columns]
 
 
-def _token(o: Operands, first: Tensor, rows: Tensor, t: int | slice) -> tuple[Any, ...]:
+def _token(o: Arguments, first: Tensor, rows: Tensor, t: int | slice) -> tuple[Any, ...]:
     """Index of token t of sequences in x, dt, B, C, z and out."""
     if o.cu_seqlens is None:
         return (rows, t) if o.x.dim() == 4 else (rows,)
