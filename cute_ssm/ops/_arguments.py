@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -217,3 +217,17 @@ def check_slots(name: str, indices: Tensor, used: Tensor, slots: int, pad_slot_i
         expected = f"indices in [0, {slots})" + ("" if pad_slot_id is None else f" or pad_slot_id = {pad_slot_id}")
         place = at[0] if len(at) == 1 else at
         raise ValueError(describe(name, expected, f"{int(indices[at])} at position {place}"))
+
+
+def check_allocated(name: str, slots: Tensor, unallocated: Tensor, rows: Tensor, pad_slot_id: int) -> None:
+    """Raise if a slot of the rows in the mask `rows` is not allocated; tensors are on the CPU, slots in range."""
+    closed = unallocated[slots.where(rows, 0)] & rows if len(unallocated) else torch.zeros_like(rows)
+    if bool(closed.any()):
+        at = int(closed.nonzero()[0])
+        refuse_slot(name, int(slots[at]), at, pad_slot_id)
+
+
+def refuse_slot(name: str, slot: int, at: int, pad_slot_id: int) -> NoReturn:
+    """Raise the error about a slot that is not allocated."""
+    fix = f"take slots by allocate(); rows that are padding have {pad_slot_id}"
+    raise ValueError(describe(name, "allocated slots", f"slot {slot} at position {at}", fix))

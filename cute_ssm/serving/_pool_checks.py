@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from cute_ssm.errors import UnsupportedSpecError, describe
+from cute_ssm.ops._arguments import check_allocated as check_allocated
+from cute_ssm.ops._arguments import refuse_slot as refuse_slot
 from cute_ssm.spec import Spec
 
 
 def check_equal(what: str, own: object, other: object) -> None:
     if own != other:
         raise ValueError(describe(f"destination_pool: {what}", own if isinstance(own, str) else repr(own), other))
-
-
-def check_allocated(name: str, slots: Tensor, unallocated: Tensor, rows: Tensor, pad_slot_id: int) -> None:
-    """Raise if a slot of `rows`, a mask, is one that no sequence has; all tensors are on the CPU, slots in range."""
-    closed = unallocated[slots.where(rows, 0)] & rows if len(unallocated) else torch.zeros_like(rows)
-    if bool(closed.any()):
-        at = int(closed.nonzero()[0])
-        refuse_slot(name, int(slots[at]), at, pad_slot_id)
-
-
-def refuse_slot(name: str, slot: int, at: int, pad_slot_id: int) -> NoReturn:
-    fix = f"take slots by allocate(); rows that are padding have {pad_slot_id}"
-    raise ValueError(describe(name, "allocated slots", f"slot {slot} at position {at}", fix))
 
 
 def as_slot(name: str, slot: object) -> int:

@@ -16,7 +16,6 @@ from cute_ssm.ops.commit import reference
 from cute_ssm.ops.commit.config import choose_commit
 from cute_ssm.ops.commit.spec import CommitSpec
 from cute_ssm.reference.cursors import Cursors
-from cute_ssm.serving._pool_checks import check_allocated
 
 
 def commit(
@@ -164,7 +163,7 @@ def _check_accepted(accepted: Tensor, cursors: Cursors, unallocated: Tensor | No
     """Raise on numbers that no step can have accepted, and on slots that no row or two rows may advance."""
     if unallocated is not None:
         advanced = cursors.active & (accepted >= 0)
-        check_allocated("state_batch_indices", cursors.slots, unallocated, advanced, pad_slot_id)
+        arguments.check_allocated("state_batch_indices", cursors.slots, unallocated, advanced, pad_slot_id)
     most = cursors.num_tokens.clamp(max=cursors.window)
     bad = (cursors.active & (accepted > most)).nonzero()[:, 0].tolist()
     if bad:
