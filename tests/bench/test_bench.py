@@ -100,7 +100,7 @@ def test_no_tool_overwrites_a_file_that_it_was_not_given(tmp_path, monkeypatch, 
 
 
 def test_counters_are_printed_and_written_only_where_asked(tmp_path, monkeypatch, capsys):
-    committed = {path: path.read_bytes() for path in (counters.RESULTS, outputs.ROOT / "README.md")}
+    committed = {path: path.read_bytes() for path in (counters.RESULTS, counters.PAGE)}
     monkeypatch.setattr(counters, "CASES", [("selective_state_update", {"batch": 1, "nheads": 2, "dstate": 16})])
     monkeypatch.setattr(counters, "ARCHS", ("sm_90a",))
     assert counters.main([]) == 0
@@ -277,26 +277,39 @@ def test_table_shows_times_shares_and_ratios():
     assert [c.strip() for c in row.split("|")[4:-1]] == ["2.50, 50%", "20.0, 50%", "0.50", "1.25"]
 
 
-def test_readme_is_rewritten_between_its_marks_only(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- modelled:begin -->\nold\n<!-- modelled:end -->\nafter\n")
-    assert report.write_readme("modelled", [line(1, 2.5, "modelled")], readme)
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- modelled:begin -->\n**Modelled, not measured**")
-    assert text.endswith("<!-- modelled:end -->\nafter\n")
-    assert "old" not in text
-    assert not report.write_readme("modelled", [line(1, 2.5, "modelled")], readme), "twice the same changes nothing"
-    assert not report.write_readme("measured", [line(1, 2.5)], readme), "no marks of that kind"
+def test_summary_shows_ranges_of_shares_and_of_the_best_peers_ratio():
+    lines = [line(1, 2.5), line(8, 20.0, flashinfer=1.25, fla=1.5, copy=0.5), line(8, 9.0, flashinfer=0.75)]
+    lines[1]["of_copy"] = 0.75
+    head, _, row = report.summary(lines, batches=(1, 8, 64)).splitlines()
+    assert [c.strip() for c in head.split("|")[3:-1]] == [
+        "batch 1: of copy", "batch 8: of copy", "batch 64: of copy", "best peer / ours",
+    ]  # fmt: skip
+    assert [c.strip() for c in row.split("|")[3:-1]] == ["50%", "50% to 75%", "", "0.75 to 1.25"]
 
 
-def test_plots_are_drawn(tmp_path):
+def test_page_is_rewritten_between_its_marks_only(tmp_path):
+    page = tmp_path / "modelled.md"
+    page.write_text("before\n<!-- modelled:begin -->\nold\n<!-- modelled:end -->\nafter\n")
+    assert report.write_page("modelled", "new", page)
+    assert page.read_text() == "before\n<!-- modelled:begin -->\nnew\n<!-- modelled:end -->\nafter\n"
+    assert not report.write_page("modelled", "new", page), "twice the same changes nothing"
+    with pytest.raises(ValueError, match=r"modelled\.md: expected the marks <!-- measured:begin -->"):
+        report.write_page("measured", "new", page)
+
+
+def test_plots_are_drawn_with_at_most_six_curves_a_panel(tmp_path):
     pytest.importorskip("matplotlib")
     lines = [line(1, 2.5), line(8, 20.0, flashinfer=1.25), line(1, 3.0, "modelled"), line(8, 9.0, "modelled")]
+    lines += [line(1, 2.5) | {"case": f"Some-Model T={number}"} for number in range(2, 9)]
     written = report.plots(lines, tmp_path)
     assert [path.name for path in written] == [
-        "measured-gpu-selective_state_update.png", "modelled-gpu-selective_state_update.png",
+        "measured-selective_state_update-of-copy.svg", "measured-selective_state_update-best-peer.svg",
+        "modelled-selective_state_update-of-copy.svg",
     ]  # fmt: skip
-    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
+    assert all("<svg" in path.read_text() for path in written)
+    assert {name: len(curves) for name, curves in report.panels(lines).items()} == {
+        "Some-Model (1)": 6, "Some-Model (2)": 2,
+    }  # fmt: skip
 
 
 def test_broken_files_are_named(tmp_path):
@@ -306,16 +319,26 @@ def test_broken_files_are_named(tmp_path):
         report.read([path])
 
 
-def test_committed_lines_and_the_readme_agree():
-    files = sorted(report.RESULTS.glob("*.jsonl"))
-    if not files:
-        pytest.skip("no lines recorded")
-    lines = report.read(files)
-    readme = report.README.read_text()
-    for kind in ("modelled", "measured"):
-        mine = [one for one in lines if one["how"] == kind]
-        if mine:
-            assert report.table(mine) in readme, "run: python tools/bench/report.py --readme"
+def test_performance_pages_show_the_committed_lines():
+    lines = report.read(sorted(report.RESULTS.glob("*.jsonl")))
+    for mark, text, page in report.pages(lines):
+        shown = f"<!-- {mark}:begin -->\n{text}\n<!-- {mark}:end -->"
+        assert shown in page.read_text(), f"{mark}: run python tools/bench/report.py --docs"
+
+
+def test_plots_of_the_documents_are_drawn_from_the_committed_lines():
+    lines = report.read(sorted(report.RESULTS.glob("*.jsonl")))
+    drawn = {path.stem: path.read_text() for path in (report.DOCS / "plots").glob("*.svg")}
+    shown = "\n".join(path.read_text() for path in report.DOCS.glob("*.md"))
+    for op, how in {(one["op"], one["how"]) for one in lines}:
+        mine = [one for one in lines if (one["op"], one["how"]) == (op, how)]
+        timed = [one for one in mine if report.best_peer(one) is not None]
+        for name, used in (("of-copy", mine), ("best-peer", timed)):
+            if used:
+                text = drawn.pop(f"{how}-{op}-{name}")
+                assert report.fingerprint(used) in text, "run: python tools/bench/report.py --docs"
+                assert f"(plots/{how}-{op}-{name}.svg)" in shown
+    assert not drawn, "plots of nothing that is recorded"
 
 
 # ---------------------------------------------------------------------------------------------------------------- a GPU

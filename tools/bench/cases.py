@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cute_ssm import workloads
 
 QUICK = (1, 16, 128)
-SHOWN = (1, 8, 64, 512)  # batches of the README's table
+SHOWN = (1, 8, 64, 512)  # batches of the tables in docs/performance
 TITLES = {
     "codestral-mamba": "Codestral-Mamba",
     "falcon-mamba": "Falcon-Mamba",

@@ -1,7 +1,7 @@
 """Count what operators cost on the emulator: ``python tools/bench/counters.py`` prints a table.
 
-Results go to ``--out FILE``; the committed ones are ``results/counters.json``, from which ``--readme`` rewrites the
-README's table between the marks ``counters``.  With ``--table`` nothing is counted.
+Results go to ``--out FILE``; the committed ones are ``results/counters.json``, from which ``--docs`` rewrites the
+table of docs/performance/counters.md between its marks.  With ``--table`` nothing is counted.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import outputs
+from bench import outputs, report
 from bench.outputs import ROOT, commit
 
 RESULTS = outputs.RESULTS / "counters.json"
-BEGIN, END = "<!-- counters:begin -->", "<!-- counters:end -->"
+PAGE = ROOT / "docs" / "performance" / "counters.md"
 
 MAMBA1 = {"nheads": 1, "dim": 4096, "dstate": 16, "state_dtype": "float32", "layout": "dense"}
 SCAN = {"dstate": 16, "config.lanes": 1, "config.warps": 4, "config.splits": 1}
@@ -142,19 +142,10 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def rewrite(path: Path, text: str) -> None:
-    """Put `text` between the marks in a file.
-
-    Raises
-    ------
-    ValueError
-        If the file lacks a mark.
-    """
-    old = path.read_text()
-    if BEGIN not in old or END not in old:
-        raise ValueError(f"{path.name}: expected the marks {BEGIN} and {END}; add them where the table belongs")
-    head, _, rest = old.partition(BEGIN)
-    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+def about(results: dict) -> str:
+    """Say where the counts come from: commits and versions."""
+    commits = sorted({row["commit"][:10] + row["commit"][40:] for row in results["rows"]})
+    return f"commit {', '.join(commits)}; " + ", ".join(f"{k} {v}" for k, v in results["versions"].items())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -163,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="OP", default=[], help="count the cases of these operators alone")
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"write results, e.g. to {RESULTS.relative_to(ROOT)}")
     parser.add_argument("--table", action="store_true", help="count nothing: the table of the committed results")
-    parser.add_argument("--readme", action="store_true", help="rewrite the README's table from the committed results")
+    parser.add_argument("--docs", action="store_true", help="rewrite the table of the docs from the committed results")
     options = parser.parse_args(argv)
     if options.table and (options.out or options.only):
         parser.error("--table: expected neither --out nor --only, as nothing is counted")
@@ -172,8 +163,9 @@ def main(argv: list[str] | None = None) -> int:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
-    if options.readme:
-        rewrite(ROOT / "README.md", table(json.loads(RESULTS.read_text())))
+    if options.docs:
+        committed = json.loads(RESULTS.read_text())
+        report.write_page("counters", f"{table(committed)}\n\n({about(committed)})", PAGE)
     return 0
 
 

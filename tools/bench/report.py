@@ -1,16 +1,19 @@
-"""Tables and plots of benchmark lines: ``python tools/bench/report.py [FILE.jsonl ...] [--readme] [--plots FOLDER]``.
+"""Tables and plots of benchmark lines: ``python tools/bench/report.py [FILE.jsonl ...] [--docs] [--plots FOLDER]``.
 
-Without files: all of ``results/*.jsonl``.  Prints a Markdown table per file; ``--readme`` rewrites the README's part
-between the marks ``modelled`` and ``measured`` from the files of that kind.  ``--plots`` writes, for every operator and
-device, time against batch and share of a copy's bandwidth against batch (needs the extra 'bench').
+Without files: all of ``results/*.jsonl``.  Prints a Markdown table of each kind.  ``--docs`` rewrites the tables of
+docs/performance between their marks, and the plots beside them; ``--plots`` writes the plots elsewhere.  Plots need the
+extra 'bench'.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import json
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,18 @@ from bench.cases import SHOWN
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results")
-README = ROOT / "README.md"
+DOCS = ROOT / "docs" / "performance"
+MOST_CURVES = 6  # of a panel
 Line = dict[str, Any]
 NOTES = {
     "modelled": "**Modelled, not measured**: by `tools/gpumodel`, whose constants are published figures fitted to no "
     "hardware. Good for comparing configurations; no number here is a claim about a GPU.",
     "measured": "Measured by `tools/bench/run.py`: CUDA graphs over rotated arguments of three times the L2, median.",
+}
+NOTHING = "No such result is recorded yet."
+AXES = {
+    "of-copy": "% of the bandwidth of a copy",
+    "best-peer": "time of the best peer / ours (above 1: ours is faster)",
 }
 
 
@@ -90,69 +99,163 @@ def about(lines: Sequence[Line]) -> str:
     return said
 
 
-def write_readme(kind: str, lines: Sequence[Line], readme: Path = README) -> bool:
-    """Rewrite the README between the marks of a kind; False if it has no such marks, or nothing changes."""
-    begin, end = f"<!-- {kind}:begin -->", f"<!-- {kind}:end -->"
-    text = readme.read_text(encoding="utf-8")
-    if begin not in text or not lines:
-        return False
-    head, _, rest = text.partition(begin)
-    new = f"{head}{begin}\n{NOTES[kind]}\n\n{table(lines)}\n\n({about(lines)})\n{end}{rest.partition(end)[2]}"
-    readme.write_text(new, encoding="utf-8")
-    return new != text
+def summary(lines: Sequence[Line], batches: Sequence[int] = SHOWN) -> str:
+    """Return a Markdown table: a row per operator and device, the range of its cases per batch."""
+    out = [
+        "| operator | device | " + " | ".join(f"batch {b}: of copy" for b in batches) + " | best peer / ours |",
+        "|---" * (3 + len(batches)) + "|",
+    ]
+    for op, device in sorted({(line["op"], line["device"]) for line in lines}):
+        mine = [line for line in lines if (line["op"], line["device"]) == (op, device)]
+        cells = [span([line["of_copy"] for line in mine if line["batch"] == b], "{:.0%}") for b in batches]
+        ratios = [ratio for line in mine if (ratio := best_peer(line)) is not None]
+        out.append("| " + " | ".join([f"`{op}`", device, *cells, span(ratios, "{:.2f}")]) + " |")
+    return "\n".join(out)
+
+
+def span(values: Sequence[float], form: str) -> str:
+    """Return the least and the greatest value."""
+    low, high = ((form.format(pick(values)) if values else "") for pick in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
+def best_peer(line: Line) -> float | None:
+    """Return the time of the fastest peer over ours, or None if no peer was timed."""
+    ratios = [found["ratio"] for name, found in line["peers"].items() if name != "copy" and "ratio" in found]
+    return min(ratios, default=None)
+
+
+def write_page(mark: str, text: str, page: Path) -> bool:
+    """Replace what is between the marks of a page; False if nothing changes.
+
+    Raises
+    ------
+    ValueError
+        If the page lacks a mark.
+    """
+    begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
+    old = page.read_text(encoding="utf-8")
+    if begin not in old or end not in old:
+        raise ValueError(f"{page.name}: expected the marks {begin} and {end}; add them where the table belongs")
+    head, _, rest = old.partition(begin)
+    new = f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+    page.write_text(new, encoding="utf-8")
+    return new != old
+
+
+def pages(lines: Sequence[Line], folder: Path = DOCS) -> Iterator[tuple[str, str, Path]]:
+    """Yield what the documents show of lines: the mark, the text between, and the page."""
+    for kind, note in NOTES.items():
+        mine = [line for line in lines if line["how"] == kind]
+        whole = f"{note}\n\n{table(mine)}\n\n({about(mine)})" if mine else NOTHING
+        yield f"{kind}-summary", summary(mine) if mine else NOTHING, folder / "index.md"
+        yield kind, whole, folder / f"{kind}.md"
+    yield "host", host(json.loads((RESULTS / "host.json").read_text())), folder / "index.md"
+
+
+def host(results: dict[str, Any]) -> str:
+    """Return a Markdown table of what tools/bench/host.py recorded."""
+    rows = [f"| {name.strip()} | {us:.1f} |" for name, us in results["microseconds"].items()]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return "\n".join(["| call | microseconds |", "|---|---|", *rows, "", f"({versions})"])
+
+
+def panels(lines: Sequence[Line]) -> dict[str, dict[str, list[Line]]]:
+    """Return lines by model, and then by the rest of the case's name; at most `MOST_CURVES` of these share a panel."""
+    found: dict[str, dict[str, list[Line]]] = {}
+    for line in sorted(lines, key=lambda line: (line["case"], line["batch"])):
+        model, mark, rest = re.split(r" (T=|length=)", line["case"], maxsplit=1)
+        found.setdefault(model, {}).setdefault(f"{mark}{rest}", []).append(line)
+    split = {}
+    for model, curves in found.items():
+        names = list(curves)
+        for first in range(0, len(names), MOST_CURVES):
+            part = names[first : first + MOST_CURVES]
+            split[model + (f" ({first // MOST_CURVES + 1})" if len(names) > MOST_CURVES else "")] = {
+                name: curves[name] for name in part
+            }
+    return split
 
 
 def plots(lines: Sequence[Line], folder: Path) -> list[Path]:
-    """Write a PNG for every operator and device: time, and share of a copy's bandwidth, against batch."""
+    """Write SVG files for every operator: share of a copy's bandwidth, and the best peer's time over ours, by batch.
+
+    A panel for every model and device.
+    """
+    written = []
+    for op, how in sorted({(line["op"], line["how"]) for line in lines}):
+        mine = [line for line in lines if (line["op"], line["how"]) == (op, how)]
+        shares = {"of-copy": lambda line: 100 * line["of_copy"], "best-peer": best_peer}
+        for name, value in shares.items():
+            shown = [line for line in mine if value(line) is not None]
+            if shown:
+                written.append(figure_of(op, how, name, shown, value, folder / f"{how}-{op}-{name}.svg"))
+    return written
+
+
+def figure_of(
+    op: str, how: str, name: str, lines: Sequence[Line], value: Callable[[Line], float | None], path: Path
+) -> Path:
+    """Draw a figure of small multiples: a row per device, a column per model."""
     from cute_ssm.demo.report import pyplot as import_pyplot
 
     pyplot = import_pyplot("bench")
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for op, device, how in sorted({(line["op"], line["device"], line["how"]) for line in lines}):
-        mine = [line for line in lines if (line["op"], line["device"], line["how"]) == (op, device, how)]
-        chart, (left, right) = pyplot.subplots(1, 2, figsize=(14, 5.2))
-        colours = {case: f"C{i % 10}" for i, case in enumerate(sorted({line["case"] for line in mine}))}
-        for case, colour in colours.items():
-            points = sorted((line for line in mine if line["case"] == case), key=lambda line: line["batch"])
-            batch = [line["batch"] for line in points]
-            style = "-" if list(colours).index(case) < 10 else "--"
-            left.plot(batch, [p["us"]["median"] for p in points], style, color=colour, marker="o", ms=3, label=case)
-            if how == "measured":
-                low, high = ([p["us"][q] for p in points] for q in ("p10", "p90"))
-                left.fill_between(batch, low, high, color=colour, alpha=0.15, linewidth=0)
-            right.plot(batch, [100 * p["of_copy"] for p in points], style, color=colour, marker="o", ms=3)
-            for n, rival in enumerate(sorted({name for p in points for name in p["peers"]} - {"copy"})):
-                timed = [(p["batch"], p["peers"][rival]["us"]["median"]) for p in points
-                         if "us" in p["peers"].get(rival, {})]  # fmt: skip
-                if timed:
-                    left.plot(*zip(*timed), ":", color=colour, marker="xv^s"[n % 4], ms=4, label=f"{rival}: {case}")
-        for axis, label in ((left, "microseconds"), (right, "% of a copy's bandwidth")):
+    devices = sorted({line["device"] for line in lines}, reverse=True)
+    groups = panels(lines)
+    batches = sorted({line["batch"] for line in lines})
+    labels = sorted({label for curves in groups.values() for label in curves})
+    size = (max(2.4 * len(groups) + 0.6, 4.0), 2.1 * len(devices) + 0.9)
+    style = {"svg.hashsalt": path.stem, "svg.fonttype": "none", "font.size": 8, "font.sans-serif": ["DejaVu Sans"]}
+    with pyplot.rc_context(style):
+        chart, axes = pyplot.subplots(
+            len(devices), len(groups), sharex=True, sharey=True, squeeze=False, figsize=size, layout="constrained"
+        )
+        for axis, (device, (model, curves)) in zip(axes.flat, itertools.product(devices, groups.items())):
+            for label, points in curves.items():
+                number = labels.index(label) % 10  # a case has the same colour in all panels
+                found = [(p["batch"], value(p)) for p in points if p["device"] == device]
+                if found:
+                    axis.plot(*zip(*found), "-", color=f"C{number}", marker="osD^vPX<>p"[number], ms=3.5, label=label)
             axis.set_xscale("log", base=2)
-            batches = sorted({line["batch"] for line in mine})
             axis.set_xticks(batches, [str(b) for b in batches])
-            axis.set_xlabel("batch")
-            axis.set_ylabel(label)
+            axis.minorticks_off()
             axis.grid(alpha=0.3)
-        left.set_yscale("log")
-        right.set_ylim(0, 105)
-        said = "MODELLED, constants not fitted to hardware" if how == "modelled" else "measured"
-        chart.suptitle(f"{op} on {device}: {said}")
-        chart.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
-        chart.tight_layout()
-        path = folder / f"{how}-{device.lower().replace(' ', '-')}-{op}.png"
-        chart.savefig(path, dpi=85, bbox_inches="tight")
+            axis.set_title(f"{model}, {device}", fontsize=8)
+            if name == "best-peer":
+                axis.set_yscale("log", base=2)
+                axis.minorticks_off()
+                axis.axhline(1, color="black", linewidth=0.8)
+            if device == devices[0]:
+                axis.legend(fontsize=6, frameon=False)
+        if name == "of-copy":
+            axes[0][0].set_ylim(0, 105)
+            axes[0][0].set_yticks([0, 25, 50, 75, 100])
+        else:
+            low, high = axes[0][0].get_ylim()
+            ticks = [tick for tick in (0.125, 0.25, 0.5, 1, 2, 4, 8) if low <= tick <= high]
+            axes[0][0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        chart.supxlabel("batch", fontsize=8)
+        chart.supylabel(AXES[name], fontsize=8)
+        said = "modelled, not measured" if how == "modelled" else "measured"
+        chart.suptitle(f"{op}: {said}", fontsize=9)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        chart.savefig(path, metadata={"Date": None, "Description": fingerprint(lines)})
         pyplot.close(chart)
-        written.append(path)
-    return written
+    return path
+
+
+def fingerprint(lines: Sequence[Line]) -> str:
+    """Return a digest of what a figure is drawn from, which the figure carries."""
+    drawn = sorted((line["case"], line["device"], line["batch"], line["of_copy"], best_peer(line)) for line in lines)
+    return hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:16]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, print tables, rewrite, draw."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="*", type=Path)
-    parser.add_argument("--readme", action="store_true", help="rewrite the README's tables")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write PNG files")
+    parser.add_argument("--docs", action="store_true", help="rewrite tables and plots of docs/performance")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write SVG files")
     options = parser.parse_args(argv)
     files = options.files or sorted(RESULTS.glob("*.jsonl"))
     try:
@@ -165,10 +268,11 @@ def main(argv: list[str] | None = None) -> int:
         mine = [line for line in lines if line["how"] == kind]
         if mine:
             print(f"## {kind}\n\n{NOTES[kind]}\n\n{table(mine)}\n\n({about(mine)})\n")
-            if options.readme:
-                write_readme(kind, mine)
-    if options.plots:
-        for path in plots(lines, options.plots):
+    if options.docs:
+        for mark, text, page in pages(lines):
+            write_page(mark, text, page)
+    for folder in [*([DOCS / "plots"] if options.docs else []), *([options.plots] if options.plots else [])]:
+        for path in plots(lines, folder):
             print(path)
     return 0
 
