@@ -43,7 +43,7 @@ INIT = '"""Kernels of cute_ssm, compiled ahead of time; `cute_ssm.runtime.bundle
 def main(argv: list[str] | None = None) -> int:
     """Compile, link, and pack."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    cli.add_arguments(parser)
+    cli.add_arguments(parser, targets="all")
     parser.add_argument("--out", required=True, type=Path, help="folder of the bundle, or of the wheel")
     parser.add_argument("--wheel", action="store_true", help="make a wheel of the bundle")
     parser.add_argument("--with-runtime", action="store_true", help=f"copy {bundles.RUNTIME} into the bundle")

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from cute_ssm.workloads.plan import Kernel
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options, which tools/build_aot.py shares."""
+def add_arguments(parser: argparse.ArgumentParser, targets: str = "CUTE_SSM_ARCH, else that of the GPU") -> None:
+    """Declare the options, which tools/build_aot.py shares; ``targets`` describes the default of ``--arch``."""
     parser.add_argument(
         "--specs", default="all", metavar="FILE|MODEL", help="file of specs, name of a model, or all (default: all)"
     )
     parser.add_argument(
-        "--arch", action="append", choices=tuple(archs.ARCHS), help="target; repeatable (default: that of the GPU)"
+        "--arch", action="append", choices=tuple(archs.ARCHS), help=f"target; repeatable (default: {targets})"
     )
     parser.add_argument("--batches", metavar="N,N,...", help="batch sizes (default: those declared for the operator)")
     parser.add_argument("--jobs", type=int, metavar="N", help="compiling processes (default: one per core)")

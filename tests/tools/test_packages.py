@@ -53,9 +53,8 @@ def test_long_description_has_absolute_links_to_files_that_exist(name):
         text = re.sub(change["pattern"], change["replacement"], text)
     links = re.findall(r"\]\(([^)]*)\)", text)
     assert all(link.startswith(("https://", "#", "...")) for link in links)
-    own = re.compile(
-        r"https://(?:raw\.githubusercontent|github)\.com/cute-ssm/cute_ssm/(?:blob/)?v\$HFPR_VERSION/([^#]+)"
-    )
+    tag = re.escape(("" if name == "cute-ssm" else f"{name}-") + "v$HFPR_VERSION")  # docs/release.md
+    own = re.compile(rf"https://(?:raw\.githubusercontent|github)\.com/cute-ssm/cute_ssm/(?:blob/)?{tag}/([^#]+)")
     files = [found.group(1) for found in map(own.match, links) if found]
     assert len(files) == len(relative)
     assert not [file for file in files if not (ROOT / file).exists()]

@@ -1,0 +1,66 @@
+"""The workflow, the hooks before a commit and `.ci/run` check the versions that the packages declare."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+yaml = pytest.importorskip("yaml")
+tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+JOBS = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+
+
+def commands(job: str) -> list[str]:
+    return [step["run"] for step in JOBS[job]["steps"] if "run" in step]
+
+
+def minor(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")[:2]))
+
+
+def test_tests_run_on_every_python_version_that_is_declared():
+    declared = [text.rpartition(" ")[2] for text in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", text)]
+    assert JOBS["tests"]["strategy"]["matrix"]["python"] == declared
+    assert PROJECT["requires-python"] == f">={declared[0]}"
+
+
+def test_tests_run_with_the_oldest_and_the_newest_torch():
+    (torch,) = [text for text in PROJECT["dependencies"] if text.startswith("torch")]
+    oldest, above = map(minor, re.fullmatch(r"torch>=([\d.]+),<([\d.]+)", torch).groups())
+    matrix = JOBS["tests"]["strategy"]["matrix"]
+    (newest,) = map(minor, matrix["torch"])
+    assert newest == (above[0], above[1] - 1)
+    assert {"python": matrix["python"][0], "torch": "{}.{}.0".format(*oldest)} in matrix["include"]
+
+
+def test_workflow_installs_and_tests_as_ci_run_does():
+    local = (ROOT / ".ci" / "run").read_text()
+    packages = re.search(r'pip install --quiet (\./tools.*)"\.\[test', local).group(1)
+    assert f'python -m pip install {packages}".[test]"' in commands("tests")
+    assert commands("tests")[-1].startswith("pytest ") and re.search(r"^pytest ", local, re.M)
+    assert "mypy" in commands("lint") and re.search(r"^mypy$", local, re.M)
+    assert {"ruff check .", "ruff format --check ."} <= {*commands("lint")} & {*local.splitlines()}
+    assert "mkdocs build --strict" in commands("docs") and "mkdocs build --strict" in local
+
+
+def test_hooks_use_the_formatter_of_the_extra_dev():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (ruff,) = [repo["rev"] for repo in hooks if repo["repo"].endswith("ruff-pre-commit")]
+    assert f"ruff=={ruff.removeprefix('v')}" in PROJECT["optional-dependencies"]["dev"]
+
+
+@pytest.mark.parametrize("form", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*_*.yml")), ids=lambda path: path.stem)
+def test_issue_forms_are_complete(form):
+    body = yaml.safe_load(form.read_text())["body"]
+    assert len({part["id"] for part in body}) == len(body)
+    assert all(part["attributes"]["label"] for part in body)
+
+
+def test_bug_reports_ask_for_the_environment_and_a_command_that_repeats():
+    body = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug_report.yml").read_text())["body"]
+    required = {part["attributes"]["label"] for part in body if part.get("validations", {}).get("required")}
+    assert {"Output of `cute-ssm env`", "Command that repeats it"} <= required
