@@ -229,5 +229,5 @@ def check_allocated(name: str, slots: Tensor, unallocated: Tensor, rows: Tensor,
 
 def refuse_slot(name: str, slot: int, at: int, pad_slot_id: int) -> NoReturn:
     """Raise the error about a slot that is not allocated."""
-    fix = f"take slots by allocate(); rows that are padding have {pad_slot_id}"
+    fix = f"get slots from allocate(); padding rows have slot {pad_slot_id}"
     raise ValueError(describe(name, "allocated slots", f"slot {slot} at position {at}", fix))

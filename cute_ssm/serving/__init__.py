@@ -1,7 +1,7 @@
-"""What a serving engine needs around the operators with a history: pools of states, cursors, lists of work.
+"""Support for serving engines around the operators that defer state writes: state pools, cursors, lists of work.
 
-Everything that changes between steps of a model lies on the device, and no function that belongs to a step waits for
-it: all of them can be captured in a CUDA graph.
+Everything that changes between steps of a model is on the device, and no function that belongs to a step synchronises
+with it: steps can be captured in a CUDA graph.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `StatePool.materialize` runs for every layer, by the recurrence that the pool is for."""
+"""`StatePool.materialize` for each recurrence: checks, and one call per layer."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from cute_ssm.ops.materialize_gated_delta.operator import materialize_gated_delt
 from cute_ssm.serving._pool_checks import check_equal
 from cute_ssm.serving.storage import PoolStorage
 
-NO_PAD = -1  # of slots, which are not negative
+NO_PAD = -1  # matches no slot
 
 
 def check_fits(pool: PoolStorage, target: PoolStorage) -> None:
-    """Raise unless another pool can hold the states of this one."""
+    """Raise if another pool cannot hold the states of this one."""
     for name in ("kind", "layers"):
         check_equal(name, getattr(pool, name), getattr(target, name))
     check_equal("device", pool.state.device, target.state.device)
-    check_equal("sizes of a state", pool.state.shape[2:], target.state.shape[2:])
+    check_equal("shape of a state", pool.state.shape[2:], target.state.shape[2:])
     convs = [
         None if c is None else (c.dtype, c.shape[2], one._conv_width)
         for one, c in ((pool, pool.conv_state), (target, target.conv_state))
     ]
-    check_equal("conv_state (type, channels, width)", *convs)
+    check_equal("conv_state (dtype, channels, width)", *convs)
 
 
 def check_decays(pool: PoolStorage, A: object) -> Sequence[Tensor]:
-    """Return A of every layer, none for gated delta nets; raise unless all layers can be folded with it."""
+    """Return A of every layer, none for gated delta nets; raise if it does not match the layers."""
     if pool.kind == "gated_delta":
         if A is not None:
-            raise ValueError(describe("A", "None for gated delta nets, whose decays are in the history", "a value"))
+            expected = "None for gated delta nets, whose decays are in the history"
+            raise ValueError(describe("A", expected, type(A).__name__))
         return ()
     expected = f"one tensor for each of {pool.layers} layers"
     if A is None:

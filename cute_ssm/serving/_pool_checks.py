@@ -1,4 +1,4 @@
-"""Checks of what pools are made of, and of pairs of pools."""
+"""Checks of the arguments of pools, and of pairs of pools."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_equal(what: str, own: object, other: object) -> None:
 
 
 def as_slot(name: str, slot: object) -> int:
-    """Return a slot that the host knows."""
+    """Return a slot as an int."""
     try:
         return operator.index(slot)  # type: ignore[arg-type]
     except TypeError:
@@ -55,7 +55,7 @@ def check_seed(seed: object, name: str = "seed") -> None:
 
 
 def check_spec(spec: Spec, names: Mapping[str, str]) -> None:
-    """Raise as a spec does, by the names that a pool has for its fields."""
+    """Check a spec, and report errors with the pool's names of its fields."""
     try:
         spec.check()
     except UnsupportedSpecError as error:

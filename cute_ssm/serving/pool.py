@@ -1,4 +1,4 @@
-"""`StatePool`: what the layers of a model remember of their sequences between steps, slot by slot."""
+"""`StatePool`: the memory of a model's sequences between steps, in slots."""
 
 from __future__ import annotations
 
@@ -34,38 +34,38 @@ HISTORIES = ("double", "double_x", "ring")
 
 
 class StatePool(PoolStorage):
-    """Slots for the sequences of a model: states, histories of pending tokens, inputs of convolutions, cursors, seeds.
+    """Slots for the sequences of a model: states, histories of pending tokens, convolution inputs, cursors and seeds.
 
-    Made by `mamba2` or `gated_delta`.  All tensors are allocated once and start as zeros; their addresses never change.
-    A slot is allocated and freed on the host, by a plain list.  Everything that belongs to a step of the model happens
-    on the device and waits for nothing, so that steps can be captured in a CUDA graph.
+    Make a pool with `mamba2` or `gated_delta`.  All tensors are allocated once, as zeros, and their addresses never
+    change.  Slots are allocated and freed on the host.  The methods that belong to a step of the model run on the
+    device without synchronisation, so that steps can be captured in a CUDA graph.
 
-    The last slot is reserved for padding and never allocated: rows of a batch that are there to fill it use
-    `pad_slot_id`, and any number of them may.
+    The last slot is reserved for padding and never allocated: any number of rows of a batch may use `pad_slot_id`.
 
-    ``pickle``, ``torch.save`` and ``copy.deepcopy`` make pools of their own, with all slots, cursors and seeds, and
-    `to` one on another device.  `state_dict` and `load_state_dict` keep contents without code.  ``copy.copy`` makes
-    another name for the same memory and the same free slots.
+    ``pickle``, ``torch.save`` and ``copy.deepcopy`` make independent pools with all slots, cursors and seeds, and `to`
+    makes one on another device.  `state_dict` and `load_state_dict` save and restore the contents as tensors.
+    ``copy.copy`` shares memory and free slots with the original.
 
     Attributes
     ----------
     layers, slots : int
-        Layers that share the cursors; slots, the reserved one included.
+        Number of layers, which share the cursors, and of slots, including the reserved one.
     window, tokens : int
-        Largest number of pending tokens, and of new tokens of a step.
+        Largest number of pending tokens, and of new tokens per step.
     pad_slot_id : int
-        What a row of a batch that is padding has in ``state_batch_indices``.
+        The slot of padding rows in ``state_batch_indices``.
     state_name : str
-        What the operator calls it: ``state`` or ``initial_state``.
+        Name of the operator's argument: ``state`` or ``initial_state``.
     state : Tensor, (layers, slots, ...)
     state_scale : Tensor, (layers, slots, ...), float32, or None
     history : dict of str to Tensor, (layers, slots, ...)
-        By the names of the operator's arguments.
+        By names of the operator's arguments.
     conv_state : Tensor, (layers, slots, channels, width - 1 + tokens), or None
         Inputs of the convolution: the last ``width - 1`` before a step, then the new tokens of the step.
     prev_num_accepted_tokens : Tensor, (slots,), int32
+        Pending tokens of each slot.
     cache_buf_idx, ring_start : Tensor, (slots,), int32, or None
-        One of both, as the history has it.
+        The second cursor: the first for double buffers, the other for a ring.
     rand_seed : Tensor, (layers, slots), int64, or None
         Seeds of stochastic rounding.
     """
@@ -85,30 +85,30 @@ class StatePool(PoolStorage):
         device: torch.device | str | None = None,
         gated_delta: bool = False,
     ) -> None:
-        """Allocate a pool; `mamba2` and `gated_delta` say what an operator needs.
+        """Allocate a pool; `mamba2` and `gated_delta` derive the shapes from sizes of the model.
 
         Parameters
         ----------
         layers, slots, window, tokens : int
-            As the attributes, but for the reserved slot, which is added.
+            As the attributes, except that `slots` does not include the reserved one.
         state : (shape, dtype)
-            Of one slot of one layer.
+            State of one slot of one layer.
         history : dict of str to (shape, dtype)
-            Of one slot of one layer, by the names of the operator's arguments.
+            History of one slot of one layer, by names of the operator's arguments.
         ring : bool
-            The second cursor is ``ring_start``; else ``cache_buf_idx``.
+            Whether the second cursor is ``ring_start`` instead of ``cache_buf_idx``.
         conv : ((channels, width), dtype), optional
-            Shape of the convolution's weight.
+            Shape of the convolution's weight, and dtype of its inputs.
         seed : int, optional
-            Round stochastically, with seeds drawn from this one.
+            Round states stochastically, with seeds derived from this one.
         device : torch.device or str, optional
         gated_delta : bool
-            The state is called ``initial_state``, and padding is negative.
+            Whether the state is named ``initial_state``, with -1 as padding.
 
         Raises
         ------
         ValueError, TypeError
-            If a number is not positive, or a seed is no int or given for float32 states.
+            If a size is not positive, or a seed is not an int or given with float32 states.
         """
         check_sizes(layers=layers, slots=slots, window=window, tokens=tokens)
         check_seed(seed)
@@ -167,21 +167,22 @@ class StatePool(PoolStorage):
         Parameters
         ----------
         layers, slots : int
-            Layers of the model, and slots for sequences; one for padding is added.
+            Layers of the model, and slots for sequences; a slot for padding is added.
         nheads, dim, dstate, ngroups : int
             Sizes of a layer.
         window, tokens : int
-            Largest number of pending tokens, and of new tokens of a step.
+            Largest number of pending tokens, and of new tokens per step.
         state_dtype : torch.dtype
             float32, bfloat16, float16, or int16, int8, float8_e4m3fn with a scale per row.
         input_dtype : torch.dtype
-            bfloat16 or float16: that of x and B.
+            dtype of x and B: bfloat16 or float16.
         history : {"double", "double_x", "ring"}
-            Two buffers of `window` rows, x in one or in two; or a ring of `window + tokens` rows.
+            "double": two buffers of `window` rows, with one for x; "double_x": with two for x; "ring": a ring of
+            ``window + tokens`` rows.
         conv_shape : (channels, width), optional
-            Of the convolution before the recurrence, whose inputs are then kept too.
+            Shape of the weight of the convolution before the recurrence; adds `conv_state` to the pool.
         conv_dtype : torch.dtype, optional
-            By default that of the inputs.
+            dtype of the convolution's inputs.  Default: `input_dtype`.
         seed : int, optional
             Round states stochastically.
         device : torch.device or str, optional
@@ -189,9 +190,9 @@ class StatePool(PoolStorage):
         Raises
         ------
         ValueError
-            If a size is not positive, or ``history`` is none of the above.
+            If a size is not positive, or ``history`` is not one of the above.
         UnsupportedSpecError
-            If the operator refuses such sizes or types.
+            If the operator does not support the sizes or dtypes.
         """
         check_sizes(nheads=nheads, dim=dim, dstate=dstate, ngroups=ngroups, window=window, tokens=tokens)
         if history not in HISTORIES:
@@ -243,7 +244,7 @@ class StatePool(PoolStorage):
     ) -> StatePool:
         """Make a pool for `gated_delta_rule_replay`; parameters as there and for `mamba2`.
 
-        `pad_slot_id` is negative then, as that operator has it.
+        `pad_slot_id` is -1, because that operator treats negative slots as padding.
         """
         check_sizes(heads=heads, value_heads=value_heads, K=K, V=V, window=window, tokens=tokens)
         check_heads("value_heads", heads, value_heads)
@@ -269,10 +270,10 @@ class StatePool(PoolStorage):
 
     # ----------------------------------------------------------------------------------------------------- the operator
     def arguments(self, layer: int) -> dict[str, Any]:
-        """Return the pool's share of the operator's arguments for a layer, by name; the same views at every call.
+        """Return the operator's arguments that the pool holds for a layer, by name; every call returns the same views.
 
-        For `mamba2` all but the tokens, the weights, ``state_batch_indices`` and the work items; for `gated_delta` all
-        but the tokens, the weights and ``initial_state_indices``.
+        For `mamba2` these are all arguments except tokens, weights, ``state_batch_indices`` and work items; for
+        `gated_delta` all except tokens, weights and ``initial_state_indices``.
         """
         return dict(self._arguments[layer])
 
@@ -296,9 +297,10 @@ class StatePool(PoolStorage):
         work_items: Tensor | None = None,
         num_writes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """List the rows of a batch for the operator, before a step: `serving.build_work_items` on the pool's cursors.
+        """Build the operator's list of work before a step: `serving.build_work_items` with the pool's cursors.
 
-        Rows have `tokens` new tokens each, or those of ``cu_seqlens``; ``work_items`` may be longer.
+        Call it once for all layers.  Each row has `tokens` new tokens, or those of ``cu_seqlens``; ``work_items`` may
+        have more rows than the batch.
         """
         return build_work_items(
             self.prev_num_accepted_tokens,
@@ -312,29 +314,29 @@ class StatePool(PoolStorage):
     def commit(
         self, state_batch_indices: Tensor, num_accepted_tokens: Tensor, *, cu_seqlens: Tensor | None = None
     ) -> None:
-        """Advance cursors, seeds and the inputs of the convolutions, after a step: see `serving.commit`.
+        """Advance cursors, seeds and convolution inputs after a step: see `serving.commit`.
 
-        Cursors and seeds take one launch and no allocation; inputs of convolutions are moved by PyTorch.
+        Call it once for all layers.  Cursors and seeds take one launch and no allocation; convolution inputs are moved
+        with PyTorch.
 
         Parameters
         ----------
         state_batch_indices : Tensor, (batch,), int32/int64
-            Slot of each row: allocated ones, or `pad_slot_id`.
-        num_accepted_tokens : Tensor, (batch,), int32/int64
-            How many of its new tokens each row keeps; a negative number leaves the row as it is.  It may be longer.
+            Slot of each row: an allocated one, or `pad_slot_id`.
+        num_accepted_tokens : Tensor, (>= batch,), int32/int64
+            Number of accepted tokens of each row.  A row with a negative number does not change.
         cu_seqlens : Tensor, (batch + 1,), int32/int64, optional
-            As the step had it.
+            As passed to the step.
 
         Raises
         ------
         ValueError, TypeError, UnsupportedArchError
-            As for `serving.commit`; and if a slot is not allocated, for pools on the CPU.  On a GPU such a row stays
-            as it is.
+            As for `serving.commit`, and on the CPU if a slot is not allocated.  On a GPU such a row does not change.
         """
         batch = _batch(state_batch_indices, cu_seqlens)
         if batch is not None:
             if isinstance(num_accepted_tokens, Tensor) and num_accepted_tokens.shape[:1] < (batch,):
-                expected = f"at least {batch} numbers, one for each row"
+                expected = f"at least {batch} numbers, one per row"
                 raise ValueError(describe("num_accepted_tokens", expected, tuple(num_accepted_tokens.shape)))
             num_accepted_tokens, state_batch_indices = first_rows(batch, num_accepted_tokens, state_batch_indices)
         commit(
@@ -347,22 +349,22 @@ class StatePool(PoolStorage):
         )
         if self.conv_state is not None:
             slots = state_batch_indices.long()
-            closed = self._unallocated[slots.clamp(0, self.slots - 1)]
-            self._shift_conv(slots, num_accepted_tokens.long().masked_fill(closed, -1), cu_seqlens)
+            unallocated = self._unallocated[slots.clamp(0, self.slots - 1)]
+            self._shift_conv(slots, num_accepted_tokens.long().masked_fill(unallocated, -1), cu_seqlens)
 
     def _shift_conv(self, slots: Tensor, accepted: Tensor, cu_seqlens: Tensor | None) -> None:
-        """Move accepted inputs of convolutions behind the older ones, of rows whose slot and count `commit` takes."""
+        """Shift convolution inputs by the accepted tokens, in the rows that `commit` advances."""
         if self.conv_state is None:
             return
-        kept = self._conv_width - 1
+        taps = self._conv_width - 1
         inside = (slots >= 0) & (slots < self.slots)
         slots = slots.where(inside, self.slots - 1)
         counts = torch.full_like(accepted, self.tokens) if cu_seqlens is None else cu_seqlens.long().diff()
         moves = inside & (accepted >= 0) & (accepted <= counts.clamp(max=min(self.tokens, self.window)))
-        inputs = self.conv_state[:, slots]  # (layers, batch, channels, kept + tokens)
-        columns = accepted.where(moves, 0)[:, None] + torch.arange(kept, device=slots.device)
-        columns = columns[None, :, None].expand(*inputs.shape[:3], kept)
-        self.conv_state[:, slots, :, :kept] = inputs.gather(3, columns)
+        inputs = self.conv_state[:, slots]  # (layers, batch, channels, taps + tokens)
+        columns = accepted.where(moves, 0)[:, None] + torch.arange(taps, device=slots.device)
+        columns = columns[None, :, None].expand(*inputs.shape[:3], taps)
+        self.conv_state[:, slots, :, :taps] = inputs.gather(3, columns)
 
     # ------------------------------------------------------------------------------------------------------------ slots
     @property
@@ -371,7 +373,7 @@ class StatePool(PoolStorage):
         return len(self._free)
 
     def allocate(self) -> int:
-        """Take a free slot and reset it; waits for nothing on the device.
+        """Allocate a free slot and reset it, without synchronisation.
 
         Raises
         ------
@@ -379,35 +381,35 @@ class StatePool(PoolStorage):
             If no slot is free.
         """
         if not self._free:
-            raise ValueError(describe("slots", "a free one", f"{self.slots - 1} in use", "free one, or wait"))
+            raise ValueError(describe("slots", "a free slot", f"{self.slots - 1} in use", "free a slot first"))
         slot = self._free.pop()
         self.reset_slot(slot)
         self._unallocated[slot] = False
         return slot
 
     def free(self, slot: int) -> None:
-        """Give a slot back.
+        """Free a slot.
 
         Raises
         ------
         ValueError
-            If the slot is not one that was allocated.
+            If the slot is not allocated.
         """
         slot = as_slot("slot", slot)
         if not 0 <= slot < self.slots - 1 or slot in self._free:
-            raise ValueError(describe("slot", "one that is allocated", slot))
+            raise ValueError(describe("slot", "an allocated slot", slot))
         self._free.append(slot)
         self._unallocated[slot] = True
 
     def reset_slot(self, slots: int | Tensor) -> None:
-        """Make slots those of new sequences: zeroed states, convolutions and cursors, and fresh seeds.
+        """Reset slots for new sequences: zero states, convolution inputs and cursors, and draw new seeds.
 
-        Histories stay as they are: without pending tokens nothing of them is read.
+        Histories do not change, because without pending tokens they are not read.
 
         Parameters
         ----------
         slots : int or Tensor, (n,), int32/int64
-            On the pool's device; nothing is waited for.
+            A tensor is on the pool's device, and is not synchronised with.
         """
         index = self._index("slots", slots)
         for tensor in (self.state, self.state_scale, self.conv_state):
@@ -420,21 +422,21 @@ class StatePool(PoolStorage):
     def copy_slot(
         self, source: int | Tensor, destination: int | Tensor, *, destination_pool: StatePool | None = None
     ) -> None:
-        """Copy all that slots hold but their seeds, pending tokens included, so that both go on alike.
+        """Copy slots with their pending tokens, but without seeds: a copy continues like its source.
 
         Parameters
         ----------
         source, destination : int or Tensor, (n,), int32/int64
-            On the device of their pool; destinations are distinct, and no sources of the same pool.
+            Tensors are on the device of their pool.  Destinations are distinct, and not sources in the same pool.
         destination_pool : StatePool, optional
-            Where destinations lie: a pool that differs in its number of slots, its seeds and its device at most, such
-            as one on the CPU that sequences are swapped to.  None: this pool.
+            Pool of the destinations, which may differ only in the number of slots, the seeds and the device: a pool on
+            the CPU for swapping, for example.  None: this pool.
 
         Raises
         ------
         ValueError, TypeError
-            If there are not as many of both, pools differ, or, as far as the host can see, a slot is out of range or a
-            destination is not allocated: ``allocate`` would reset it.  The host sees ints, and tensors on the CPU.
+            If numbers of slots or the pools differ, a slot is out of range, or a destination is not allocated.  Values
+            of tensors on a GPU are not checked.
         """
         target = self._other(destination_pool)
         read, written = self._index("source", source), target._index("destination", destination)
@@ -464,37 +466,38 @@ class StatePool(PoolStorage):
         destination_pool: StatePool | None = None,
         saturate: bool = False,
     ) -> None:
-        """Write the true states of slots, pending tokens folded in, to other slots, which have no pending tokens then.
+        """Write the current states of slots, with pending tokens folded in, to slots that then have no pending tokens.
 
         Parameters
         ----------
         A : sequence of Tensor, (nheads, dim, dstate), or None
-            Of every layer; None for gated delta nets, whose decays are in the history.
+            Decay rates of every layer.  None for gated delta nets, whose decays are in the history.
         source, destination : int or Tensor, (n,), int32/int64
-            On the pool's device; destinations are distinct, and no other row's source.
+            Tensors are on the pool's device.  Destinations are distinct, and not the source of another row.  A row may
+            have the same slot twice: then its pending tokens are folded in place.
         num_tokens : Tensor, (n,), int32/int64, optional
-            How many of the pending tokens to fold.  None: all; then the inputs of the convolutions are copied too.
-            Otherwise they are zero: of tokens before the last step the pool knows none.
+            Number of pending tokens to fold, from the oldest on.  None: all, and convolution inputs are copied too.
+            Otherwise convolution inputs are zeroed, because the pool has only those of the last step.
         philox_rounds : int
-            Rounds of the Philox generator, with seeds.
+            Rounds of the Philox generator, if the pool has seeds.
         use_qk_l2norm : bool
-            Of gated delta nets, as the steps have it.
+            For gated delta nets, as passed to the steps.
         destination_pool : StatePool, optional
-            Where destinations lie: a pool of the same device, layers and sizes of states and convolutions.  Its types
-            of states, window, history and number of slots may be others.  None: this pool.
+            Pool of the destinations, on the same device, with the same layers and sizes of states and convolutions.
+            State dtype, window, history and number of slots may differ.  None: this pool.
         saturate : bool
-            Of new float16 states, make +-65504 what would round to an infinity (`serving.materialize`).
+            Store +-65504 where a new float16 state would round to an infinity; see `serving.materialize`.
 
         Raises
         ------
         ValueError, TypeError
-            If the pools do not fit, or as `serving.materialize`, `materialize_gated_delta` and `copy_slot` say.
+            If the pools do not match, or as for `serving.materialize`, `materialize_gated_delta` and `copy_slot`.
             Nothing has been written in any layer.
 
         Notes
         -----
-        Where the states that are written are not float32, they are rounded stochastically if this pool has seeds, with
-        those of the sources.
+        If this pool has seeds and the written states are not float32, they are rounded stochastically, with the seeds
+        of the sources.
         """
         target = self._other(destination_pool)
         read, written = self._index("source", source), target._index("destination", destination)
@@ -516,18 +519,18 @@ class StatePool(PoolStorage):
         target._cursors.index_fill_(1, written, 0)
 
     def _slotted(self) -> dict[str, Tensor]:
-        """What `copy_slot` copies: (layers, slots, ...)."""
+        """Tensors that `copy_slot` copies, (layers, slots, ...)."""
         return {n: t for n, t in self._tensors().items() if n not in ("cursors", "rand_seed", "draws")}
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the states and scales of one slot in all layers: what a write of the state moves."""
+        """Bytes of the states and scales of one slot in all layers, which a write of the state moves."""
         parts = [self.state] if self.state_scale is None else [self.state, self.state_scale]
         return sum(part[:, 0].numel() * part.element_size() for part in parts)
 
     # ---------------------------------------------------------------------------------------------------------- indices
     def _index(self, name: str, slots: int | Tensor) -> Tensor:
-        """Slots as an index on the pool's device, without a copy from the host."""
+        """Return slots as an index tensor on the pool's device, without a copy from the host."""
         device = self.state.device
         if isinstance(slots, Tensor):
             if slots.device != device or slots.dim() != 1 or slots.dtype not in (torch.int32, torch.int64):
@@ -549,7 +552,7 @@ class StatePool(PoolStorage):
         return pool
 
     def _check_allocated(self, name: str, slots: int | Tensor) -> None:
-        """Raise if slots in range, but for padding, are such as no sequence has, as far as the host can see."""
+        """Raise if a slot, other than padding, is not allocated; tensors on a GPU are not checked."""
         if isinstance(slots, Tensor):
             if slots.device.type == "cpu":
                 index = slots.long()
@@ -559,18 +562,18 @@ class StatePool(PoolStorage):
 
     def _check_pairs(self, read: Tensor, written: Tensor, target: StatePool, same: bool = False) -> None:
         if read.shape != written.shape:
-            raise ValueError(describe("destination", f"{len(read)} slots like source", len(written)))
+            raise ValueError(describe("destination", f"{len(read)} slots, as many as in source", len(written)))
         if read.device.type == written.device.type == "cpu":
             pairs = set(zip(read.tolist(), written.tolist()))
             if target is not self:
                 same, pairs = True, {(to, to) for _, to in pairs}
             foreign = {to for _, to in pairs} & {of for of, to in pairs if not (same and of == to)}
             if foreign or len({to for _, to in pairs}) != len(written):
-                raise ValueError(describe("destination", "distinct slots that are no sources", written.tolist()))
+                raise ValueError(describe("destination", "distinct slots that are not sources", written.tolist()))
 
 
 def _batch(slots: object, cu_seqlens: object) -> int | None:
-    """Rows of a batch, as its offsets or else its slots tell; None if they are no tensors, which others name."""
+    """Return the size of a batch, by its offsets or slots; None if they are not tensors, which later checks report."""
     counted = slots if cu_seqlens is None else cu_seqlens
     if not isinstance(counted, Tensor) or counted.dim() != 1:
         return None
@@ -578,7 +581,7 @@ def _batch(slots: object, cu_seqlens: object) -> int | None:
 
 
 def _raw(tensor: Tensor) -> Tensor:
-    """The same bytes, in a type that PyTorch can index by tensors on every device."""
+    """Return the same bytes in a dtype that PyTorch can index with tensors on every device."""
     return tensor.view(torch.uint8) if tensor.dtype is torch.float8_e4m3fn else tensor
 
 
@@ -587,5 +590,5 @@ def _zero(tensor: Tensor, index: Tensor) -> None:
 
 
 def _copy(tensor: Tensor, read: Tensor, target: Tensor, written: Tensor) -> None:
-    """Copy slots of one tensor to slots of another, or of itself; they may lie on two devices."""
+    """Copy slots of a tensor to slots of another one, which may be on another device, or of itself."""
     _raw(target).index_copy_(1, written, _raw(tensor).index_select(1, read).to(target.device))

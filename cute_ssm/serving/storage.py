@@ -1,4 +1,4 @@
-"""`PoolStorage`: the memory of a pool of slots, and how it is copied, kept, moved and printed."""
+"""`PoolStorage`: the memory of a state pool; copying, saving, moving and printing it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from cute_ssm.ops._arguments import name_of
 from cute_ssm.serving._pool_checks import check_seed
 
 PoolT = TypeVar("PoolT", bound="PoolStorage")
-# what is made from the other attributes, by `_bind`
+# attributes that `_bind` derives from the others
 _DERIVED = ("prev_num_accepted_tokens", "cache_buf_idx", "ring_start", "_arguments")
 _SPLITMIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_SAME_OPTIONS = "make a pool with the same options"
 _SETTINGS = ("layers", "slots", "window", "tokens", "state_name", "pad_slot_id", "_ring", "_conv_width")
 
 
 class PoolStorage:
-    """Base of `StatePool`: attributes that hold memory, and operations on all of them at once.
+    """Base of `StatePool`: attributes that hold memory, and operations on all of them.
 
-    Every piece of memory is one attribute.  Views of it, those that operators are given included, are made anew
-    wherever memory is, so that nothing is ever kept in two places.
+    Each tensor of memory is one attribute.  Views of it, including the arguments for operators, are derived by `_bind`,
+    again after every copy or move, so that no memory is referenced twice in a saved pool.
     """
 
     layers: int
@@ -51,7 +52,7 @@ class PoolStorage:
 
     # ----------------------------------------------------------------------------------------------------------- memory
     def _tensors(self) -> dict[str, Tensor]:
-        """All memory that operators and steps change, by the names that `state_dict` has."""
+        """Return the memory that operators and steps change, by its names in `state_dict`."""
         named = {
             "state": self.state,
             "state_scale": self.state_scale,
@@ -64,10 +65,10 @@ class PoolStorage:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def _bind(self) -> None:
-        """Make the views of the memory."""
-        self.prev_num_accepted_tokens, place = self._cursors
-        self.cache_buf_idx = None if self._ring else place
-        self.ring_start = place if self._ring else None
+        """Derive the views of the memory."""
+        self.prev_num_accepted_tokens, cursor = self._cursors
+        self.cache_buf_idx = None if self._ring else cursor
+        self.ring_start = cursor if self._ring else None
         self._arguments = [self._arguments_of(layer) for layer in range(self.layers)]
 
     def _arguments_of(self, layer: int) -> dict[str, Any]:
@@ -87,7 +88,7 @@ class PoolStorage:
         return views
 
     def _draw(self, index: Tensor) -> None:
-        """Draw seeds of slots by SplitMix64, from the root, the layer, the slot, and how often it was drawn for."""
+        """Draw new seeds for slots by SplitMix64 from the root seed, the layer, the slot, and its number of draws."""
         if self.rand_seed is None or self._root is None or self._draws is None:
             return
         self._draws[index] += 1
@@ -97,9 +98,9 @@ class PoolStorage:
 
     # ---------------------------------------------------------------------------------------------------------- copying
     def __getstate__(self) -> dict[str, Any]:
-        """All but the views: what `pickle`, `torch.save`, `copy.deepcopy` and `copy.copy` copy."""
+        """Return everything but the views, for `pickle`, `torch.save`, `copy.deepcopy` and `copy.copy`."""
         state = {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
-        if self.state.dtype is torch.float8_e4m3fn:  # which torch 2.13 pickles, but does not unpickle
+        if self.state.dtype is torch.float8_e4m3fn:  # torch 2.13 pickles this dtype but cannot unpickle it
             state["state"] = self.state.view(torch.uint8)
         return state
 
@@ -117,29 +118,29 @@ class PoolStorage:
         non_blocking: bool = False,
         copy: bool = False,
     ) -> PoolT:
-        """Return the pool on another device, with its slots, cursors and seeds; itself if it is there already.
+        """Return the pool on another device, with its slots, cursors and seeds; itself if it is already there.
 
         Parameters
         ----------
         device : torch.device, str, int or Tensor, optional
-            Or a tensor whose device is meant.  None: the device that the pool is on.
+            The device, or a tensor on it.  None: the pool's device.
         dtype : torch.dtype, optional
-            Refused: a pool keeps its types.
+            Not supported, because a pool cannot change its dtypes.
         non_blocking : bool
             As for ``Tensor.to``.
         copy : bool
-            Return another pool in any case.
+            Always return a new pool.
 
         Raises
         ------
         TypeError
-            If a type is given.
+            If a dtype is given.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         if dtype is not None:
-            fix = "make a pool of that type, and materialize into it"
-            raise TypeError(describe("dtype", "None, as pools keep their types", name_of(dtype), fix))
+            fix = "make a pool with that state_dtype, and materialize into it"
+            raise TypeError(describe("dtype", "None, as a pool cannot change its dtypes", name_of(dtype), fix))
         target = self.state.device if device is None else device.device if isinstance(device, Tensor) else device
 
         def moved(tensor: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ class PoolStorage:
         return self._mapped(moved)
 
     def _mapped(self: PoolT, function: Callable[[Tensor], Tensor]) -> PoolT:
-        """A pool like this one with the results of a function in place of all memory."""
+        """Return a pool like this one, with a function applied to all memory."""
         pool = object.__new__(type(self))
         state = self.__getstate__()
         for name, value in state.items():
@@ -165,13 +166,13 @@ class PoolStorage:
 
     # ------------------------------------------------------------------------------------------------------ state dicts
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the pool remembers, as ``torch.load(..., weights_only=True)`` takes it.
+        """Return the contents of the pool, in a form for ``torch.load(..., weights_only=True)``.
 
         Returns
         -------
         dict
-            Tensors by name, which share memory with the pool; ``"free"``, a tensor of the slots that are free;
-            ``"seed"``, an int or None; and ``"settings"``, a dict of what a pool that loads them must equal.
+            Tensors by name, which share memory with the pool; ``"free"``, a tensor of the free slots; ``"seed"``, an
+            int or None; and ``"settings"``, a dict of values that must be equal in a pool that loads them.
         """
         return {
             **self._tensors(),
@@ -181,52 +182,53 @@ class PoolStorage:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned, of a pool with the same settings on any device.
+        """Restore the contents that `state_dict` returned for a pool with the same settings, on any device.
 
-        The memory stays where it is, so that captured CUDA graphs go on with what was restored.
+        The memory is written in place, so that captured CUDA graphs remain valid and use the restored contents.
 
         Raises
         ------
         ValueError, TypeError
-            If names, settings, shapes or types differ, or the list of free slots is invalid.  Nothing has been written.
+            If names, settings, shapes or dtypes differ, or free slots are invalid.  Nothing has been written.
         """
         own, others = self._tensors(), {"free", "seed", "settings"}
         if not isinstance(state_dict, Mapping):
             raise TypeError(describe("state_dict", "a dict that state_dict() returned", type(state_dict).__name__))
         if set(state_dict) != set(own) | others:
             differ = sorted(map(str, set(state_dict) ^ (set(own) | others)))
-            raise ValueError(describe("state_dict", "what a pool like this one returned", f"{differ} in one alone"))
+            expected = "the names of this pool's state_dict()"
+            raise ValueError(describe("state_dict", expected, f"a difference in {differ}", _SAME_OPTIONS))
         settings, seed = state_dict["settings"], state_dict["seed"]
         if not isinstance(settings, Mapping):
             raise TypeError(describe("state_dict: settings", "a dict", type(settings).__name__))
         for name, value in self._settings().items():
             got = settings.get(name)
             if type(got) is not type(value) or got != value:
-                raise ValueError(describe(f"state_dict: {name}", repr(value), repr(got), "make a pool like it"))
+                raise ValueError(describe(f"state_dict: {name}", repr(value), repr(got), _SAME_OPTIONS))
         check_seed(seed, "state_dict: seed")
         if (seed is None) != (self.rand_seed is None):
             expected = "an int" if seed is None else "None for a pool that does not round stochastically"
-            raise ValueError(describe("state_dict: seed", expected, seed, "make a pool like it"))
+            raise ValueError(describe("state_dict: seed", expected, seed, _SAME_OPTIONS))
         for name, tensor in own.items():
             given = state_dict[name]
             if isinstance(given, Tensor) and (given.is_meta or given.layout is not torch.strided):
                 got = f"one on {given.device} of layout {given.layout}"
-                raise ValueError(describe(f"state_dict: {name}", "a dense tensor that holds data", got))
+                raise ValueError(describe(f"state_dict: {name}", "a dense tensor with data", got))
             if not isinstance(given, Tensor) or given.shape != tensor.shape or given.dtype != tensor.dtype:
                 got = f"{name_of(given.dtype)} of {tuple(given.shape)}" if isinstance(given, Tensor) else given
                 expected = f"{name_of(tensor.dtype)} of {tuple(tensor.shape)}"
-                raise ValueError(describe(f"state_dict: {name}", expected, got, "make a pool like it"))
+                raise ValueError(describe(f"state_dict: {name}", expected, got, _SAME_OPTIONS))
         free = _free_slots(state_dict["free"])
         if len(set(free)) != len(free) or not all(0 <= slot < self.slots - 1 for slot in free):
             raise ValueError(describe("state_dict: free", f"distinct slots below {self.slots - 1}", free))
-        with torch.no_grad():  # what is kept may be part of a graph
+        with torch.no_grad():  # saved tensors may be part of an autograd graph
             for name, tensor in own.items():
                 tensor.copy_(state_dict[name])
         self._free[:] = free
         self._root = seed
-        closed = torch.zeros(self.slots, dtype=torch.bool)
-        closed[[*free, self.slots - 1]] = True
-        self._unallocated.copy_(closed)
+        unallocated = torch.zeros(self.slots, dtype=torch.bool)
+        unallocated[[*free, self.slots - 1]] = True
+        self._unallocated.copy_(unallocated)
 
     def _settings(self) -> dict[str, Any]:
         return {name.removeprefix("_"): getattr(self, name) for name in _SETTINGS}
@@ -234,7 +236,7 @@ class PoolStorage:
     # --------------------------------------------------------------------------------------------------------- printing
     @property
     def kind(self) -> str:
-        """``"mamba2"`` or ``"gated_delta"``: the recurrence that the pool is for."""
+        """The recurrence of the pool: ``"mamba2"`` or ``"gated_delta"``."""
         return "mamba2" if self.state_name == "state" else "gated_delta"
 
     @property
@@ -256,13 +258,14 @@ class PoolStorage:
         return "\n".join(lines)
 
 
-def _free_slots(kept: object) -> list[int]:
-    """Slots in a state dict, a tensor or a sequence of ints, as a list."""
-    slots = kept
-    if isinstance(kept, Tensor) and kept.dim() == 1 and kept.dtype in (torch.int32, torch.int64) and not kept.is_meta:
-        slots = kept.tolist()
+def _free_slots(saved: object) -> list[int]:
+    """Return the free slots of a state dict, a tensor or a sequence of ints, as a list."""
+    slots = saved
+    integers = isinstance(saved, Tensor) and saved.dtype in (torch.int32, torch.int64)
+    if isinstance(saved, Tensor) and integers and saved.dim() == 1 and not saved.is_meta:
+        slots = saved.tolist()
     if not isinstance(slots, (list, tuple)) or not all(type(slot) is int for slot in slots):
-        got = f"{name_of(kept.dtype)} of {tuple(kept.shape)}" if isinstance(kept, Tensor) else repr(kept)
+        got = f"{name_of(saved.dtype)} of {tuple(saved.shape)}" if isinstance(saved, Tensor) else repr(saved)
         raise TypeError(describe("state_dict: free", "a tensor of slots, (n,), int64", got))
     return list(slots)
 
@@ -275,7 +278,7 @@ def _bytes(number: int) -> str:
 
 
 def _splitmix(number: Tensor, root: int) -> Tensor:
-    """The random int64 of the numbers of draws, by SplitMix64 from a root."""
+    """Return random int64 numbers for numbers of draws, by SplitMix64 from a root seed."""
     x = number * _signed(_SPLITMIX[0]) + _signed(root)
     for shift, factor in ((30, _SPLITMIX[1]), (27, _SPLITMIX[2])):
         x = (x ^ _shifted(x, shift)) * _signed(factor)
@@ -283,10 +286,10 @@ def _splitmix(number: Tensor, root: int) -> Tensor:
 
 
 def _signed(value: int) -> int:
-    """The int64 with the low 64 bits of a number."""
+    """Return the low 64 bits of a number as an int64."""
     return (value + 2**63) % 2**64 - 2**63
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """A logical shift to the right."""
+    """Shift right logically."""
     return x >> bits & (1 << 64 - bits) - 1

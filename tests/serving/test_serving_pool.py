@@ -259,11 +259,11 @@ def test_slots_are_taken_and_given_back():
     assert pool.slots == 4 and pool.pad_slot_id == 3 and pool.available == 3
     taken = [pool.allocate() for _ in range(3)]
     assert sorted(taken) == [0, 1, 2] and pool.available == 0
-    with pytest.raises(ValueError, match="slots: expected a free one, got 3 in use"):
+    with pytest.raises(ValueError, match="slots: expected a free slot, got 3 in use"):
         pool.allocate()
     pool.free(1)
     for slot in (1, 3, -1, 4):
-        with pytest.raises(ValueError, match="slot: expected one that is allocated"):
+        with pytest.raises(ValueError, match="slot: expected an allocated slot"):
             pool.free(slot)
     assert pool.allocate() == 1
 
@@ -368,9 +368,9 @@ BAD = {
     "slots: expected a slot in": lambda: make().reset_slot(7),
     "slots: expected slots in": lambda: make().reset_slot(torch.tensor([-1])),
     "slots: expected int32 or int64": lambda: make().reset_slot(torch.tensor([1.0])),
-    "destination: expected 1 slots like source": lambda: make().copy_slot(1, torch.tensor([2, 3])),
+    "destination: expected 1 slots, as many as in source": lambda: make().copy_slot(1, torch.tensor([2, 3])),
     "destination: expected distinct slots": lambda: make().copy_slot(torch.tensor([1, 2]), torch.tensor([3, 3])),
-    "destination: expected distinct slots that are no sources": lambda: make().copy_slot(1, 1),
+    "destination: expected distinct slots that are not sources": lambda: make().copy_slot(1, 1),
     "A: expected one tensor for each of 2 layers": lambda: make().materialize([torch.zeros(1)], 0, 1),
 }
 

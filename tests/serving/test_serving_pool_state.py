@@ -195,7 +195,7 @@ def test_moves_keep_types_and_copy_only_if_needed():
     assert pool.to("cpu") is pool and pool.to() is pool and pool.to(torch.device("cpu")) is pool
     assert pool.to(torch.zeros(1)) is pool and pool.to(device="cpu", copy=True) is not pool
     for arguments in ((torch.float16,), ("cpu", torch.float32)):
-        with pytest.raises(TypeError, match=r"dtype: expected None, as pools keep their types, got .*materialize into"):
+        with pytest.raises(TypeError, match=r"dtype: expected None, as a pool cannot change .*materialize into"):
             pool.to(*arguments)
     moved = pool.to("meta")
     assert moved.state.device.type == "meta" and moved.ring_start is None and moved.cache_buf_idx.is_meta
@@ -238,7 +238,7 @@ BAD_CONTENTS = {
     "seed: expected an int or None, got 'x'": {"seed": "x"},
     "seed: expected an int or None, got 1.5": {"seed": 1.5},
     "seed: expected an int, got None": {"seed": None},
-    "conv_state: expected a dense tensor that holds data": {"conv_state": mamba2().conv_state.to("meta")},
+    "conv_state: expected a dense tensor with data": {"conv_state": mamba2().conv_state.to("meta")},
     "draws: expected int64 of (6,), got 3": {"draws": 3},
 }
 
@@ -262,7 +262,7 @@ def test_state_dicts_that_are_none_and_such_with_graphs():
     for wrong in (None, 3, [1]):
         with pytest.raises(TypeError, match="state_dict: expected a dict that state_dict"):
             pool.load_state_dict(wrong)
-    with pytest.raises(ValueError, match="state_dict: expected what a pool like this one returned"):
+    with pytest.raises(ValueError, match="state_dict: expected the names of this pool's state_dict"):
         pool.load_state_dict({**pool.state_dict(), 7: None, "more": None})
     with pytest.raises(ValueError, match="state_dict: seed: expected None for a pool that does not round"):
         pool.load_state_dict({**pool.state_dict(), "seed": 3})
@@ -484,7 +484,7 @@ def test_destinations_that_nobody_allocated_are_refused_by_name(make, elsewhere,
         return slot if indices is int else torch.tensor([slot], dtype=indices)
 
     for slot in (target._free[-1], target._free[0], *([5] if make is gated else [])):
-        message = f"destination: expected allocated slots, got slot {slot} at position 0; take slots by allocate"
+        message = f"destination: expected allocated slots, got slot {slot} at position 0; get slots from allocate"
         with pytest.raises(ValueError, match=message):
             pool.copy_slot(given(source), given(slot), **other)
         with pytest.raises(ValueError, match=message):
@@ -611,9 +611,9 @@ def test_materialize_into_a_pool_of_another_type(out):
 UNFIT = {
     "kind": lambda: gated(),
     "layers": lambda: serving.StatePool.mamba2(1, 5, nheads=2, dim=16, dstate=64, window=8, tokens=3, **CONV),
-    "sizes of a state": lambda: mamba2(dim=32),
+    "shape of a state": lambda: mamba2(dim=32),
     "conv_state": lambda: mamba2(conv_shape=None),
-    "conv_state (type, channels, width)": lambda: mamba2(conv_shape=(CHANNELS, 3)),
+    "conv_state (dtype, channels, width)": lambda: mamba2(conv_shape=(CHANNELS, 3)),
 }
 
 
