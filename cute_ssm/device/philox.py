@@ -31,6 +31,13 @@ class RowCounter(NamedTuple):
     slot_high_and_token: Int32
 
 
+class RowRandom(NamedTuple):
+    """What the random bits of the rows of a head are drawn from."""
+
+    keys: list[RoundKey]
+    counter: RowCounter
+
+
 @dsl_user_op
 def _xor3(a: Uint32, b: Uint32, c: Uint32, *, loc: Any = None, ip: Any = None) -> Uint32:
     return Uint32(pure(T.i32(), [a, b, c], "lop3.b32 $0, $1, $2, $3, 0x96;", "=r,r,r,r", loc, ip))
@@ -73,9 +80,7 @@ def row_counter(slot: Int64, head: Int32, token: Int32) -> RowCounter:
     return RowCounter(Int32(head), low, high | Int32(token) & 0xFFFF)
 
 
-def words(
-    keys: list[RoundKey], counter: RowCounter, row: Int32, column: Int32, count: int, dstate: int
-) -> list[Int32]:
+def words(keys: list[RoundKey], counter: RowCounter, row: Int32, column: Int32, count: int, dstate: int) -> list[Int32]:
     """Return random words for `count` columns of a row from `column` on, two columns a word, as `convert` takes them.
 
     `count` is a power of two or a multiple of 8; `column` is a multiple of `count`.  The bits of a single column are

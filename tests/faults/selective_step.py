@@ -3,6 +3,9 @@
 from faults import Fault
 
 KERNEL = "cute_ssm/ops/selective_state_update/kernel.py"
+STORES = "cute_ssm/ops/selective_state_update/state_stores.py"
+IO = "cute_ssm/ops/selective_state_update/token_io.py"
+LOOP = "cute_ssm/ops/selective_state_update/token_loop.py"
 PRODUCTS = "cute_ssm/ops/selective_state_update/products.py"
 ONE = "tests/ops/test_selective_state_update.py::"
 MANY = "tests/ops/test_selective_state_update_tokens.py::"
@@ -11,15 +14,16 @@ RANGE = "tests/ops/test_out_of_range.py::"
 FAULTS = [
     Fault(
         "a scale is written to a padded destination",
-        KERNEL,
-        "if kept and self.view.owns_row(lane):",
+        STORES,
+        "if active and self.view.owns_row(lane):",
         "if self.view.owns_row(lane):",
         (RANGE + "test_slots_of_a_selective_state_update",),
     ),
     Fault(
         "no fence before the state leaves",
         KERNEL,
-        '            if const_expr(self.final):\n                cute.arch.fence_proxy("async.shared", space="cta")\n',
+        "            if const_expr(spec.writes_last_state):\n"
+        '                cute.arch.fence_proxy("async.shared", space="cta")\n',
         "",
         (ONE + "test_persistent_ring",),
     ),
@@ -40,8 +44,8 @@ FAULTS = [
     Fault(
         "the phase of a stage never changes",
         KERNEL,
-        "place, phase, stage = ahead, phase ^ 1 if after == 0 else phase, after",
-        "place, phase, stage = ahead, phase, after",
+        "unit, phase, stage = next_unit, phase ^ 1 if next_stage == 0 else phase, next_stage",
+        "unit, phase, stage = next_unit, phase, next_stage",
         (ONE + "test_persistent_ring",),
     ),
     Fault(
@@ -54,29 +58,29 @@ FAULTS = [
     Fault(
         "the column of the accepted token is one off",
         KERNEL,
-        "column = taken - 1 if taken > 0 else Int64(0)",
-        "column = taken if taken > 0 else Int64(0)",
+        "column = accepted - 1 if accepted > 0 else Int64(0)",
+        "column = accepted if accepted > 0 else Int64(0)",
         (RANGE + "test_columns_offsets_and_destinations_of_sequences",),
     ),
     Fault(
         "the skip term uses D of the first row",
-        KERNEL,
-        "memory.load_scalar(memory.address(D, h, row), self.D_dtype)",
-        "memory.load_scalar(memory.address(D, h, 0), self.D_dtype)",
+        IO,
+        "memory.load_scalar(memory.address(tensors.D, unit.head, row), self.D_dtype)",
+        "memory.load_scalar(memory.address(tensors.D, unit.head, 0), self.D_dtype)",
         (ONE + "test_sm_100a",),
     ),
     Fault(
         "the running decay is never multiplied in",
-        KERNEL,
-        "if carry < SMALLEST or carry > LARGEST:",
-        "if carry < 0.0:",
+        LOOP,
+        "if product < SMALLEST or product > LARGEST:",
+        "if product < 0.0:",
         (MANY + "test_products_and_loop[loop-decay=400.0]",),
     ),
     Fault(
         "random bits of the slot that is read",
-        KERNEL,
-        "        random = (*self.random(pool, slot, line, h, t), first)",
-        "        random = (*self.random(pool, slot, slot, h, t), first)",
+        STORES,
+        "        random = self.random(tensors, unit, target.slot, token)",
+        "        random = self.random(tensors, unit, unit.slot, token)",
         (MANY + "test_random_bits_are_those_of_the_reference",),
     ),
     Fault(

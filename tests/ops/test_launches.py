@@ -144,7 +144,7 @@ def test_messages_name_the_python_line(no_wait):
     call = workloads.build("selective_state_update", CALLS["selective_state_update"])
     with pytest.raises(ptxsim.RaceError) as caught, ptxsim.emulate(racecheck=True):
         call.run()
-    assert re.search(r"selective_state_update/kernel\.py:\d+ \(\w+\).* \| PTX line \d+: ", str(caught.value))
+    assert re.search(r"selective_state_update/\w+\.py:\d+ \(\w+\).* \| PTX line \d+: ", str(caught.value))
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,21 @@ class SelectiveStateUpdateSpec(Spec):
         """Whether states are quantised, with a scale per row."""
         return self.state_dtype in QUANTISED
 
+    @property
+    def decay_tied(self) -> bool:
+        """Whether one decay per head and token holds."""
+        return self.A_tied and self.dt_tied
+
+    @property
+    def writes_last_state(self) -> bool:
+        """Whether the state after the last token of a sequence is written, and to one slot."""
+        return self.update_state and not self.dst_columns
+
+    @property
+    def writes_every_state(self) -> bool:
+        """Whether the state after every token is written."""
+        return self.intermediates or (self.update_state and self.dst_columns)
+
     def text(self) -> str:
         layout = "tied" if self.A_tied else "dense"
         tokens = "" if self.tokens == "one" else f"-{self.tokens}"
