@@ -83,17 +83,17 @@ def patch(*models: str) -> Patch:
     skipped: dict[str, str] = {}
     for model in models or MODELS:
         try:
-            places = _find(model)
+            functions = _find(model)
         except (ImportError, CuteSsmError) as error:
             if models:
                 raise
             skipped[model] = str(error)
             continue
-        found += places
-        if callable(getattr(places[0][0], CHUNKS, None)):
+        found += functions
+        if callable(getattr(functions[0][0], CHUNKS, None)):
             skipped[f"{model}.{CHUNKS}"] = "this package has no kernel for Mamba-2 prefill"
     names = tuple(f"{module.__name__.split('.')[-2]}.{name}" for module, name in dict.fromkeys(found))
-    added = [place for place in dict.fromkeys(found) if place not in _originals]
+    added = [function for function in dict.fromkeys(found) if function not in _originals]
     for module, name in added:
         original = _originals[module, name] = getattr(module, name)
         setattr(module, name, (_scan if name == SCAN else _update)(original))
@@ -138,9 +138,11 @@ class Patch:
         ``model`` or ``model.function`` that is not replaced -> the reason.
     """
 
-    def __init__(self, patched: tuple[str, ...], skipped: dict[str, str], places: list[tuple[ModuleType, str]]) -> None:
+    def __init__(
+        self, patched: tuple[str, ...], skipped: dict[str, str], functions: list[tuple[ModuleType, str]]
+    ) -> None:
         self.patched, self.skipped = patched, skipped
-        self._places = places
+        self._functions = functions
 
     def __repr__(self) -> str:
         return f"Patch(patched={self.patched}, skipped={self.skipped})"
@@ -149,14 +151,14 @@ class Patch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        _restore(self._places)
+        _restore(self._functions)
 
 
-def _restore(places: list[tuple[ModuleType, str]]) -> None:
-    for place in places:
-        original = _originals.pop(place, None)
+def _restore(functions: list[tuple[ModuleType, str]]) -> None:
+    for function in functions:
+        original = _originals.pop(function, None)
         if original is not None:
-            setattr(*place, original)
+            setattr(*function, original)
 
 
 def _find(model: str) -> list[tuple[ModuleType, str]]:

@@ -134,7 +134,7 @@ class _Logged:
 def _find(key: Key) -> Any:
     ptxsim = import_module("ptxsim")
 
-    def make() -> lookup.Made:
+    def make() -> lookup.Compiled:
         start = time.perf_counter()
         with compiler.refusal(key.spec, key.config, key.arch):
             kernel = registry.kernel_class(key.spec)(key.spec, key.config, key.arch)
@@ -142,12 +142,12 @@ def _find(key: Key) -> Any:
             compiled = ptxsim.compile(kernel, *kernel.fakes(), arch=key.arch.name, reads_before_wait=early)
         seconds = time.perf_counter() - start
         logger().info("compiled %s for the emulator of %s in %.2f s", key.name, key.arch.name, seconds)
-        return lookup.Made(compiled, compiled.dump(), seconds)
+        return lookup.Compiled(compiled, compiled.dump(), seconds)
 
     folder = settings().cache_dir
     if folder is None:
         kernel = make().kernel
     else:
         kind = lookup.Kind(f".{ptxsim.image_format()}{EMULATED}", ptxsim.restore, make)
-        kernel = lookup.kept(Store(folder), key, kind)
+        kernel = lookup.load_or_compile(Store(folder), key, kind)
     return _Logged(key, kernel) if settings().log == "calls" else kernel

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _memory: dict[tuple[Spec, Config | None, str], Function] = {}
 _targets: dict[torch.device | None, Arch] = {}
-_referred: set[Spec] = set()  # specs whose run by the reference has been logged
+_logged_specs: set[Spec] = set()  # specs whose run by the reference has been logged
 
 
 def get(spec: Spec, config: Config | None = None, arch: Arch | None = None) -> Function:
@@ -151,7 +151,7 @@ def forget() -> None:
     with compiler.LOCK:
         _memory.clear()
         _targets.clear()
-        _referred.clear()
+        _logged_specs.clear()
 
 
 def _own_target(device: torch.device | None) -> Arch:
@@ -188,7 +188,7 @@ def _find(key: Key) -> Function:
             return function
     cache = settings().cache_dir
     kind = _objects(key)
-    found: Function = kind.make().kernel if cache is None else kept(Store(cache), key, kind)
+    found: Function = kind.make().kernel if cache is None else load_or_compile(Store(cache), key, kind)
     return found
 
 
@@ -203,7 +203,7 @@ def _from_bundle(store: Store, key: Key) -> Function | None:
     return function
 
 
-class Made(NamedTuple):
+class Compiled(NamedTuple):
     """A newly compiled kernel, the bytes to store, and the compile time in seconds."""
 
     kernel: Any
@@ -216,10 +216,10 @@ class Kind(NamedTuple):
 
     suffix: str
     load: Callable[[bytes], Any]
-    make: Callable[[], Made]
+    make: Callable[[], Compiled]
 
 
-def kept(store: Store, key: Key, kind: Kind) -> Any:
+def load_or_compile(store: Store, key: Key, kind: Kind) -> Any:
     """Return a kernel from the disk, or compile and store it.
 
     Reading takes no lock, so that it works on a read-only disk.  Compiling and moving a bad object need the lock.
@@ -261,9 +261,9 @@ def _stored(store: Store, key: Key, kind: Kind) -> Any | None:
 def _objects(key: Key) -> Kind:
     """Return the kind of kernels for GPUs."""
 
-    def make() -> Made:
+    def make() -> Compiled:
         data, seconds = _compile(key)
-        return Made(compiler.load(data, key.function), data, seconds)
+        return Compiled(compiler.load(data, key.function), data, seconds)
 
     return Kind(".o", lambda data: compiler.load(data, key.function), make)
 
@@ -280,8 +280,8 @@ def by_reference(spec: Spec, arguments: Iterable[Any]) -> None:
     """Log that a call with CPU tensors is about to run the PyTorch reference."""
     if settings().log == "off":
         return
-    if spec not in _referred:
-        _referred.add(spec)
+    if spec not in _logged_specs:
+        _logged_specs.add(spec)
         logger().info("no kernel for %s: the reference runs CPU tensors outside ptxsim.emulate()", spec.text())
     if settings().log == "calls":
         log_call("reference", spec.text(), arguments)

@@ -101,7 +101,7 @@ class Store:
                 raise BadObjectError("it has no record") from None
             return None
         except OSError as error:
-            self.trouble("read", error)
+            self.warn_once("read", error)
             return None
         except ValueError as error:
             raise BadObjectError(f"unreadable record: {error}") from None
@@ -112,7 +112,7 @@ class Store:
     def write(self, key: Key, data: bytes, compile_s: float, suffix: str = ".o") -> bool:
         """Store an object or shared library while holding the key's lock; return whether that succeeded."""
         if toolchain.sources_changed():
-            self.trouble("write", "the sources of cute_ssm have changed since this process read them")
+            self.warn_once("write", "the sources of cute_ssm have changed since this process read them")
             return False
         path = self.path(key, suffix)
         record = {
@@ -132,7 +132,7 @@ class Store:
             _replace(path, data)
             _replace(record_path(path), _json(record))
         except OSError as error:
-            self.trouble("write", error)
+            self.warn_once("write", error)
             return False
         return True
 
@@ -144,7 +144,7 @@ class Store:
             os.replace(path, path.with_name(BAD + path.name))
             record_path(path).unlink(missing_ok=True)
         except OSError as error:
-            self.trouble("move", error)
+            self.warn_once("move", error)
 
     def damaged(self, key: Key, reason: object, suffix: str = ".o") -> None:
         """Warn that an object is compiled again, with the reason."""
@@ -160,7 +160,7 @@ class Store:
             if file is not None:
                 file.close()
 
-    def trouble(self, verb: str, error: object) -> None:
+    def warn_once(self, verb: str, error: object) -> None:
         """Warn, once per folder and process, that kernels are cached in memory only."""
         if self.root not in self.warned:
             self.warned.add(self.root)
@@ -187,13 +187,13 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "ab")  # closed by lock()
         except OSError as error:
-            self.trouble("write", error)
+            self.warn_once("write", error)
             return None
         try:
             _flock(file)
         except (OSError, ImportError) as error:
             file.close()
-            self.trouble("lock", error)
+            self.warn_once("lock", error)
             return None
         return file
 
