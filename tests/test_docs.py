@@ -4,78 +4,160 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import cute_ssm
-from cute_ssm import arch, env, spec
+from cute_ssm import arch, env, serving, spec
 from cute_ssm.__main__ import main
 from cute_ssm.errors import UnsupportedSpecError
 from cute_ssm.runtime import doctor, toolchain
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tools/ptxsim/README.md", "tools/gpumodel/README.md")
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+SITE = sorted(DOCS.rglob("*.md"))
+OTHERS = ("CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", "tools/ptxsim/README.md", "tools/gpumodel/README.md")
+DOCUMENTS = [README, *(ROOT / name for name in OTHERS), *SITE]
+SOURCES = "https://github.com/cute-ssm/cute_ssm/"
 
 
-def section(title: str) -> str:
-    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.M | re.S).group(1)
+def section(path: Path, title: str) -> str:
+    """The text below a heading of the second level, up to the next."""
+    return re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", path.read_text(), re.M | re.S).group(1)
 
 
-def region(name: str) -> str:
-    return re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", README, re.S).group(1)
+def region(path: Path, name: str) -> str:
+    return re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", path.read_text(), re.S).group(1)
 
 
-def test_python_examples_run(capsys):
-    """The blocks are one program: the second runs the compiled kernel in the emulator, the others the reference."""
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
-    assert len(blocks) == 3
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(path: Path) -> list[str]:
+    """Python that a document shows; blocks that need a GPU, or a download, have the class no-run."""
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S)
+
+
+def run(path: Path) -> dict:
+    """Run the blocks of a document as one program."""
     torch.manual_seed(0)
     names: dict = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+    for block in blocks(path):
+        exec(compile(block, relative(path), "exec"), names)
+    return names
+
+
+def test_example_of_the_readme_runs():
+    names = run(README)
     assert names["out"].shape == (4, 8, 64)
     assert not names["out"][3].any(), "padding"
-    assert names["state"][[0, 3, 7]].any()
-    assert names["pool"].prev_num_accepted_tokens.tolist()[:2] == [8, 6] and names["pool"].state[:, :2].any()
-    assert len(names["session"].launches) == 1
-    assert capsys.readouterr().out
+    assert names["out"][:3].any() and names["state"][[0, 3, 7]].any()
+
+
+@pytest.mark.parametrize("page", [page for page in SITE if blocks(page)], ids=relative)
+def test_examples_of_a_page_run(page, capsys):
+    names = run(page)
+    if page.name == "emulator.md":
+        assert len(names["session"].launches) == 1
+        assert capsys.readouterr().out
+    if page == DOCS / "guides" / "serving.md":
+        assert names["pool"].prev_num_accepted_tokens.tolist()[:2] == [8, 6] and names["pool"].state[:, :2].any()
+    if page.name == "preemption.md":
+        assert torch.equal(names["same"].state, names["pool"].state) and names["same"].available == 15
+
+
+def test_pages_with_examples_are_found():
+    assert {"serving.md", "preemption.md", "gated-delta-nets.md", "tuning.md", "emulator.md"} <= {
+        page.name for page in SITE if blocks(page)
+    }
+
+
+def test_readme_fits_120_to_150_lines():
+    assert 120 <= len(README.read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("document", [README, ROOT / "CONTRIBUTING.md", *SITE], ids=relative)
+def test_lines_fit_120_columns(document):
+    """But for tables, links that are longer, and what results generate."""
+    text = re.sub(r"<!-- (\S+):begin -->.*?<!-- \1:end -->", "", document.read_text(), flags=re.S)
+    long = [line for line in text.splitlines() if len(line) > 120 and not re.match(r"\s*(\||!?\[|https?:)", line)]
+    assert not long
+
+
+def test_site_builds_and_has_every_public_function(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    operators = (tmp_path / "api" / "operators" / "index.html").read_text()
+    assert all(f'id="cute_ssm.{name}"' in operators for name in cute_ssm.__all__ if name != "__version__")
+    functions = (tmp_path / "api" / "serving" / "index.html").read_text()
+    assert all(f'id="cute_ssm.serving.{name}"' in functions for name in serving.__all__)
 
 
 def test_environment_table_is_that_of_the_code():
     rows = [f"| `{row.name}` | {row.default} | {row.meaning} |" for row in env.VARIABLES]
-    assert region("environment").splitlines() == ["| variable | default | meaning |", "| --- | --- | --- |", *rows]
+    shown = region(DOCS / "environment.md", "environment").splitlines()
+    assert shown == ["| variable | default | meaning |", "| --- | --- | --- |", *rows]
+
+
+def operators_of(table: str) -> list[str]:
+    """Names in the first column of a table."""
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    return [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
 
 
 def test_support_table_names_operators_types_and_targets_of_the_code():
-    rows = [line for line in section("Support").splitlines() if line.startswith("| `")]
-    operators = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
-    assert sorted(operators) == sorted(set(cute_ssm.__all__) - {"__version__"})
+    table = section(DOCS / "support.md", "Operators")
+    assert sorted(operators_of(table)) == sorted(set(cute_ssm.__all__) - {"__version__"})
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
     for row in rows:
         assert re.findall(r"\bsm_\w+", row) == list(arch.ARCHS)
     types = re.findall(r"\b(?:b?float\d+(?:_e4m3fn)?|int\d+)\b", rows[0])
     assert sorted(types) == sorted((*3 * spec.FLOATS, *spec.QUANTISED))
 
 
+def test_support_table_of_the_readme_names_operators_types_and_targets_of_the_code():
+    text = section(README, "Support")
+    assert sorted(operators_of(text)) == sorted(set(cute_ssm.__all__) - {"__version__"})
+    first = next(line for line in text.splitlines() if line.startswith("| `"))
+    types = re.findall(r"\b(?:b?float\d+(?:_e4m3fn)?|int\d+)\b", first)
+    assert sorted(types) == sorted((*spec.FLOATS, *spec.QUANTISED))
+    assert re.findall(r"\bsm_\w+", text) == list(arch.ARCHS)
+
+
+def test_targets_are_those_of_the_code():
+    rows = re.findall(r"^\| (sm_\w+) \| (\d+)\.(\d+) \|", section(DOCS / "support.md", "GPUs"), re.M)
+    assert [(name, (int(major), int(minor))) for name, major, minor in rows] == [
+        (each.name, each.capability) for each in arch.ARCHS.values()
+    ]
+
+
 def test_table_of_counters_is_that_of_the_results():
     script = ROOT / "tools" / "bench" / "counters.py"
     module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location("bench_counters", script))
     found.loader.exec_module(module)
-    if not module.RESULTS.exists():
-        assert not region("counters").strip(), "figures without results"
-        return
-    assert region("counters").strip() == module.table(json.loads(module.RESULTS.read_text())).strip()
+    results = json.loads(module.RESULTS.read_text())
+    shown = region(DOCS / "performance" / "counters.md", "counters")
+    assert shown.strip() == f"{module.table(results)}\n\n({module.about(results)})"
 
 
 @pytest.mark.parametrize(
     ("dim", "dstate", "state"), [(12, 64, "float16"), (64, 8, "float16"), (64, 300, "float16"), (64, 100, "int8")]
 )
-def test_what_is_refused_is_what_not_yet_says(dim, dstate, state):
-    assert "dims that are no multiple of 8, dstate outside 16 to 256" in " ".join(section("Not yet").split())
+def test_what_is_refused_is_what_the_limitations_say(dim, dstate, state):
+    said = " ".join(section(DOCS / "support.md", "Limitations").split())
+    assert "dims that are no multiple of 8, dstate outside 16 to 256" in said
     one = torch.zeros(1, 1, dim)
     column = torch.zeros(1, 1, dstate)
     pool = torch.zeros(1, 1, dim, dstate, dtype=getattr(torch, state))
@@ -90,35 +172,46 @@ def test_versions_that_the_package_checks_are_those_it_declares():
     for name, accepted in ((toolchain.DSL, toolchain.DSL_RANGE), (toolchain.TVM_FFI, toolchain.TVM_FFI_RANGE)):
         assert f'"{toolchain.requirement(name, accepted)}"' in declared
     assert f'"{toolchain.requirement("torch", doctor.TORCH_RANGE)}"' in declared
-    assert f"nvidia-cutlass-dsl {'.'.join(map(str, toolchain.DSL_RANGE[0]))}," in (ROOT / "CONTRIBUTING.md").read_text()
+    assert f"nvidia-cutlass-dsl {'.'.join(map(str, toolchain.DSL_RANGE[0]))}," in (DOCS / "cute-dsl.md").read_text()
 
 
 @pytest.mark.parametrize("command", ["env", "cache", "warmup", "tune", "demo"])
-def test_options_of_the_command_line_exist(command, capsys):
+def test_documented_options_of_a_command_are_those_of_its_parser(command, capsys):
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])
     assert done.value.code == 0
     words = set(re.findall(r"--[\w-]+", capsys.readouterr().out)) - {"--help"}
-    rows = "\n".join(line for line in section("Command line").splitlines() if f"cute_ssm {command}" in line)
-    assert words == set(re.findall(r"--[\w-]+", rows))
+    rows = re.findall(r"^\| `(--[\w-]+)` \|", section(DOCS / "cli.md", command), re.M)
+    assert sorted(words) == sorted(rows)
+
+
+def test_documented_commands_are_those_of_the_parser(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    commands = re.findall(r"^    (\w+)  ", capsys.readouterr().out, re.M)
+    assert re.findall(r"^\| \[`(\w+)`\]", (DOCS / "cli.md").read_text(), re.M) == commands
+
+
+def test_documented_tools_exist():
+    named = re.findall(r"`(?:python )?(tools/[\w/.]+)", section(DOCS / "cli.md", "Tools of the repository"))
+    assert len(named) >= 10 and all((ROOT / name).exists() for name in named)
 
 
 def test_ci_installs_and_tests_as_the_readme_says():
     commands = (ROOT / ".ci" / "run").read_text().splitlines()
-    packages, extra, test = re.search(r'pip install (.*)"\.\[(\w+)\]" && (pytest.*)', section("Two commands")).groups()
+    start = section(README, "Quick start")
+    packages, extra, test = re.search(r'pip install (.*)"\.\[(\w+)\]" && (pytest.*)', start).groups()
     assert commands[-1] == test
     assert f'python -m pip install --quiet {packages}".[{extra},dev]"' in commands
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
 def test_files_named_in_documents_exist(document):
-    path = ROOT / document
-    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
-    links = [path.parent / link for link in re.findall(r"\]\(([^)#:]+)\)", text)]
-    named = {name for name in re.findall(r"`((?:cute_ssm|tools|tests|\.ci)/[\w./]*)`", text)}
-    if not region("counters").strip():
-        named.discard("tools/bench/results/")  # the table has no rows yet
-    missing = [str(p) for p in (*links, *(ROOT / name for name in named)) if not p.exists()]
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.M | re.S)
+    links = [document.parent / link for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)]
+    links += [ROOT / path for path in re.findall(rf"\]\({SOURCES}(?:blob|tree)/main/([^)#]+)", text)]
+    named = [ROOT / name for name in re.findall(r"`((?:cute_ssm|tools|tests|docs|examples|\.ci)/[\w./]*)`", text)]
+    missing = [str(path) for path in (*links, *named) if not path.exists()]
     assert not missing
 
 
@@ -130,7 +223,7 @@ def test_no_tracked_file_names_a_place_of_one_machine():
     found = []
     for name in listed.stdout.splitlines():
         path = ROOT / name
-        if path.suffix in (".safetensors", ".png") or not path.is_file() or path == Path(__file__):
+        if path.suffix in (".safetensors", ".png", ".svg") or not path.is_file() or path == Path(__file__):
             continue
         for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
             if place.search(line):

@@ -27,8 +27,20 @@ from typing import NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "tests" / "faults"
-COPIED = ("cute_ssm", "tools", "tests", "pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", ".ci")
-LEFT_OUT = ("__pycache__", ".pytest_cache", "plots")
+COPIED = (
+    "cute_ssm",
+    "tools",
+    "tests",
+    "pyproject.toml",
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs",
+    "examples",
+    "mkdocs.yml",
+    ".ci",
+)
+LEFT_OUT = ("__pycache__", ".pytest_cache")
 ENOUGH = 0.95
 TIMEOUT_S = 600  # of the tests of one fault
 TEST_S = 60  # of one test, where there are many
