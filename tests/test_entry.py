@@ -23,10 +23,9 @@ from cute_ssm.device import fakes as fakes_of_kernels
 from cute_ssm.ops.checkpointing_ssu import kernel as checkpointing_ssu
 from cute_ssm.ops.checkpointing_ssu import operator as checkpointing
 from cute_ssm.ops.checkpointing_ssu.config import choose as choose_checkpointing
-from cute_ssm.ops.selective_state_update import arguments as arguments
 from cute_ssm.ops.selective_state_update import kernel as selective_step
 from cute_ssm.ops.selective_state_update import operator as operator
-from cute_ssm.ops.selective_state_update.config import choose
+from cute_ssm.ops.selective_state_update.arguments import TABLE
 
 
 @cute.jit
@@ -44,21 +43,18 @@ def entry(report: cute.Tensor, tensors: list, pad: Int64, max_tokens: Int32, max
 
 
 def compiled(call: dict, monkeypatch):
-    """(compiled entry, operands) of a call of the operator."""
-    seen = {}
-
-    def capture(spec, operands, settings):
-        seen.update(spec=spec, operands=operands, bound=arguments.limit(operands, settings))
-
-    monkeypatch.setattr(operator, "_run_on_cpu", capture)
+    """(compiled entry, tensors by name) of a call of the operator."""
+    calls = []
+    monkeypatch.setattr(operator._path, "run", lambda key, checked: calls.append(checked))
     operator.selective_state_update(**call)
+    (checked,) = calls
     on_cpu = functools.partial(make_fake_tensor, memspace=cute.AddressSpace.generic)
     monkeypatch.setattr(fakes_of_kernels, "make_fake_tensor", on_cpu)
-    config = choose(seen["spec"], archs.SM_90A, 8, 132, seen["bound"])
-    *fakes, pad, tokens, ctas, _ = selective_step.SelectiveStep(seen["spec"], config, archs.SM_90A).fakes()
+    config = checked.choose(archs.SM_90A, 132)
+    *fakes, pad, tokens, ctas, _ = selective_step.SelectiveStep(checked.spec, config, archs.SM_90A).fakes()
     report = on_cpu(Int64, (cute.sym_int32(),), (1,))
     function = cute.compile(entry, report, fakes, pad, tokens, ctas, options="--enable-tvm-ffi")
-    return function.__tvm_ffi_object__(), seen["operands"]
+    return function.__tvm_ffi_object__(), dict(zip(TABLE.tensors, checked.operands))
 
 
 CASES = [
@@ -75,9 +71,10 @@ CASES = [
 def test_sizes_and_strides_arrive(case, monkeypatch):
     module = step_cases if isinstance(case, step_cases.Case) else token_cases
     function, operands = compiled(module.arguments(case), monkeypatch)
-    wanted = [v for t in operands if t is not None for v in (*t.shape, *t.stride())]
+    tensors = list(operands.values())
+    wanted = [v for t in tensors if t is not None for v in (*t.shape, *t.stride())]
     report = torch.zeros(len(wanted) + 3, dtype=torch.int64)
-    function(report, list(operands), -1, 7, 528)
+    function(report, tensors, -1, 7, 528)
     assert report.tolist() == [*wanted, -1, 7, 528]
 
 
@@ -88,20 +85,20 @@ def test_what_the_operator_leaves_to_the_entry(monkeypatch):
     report = torch.zeros(80, dtype=torch.int64)
     misaligned = torch.zeros(3 * 2 * 128 + 1, dtype=torch.bfloat16)[1:].view(3, 2, 128)
     for name, wrong in {
-        "A": operands.A.contiguous(),  # not tied
-        "dt": operands.dt.contiguous(),
-        "x": operands.x.float(),
+        "A": operands["A"].contiguous(),  # not tied
+        "dt": operands["dt"].contiguous(),
+        "x": operands["x"].float(),
         "z": None,
         "B": misaligned,
-        "C": operands.C[:2],
-        "out": operands.out[..., :32],
-        "state": operands.state[:, :, :, :64],
-        "state_batch_indices": operands.state_batch_indices.long(),
-        "dst_state_batch_indices": operands.state_batch_indices,
+        "C": operands["C"][:2],
+        "out": operands["out"][..., :32],
+        "state": operands["state"][:, :, :, :64],
+        "state_batch_indices": operands["state_batch_indices"].long(),
+        "dst_state_batch_indices": operands["state_batch_indices"],
     }.items():
         with pytest.raises((TypeError, ValueError)):
-            function(report, list(operands._replace(**{name: wrong})), -1, 1, 528)
-    function(report, list(operands), -1, 1, 528)
+            function(report, list({**operands, name: wrong}.values()), -1, 1, 528)
+    function(report, list(operands.values()), -1, 1, 528)
 
 
 # ------------------------------------------------------------------------------------------------- checkpointing_ssu

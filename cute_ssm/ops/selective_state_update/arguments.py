@@ -301,9 +301,7 @@ def _check_shapes(given: Given) -> str:
     if given["x"].dim() != len(axes) + 2:
         expected = f"shape {X_SHAPES['packed' if packed else 'dense']}"
         raise ValueError(describe("x", expected, tuple(given["x"].shape)))
-    given.check_ranks(
-        {"tokens": dict.fromkeys(axes, 0)}, ("state", "B", "cu_seqlens", "intermediate_states_buffer")
-    )
+    given.check_ranks({"tokens": dict.fromkeys(axes, 0)}, ("state", "B", "cu_seqlens", "intermediate_states_buffer"))
     slots, nheads, dim, dstate = given["state"].shape
     if not (nheads and dim and dstate):
         raise ValueError(describe("state", "at least one head, row and column", tuple(given["state"].shape)))

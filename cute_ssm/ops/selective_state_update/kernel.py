@@ -29,8 +29,9 @@ from cutlass.memory import SmemAllocator
 from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import convert, launch, memory
 from cute_ssm.device.bounds import in_range
-from cute_ssm.device.fakes import fake
+from cute_ssm.device.fakes import Layout, of_table
 from cute_ssm.device.state import StateView
+from cute_ssm.ops.selective_state_update.arguments import TABLE, TOKENS
 from cute_ssm.ops.selective_state_update.columns import StagedColumns
 from cute_ssm.ops.selective_state_update.config import SelectiveStepConfig, choose, staged_bytes, state_vector
 from cute_ssm.ops.selective_state_update.products import TokenProducts
@@ -78,45 +79,47 @@ class SelectiveStep:
     # ------------------------------------------------------------------------------------------------------------ host
     def fakes(self) -> tuple[Any, ...]:
         """Return the arguments of `__call__` as the compiler sees them: what is static, and which sizes are equal."""
-        spec, view = self.spec, self.view
-        batch, tokens, total, nheads, ngroups, slots, rows, steps = (cute.sym_int32() for _ in range(8))
-        dim, dstate = spec.dim, spec.dstate
-
-        def when(present: object, *args: Any) -> Any:
-            return fake(*args) if present else None
-
-        token = {"one": (batch,), "batched": (batch, tokens), "packed": (total,)}[spec.tokens]
-        row, column = (*token, nheads, dim), (*token, ngroups, dstate)
-        bulk = 16 * 8 // view.dtype.width
-        inner = {True: (0,), False: ()}
-        A_layout = ((0, 0), 1) if spec.A_tied else ((1,), self.io.input_vector(self.io.A_dtype))
-        columns = (self.io.input_dtype, column, (1,), self.io.input_vector(self.io.input_dtype))
-        src = (batch, cute.sym_int32()) if spec.src_columns else (batch,)
-        dst = (batch, cute.sym_int32()) if spec.dst_columns else (batch,)
-        saved = spec.intermediates
+        spec, io = self.spec, self.io
+        scale_dtype = "float32" if spec.scaled else None
+        dtypes = {
+            "state": spec.state_dtype,
+            "x": spec.input_dtype,
+            "dt": spec.dt_dtype,
+            "A": spec.A_dtype,
+            "D": spec.D_dtype,
+            "z": spec.input_dtype if spec.has_z else None,
+            "dt_bias": spec.dt_bias_dtype,
+            "state_scale": scale_dtype,
+            "state_batch_indices": spec.src_dtype,
+            "dst_state_batch_indices": spec.dst_dtype,
+            "num_accepted_tokens": spec.accepted_dtype,
+            "cu_seqlens": spec.cu_dtype,
+            "intermediate_states_buffer": spec.state_dtype if spec.intermediates else None,
+            "intermediate_state_indices": spec.intermediate_dtype,
+            "intermediate_state_scales": scale_dtype if spec.intermediates else None,
+            "rand_seed": "int64" if spec.philox_rounds else None,
+        }
+        axes = {
+            "tokens": TOKENS[spec.tokens],
+            "src": ("batch", "src_columns") if spec.src_columns else ("batch",),
+            "dst": ("batch", "dst_columns") if spec.dst_columns else ("batch",),
+        }
+        tied, untied = Layout((0,)), Layout()
+        columns = Layout((1,), io.input_vector(io.input_dtype))
+        layouts = {
+            "dt": tied if spec.dt_tied else untied,
+            "A": Layout((0, 0)) if spec.A_tied else Layout((1,), io.input_vector(io.A_dtype)),
+            "B": columns,
+            "C": columns,
+            "D": tied if spec.D_tied else untied,
+            "dt_bias": tied if spec.dt_tied else untied,
+            "rand_seed": Layout((1,)),
+        }
+        sizes = {"dim": spec.dim, "dstate": spec.dstate, "seeds": "slots" if spec.seed_per_slot else 1}
+        numbers = (Int64(0), Int32(0), Int32(0))  # pad_slot_id, max_tokens, max_ctas
         return (
-            fake(view.dtype, (slots, nheads, dim, dstate), (dstate, 1), bulk),
-            fake(self.io.input_dtype, row, (1,)),
-            fake(self.io.dt_dtype, row, inner[spec.dt_tied]),
-            fake(self.io.A_dtype, (nheads, dim, dstate), *A_layout),
-            fake(*columns),
-            fake(*columns),
-            when(spec.D_dtype, spec.D_dtype, (nheads, dim), inner[spec.D_tied]),
-            when(spec.has_z, self.io.input_dtype, row, (1,)),
-            when(spec.dt_bias_dtype, spec.dt_bias_dtype, (nheads, dim), inner[spec.dt_tied]),
-            fake(self.io.input_dtype, row, (1,)),
-            when(view.scaled, "float32", (slots, nheads, dim), (1,)),
-            when(spec.src_dtype, spec.src_dtype, src),
-            when(spec.dst_dtype, spec.dst_dtype, dst),
-            when(spec.accepted_dtype, spec.accepted_dtype, (batch,)),
-            when(spec.cu_dtype, spec.cu_dtype, (cute.sym_int32(),)),
-            when(saved, view.dtype, (rows, steps, nheads, dim, dstate), (dstate, 1), bulk),
-            when(spec.intermediate_dtype, spec.intermediate_dtype, (batch,)),
-            when(saved and view.scaled, "float32", (rows, steps, nheads, dim), (1,)),
-            when(spec.philox_rounds, "int64", (slots if spec.seed_per_slot else 1,), (1,)),
-            Int64(0),
-            Int32(0),
-            Int32(0),
+            *of_table(TABLE, dtypes, sizes, axes, layouts),
+            *numbers,
             make_fake_stream(use_tvm_ffi_env_stream=True),
         )
 

@@ -107,9 +107,7 @@ def update(call: Arguments, philox_rounds: int) -> None:
         _keep(o, philox_rounds, states, source, rows, ends, t)
 
 
-def _keep(
-    o: Arguments, rounds: int, states: Tensor, source: Tensor, rows: Tensor, ends: Tensor, t: int
-) -> None:
+def _keep(o: Arguments, rounds: int, states: Tensor, source: Tensor, rows: Tensor, ends: Tensor, t: int) -> None:
     """Store states after token t: of `rows` where every token's goes somewhere, of `ends` where the last one's does."""
 
     def store(
