@@ -2,7 +2,7 @@
 
 from faults import Fault
 
-VIEWS = "tests/ops/test_checkpointing_ssu_views.py::"
+VIEWS = "tests/ops/checkpointing_ssu/test_checkpointing_ssu_views.py::"
 LONGER = "tests/ops/test_longer_index_tensors.py::"
 ADVICE = "tests/ops/test_advice.py::"
 

@@ -5,8 +5,9 @@ from faults import Fault
 CONSUMER = "cute_ssm/ops/checkpointing_ssu/consumer.py"
 PREP = "cute_ssm/ops/checkpointing_ssu/prep.py"
 KERNEL = "cute_ssm/ops/checkpointing_ssu/kernel.py"
-COUNTS = "tests/ops/test_checkpointing_ssu.py::test_every_number_of_accepted_tokens_of_the_kernel"
-FORMS = "tests/ops/test_checkpointing_ssu.py::test_forms_on_one_multiprocessor[ring-dynamic-{'schedule': 2}]"
+COUNTS = "tests/ops/checkpointing_ssu/test_checkpointing_ssu.py::test_every_number_of_accepted_tokens_of_the_kernel"
+TESTS = "tests/ops/checkpointing_ssu/test_checkpointing_ssu.py::"
+FORMS = TESTS + "test_forms_on_one_multiprocessor[ring-dynamic-{'schedule': 2}]"
 LATER = "tests/ops/test_later_tokens.py::test_checkpointing_kernel"
 RANGE = "tests/ops/test_out_of_range.py::"
 
@@ -45,7 +46,7 @@ FAULTS = [
         CONSUMER,
         "            sums = self.tile.product(at, block[1])\n            self.leave(empty, s, lane)",
         "            self.leave(empty, s, lane)\n            sums = self.tile.product(at, block[1])",
-        ("tests/ops/test_checkpointing_ssu.py::test_units_of_three_heads", COUNTS),
+        ("tests/ops/checkpointing_ssu/test_checkpointing_ssu.py::test_units_of_three_heads", COUNTS),
     ),
     Fault(
         "a new state is overwritten while it leaves",

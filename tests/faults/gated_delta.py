@@ -7,9 +7,9 @@ CHUNK = "cute_ssm/ops/_gated_delta/coefficients.py"
 ROWS = "cute_ssm/ops/_gated_delta/rows.py"
 SEQUENTIAL = "cute_ssm/ops/gated_delta_rule_mtp/sequential.py"
 REPLAY = "cute_ssm/ops/gated_delta_rule_replay/kernel.py"
-RULE = "tests/ops/test_gated_delta_rule.py::"
-LATER = "tests/ops/test_gated_delta_rule_later_tokens.py::"
-RING = "tests/ops/test_gated_delta_rule_replay.py::"
+RULE = "tests/ops/gated_delta_rule_mtp/test_gated_delta_rule.py::"
+LATER = "tests/ops/gated_delta_rule_mtp/test_gated_delta_rule_later_tokens.py::"
+RING = "tests/ops/gated_delta_rule_replay/test_gated_delta_rule_replay.py::"
 RANGE = "tests/ops/test_out_of_range.py::"
 
 FAULTS = [

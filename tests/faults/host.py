@@ -4,9 +4,9 @@ from faults import Fault
 
 STORE = "cute_ssm/runtime/store.py"
 LOOKUP = "cute_ssm/runtime/lookup.py"
-CACHE = "tests/test_runtime_cache.py::"
+CACHE = "tests/runtime/test_runtime_cache.py::"
 TABLES = "cute_ssm/tuning/tables.py"
-TABLE_TESTS = "tests/compat/test_tuning_tables.py::"
+TABLE_TESTS = "tests/tuning/test_tuning_tables.py::"
 SEARCH = "cute_ssm/tuner/search.py"
 
 FAULTS = [
@@ -36,7 +36,7 @@ FAULTS = [
         STORE,
         "return digest(self.spec, self.config, self.arch, registry.fingerprint(self.spec))",
         "return digest(self.spec, self.arch, registry.fingerprint(self.spec))",
-        ("tests/test_runtime_key.py::test_every_field_changes_key_and_file_name",),
+        ("tests/runtime/test_runtime_key.py::test_every_field_changes_key_and_file_name",),
     ),
     Fault(
         "warnings of every call",
@@ -136,14 +136,14 @@ FAULTS = [
         "cute_ssm/compat/fla.py",
         "pool.copy_(initial_state.mT)",
         "pool.copy_(initial_state.reshape(pool.shape))",
-        ("tests/ops/test_gated_delta_rule_compat.py::test_fla",),
+        ("tests/ops/gated_delta_rule_mtp/test_gated_delta_rule_compat.py::test_fla",),
     ),
     Fault(
         "half of the bandwidth of a copy",
         "tools/bench/roof.py",
         "return 2 * source.numel() / (",
         "return source.numel() / (",
-        ("tests/bench/test_bench.py::test_the_bandwidth_of_a_copy_is_of_bytes_read_and_written",),
+        ("tests/tools/test_bench.py::test_the_bandwidth_of_a_copy_is_of_bytes_read_and_written",),
     ),
     Fault(
         "a file of floats is taken",
@@ -157,7 +157,7 @@ FAULTS = [
         "cute_ssm/ops/build_work_items/config.py",
         "FEW_ROWS // WARP if batch <= FEW_ROWS else MOST_WARPS",
         "MOST_WARPS + 1 if batch <= FEW_ROWS else MOST_WARPS",
-        ("tests/serving/test_serving_cursors.py::test_emulated_sizes",),
+        ("tests/ops/commit/test_serving_cursors.py::test_emulated_sizes",),
     ),
     Fault(
         "decoding by tokens for any number of them",

@@ -3,7 +3,7 @@
 from faults import Fault
 
 PDL = "tests/ops/test_launches.py::"
-PLANS = "tests/test_plans.py::"
+PLANS = "tests/ops/test_plans.py::"
 
 FAULTS = [
     Fault(
@@ -84,6 +84,6 @@ FAULTS = [
         "cute_ssm/runtime/toolchain.py",
         " and at != _AHEAD.get(file)",
         "",
-        ("tests/test_runtime_cache.py::test_a_time_in_the_future_is_no_edit_until_it_changes",),
+        ("tests/runtime/test_runtime_cache.py::test_a_time_in_the_future_is_no_edit_until_it_changes",),
     ),
 ]

@@ -8,8 +8,8 @@ POOLS = "tests/serving/test_serving_pool_state.py::"
 COPY = POOLS + "test_a_copy_goes_on_like_the_pool_bit_for_bit_and_apart_from_it"
 LIBRARY, STORAGE = "cute_ssm/ops/_library.py", "cute_ssm/serving/storage.py"
 POOL, FOLD = "cute_ssm/serving/pool.py", "cute_ssm/ops/materialize_gated_delta/kernel.py"
-GATED = "tests/serving/test_serving_out_of_range.py::test_rows_of_a_materialisation_of_gated_delta_nets"
-STATES = "tests/serving/test_serving_materialize_gated.py::test_emulated"
+GATED = "tests/ops/test_serving_out_of_range.py::test_rows_of_a_materialisation_of_gated_delta_nets"
+STATES = "tests/ops/materialize_gated_delta/test_serving_materialize_gated.py::test_emulated"
 
 FAULTS = [
     Fault(

@@ -6,12 +6,12 @@ KERNEL = "cute_ssm/ops/selective_scan/kernel.py"
 EXTENTS = "cute_ssm/ops/selective_scan/extents.py"
 DEVICE = "cute_ssm/device/scan.py"
 MATH = "cute_ssm/device/math.py"
-BASE = "tests/ops/test_selective_scan.py::test_kernel[base]"
+BASE = "tests/ops/selective_scan/test_selective_scan.py::test_kernel[base]"
 PERSISTENT = (
-    "tests/ops/test_selective_scan.py::test_persistent[lengths=(70, 70)-dim=130-{'async_mode': 'late'}-"
+    "tests/ops/selective_scan/test_selective_scan.py::test_persistent[lengths=(70, 70)-dim=130-{'async_mode': 'late'}-"
     "{'lanes': 4, 'warps': 4}]"
 )
-PARTS = "tests/ops/test_selective_scan_parts.py::test_kernel[lengths=(53, 53, 53)]"
+PARTS = "tests/ops/selective_scan/test_selective_scan_parts.py::test_kernel[lengths=(53, 53, 53)]"
 
 FAULTS = [
     Fault(
@@ -33,7 +33,7 @@ FAULTS = [
         KERNEL,
         "start = memory.address(C, row, group, known, 0)",
         "start = memory.address(C, row, 0, known, 0)",
-        ("tests/ops/test_selective_scan.py::test_kernel[ngroups=2]",),
+        ("tests/ops/selective_scan/test_selective_scan.py::test_kernel[ngroups=2]",),
     ),
     Fault(
         "states of lanes beyond the last channel are written",
@@ -68,14 +68,14 @@ FAULTS = [
         KERNEL,
         "real = real and (high < end or part == 0)",
         "real = real and high < end",
-        ("tests/ops/test_selective_scan_parts.py::test_kernel[lengths=(45, 0, 12, 1, 30)-varlen=True]",),
+        ("tests/ops/selective_scan/test_selective_scan_parts.py::test_kernel[lengths=(45, 0, 12, 1, 30)-varlen=True]",),
     ),
     Fault(
         "the gate loses its sign",
         MATH,
         "return x * reciprocal(power_of_two(x * -LOG2E) + 1.0)",
         "return x * reciprocal(power_of_two(x * LOG2E) + 1.0)",
-        ("tests/ops/test_selective_scan.py::test_kernel[base]",),
+        ("tests/ops/selective_scan/test_selective_scan.py::test_kernel[base]",),
     ),
     Fault(
         "softplus by one coefficient less",
@@ -89,28 +89,28 @@ FAULTS = [
         DEVICE,
         "    distance = lanes // 2\n    while distance:\n",
         "    distance = 1 if lanes > 1 else 0\n    while 0 < distance < lanes:\n",
-        ("tests/ops/test_selective_scan.py::test_bits_do_not_depend_on_batch_tiling_or_repetition",),
+        ("tests/ops/selective_scan/test_selective_scan.py::test_bits_do_not_depend_on_batch_tiling_or_repetition",),
     ),
     Fault(
         "a token too many is stored",
         DEVICE,
         "if token + i >= tokens.begin and token + i < tokens.end:\n                    memory.store_scalar",
         "if token + i >= tokens.begin and token + i <= tokens.end:\n                    memory.store_scalar",
-        ("tests/ops/test_selective_scan.py::test_packed_sequences_are_those_of_single_calls",),
+        ("tests/ops/selective_scan/test_selective_scan.py::test_packed_sequences_are_those_of_single_calls",),
     ),
     Fault(
         "splits without a gain",
         "cute_ssm/ops/selective_scan/config.py",
         "return split if time(split) * SPLIT_GAIN <= time(whole) else whole",
         "return split if time(split) <= time(whole) * SPLIT_GAIN else whole",
-        ("tests/ops/test_selective_scan_parts.py::test_who_is_split",),
+        ("tests/ops/selective_scan/test_selective_scan_parts.py::test_who_is_split",),
     ),
     Fault(
         "parts of any length",
         "cute_ssm/ops/selective_scan/config.py",
         "n == 1 or length >= n * PART_TOKENS",
         "n >= 1",
-        ("tests/ops/test_selective_scan_parts.py::test_splits_pay_by_the_model_and_parts_are_long",),
+        ("tests/ops/selective_scan/test_selective_scan_parts.py::test_splits_pay_by_the_model_and_parts_are_long",),
     ),
     Fault(
         "shared memory of one tile only",

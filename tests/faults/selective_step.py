@@ -7,8 +7,8 @@ STORES = "cute_ssm/ops/selective_state_update/state_stores.py"
 IO = "cute_ssm/ops/selective_state_update/token_io.py"
 LOOP = "cute_ssm/ops/selective_state_update/token_loop.py"
 PRODUCTS = "cute_ssm/ops/selective_state_update/products.py"
-ONE = "tests/ops/test_selective_state_update.py::"
-MANY = "tests/ops/test_selective_state_update_tokens.py::"
+ONE = "tests/ops/selective_state_update/test_selective_state_update.py::"
+MANY = "tests/ops/selective_state_update/test_selective_state_update_tokens.py::"
 RANGE = "tests/ops/test_out_of_range.py::"
 
 FAULTS = [

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import token_cases
 import torch
-from test_longer_index_tensors import CALLS
+from index_calls import CALLS
 
 import cute_ssm
 from cute_ssm import runtime

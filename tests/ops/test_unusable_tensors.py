@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from index_calls import CALLS, same
 from step_cases import copy
-from test_longer_index_tensors import CALLS, same
 
 CHOSEN = (
     "step", "step, matrices", "step, saved", "checkpointing", "checkpointing, list", "gated delta", "replay", "scan",

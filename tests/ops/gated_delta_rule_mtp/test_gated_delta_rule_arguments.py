@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from gdn_cases import Case, arguments, copy, storage
+from gdn_cases import Case, arguments, copy, odd_rows, storage, transposed
 
 import cute_ssm
 import ptxsim
@@ -19,12 +19,8 @@ def unaligned(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
 
 
-def odd_rows(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 2, dtype=tensor.dtype)[..., : tensor.shape[-1]]
 
 
-def transposed(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.mT.contiguous().mT
 
 
 SHAPES = r"\(batch, tokens, value_heads, V\) = \(3, 4, 2, 64\)"

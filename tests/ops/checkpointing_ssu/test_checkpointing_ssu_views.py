@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from checkpointing_cases import STATES, Case, arguments, copy, run, verify
-from test_checkpointing_ssu import emulate
+from checkpointing_runs import emulate
 
 from cute_ssm import arch as archs
 from cute_ssm import runtime, tuning

@@ -6,15 +6,15 @@ import importlib.util
 import json
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 
 from cute_ssm import workloads
 from cute_ssm.tuner import cli
 
-SCRIPT = Path(__file__).parents[1] / "tools" / "gpu_check.py"
+SCRIPT = ROOT / "tools" / "gpu_check.py"
 sys.modules["gpu_check"] = check = importlib.util.module_from_spec(
     found := importlib.util.spec_from_file_location("gpu_check", SCRIPT)
 )

@@ -213,3 +213,11 @@ def verify(case: Case, seed: int = 0) -> tuple[dict, torch.Tensor]:
     assert pool is call["initial_state"]
     check(before, call, out)
     return call, out
+
+
+def odd_rows(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 2, dtype=tensor.dtype)[..., : tensor.shape[-1]]
+
+
+def transposed(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.mT.contiguous().mT

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from paths import ROOT, SUPPORT
 from tiny_spec import TinyConfig, TinySpec
 
 from cute_ssm import arch, runtime
@@ -21,7 +22,6 @@ from cute_ssm.runtime import bundles, compiler, shelves, toolchain
 from cute_ssm.runtime.store import Key
 from cute_ssm.workloads import plan
 
-TESTS = Path(__file__).parent
 KEY = (TinySpec(), TinyConfig(), arch.SM_90A)
 
 BLOCKED = """
@@ -77,7 +77,7 @@ def without_compiler(path: Path, variable: str = "CUTE_SSM_AOT_DIR", extra: tupl
     """Run `BLOCKED` in a process of its own."""
     from cute_ssm.runtime import registry
 
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*extra, str(TESTS), *sys.path]), variable: str(path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*extra, str(SUPPORT), *sys.path]), variable: str(path)}
     arguments = [str(toolchain.description()["sources"]), registry.fingerprint(TinySpec())]
     return subprocess.run(
         [sys.executable, "-c", BLOCKED, *arguments], env=environment, capture_output=True, text=True, timeout=120
@@ -168,7 +168,7 @@ def test_build_aot_makes_a_bundle_and_a_wheel(folder, tmp_path, capsys):
     """From a file of specs, as the list of a cache is, to a wheel that is found without a variable."""
     specs = tmp_path / "specs.json"
     specs.write_text(json.dumps([plan.as_entry(*KEY)]))
-    script = TESTS.parent / "tools" / "build_aot.py"
+    script = ROOT / "tools" / "build_aot.py"
     build = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location("build_aot", script))
     found.loader.exec_module(build)
     code = build.main(["--specs", str(specs), "--arch", "sm_90a", "--jobs", "1", "--wheel", "--out", str(tmp_path)])

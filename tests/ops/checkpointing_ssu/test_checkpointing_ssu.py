@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import random
 
 import pytest
 import torch
 from checkpointing_cases import COARSE, Case, Sequence, arguments, check, copy, run, slots_of, storage, verify
+from checkpointing_runs import WRITES, digest, emulate
 
 import ptxsim
 from cute_ssm import tuning
@@ -21,9 +21,6 @@ ARCHS = ("sm_90a", "sm_100a")
 HISTORIES = ("double", "double_x", "ring")
 
 
-def emulate(arch="sm_90a", **options):
-    options = {"racecheck": True, "initcheck": True, "shuffle_sync": False, "async_mode": "late", **options}
-    return ptxsim.emulate(arch=arch, **options)
 
 
 def vary(base, **factors):
@@ -300,16 +297,8 @@ def test_a_step_that_folds_nothing_keeps_the_bytes():
 
 
 # ---------------------------------------------------------------------------------------------------------------- bits
-def digest(call):
-    """A hash of everything that a call may have written."""
-    found = hashlib.sha256()
-    for value in call.values():
-        if isinstance(value, torch.Tensor):
-            found.update(storage(value).numpy().tobytes())
-    return found.hexdigest()
 
 
-WRITES = Case(batch=4, accepted=(15, 3, 13, 16), pads=(), state="f16", rounds=10)
 
 
 @pytest.mark.parametrize("history", HISTORIES)

@@ -9,11 +9,11 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import step_cases
 import torch
+from paths import SUPPORT
 from tiny_spec import TinyConfig, TinySpec
 
 import cute_ssm
@@ -22,7 +22,6 @@ from cute_ssm import arch, runtime
 from cute_ssm.__main__ import main
 from cute_ssm.runtime import store, toolchain
 
-TESTS = Path(__file__).parent
 DEADLINE_S = 120
 SOURCES_CHANGED = toolchain.sources_changed
 
@@ -230,7 +229,7 @@ def spawn(settings, tmp_path, monkeypatch):
     running = []
 
     def start(how):
-        path = os.pathsep.join([str(TESTS), str(TESTS / "ops"), *sys.path])
+        path = os.pathsep.join([str(SUPPORT), *sys.path])
         process = subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(tmp_path), sources, how],
             env={**os.environ, "PYTHONPATH": path, "CUTE_SSM_LOG": "compile"},

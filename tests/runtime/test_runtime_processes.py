@@ -7,16 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from paths import SUPPORT
 from tiny_spec import TinyConfig, TinySpec
 
 from cute_ssm import arch, runtime
 from cute_ssm.runtime import toolchain
 from cute_ssm.runtime.store import Key, Store
 
-TESTS = Path(__file__).parent
 DEADLINE_S = 120
 
 PROLOGUE = """
@@ -66,7 +65,7 @@ def spawn(settings, tmp_path, monkeypatch):
     running = []
 
     def start(script, compile_s=0.0):
-        path = os.pathsep.join([str(TESTS), *sys.path])
+        path = os.pathsep.join([str(SUPPORT), *sys.path])
         process = subprocess.Popen(
             [sys.executable, "-c", PROLOGUE + script, str(tmp_path), str(compile_s), sources],
             env={**os.environ, "PYTHONPATH": path, "CUTE_SSM_LOG": "compile"},

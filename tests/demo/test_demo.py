@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.util
 import io
@@ -17,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from demo_models import arguments, small_model
+from paths import ROOT
 
 import cute_ssm
 from cute_ssm.demo import cli, report, weights
@@ -72,26 +73,10 @@ def double_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch
     return out.copy_((new * C).sum(-1) + D * x)
 
 
-def small_model(dtype=torch.float64, **sizes):
-    torch.manual_seed(1)
-    model = LanguageModel(ModelConfig(**{"vocab": 50, "layers": 2, "width": 32, "headdim": 16, "dstate": 16, **sizes}))
-    model.reset_parameters()
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if name.endswith(("norm", "conv_bias", "D")):
-                value.add_(0.3 * torch.randn_like(value))
-    return model.to(dtype).eval().requires_grad_(False)
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    return weights.load()
 
 
-def arguments(*words):
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    return parser.parse_args(words)
 
 
 # ----------------------------------------------------------------------------------------------------------------- scan
@@ -511,7 +496,7 @@ def test_table():
 # ------------------------------------------------------------------------------------------------------------- training
 @pytest.fixture(scope="module")
 def train():
-    path = Path(__file__).parents[1] / "tools" / "train_demo.py"
+    path = ROOT / "tools" / "train_demo.py"
     if not path.is_file():
         pytest.skip("the tools are not installed")
     spec = importlib.util.spec_from_file_location("train_demo", path)

@@ -6,11 +6,11 @@ all others are right; see `out_of_range`.
 
 from __future__ import annotations
 
+import cursor_cases as cursors
+import materialize_cases as materialize
+import materialize_gated_cases as gated
 import out_of_range
 import pytest
-import test_serving_cursors as cursors
-import test_serving_materialize as materialize
-import test_serving_materialize_gated as gated
 import torch
 from out_of_range import check, outside, same
 from step_cases import copy

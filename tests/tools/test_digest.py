@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from paths import SUPPORT
 from tiny_spec import TinyConfig, TinySpec
 
 from cute_ssm import arch, workloads
@@ -127,7 +127,7 @@ def test_every_other_change_is_in_the_digest(old, new):
 @pytest.fixture
 def ptx_of_tiny(tmp_path, monkeypatch):
     """Compile the tiny kernel from its source with replacements, as a module of a name: ``ptx(name, replacements)``."""
-    source = (Path(__file__).parent / "tiny_kernel.py").read_text(encoding="utf-8")
+    source = (SUPPORT / "tiny_kernel.py").read_text(encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
 
     def ptx(name: str, replacements: dict[str, str], kernel: str = "Tiny") -> str:

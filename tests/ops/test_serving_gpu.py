@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from bits import same_bits
-from test_serving_cursors import Case, arguments
-from test_serving_materialize import Case as States
-from test_serving_materialize import random as states
-from test_serving_materialize_gated import FEW
-from test_serving_materialize_gated import arguments as gated
+from cursor_cases import Case, arguments
+from materialize_cases import Case as States
+from materialize_cases import random as states
+from materialize_gated_cases import FEW
+from materialize_gated_cases import arguments as gated
 
 from cute_ssm import serving
 

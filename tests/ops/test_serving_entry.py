@@ -12,10 +12,10 @@ import cutlass.cute as cute
 import pytest
 import torch
 from cutlass.cute.runtime import make_fake_tensor
-from test_serving_materialize import Case
-from test_serving_materialize import random as states
-from test_serving_materialize_gated import BASE, SPEC
-from test_serving_materialize_gated import arguments as gated
+from materialize_cases import Case
+from materialize_cases import random as states
+from materialize_gated_cases import BASE, SPEC
+from materialize_gated_cases import arguments as gated
 
 from cute_ssm import arch as archs
 from cute_ssm.device import fakes as fakes_of_kernels

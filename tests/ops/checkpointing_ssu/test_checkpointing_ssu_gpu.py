@@ -7,8 +7,7 @@ import dataclasses
 import pytest
 import torch
 from checkpointing_cases import Case, arguments, copy, moved, run, storage, verify_many
-from test_checkpointing_ssu import WRITES, digest
-from test_checkpointing_ssu_steps import RUNS
+from checkpointing_runs import RUNS, WRITES, digest
 
 import cute_ssm
 from cute_ssm import tuning

@@ -11,14 +11,14 @@ import sys
 from types import SimpleNamespace
 
 import checkpointing_cases
+import cursor_cases as cursors
 import gdn_cases
+import materialize_cases as states
+import materialize_gated_cases as gated
 import pytest
 import replay_cases
 import scan_cases
 import step_cases
-import test_serving_cursors as cursors
-import test_serving_materialize as states
-import test_serving_materialize_gated as gated
 import token_cases
 import torch
 

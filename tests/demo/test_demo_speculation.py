@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from test_demo import arguments, small_model
-from test_demo import shipped as shipped
+from demo_models import arguments, small_model
+from demo_models import shipped as shipped
 
 import cute_ssm
 from cute_ssm.demo import cli, loop

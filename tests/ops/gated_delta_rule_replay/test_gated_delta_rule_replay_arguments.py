@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from gdn_cases import copy, storage
+from gdn_cases import copy, odd_rows, storage, transposed
 from replay_cases import Case, arguments
-from test_gated_delta_rule_arguments import odd_rows, transposed
 
 import cute_ssm
 import ptxsim
