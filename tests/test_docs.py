@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ import pytest
 import torch
 
 import cute_ssm
+from cute_ssm import __main__ as cli
 from cute_ssm import arch, env, serving, spec
-from cute_ssm.__main__ import main
 from cute_ssm.errors import UnsupportedSpecError
 from cute_ssm.runtime import doctor, toolchain
 
@@ -178,7 +179,7 @@ def test_versions_that_the_package_checks_are_those_it_declares():
 @pytest.mark.parametrize("command", ["env", "cache", "warmup", "tune", "demo"])
 def test_documented_options_of_a_command_are_those_of_its_parser(command, capsys):
     with pytest.raises(SystemExit) as done:
-        main([command, "--help"])
+        cli.main([command, "--help"])
     assert done.value.code == 0
     words = set(re.findall(r"--[\w-]+", capsys.readouterr().out)) - {"--help"}
     rows = re.findall(r"^\| `(--[\w-]+)` \|", section(DOCS / "cli.md", command), re.M)
@@ -187,7 +188,7 @@ def test_documented_options_of_a_command_are_those_of_its_parser(command, capsys
 
 def test_documented_commands_are_those_of_the_parser(capsys):
     with pytest.raises(SystemExit):
-        main(["--help"])
+        cli.main(["--help"])
     commands = re.findall(r"^    (\w+)  ", capsys.readouterr().out, re.M)
     assert re.findall(r"^\| \[`(\w+)`\]", (DOCS / "cli.md").read_text(), re.M) == commands
 
@@ -195,6 +196,39 @@ def test_documented_commands_are_those_of_the_parser(capsys):
 def test_documented_tools_exist():
     named = re.findall(r"`(?:python )?(tools/[\w/.]+)", section(DOCS / "cli.md", "Tools of the repository"))
     assert len(named) >= 10 and all((ROOT / name).exists() for name in named)
+
+
+def shell_lines(path: Path) -> list[str]:
+    """Lines of shell blocks, and commands in tables and text, without comments."""
+    text = path.read_text()
+    found = "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)).splitlines()
+    found += re.findall(r"`((?:python|cute-ssm) [^`]+)`", re.sub(r"\n *", " ", text))
+    return [re.sub(r"\s#.*", "", line).strip() for line in found]
+
+
+def test_commands_of_the_documents_parse():
+    shown = [line for path in DOCUMENTS for line in shell_lines(path)]
+    calls = [
+        found[1] for line in shown if (found := re.search(r"^(?:.*&& )?(?:python -m cute_ssm|cute-ssm) (.+)", line))
+    ]
+    checked = 0
+    for call in calls:
+        words = shlex.split(call)
+        if len(words) > 1 and words[0] != "COMMAND":  # a bare name is not a call
+            assert callable(cli._parser().parse_args(words).run), call
+            checked += 1
+    assert checked >= 5
+
+
+def test_options_of_tools_in_the_documents_exist():
+    shown = [line for path in DOCUMENTS for line in shell_lines(path)]
+    calls = [found for line in shown for found in re.findall(r"python (tools/[\w/]+\.py)(.*)", line)]
+    shared = (ROOT / "cute_ssm" / "workloads" / "cli.py").read_text()  # of tools/build_aot.py
+    for tool, rest in calls:
+        source = (ROOT / tool).read_text() + shared
+        for option in re.findall(r"--[\w-]+", rest):
+            assert f'"{option}"' in source, f"{tool} {option}"
+    assert len(calls) >= 10
 
 
 def test_ci_installs_and_tests_as_the_readme_says():
