@@ -3,7 +3,8 @@
 from faults import Fault
 
 KERNEL = "cute_ssm/ops/selective_scan/kernel.py"
-EXTENTS = "cute_ssm/ops/selective_scan/extents.py"
+SEGMENT = "cute_ssm/ops/selective_scan/segment.py"
+PARTS = "cute_ssm/ops/selective_scan/parts.py"
 DEVICE = "cute_ssm/device/scan.py"
 MATH = "cute_ssm/device/math.py"
 BASE = "tests/ops/selective_scan/test_selective_scan.py::test_kernel[base]"
@@ -11,7 +12,7 @@ PERSISTENT = (
     "tests/ops/selective_scan/test_selective_scan.py::test_persistent[lengths=(70, 70)-dim=130-{'async_mode': 'late'}-"
     "{'lanes': 4, 'warps': 4}]"
 )
-PARTS = "tests/ops/selective_scan/test_selective_scan_parts.py::test_kernel[lengths=(53, 53, 53)]"
+IN_PARTS = "tests/ops/selective_scan/test_selective_scan_parts.py::test_kernel[lengths=(53, 53, 53)]"
 
 FAULTS = [
     Fault(
@@ -23,51 +24,51 @@ FAULTS = [
     ),
     Fault(
         "no barrier before the other half of the buffer is read",
-        KERNEL,
-        "brought, thread)\n            cute.arch.sync_threads()\n",
-        "brought, thread)\n",
+        SEGMENT,
+        "next_columns, channel.thread)\n            cute.arch.sync_threads()\n",
+        "next_columns, channel.thread)\n",
         (PERSISTENT,),
     ),
     Fault(
         "C of the wrong group",
-        KERNEL,
-        "start = memory.address(C, row, group, known, 0)",
-        "start = memory.address(C, row, 0, known, 0)",
+        SEGMENT,
+        "start = memory.address(C, row, group, inside, 0)",
+        "start = memory.address(C, row, 0, inside, 0)",
         ("tests/ops/selective_scan/test_selective_scan.py::test_kernel[ngroups=2]",),
     ),
     Fault(
         "states of lanes beyond the last channel are written",
         KERNEL,
-        "if valid and high == end:",
-        "if high == end:",
+        "if unit.active and tokens.end == sequence.tokens.end:",
+        "if tokens.end == sequence.tokens.end:",
         (PERSISTENT,),
     ),
     Fault(
         "tokens outside a sequence take a step",
-        KERNEL,
+        SEGMENT,
         "outside = NO_STEP if const_expr(self.spec.delta_softplus) else 0.0",
         "outside = 0.0",
         (BASE,),
     ),
     Fault(
         "a part hands on the states of its own beginning",
-        KERNEL,
-        "row = memory.address(carried, b, part + 1, channel, 0)",
-        "row = memory.address(carried, b, part, channel, 0)",
-        (PARTS,),
+        PARTS,
+        "row = memory.address(carried, b, unit.part + 1, unit.channel, 0)",
+        "row = memory.address(carried, b, unit.part, unit.channel, 0)",
+        (IN_PARTS,),
     ),
     Fault(
         "what parts before carry does not decay",
-        KERNEL,
-        "cute.math.fma(math.power_of_two(elapsed * rates[n]), h[n], added[n])",
+        PARTS,
+        "cute.math.fma(math.power_of_two(elapsed * channel.rates[n]), h[n], added[n])",
         "h[n] + added[n]",
-        (PARTS,),
+        (IN_PARTS,),
     ),
     Fault(
         "a sequence of one part forgets its initial state",
         KERNEL,
-        "real = real and (high < end or part == 0)",
-        "real = real and high < end",
+        "has_work = has_work and (tokens.end < sequence.tokens.end or part == 0)",
+        "has_work = has_work and tokens.end < sequence.tokens.end",
         ("tests/ops/selective_scan/test_selective_scan_parts.py::test_kernel[lengths=(45, 0, 12, 1, 30)-varlen=True]",),
     ),
     Fault(

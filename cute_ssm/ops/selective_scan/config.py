@@ -1,15 +1,15 @@
-"""The config of `kernels.selective_scan`, and the choice of one.
+"""The config of `SelectiveScan`, and the rule that chooses it.
 
-The bits of a result depend on the spec and on `splits`; the other fields only move work.  So a sequence's result does
-not depend on where it lies in a packed batch, or on how many lanes share its channels, and on the batch it is part of
-only by the number of parts, which is 1 where channels fill the GPU or sequences are short.
+The bits of a result depend on the spec and on `splits`; the other fields only distribute the work.  A sequence's result
+does not depend on its position in a packed batch, or on how many lanes share its channels.  It depends on the other
+sequences of a call only through the number of parts, which is 1 if channels fill the GPU or sequences are short.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from cute_ssm.arch import WARP, Arch
 from cute_ssm.errors import UnsupportedSpecError
@@ -21,20 +21,39 @@ BLOCK = 8  # tokens that a lane works on at a time: 16 bytes of a 16-bit row
 QUAD = 4  # neighbouring states that stay together
 MAX_WARPS = 8  # of a CTA
 LANES = 8  # of a channel, at most
-LANE_STATES = 16  # of a lane, unless all lanes are in use: they and their rates take two registers each
-COLUMN_PIECES = 4  # blocks of B and C that a thread holds while they travel, at most
+LANE_STATES = 16  # of a lane, unless all lanes are in use: a state and its rate take two registers
+COLUMN_PIECES = 4  # blocks of B and C that a thread loads at once, at most
 BUSY_WARPS = 8  # per SM: with fewer, CTAs are smaller
 SPLITS = (1, 2, 4, 8, 16, 32)  # of a sequence
 PART_TOKENS = 128  # of a part, at least
-SPLIT_GAIN = 1.3  # by which `duration` must favour splits: more than it errs, for bits that depend on them
-# Of a channel and a token: instructions as counted, per state and beside them; more of each lane that takes part;
-# functions of the special unit beside one per state.  The unit takes 8 clocks for one of a warp.
-SCAN_WORK, CARRY_WORK = (5.7, 18.0, 13.5, 3), (4.6, 9.0, 9.0, 1)
-SPECIAL_CLOCKS = 8
-# The rest makes `duration` agree with `tools/gpumodel`, which was fitted to no measurement, to 20 %
-LATENCY, STALLS = 80, 1.15  # clocks of a token that a warp waits; what waits add to its instructions
+SPLIT_GAIN = 1.3  # least gain of splits by `duration`: exceeds its error, as splitting changes results
+
+
+class Work(NamedTuple):
+    """Counted cost of a channel and a token.
+
+    Attributes
+    ----------
+    per_state, fixed : float
+        Instructions per state, and apart from states.
+    per_lane : float
+        Further instructions of each lane that shares the channel.
+    functions : int
+        Calls of the special function unit, apart from one per state.
+    """
+
+    per_state: float
+    fixed: float
+    per_lane: float
+    functions: int
+
+
+SCAN_WORK, CARRY_WORK = Work(5.7, 18.0, 13.5, 3), Work(4.6, 9.0, 9.0, 1)
+SPECIAL_CLOCKS = 8  # of the special function unit for one function of a warp
+# With the rest, `duration` agrees to 20 % with `gpumodel`, which was fitted to no measurement
+LATENCY, STALLS = 80, 1.15  # clocks that a warp waits per token; factor that waits add to its instructions
 PART_CLOCKS = 4000  # of a part before its first token
-ROW_CLOCKS = 150  # of folding what a part carries: a quarter of a trip to L2, as four travel together
+ROW_CLOCKS = 150  # of folding a row of `carried`: a quarter of the latency of L2, as four loads are in flight together
 LAUNCH_CLOCKS = 3000  # of a second launch
 
 
@@ -53,7 +72,7 @@ class SelectiveScanConfig(Config):
     ctas_per_sm : int
         Upper bound of the persistent grid, per SM.
     splits : int
-        Parts that a sequence is cut into, scanned at once after a pass that finds what each hands on.
+        Parts of a sequence that are scanned at once, after a pass that computes what each carries to the next.
     """
 
     FREE: ClassVar[tuple[str, ...]] = ("lanes", "warps", "tokens", "ctas_per_sm")
@@ -67,19 +86,19 @@ class SelectiveScanConfig(Config):
 
     @property
     def launches(self) -> int:
-        """Kernels that one call launches: two where sequences are scanned in parts."""
+        """Number of kernels that one call launches: two if sequences are scanned in parts."""
         return 1 if self.splits == 1 else 2
 
     def channels(self) -> int:
-        """Channels of a CTA."""
+        """Return the number of channels of a CTA."""
         return WARP * self.warps // self.lanes
 
     def column_pieces(self, spec: SelectiveScanSpec) -> int:
-        """Blocks of B and C that each thread brings per tile."""
+        """Return how many blocks of B and C each thread brings per tile."""
         return -(-2 * padded_states(spec) * self.tokens // (BLOCK * WARP * self.warps))
 
     def shared_bytes(self, spec: SelectiveScanSpec) -> int:
-        """Shared memory of one CTA: two tiles of B and C in float32."""
+        """Return the shared memory of one CTA in bytes: two tiles of B and C in float32."""
         return 2 * self.tokens * 2 * padded_states(spec) * 4
 
     def check(self, spec: SelectiveScanSpec, arch: Arch) -> None:
@@ -109,60 +128,60 @@ class SelectiveScanConfig(Config):
 
 
 def chains(spec: SelectiveScanSpec) -> int:
-    """Partial sums of a dot product with C: a power of two, and the most lanes that can share a channel."""
+    """Return the number of partial sums of h . C, a power of two, which is the most lanes that can share a channel."""
     quads = -(-spec.dstate // QUAD)
     return min(1 << (quads - 1).bit_length(), LANES if spec.dstate > 4 * LANE_STATES else 4)
 
 
 def padded_states(spec: SelectiveScanSpec) -> int:
-    """dstate rounded up to whole quads in every chain."""
-    unit = QUAD * chains(spec)
-    return -(-spec.dstate // unit) * unit
+    """Return dstate rounded up so that every chain has the same number of quads."""
+    multiple = QUAD * chains(spec)
+    return -(-spec.dstate // multiple) * multiple
 
 
 def lane_choices(spec: SelectiveScanSpec) -> list[int]:
-    """How many lanes may share a channel, fewest first."""
+    """Return how many lanes may share a channel, fewest first."""
     powers = (1, 2, 4, LANES)
     return [n for n in powers if n <= chains(spec) and (padded_states(spec) <= n * LANE_STATES or n == LANES)]
 
 
 def carried_columns(spec: SelectiveScanSpec) -> int:
-    """Floats of a channel that a part hands on: the states, in whole quads, and in a quad of its own sum delta'."""
+    """Return how many floats of a channel a part carries: whole quads of states, and a quad for the sum of delta'."""
     return -(-spec.dstate // QUAD) * QUAD + QUAD
 
 
-def room(spec: SelectiveScanSpec, lanes: int, splits: int) -> int:
-    """Warps that an SM's registers hold; a fold, whose rows travel together, takes some."""
+def resident_warps(spec: SelectiveScanSpec, lanes: int, splits: int) -> int:
+    """Return how many warps the registers of an SM hold; splits need registers to fold several rows at once."""
     return 8 if padded_states(spec) * (2 if splits > 1 else 1) >= LANE_STATES * lanes else 12
 
 
 def duration(spec: SelectiveScanSpec, lanes: int, splits: int, channels: int, length: int, sm_count: int) -> float:
-    """Clocks that a call takes, about.
+    """Return the estimated duration of a call in clocks.
 
-    A warp takes `LATENCY` and its instructions, or its use of the special unit, for a token, and as often the latter as
-    other warps share its quarter of an SM.  Every part but a sequence's last is scanned twice, the first time without
-    outputs; the busiest SM has no such part.  Bytes do not matter: at 16 states instructions take twice their time, and
-    splits add 70 to 90 % of the former and half of the latter.
+    Per token, a warp waits `LATENCY`, and issues its instructions or occupies the special function unit, whichever
+    takes longer, once for each warp on its quarter of an SM.  Every part except a sequence's last is scanned twice, the
+    first time without outputs; the busiest SM has no last part.  Memory traffic is left out: at 16 states it takes half
+    the time of the instructions, and splits add 70 to 90 % of the instructions but only half of the traffic.
     """
     warps = max(1.0, channels * lanes * splits / (WARP * 4 * sm_count))  # of a quarter
-    at_once = min(warps, room(spec, lanes, splits) / 4)
+    at_once = min(warps, resident_warps(spec, lanes, splits) / 4)
 
-    def of_token(per_state: float, fixed: float, per_lane: float, functions: int) -> float:
-        instructions = (per_state * spec.dstate + fixed) / lanes + per_lane
-        special = SPECIAL_CLOCKS * (spec.dstate + functions) / lanes
+    def of_token(work: Work) -> float:
+        instructions = (work.per_state * spec.dstate + work.fixed) / lanes + work.per_lane
+        special = SPECIAL_CLOCKS * (spec.dstate + work.functions) / lanes
         return (LATENCY + STALLS * max(instructions, special) * at_once) * warps / at_once
 
     tokens = length / splits
     if splits == 1:
-        return of_token(*SCAN_WORK) * tokens + PART_CLOCKS
-    both = of_token(*SCAN_WORK) + of_token(*CARRY_WORK)
+        return of_token(SCAN_WORK) * tokens + PART_CLOCKS
+    both = of_token(SCAN_WORK) + of_token(CARRY_WORK)
     return both * tokens + 2 * PART_CLOCKS + ROW_CLOCKS * splits + LAUNCH_CLOCKS
 
 
 def parallelism(
     spec: SelectiveScanSpec, channels: int, length: int, sm_count: int, splits: int | None = None
 ) -> tuple[int, int]:
-    """Return (lanes, splits): what takes least, unsplit unless splits gain enough or are given."""
+    """Return the (lanes, splits) with the shortest duration; unsplit unless splits gain `SPLIT_GAIN` or are given."""
 
     def time(choice: tuple[int, int]) -> float:
         return duration(spec, *choice, channels, length, sm_count)
@@ -193,7 +212,7 @@ def choose(
     args = (spec, arch, channels, per_group, length, sm_count)
     rule = _choose(*args)
     asked = apply_override(rule).splits
-    if asked != rule.splits and asked > 0:  # then other lanes may be better
+    if asked != rule.splits and asked > 0:  # another number of lanes may be better then
         rule = _choose(*args, splits=asked)
     return apply_override(tables.tuned(rule, spec, arch, channels, SelectiveScanConfig.FREE))
 
@@ -208,7 +227,7 @@ def _choose(
     sm_count: int,
     splits: int | None = None,
 ) -> SelectiveScanConfig:
-    """As few lanes a channel, as few parts, and as many warps a CTA, as keep every SM busy."""
+    """Return the rule's config: as few lanes per channel and parts, and as many warps per CTA, as keep all SMs busy."""
     lanes, splits = parallelism(spec, channels, length, sm_count, splits)
     resident = channels * lanes * splits / (WARP * sm_count)
     warps = 4 if resident >= BUSY_WARPS else 2 if resident >= BUSY_WARPS / 2 else 1
@@ -216,9 +235,9 @@ def _choose(
         warps //= 2
     pieces = COLUMN_PIECES
     if padded_states(spec) > LANE_STATES * lanes:
-        warps, pieces = MAX_WARPS, COLUMN_PIECES // 2  # a thread's part of B and C leaves registers to the states
+        warps, pieces = MAX_WARPS, COLUMN_PIECES // 2  # fewer registers for B and C: the states need more
     rows = 2 * padded_states(spec)
     tokens = next((n for n in (32, 16) if rows * n <= pieces * BLOCK * WARP * warps), BLOCK)
     config = SelectiveScanConfig(lanes, warps, tokens, ctas_per_sm=1, splits=splits)
     fitting = arch.shared_bytes // (config.shared_bytes(spec) + 1024)
-    return replace(config, ctas_per_sm=max(1, min(fitting, room(spec, lanes, splits) // warps)))
+    return replace(config, ctas_per_sm=max(1, min(fitting, resident_warps(spec, lanes, splits) // warps)))

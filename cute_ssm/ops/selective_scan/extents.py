@@ -1,119 +1,76 @@
-"""`Extents`: which tokens and slots a sequence of `SelectiveScan` has, and where it saves states.
+"""`Extents`: the tokens of each sequence of `SelectiveScan`, and the slot of its initial state.
 
-What the tensors of indices hold is compared with both bounds before anything is addressed by it, in as many bits as it
-has.  A sequence whose offsets, slot, columns of blocks or chunks contradict the contract is skipped, like one whose
-slot is null; a state whose own destination is out of range is not saved.
+Every index that a tensor holds is compared with both bounds in its own width before it is used in an address.  A
+sequence with an invalid offset, slot, column of blocks or chunk is skipped, like one whose slot is ``null_block_id``.
 """
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32, Int64, Uint32, const_expr
+from cutlass import Boolean, Int32, Int64, const_expr
 
-from cute_ssm.device import memory
 from cute_ssm.device.bounds import in_range
+from cute_ssm.device.scan import TokenRange
+from cute_ssm.ops.selective_scan.operands import Sequence, Tensors
+from cute_ssm.ops.selective_scan.spec import SelectiveScanSpec
 
 
 class Extents:
-    """A part of `SelectiveScan`; `owner` is that kernel.
+    """Loads what the index tensors say about a sequence."""
 
-    `metadata`, of all methods, are the tensors of indices in the order of the kernel's arguments.
-    """
-
-    def __init__(self, owner):
-        self.owner, self.spec = owner, owner.spec
+    def __init__(self, spec: SelectiveScanSpec) -> None:
+        self.spec = spec
 
     @cute.jit
-    def extent(self, metadata, u, states, b, null_slot):
-        """(first token, end, slot of the initial state, whether there is anything to do, whether to load the state)."""
-        query_start, cache, has_initial, first_block, last_block, initial_block, _, _ = metadata
-        begin, end = Int32(0), Int32(u.shape[2])
+    def load(self, tensors: Tensors, b: Int32, null_block_id: Int64) -> Sequence:
+        """Return the tokens and the initial slot of sequence b."""
+        starts, cache, length = tensors.query_start_loc, tensors.cache_indices, tensors.u.shape[2]
+        begin, end = Int32(0), Int32(length)
         # 64 bits: the product of a slot with its stride passes 2^31 elements
-        slot, real, initial = Int64(b), Boolean(True), Boolean(False)
-        if const_expr(query_start is not None):
-            first, last = Int64(query_start[b]), Int64(query_start[b + 1])
-            real = first >= 0 and last >= first and last <= u.shape[2]
-            begin = Int32(first) if real else Int32(0)
-            end = Int32(last) if real else Int32(0)
+        slot, active, has_initial = Int64(b), Boolean(True), Boolean(False)
+        if const_expr(starts is not None):
+            first, last = Int64(starts[b]), Int64(starts[b + 1])
+            active = first >= 0 and last >= first and last <= length
+            begin = Int32(first) if active else Int32(0)
+            end = Int32(last) if active else Int32(0)
         if const_expr(self.spec.blocks):
-            for column in (first_block[b], last_block[b], initial_block[b]):
-                real = real and in_range(column, cache.shape[1])
-            slot = null_slot
-            if real:
-                slot = Int64(cache[b, initial_block[b]])
+            for column in (
+                tensors.block_idx_first_scheduled_token[b],
+                tensors.block_idx_last_scheduled_token[b],
+                tensors.initial_state_idx[b],
+            ):
+                active = active and in_range(column, cache.shape[1])
+            slot = null_block_id
+            if active:
+                slot = Int64(cache[b, tensors.initial_state_idx[b]])
         elif const_expr(cache is not None):
             slot = Int64(cache[b])
         if const_expr(cache is not None):
-            real = real and slot != null_slot
-        if const_expr(cache is not None and states is not None):
-            real = real and in_range(slot, states.shape[0])
+            active = active and slot != null_block_id
+        if const_expr(cache is not None and tensors.ssm_states is not None):
+            active = active and in_range(slot, tensors.ssm_states.shape[0])
         if const_expr(self.spec.chunks):
-            if real:
-                real = self.chunks_fit(metadata, b, end - begin)
-        if const_expr(has_initial is not None):
-            initial = has_initial[b] != 0
-        return begin, end, slot, Boolean(real), initial
+            if active:
+                active = self.chunks_fit(tensors, b, end - begin)
+        if const_expr(tensors.has_initial_state is not None):
+            has_initial = tensors.has_initial_state[b] != 0
+        return Sequence(TokenRange(begin, end), slot, Boolean(active), has_initial)
 
     @cute.jit
-    def chunks(self, metadata, b):
-        """(number of a sequence's first chunk, of its last one); of the last one before it, without any."""
-        last_chunk = metadata[7]
+    def chunks(self, tensors: Tensors, b: Int32) -> tuple[Int64, Int64]:
+        """Return the numbers of a sequence's first and last chunk; the last is first - 1 if it has none."""
         first = Int64(0)
         if b > 0:
-            first = Int64(last_chunk[b - 1]) + 1
-        return first, Int64(last_chunk[b])
+            first = Int64(tensors.last_chunk_indices[b - 1]) + 1
+        return first, Int64(tensors.last_chunk_indices[b])
 
     @cute.jit
-    def chunks_fit(self, metadata, b, tokens):
-        """Whether a sequence's chunks exist, have a token or more each, and all of its tokens together."""
-        ends = metadata[6]
-        first, last = self.chunks(metadata, b)
+    def chunks_fit(self, tensors: Tensors, b: Int32, num_tokens: Int32) -> Boolean:
+        """Return whether a sequence's chunks exist, have at least one token each, and all of its tokens together."""
+        ends = tensors.cu_chunk_seqlen
+        first, last = self.chunks(tensors, b)
         fit = first >= 0 and last >= first - 1 and in_range(last + 1, ends.shape[0])
         if fit:
-            fit = Int64(ends[last + 1]) - Int64(ends[first]) == tokens
+            fit = Int64(ends[last + 1]) - Int64(ends[first]) == num_tokens
             for i in cutlass.range(Int32(last + 1 - first), unroll=1):
                 fit = fit and ends[first + i + 1] > ends[first + i]
         return Boolean(fit)
-
-    @cute.jit
-    def segments(self, args, h, metadata, states, b, channel, extent, part, null_slot, block_size):
-        """Scan a part of a sequence and save the states at the end of each of its blocks or chunks.
-
-        `extent` and `part` are (first token, end).  A block may have any positive number of tokens of 32 bits.
-        """
-        _, cache, _, first_block, last_block, _, ends, _ = metadata
-        begin, end = extent
-        low, high = part
-        thread, valid = args[5:]
-        number, past = Int32(0), (end - begin - 1) // block_size + 1  # of the segment, and of the one after the last
-        tokens = cutlass.min(block_size, end - begin)  # of the first segment
-        if const_expr(self.spec.chunks):
-            first, last = self.chunks(metadata, b)
-            number, past = Int32(first), Int32(last + 1)
-            if number < past:
-                tokens = Int32(Int64(ends[number + 1]) - Int64(ends[number]))
-        lead = -begin - 1  # with the end of a segment: tokens of its blocks before its last token
-        if past - number > 1 and tokens < block_size:
-            lead += block_size - tokens  # the first chunk completes a block
-        stop = begin
-        while number < past and low < high:
-            if const_expr(self.spec.chunks):
-                stop += Int32(Int64(ends[number + 1]) - Int64(ends[number]))
-            else:
-                stop += cutlass.min(block_size, end - stop)
-            number += 1
-            if stop > low:  # else it ends in an earlier part
-                cut = cutlass.min(stop, high)
-                h = self.owner.segment(args, h, low, cut)
-                low = cut
-                if stop == cut:
-                    at = memory.pinned(Int32(b))  # or addresses are kept through the scan: sm_90a spills at dstate 256
-                    # modulo 2^32, which the sum is less than
-                    column = Int64(first_block[at]) + Int64(Uint32(lead + stop) // Uint32(block_size))
-                    if number == past:
-                        column = Int64(last_block[at])
-                    slot = null_slot
-                    if in_range(column, cache.shape[1]):
-                        slot = Int64(cache[at, column])
-                    if slot != null_slot and in_range(slot, states.shape[0]) and valid:
-                        row = memory.address(states, slot, channel, 0)
-                        self.owner.store_quads(row, h, thread % self.owner.lanes)

@@ -1,4 +1,4 @@
-"""The selective scan, as mathematics."""
+"""What `selective_scan` computes, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_WEIGHTS = (2, 5, 7)  # A, D, delta_bias among the tensors of a scan: they have no tokens
+_WEIGHTS = (2, 5, 7)  # positions of A, D and delta_bias among the tensors of a scan, which have no axis of tokens
 
 
 def selective_scan(
@@ -24,9 +24,9 @@ def selective_scan(
     state: Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scan sequences of equal length token by token; nothing is modified and nothing is rounded.
+    """Scan sequences of equal length token by token, without modifying an argument or rounding a result.
 
-    With the states h [dstate] of a (sequence, channel) and the group g of the channel, for every token::
+    For every (sequence, channel) with the states h [dstate], and the group g of the channel, each token computes::
 
         delta' = softplus(delta + delta_bias)        (softplus optional; the identity above 20)
         h     <- exp(A delta') h + (delta' u) B_g
@@ -43,12 +43,12 @@ def selective_scan(
     state : Tensor, (batch, dim, dstate), optional
         Initial states.  None: zeros.
     compute_dtype : torch.dtype
-        Type of all arithmetic; float64 makes this the oracle.
+        Type of all arithmetic: float64 for the oracle of tests.
 
     Returns
     -------
     y, out : Tensor, (batch, dim, length), compute_dtype
-        Before and after the gate; the same if there is none.
+        Outputs before and after the gate; the same if there is no gate.
     new_state : Tensor, (batch, dim, dstate), compute_dtype
     """
 
@@ -85,8 +85,8 @@ def selective_scan_gradients(
 ) -> list[Tensor | None]:
     """Return the gradients of all arguments of a scan from zero states, by recomputing it.
 
-    The scan is cut into segments.  Only the states between them are kept; from the last segment on, each is computed
-    once more, and differentiated.
+    The scan is cut into segments, and only the states between them are stored.  From the last segment to the first,
+    each is computed again and differentiated.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ def selective_scan_gradients(
         Gradient of `new_state`.
     compute_dtype : torch.dtype
     segment : int
-        Tokens of a segment: memory grows with the largest of its length and of the number of segments.
+        Tokens of a segment.  Memory grows with this, and with the number of segments.
 
     Returns
     -------

@@ -17,25 +17,26 @@ class SelectiveScanSpec(Spec):
     input_dtype : str
         Type of ``u, delta, B, C, z`` and of the outputs.  ``A``, ``D`` and ``delta_bias`` are float32.
     state_dtype : str or None
-        Type of ``ssm_states``.  None: scans start from zero, and final states are not kept.
+        Type of ``ssm_states``.  None: scans start from zero, and final states are not stored.
     dstate : int
         States of a channel.
     has_D, has_z, has_bias, delta_softplus : bool
-        Skip term; gate by silu(z); bias of delta; softplus of delta.
+        Whether there is a skip term, a gate by silu(z), a bias of delta, and softplus is applied to delta.
     query_dtype : str or None
         Type of ``query_start_loc``.  None: all sequences have the same length.
     cache_dtype : str or None
-        Type of ``cache_indices`` and of all that describes blocks.  None: sequence b uses slot b, and none is null.
+        Type of ``cache_indices`` and of the tensors that describe blocks.  None: sequence b uses slot b.
     has_initial : bool
-        ``has_initial_state`` says which sequences start from their slot.  Otherwise all start from zero.
+        ``has_initial_state`` is given.  Otherwise all sequences start from zero.
     blocks, chunks : bool
-        Prefix caching: states are saved at the ends of blocks, or, with ``chunks``, of the engine's chunks.
+        Prefix caching: states are saved at the ends of blocks or, with ``chunks``, of the chunks in
+        ``cu_chunk_seqlen``.
     ungated : bool
         The output before the gate is stored as well.
     aligned, aligned_states : bool
-        Rows of tokens, and rows of states and of A, allow accesses of 16 bytes.
+        Rows of tokens are aligned to 16 bytes; rows of states and of A are aligned to quads of states.
     saturate : bool
-        New float16 states beyond +-65504 become that instead of infinite.
+        New float16 states beyond +-65504 are stored as +-65504 instead of infinities.
     """
 
     input_dtype: str

@@ -15,9 +15,9 @@ def build(
     make: Maker, batch: int = 1, dim: int = 128, length: int = 1024, dstate: int = 16, ngroups: int = 1,
     input_dtype: str = "bfloat16", state_dtype: str = "float32", z: int = 1, varlen: int = 0,
 ) -> Call:  # fmt: skip
-    """`length` tokens for each sequence from its slot; slots are a random permutation of a pool.
+    """Scan `length` tokens of each sequence from the state in its slot; slots are a random permutation of a pool.
 
-    A unit is 32 (token, channel, state) steps: an issue slot per unit is one instruction per step.  z: gate by
+    A unit is 32 (token, channel, state) steps: one issue slot per unit is one instruction per step.  z: gate by
     silu(z).  varlen: sequences are packed.
     """
     inputs, slots = dtype(input_dtype), 1 + 2 * batch
