@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -247,6 +248,20 @@ def test_files_named_in_documents_exist(document):
     named = [ROOT / name for name in re.findall(r"`((?:cute_ssm|tools|tests|docs|examples|\.ci)/[\w./]*)`", text)]
     missing = [str(path) for path in (*links, *named) if not path.exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_names_of_the_package_in_documents_exist(document):
+    """Names like `cute_ssm.tuning.override`, and those of device code like `memory.pinned`."""
+    code = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```", "", document.read_text(), flags=re.M | re.S))
+    for name in {found for text in code for found in re.findall(r"\bcute_ssm(?:\.\w+)+", text)}:
+        assert pkgutil.resolve_name(name) is not None
+    if document.parent not in (ROOT, DOCS):
+        return  # the device code of this package is not theirs
+    modules = {path.stem: path.read_text() for path in (ROOT / "cute_ssm" / "device").glob("*.py")}
+    for module, name in re.findall(r"^(?:device\.)?(\w+)\.(\w+)$", "\n".join(code), re.M):
+        if module in modules and name != "py":
+            assert re.search(rf"^(?:def|class) {name}\b", modules[module], re.M), f"{module}.{name}"
 
 
 def test_no_tracked_file_names_a_place_of_one_machine():
