@@ -113,7 +113,7 @@ def import_transformers() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise
-        fix = "run: pip install 'cute-ssm[hf]'"
+        fix = "run: pip install 'cute-ssm[hf]' (Python 3.11 or later)"
         raise ImportError(describe("transformers", "version 5.23 or later", "none installed", fix)) from None
 
 
