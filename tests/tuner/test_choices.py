@@ -130,7 +130,7 @@ def test_a_persistent_grid_never_waits_for_room():
         config = selective_step.choose(spec, target, heads, target.sm_count, 4 if spec.tokens != "one" else 1)
         assert config.fits(spec, target), (spec, config)
         resident = target.shared_bytes // (config.shared_bytes(spec) + selective_step.CTA_BYTES)
-        over = dataclasses.replace(config, stages=selective_step.RING, ctas_per_sm=resident + 1)
+        over = dataclasses.replace(config, stages=selective_step.PIPELINE_STAGES, ctas_per_sm=resident + 1)
         more = target.shared_bytes // (over.shared_bytes(spec) + selective_step.CTA_BYTES)
         assert not dataclasses.replace(over, ctas_per_sm=more + 1).fits(spec, target)
         if more:

@@ -55,7 +55,8 @@ def as_override(
     wanted = [r for r in sizes if r * wanted_warps <= block_size] or sizes[:1]
     for rows in reversed(wanted):
         for warps in range(min(wanted_warps, 32), 0, -1):
-            config = dataclasses.replace(base, rows=rows, warps=warps, stages=selective_step.RING, ctas_per_sm=1)
+            stages = selective_step.PIPELINE_STAGES
+            config = dataclasses.replace(base, rows=rows, warps=warps, stages=stages, ctas_per_sm=1)
             try:
                 config.check(spec, arch)
             except UnsupportedSpecError:

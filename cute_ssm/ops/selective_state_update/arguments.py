@@ -1,4 +1,4 @@
-"""The arguments of `selective_state_update`: their table, what else they must be, and the spec of a call."""
+"""The arguments of `selective_state_update`: their table, the checks of this operator, and the spec of a call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cute_ssm.ops.selective_state_update.spec import SelectiveStateUpdateSpec
 from cute_ssm.spec import FLOATS, QUANTISED
 
 STATES = (*FLOATS, *QUANTISED)
-TOKENS = {"one": ("batch",), "batched": ("batch", "T"), "packed": ("total",)}  # axes of each layout
+TOKENS = {"one": ("batch",), "batched": ("batch", "T"), "packed": ("total",)}  # axes of each layout of tokens
 X_SHAPES = {
     "packed": "(total, nheads, dim) with cu_seqlens",
     "dense": "(batch, nheads, dim) or (batch, T, nheads, dim) without cu_seqlens",
@@ -32,7 +32,10 @@ Pool = Arg("slots nheads dim dstate", STATES, contiguous=2, align=BULK_BYTES, wr
 
 
 class Arguments(NamedTuple):
-    """The arguments of a call in the order of the schema, the tensors in that of the kernel; no axis is left out."""
+    """The arguments of a call in the order of the schema, which starts with the kernel's tensors.
+
+    All axes are there: the operator has inserted those that the caller left out.
+    """
 
     state: Annotated[Tensor, Pool]
     x: Annotated[Tensor, Arg("*tokens nheads dim", FLOATS, contiguous=1)]
@@ -97,9 +100,10 @@ _warned: set[tuple[object, ...]] = set()
 
 
 def warn_of_dense_A(spec: SelectiveStateUpdateSpec, A: Tensor) -> None:
-    """Warn once of an ``A`` that is dense beside one step size per head, and on the CPU holds one value per head.
+    """Warn once if ``A`` is dense while there is one step size per head, as in Mamba-2.
 
-    What a tensor on a GPU holds is not read: there, the layout alone says so, when the plan of a call is made.
+    On the CPU, warn only if ``A`` holds one value per head.  The contents of tensors on a GPU are never read, so there
+    the layout alone decides.
     """
     key = (A.shape, A.stride(), A.dtype, A.device.type)
     if spec.A_tied or not spec.dt_tied or key in _warned or not A.numel():
@@ -108,14 +112,14 @@ def warn_of_dense_A(spec: SelectiveStateUpdateSpec, A: Tensor) -> None:
         return
     _warned.add(key)
     warnings.warn(
-        f"A: strides {A.stride()}, beside one step size per head.  If A too holds one value per head, as of Mamba-2, "
-        "pass A[..., :1, :1].expand(A.shape): the kernel for a dense A costs about twice the instructions",
+        f"A: strides {A.stride()}, with one step size per head.  If A also holds one value per head, as in Mamba-2, "
+        "pass A[..., :1, :1].expand(A.shape): the kernel for a dense A runs about twice the instructions",
         stacklevel=6,
     )
 
 
 def limit(call: Arguments) -> int:
-    """Tokens that no sequence may exceed."""
+    """Return the largest number of tokens that a sequence may have."""
     if call.cu_seqlens is None:
         return call.x.shape[1] if call.x.dim() == 4 else 1
     bounds = [min(call.cache_steps or UNLIMITED, UNLIMITED)]
@@ -132,53 +136,53 @@ def check_contents(call: Arguments) -> None:
 
     Indices of sequences that are padding or have no tokens, and columns that no token uses, are never read.
     """
-    o, slots, pad = call, call.state.shape[0], call.pad_slot_id
+    slots, pad = call.state.shape[0], call.pad_slot_id
     lengths = _lengths(call)
-    source, real = torch.arange(len(lengths)), lengths > 0
-    if o.state_batch_indices is not None:
-        used = real
-        source = o.state_batch_indices
-        if o.num_accepted_tokens is not None:
-            used = torch.zeros_like(source, dtype=torch.bool)
-            columns = _columns(o.num_accepted_tokens, source, real, pad)
-            used[real, columns[real]] = True
-            source = source[torch.arange(len(source)), columns]
-        arguments.check_slots("state_batch_indices", o.state_batch_indices, used, slots, pad)
-        source = source.long()
-        real = real & (source != pad)
-    if o.intermediate_states_buffer is not None:
-        rows = source
-        if o.intermediate_state_indices is not None:
-            rows = o.intermediate_state_indices.long()
-            lines = o.intermediate_states_buffer.shape[0]
-            arguments.check_slots("intermediate_state_indices", rows, real, lines, None)
-        name = "state_batch_indices" if o.intermediate_state_indices is None else "intermediate_state_indices"
-        _check_distinct(name, rows[real], "rows of intermediate_states_buffer")
+    src_slots, active = torch.arange(len(lengths)), lengths > 0
+    if call.state_batch_indices is not None:
+        used = active
+        src_slots = call.state_batch_indices
+        if call.num_accepted_tokens is not None:
+            used = torch.zeros_like(src_slots, dtype=torch.bool)
+            columns = _columns(call.num_accepted_tokens, src_slots, active, pad)
+            used[active, columns[active]] = True
+            src_slots = src_slots[torch.arange(len(src_slots)), columns]
+        arguments.check_slots("state_batch_indices", call.state_batch_indices, used, slots, pad)
+        src_slots = src_slots.long()
+        active = active & (src_slots != pad)
+    if call.intermediate_states_buffer is not None:
+        name, rows = "state_batch_indices", src_slots
+        if call.intermediate_state_indices is not None:
+            name, rows = "intermediate_state_indices", call.intermediate_state_indices.long()
+            arguments.check_slots(name, rows, active, call.intermediate_states_buffer.shape[0], None)
+        _check_distinct(name, rows[active], "rows of intermediate_states_buffer")
     if call.disable_state_update:
         return
-    name, target, used = "state_batch_indices", source, real
-    if o.dst_state_batch_indices is not None:
-        name, target = "dst_state_batch_indices", o.dst_state_batch_indices.long()
-        if target.dim() == 2:
-            used = real[:, None] & (torch.arange(target.shape[1]) < lengths[:, None])
-        arguments.check_slots(name, target, used, slots, pad)
-        used = used & (target != pad)
-    _check_distinct(name, target[used], "slots")
-    owner = used.nonzero()[:, 0]
-    foreign = (target[used][:, None] == source[real]) & (owner[:, None] != real.nonzero()[:, 0])
+    name, dst_slots, used = "state_batch_indices", src_slots, active
+    if call.dst_state_batch_indices is not None:
+        name, dst_slots = "dst_state_batch_indices", call.dst_state_batch_indices.long()
+        if dst_slots.dim() == 2:
+            used = active[:, None] & (torch.arange(dst_slots.shape[1]) < lengths[:, None])
+        arguments.check_slots(name, dst_slots, used, slots, pad)
+        used = used & (dst_slots != pad)
+    written = dst_slots[used]
+    _check_distinct(name, written, "slots")
+    writer, reader = used.nonzero()[:, 0], active.nonzero()[:, 0]
+    foreign = (written[:, None] == src_slots[active]) & (writer[:, None] != reader)
     if bool(foreign.any()):
-        got = int(target[used][foreign.any(1)][0])
-        raise ValueError(describe(name, "slots that no other sequence reads", got, "their order is not defined"))
+        fix = "the order of reads and writes of different sequences is undefined"
+        got = int(written[foreign.any(1)][0])
+        raise ValueError(describe(name, "slots that no other sequence reads", got, fix))
 
 
 def _lengths(call: Arguments) -> Tensor:
-    """Tokens of each sequence; raise if ``cu_seqlens`` does not fit."""
+    """Return the number of tokens of each sequence; raise if ``cu_seqlens`` does not fit."""
     cu, x = call.cu_seqlens, call.x
     if cu is None:
         return torch.full((x.shape[0],), x.shape[1] if x.dim() == 4 else 1)
     lengths = cu.long().diff()
     if int(cu[0]) < 0 or int(cu[-1]) > x.shape[0] or bool((lengths < 0).any()):
-        raise ValueError(describe("cu_seqlens", f"rising offsets of at most {x.shape[0]} tokens", cu.tolist()))
+        raise ValueError(describe("cu_seqlens", f"non-decreasing offsets of at most {x.shape[0]} tokens", cu.tolist()))
     bound, longest = limit(call), max(lengths.tolist(), default=0)
     if longest > bound:
         fix = "raise cache_steps, and give dst_state_batch_indices and intermediate_states_buffer as many steps"
@@ -186,18 +190,18 @@ def _lengths(call: Arguments) -> Tensor:
     return lengths
 
 
-def _columns(accepted: Tensor, indices: Tensor, real: Tensor, pad: int) -> Tensor:
-    """Column of each sequence's first state; a row of padding may have any number."""
+def _columns(num_accepted: Tensor, indices: Tensor, active: Tensor, pad: int) -> Tensor:
+    """Return the column of each sequence's first state; sequences that are padding may have any number."""
     most = indices.shape[1]
-    bad = (real & (accepted > most) & (indices != pad).any(1)).nonzero()[:, 0]
+    bad = (active & (num_accepted > most) & (indices != pad).any(1)).nonzero()[:, 0]
     if len(bad):
         expected, at = f"at most {most}, the columns of state_batch_indices", int(bad[0])
-        raise ValueError(describe("num_accepted_tokens", expected, f"{int(accepted[at])} at position {at}"))
-    return (accepted.long() - 1).clamp(0, most - 1)
+        raise ValueError(describe("num_accepted_tokens", expected, f"{int(num_accepted[at])} at position {at}"))
+    return (num_accepted.long() - 1).clamp(0, most - 1)
 
 
 def _check_distinct(name: str, indices: Tensor, what: str) -> None:
-    """Raise if two tokens' states go to the same place."""
+    """Raise if two states are written to the same index."""
     ordered = indices.sort().values
     repeated = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(repeated):
@@ -218,44 +222,45 @@ def _tied(tensor: Tensor) -> bool:
 
 
 def _spec(call: Arguments, tokens: str) -> SelectiveStateUpdateSpec:
+    """Return the spec of a call, for rows that are not aligned."""
+
     def name_of(tensor: Tensor | None) -> str | None:
         return None if tensor is None else arguments.name_of(tensor.dtype)
 
-    o = call
     return SelectiveStateUpdateSpec(
-        state_dtype=arguments.name_of(o.state.dtype),
-        input_dtype=arguments.name_of(o.x.dtype),
-        A_dtype=arguments.name_of(o.A.dtype),
-        dt_dtype=arguments.name_of(o.dt.dtype),
-        D_dtype=name_of(o.D),
-        dt_bias_dtype=name_of(o.dt_bias),
-        dim=o.state.shape[2],
-        dstate=o.state.shape[3],
-        A_tied=_tied(o.A),
-        dt_tied=o.dt.stride(-1) == 0 and (o.dt_bias is None or o.dt_bias.stride(-1) == 0),
-        D_tied=o.D is not None and o.D.stride(-1) == 0,
-        has_z=o.z is not None,
+        state_dtype=arguments.name_of(call.state.dtype),
+        input_dtype=arguments.name_of(call.x.dtype),
+        A_dtype=arguments.name_of(call.A.dtype),
+        dt_dtype=arguments.name_of(call.dt.dtype),
+        D_dtype=name_of(call.D),
+        dt_bias_dtype=name_of(call.dt_bias),
+        dim=call.state.shape[2],
+        dstate=call.state.shape[3],
+        A_tied=_tied(call.A),
+        dt_tied=call.dt.stride(-1) == 0 and (call.dt_bias is None or call.dt_bias.stride(-1) == 0),
+        D_tied=call.D is not None and call.D.stride(-1) == 0,
+        has_z=call.z is not None,
         dt_softplus=call.dt_softplus,
-        src_dtype=name_of(o.state_batch_indices),
-        dst_dtype=name_of(o.dst_state_batch_indices),
+        src_dtype=name_of(call.state_batch_indices),
+        dst_dtype=name_of(call.dst_state_batch_indices),
         update_state=not call.disable_state_update,
-        zero_padding=call.zero_padding and o.state_batch_indices is not None,
+        zero_padding=call.zero_padding and call.state_batch_indices is not None,
         vector_inputs=False,
         tokens=tokens,
-        accepted_dtype=name_of(o.num_accepted_tokens),
-        cu_dtype=name_of(o.cu_seqlens),
-        src_columns=_matrix(o.state_batch_indices),
-        dst_columns=_matrix(o.dst_state_batch_indices),
-        intermediates=o.intermediate_states_buffer is not None,
-        intermediate_dtype=name_of(o.intermediate_state_indices),
-        philox_rounds=call.philox_rounds if o.rand_seed is not None else 0,
-        seed_per_slot=o.rand_seed is not None and o.rand_seed.shape[0] != 1,
+        accepted_dtype=name_of(call.num_accepted_tokens),
+        cu_dtype=name_of(call.cu_seqlens),
+        src_columns=_matrix(call.state_batch_indices),
+        dst_columns=_matrix(call.dst_state_batch_indices),
+        intermediates=call.intermediate_states_buffer is not None,
+        intermediate_dtype=name_of(call.intermediate_state_indices),
+        philox_rounds=call.philox_rounds if call.rand_seed is not None else 0,
+        seed_per_slot=call.rand_seed is not None and call.rand_seed.shape[0] != 1,
         saturate=call.saturate,
     )
 
 
 def _check_combinations(given: Given, call: Arguments) -> None:
-    """Raise on arguments that exclude or need each other."""
+    """Raise on arguments that exclude or require each other."""
 
     def refuse(name: str, expected: str, got: object, fix: str = "") -> None:
         raise ValueError(describe(name, expected, got, fix))
@@ -268,7 +273,7 @@ def _check_combinations(given: Given, call: Arguments) -> None:
         refuse("state_scale", f"None with a state of {arguments.name_of(given['state'].dtype)}", "a tensor")
     if "intermediate_states_buffer" in given:
         if "dst_state_batch_indices" in given:
-            fix = "states after every token go to one or the other"
+            fix = "pass one of them as the destination of the states after every token"
             refuse("dst_state_batch_indices", "None with intermediate_states_buffer", "both", fix)
         if quantised and "intermediate_state_scales" not in given:
             refuse("intermediate_state_scales", "scales for intermediate_states_buffer", None)
@@ -294,7 +299,7 @@ def _check_combinations(given: Given, call: Arguments) -> None:
 
 
 def _check_shapes(given: Given) -> str:
-    """Raise unless all shapes agree; return how tokens are laid out."""
+    """Raise unless all shapes agree; return the layout of tokens."""
     packed = "cu_seqlens" in given
     layout = "packed" if packed else "batched" if given["x"].dim() == 4 else "one"
     axes = TOKENS[layout]
@@ -339,7 +344,7 @@ def _check_shapes(given: Given) -> str:
 
 
 def _check_index_shapes(given: Given, batch: int, T: int | None) -> None:
-    """Raise unless indices have a row for each sequence, and a column for each of T tokens."""
+    """Raise unless indices have a row for each sequence and, where there are columns, one for each of T tokens."""
     for name in ("state_batch_indices", "dst_state_batch_indices"):
         if name not in given:
             continue

@@ -1,8 +1,8 @@
-"""The config of `kernels.selective_step`, and the choice of one.
+"""The config of `SelectiveStep`, and how one is chosen.
 
-What a result's bits depend on (`lanes`, `matmul`) is chosen from the spec and the bound of a sequence's tokens; what
-only moves work (`rows`, `block`, `warps`) may also depend on the amount of work.  So a sequence's result does not
-depend on the batch it is part of.
+`lanes` and `matmul` change the bits of a result, so they are chosen from the spec and the bound of a sequence's tokens
+alone: a sequence's result does not depend on the batch it is part of.  The other fields only distribute work, and may
+depend on the amount of work.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ from cute_ssm.ops.selective_state_update.spec import SelectiveStateUpdateSpec
 from cute_ssm.spec import ITEMSIZE, Config
 from cute_ssm.tuning import apply_override, tables
 
-RING = 3  # stages of a persistent warp: one unit arrives, one is worked on, one leaves
+PIPELINE_STAGES = 3  # of a persistent warp: one unit arrives, one is updated, one leaves
 ACCESS_BYTES = 16
-UNIT_BYTES = 20480  # largest unit: three or four rings fill an SM's shared memory, and 48 to 64 KiB are always arriving
+UNIT_BYTES = 20480  # largest unit: 3 or 4 pipelines fill an SM, 48 to 64 KiB are always arriving
 HEAVY_WARPS = 8  # of up to 255 registers a thread, per SM
-RESIDENT_CTAS = 16  # of one warp, per SM: more would not make the memory busier
-CTA_BYTES = 1024 + 128  # shared memory of a CTA besides its ring
+RESIDENT_CTAS = 16  # of one warp, per SM: more do not raise the use of memory bandwidth
+CTA_BYTES = 1024 + 128  # shared memory of a CTA besides its pipelines
 PRODUCT_TOKENS = 8  # columns of a tensor-core product
 STAGED_ALIGNMENT = 128
-STAGED_TOKENS = 8  # whose B and C are in shared memory at once
-PRODUCT_LANES = 4  # that share a row of its operands
+STAGED_TOKENS = 8  # tokens whose B and C are in shared memory at once
+PRODUCT_LANES = 4  # lanes that share a row of a product's operands
 FULL = 0.85  # units per SM below which units are made smaller
 
 
 @dataclass(frozen=True)
 class SelectiveStepConfig(Config):
-    """Knobs of `SelectiveStep`.
+    """How `SelectiveStep` distributes its work.
 
     Attributes
     ----------
     lanes : int
         Lanes that share a row of the state: a power of two.
     rows : int
-        Rows of a unit, which one warp takes at a time: a divisor of dim, and a multiple of a block.
+        Rows of a unit, the work that a warp takes at a time: a divisor of dim, and a multiple of a block.
     block : int
-        Rows that a warp works on at once, up to one per lane; fewer where they would not fit the registers.
+        Rows that a warp updates at once, up to one per lane; fewer where they would not fit the registers.
     warps : int
-        Warps of a CTA, each with units and a ring of its own.
+        Warps of a CTA, each with units and a pipeline of its own.
     stages : int
-        3: a ring, the grid is persistent.  1: the grid has a warp for every unit.
+        Stages of a warp's pipeline.  3: the grid is persistent.  1: the grid has a warp for every unit.
     ctas_per_sm : int
         Upper bound of the persistent grid, per SM.
     matmul : int
-        1: up to `PRODUCT_TOKENS` tokens at once, outputs by tensor core (`kernels.selective_products`).
+        1: update by up to `PRODUCT_TOKENS` tokens at once, outputs by tensor core (`TokenProducts`).
     """
 
     FREE: ClassVar[tuple[str, ...]] = ("rows", "block", "warps", "stages", "ctas_per_sm")
@@ -69,7 +69,7 @@ class SelectiveStepConfig(Config):
 
     @property
     def block_rows(self) -> int:
-        """Rows of a block: `block`, or what of it divides a smaller unit."""
+        """Rows of a block: `block`, or the largest divisor of it that divides `rows`."""
         return math.gcd(self.block, self.rows)
 
     def unit_bytes(self, spec: SelectiveStateUpdateSpec) -> int:
@@ -77,10 +77,10 @@ class SelectiveStepConfig(Config):
         return self.rows * spec.dstate * ITEMSIZE[spec.state_dtype]
 
     def shared_bytes(self, spec: SelectiveStateUpdateSpec) -> int:
-        """Shared memory of one CTA: rings and their barriers, and, aligned, what is staged of B and C."""
-        ring = self.warps * self.stages * (self.unit_bytes(spec) + 8)
+        """Shared memory of one CTA: pipelines with their barriers, and, aligned, the staged rows of B and C."""
+        pipelines = self.warps * self.stages * (self.unit_bytes(spec) + 8)
         staged = self.warps * staged_bytes(spec, self.lanes, self.matmul)
-        return -(-ring // STAGED_ALIGNMENT) * STAGED_ALIGNMENT + staged if staged else ring
+        return -(-pipelines // STAGED_ALIGNMENT) * STAGED_ALIGNMENT + staged if staged else pipelines
 
     def check(self, spec: SelectiveStateUpdateSpec, arch: Arch) -> None:
         """Raise `UnsupportedSpecError` if the kernel cannot run so."""
@@ -91,7 +91,7 @@ class SelectiveStepConfig(Config):
             "rows": self.rows >= 8 and spec.dim % self.rows == 0,
             "block": block in (8, 16, 32),
             "warps": 1 <= self.warps <= 32,
-            "stages": self.stages in (1, RING),
+            "stages": self.stages in (1, PIPELINE_STAGES),
             "matmul": not self.matmul or (can_multiply(spec) and self.lanes == PRODUCT_LANES and block % 16 == 0),
             "ctas_per_sm": self.ctas_per_sm >= 1,
             "shared memory": self.shared_bytes(spec) <= arch.shared_bytes,
@@ -108,23 +108,26 @@ class SelectiveStepConfig(Config):
         return {
             "rows": tuple(rows),
             "warps": (1, 2, 4, 8),
-            "stages": (1, RING),
+            "stages": (1, PIPELINE_STAGES),
             "ctas_per_sm": (1, 2, 3, 4, 6, 8, 12),
             "block": (8, 16, 32),
         }
 
     def fits(self, spec: SelectiveStateUpdateSpec, arch: Arch) -> bool:
-        """Whether an SM holds as many CTAs as a persistent grid has for it; more would wait for their turn."""
+        """Whether all CTAs of a persistent grid are resident; those that are not would start when others end."""
         resident = self.ctas_per_sm * (self.shared_bytes(spec) + CTA_BYTES)
         return self.stages == 1 or resident <= arch.shared_bytes
 
     def inert(self) -> tuple[str, ...]:
-        """Return the fields that mean nothing beside the others: the tuner leaves them as they are."""
+        """Return the fields that have no effect with these values of the others; the tuner does not vary them."""
         return ("ctas_per_sm",) if self.stages == 1 else ()
 
 
 def staged_bytes(spec: SelectiveStateUpdateSpec, lanes: int, matmul: int) -> int:
-    """Shared memory of a warp for B, or B and C, of a few tokens in float32; rows as long as all lanes' columns."""
+    """Shared memory of a warp for float32 rows of B, or of B and C, of `STAGED_TOKENS` tokens.
+
+    Rows have space for the columns of all lanes, idle ones included.
+    """
     if spec.tokens == "one":
         return 0
     vector = state_vector(spec)
@@ -132,42 +135,38 @@ def staged_bytes(spec: SelectiveStateUpdateSpec, lanes: int, matmul: int) -> int
 
 
 def can_multiply(spec: SelectiveStateUpdateSpec) -> bool:
-    """Whether `kernels.selective_products` computes a spec: operands of 16 bits, one decay per head, one last state."""
+    """Whether `TokenProducts` implements a spec: 16-bit operands, one decay per head, only the last state written."""
     return (
         spec.tokens != "one"
-        and spec.A_tied
-        and spec.dt_tied
+        and spec.decay_tied
         and {spec.state_dtype, spec.input_dtype} <= {"bfloat16", "float16"}
         and spec.dim % 16 == 0
         and spec.dstate % 32 == 0
-        and not spec.intermediates
-        and not (spec.dst_columns and spec.update_state)
+        and not spec.writes_every_state
     )
 
 
 def widest_block(spec: SelectiveStateUpdateSpec) -> int:
-    """Rows that a warp sums at once, one per lane if dim allows."""
+    """Rows that a warp updates at once at most: one per lane if dim allows."""
     return math.gcd(spec.dim, WARP)
 
 
 def state_vector(spec: SelectiveStateUpdateSpec) -> int:
-    """Elements of the widest access, up to 16 bytes, that divides a row of the state."""
+    """Elements of the widest access, up to 16 bytes, whose size divides that of a row of the state."""
     return math.gcd(spec.dstate, ACCESS_BYTES // ITEMSIZE[spec.state_dtype])
 
 
 def block_of(spec: SelectiveStateUpdateSpec, lanes: int, rows: int) -> int:
-    """Rows of a block: as many as a unit and the registers hold.
+    """Rows of a block: as many as the unit has and the registers can hold.
 
-    A lane holds its part of a block in float32 while there are tokens or scales to come.  128 registers of them leave
-    enough for one decay per head and no stores on the way, 64 in other cases, 32 beside Philox and scales: measured by
-    what the compiler spills at 255 registers.
+    With several tokens or with scales, a lane holds its part of a block in float32.  The bounds on those registers
+    were measured as the largest that do not spill at 255 registers: 128 with one decay per head and only the last
+    state written, 32 with both Philox and scales, 64 otherwise.
     """
     block = math.gcd(rows, widest_block(spec))
     if spec.tokens == "one" and not spec.scaled:
         return block
-    plain = spec.tokens == "one" or (
-        spec.A_tied and spec.dt_tied and not spec.intermediates and not (spec.dst_columns and spec.update_state)
-    )
+    plain = spec.tokens == "one" or (spec.decay_tied and not spec.writes_every_state)
     vector = state_vector(spec)
     columns = -(-spec.dstate // (vector * lanes)) * vector
     most = 128 if plain and not spec.philox_rounds else 32 if spec.scaled and spec.philox_rounds else 64
@@ -177,12 +176,15 @@ def block_of(spec: SelectiveStateUpdateSpec, lanes: int, rows: int) -> int:
 
 
 def input_vector(spec: SelectiveStateUpdateSpec, itemsize: int) -> int:
-    """Elements of one access to a row of B, C or A, if rows are aligned: those of `state_vector`, up to 16 bytes."""
+    """Elements of one access to a row of B, C or A if rows are aligned: as in `state_vector`, up to 16 bytes."""
     return min(state_vector(spec), ACCESS_BYTES // itemsize)
 
 
 def bank_conflicts(spec: SelectiveStateUpdateSpec, lanes: int) -> int:
-    """Excess wavefronts of a warp's access to a block: a quarter warp of 16 bytes a lane can meet every bank once."""
+    """Excess wavefronts of a warp's access to a block.
+
+    Without conflicts, a wavefront serves 128 bytes: a quarter of a warp at 16 bytes a lane.
+    """
     access = state_vector(spec) * ITEMSIZE[spec.state_dtype]
     pitch = spec.dstate * ITEMSIZE[spec.state_dtype]
     stride, steps = WARP // lanes, widest_block(spec) * lanes // WARP
@@ -201,7 +203,7 @@ def bank_conflicts(spec: SelectiveStateUpdateSpec, lanes: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def lanes_of(spec: SelectiveStateUpdateSpec) -> int:
-    """Lanes per row: least idle lanes, then no bank conflicts, then about 16 columns a lane, then fewer exchanges."""
+    """Lanes per row: fewest idle lanes, then fewest bank conflicts, then about 16 columns a lane, then fewest lanes."""
     accesses = spec.dstate // state_vector(spec)
 
     def cost(lanes: int) -> tuple[float, int, int, int]:
@@ -216,14 +218,14 @@ def lanes_of(spec: SelectiveStateUpdateSpec) -> int:
 def choose(
     spec: SelectiveStateUpdateSpec, arch: Arch, heads: int, sm_count: int, tokens: int = 1
 ) -> SelectiveStepConfig:
-    """Return the config for ``heads`` (sequence, head) pairs on ``sm_count`` SMs, as `tuning.override` would have it.
+    """Return the config for ``heads`` (sequence, head) pairs on ``sm_count`` SMs; `tuning.override` takes precedence.
 
-    ``tokens`` bounds those of a sequence.
+    ``tokens`` is an upper bound of the tokens of a sequence.
 
     Raises
     ------
     UnsupportedSpecError
-        If an override asks for products of more tokens than they take.
+        If an override sets `matmul` for more tokens than `TokenProducts` takes.
     """
     config = apply_override(_tuned(spec, arch, heads, sm_count, tokens in range(2, PRODUCT_TOKENS + 1)))
     if config.matmul and tokens > PRODUCT_TOKENS:
@@ -236,7 +238,7 @@ def choose(
 def _tuned(
     spec: SelectiveStateUpdateSpec, arch: Arch, heads: int, sm_count: int, few_tokens: bool
 ) -> SelectiveStepConfig:
-    """Choose by the tables of measured configs, and else by the amount of work."""
+    """Choose from the tables of measured configs, or else by the amount of work."""
     return tables.tuned(_choose(spec, arch, heads, sm_count, few_tokens), spec, arch, heads, SelectiveStepConfig.FREE)
 
 
@@ -246,8 +248,8 @@ def _choose(
 ) -> SelectiveStepConfig:
     """Choose by the amount of work.
 
-    Units are as large as 20 KiB allow while (nearly) every SM still gets one.  With no more of them than one wave of
-    single warps, every unit gets a warp and a CTA of its own; with more, warps are persistent.
+    Units are as large as `UNIT_BYTES` allows while (nearly) every SM still gets one.  If all units are resident at
+    once as CTAs of one warp, every unit gets such a CTA; otherwise warps are persistent.
     """
     matmul = int(few_tokens and can_multiply(spec))
     lanes = PRODUCT_LANES if matmul else lanes_of(spec)
@@ -264,8 +266,10 @@ def _choose(
     alone = min(RESIDENT_CTAS, arch.shared_bytes // (rows * row_bytes + cta_bytes))
     if units <= alone * sm_count:
         return SelectiveStepConfig(lanes, rows, block, warps=1, stages=1, ctas_per_sm=alone, matmul=matmul)
-    persistent = max(1, min(RESIDENT_CTAS, arch.shared_bytes // (RING * rows * row_bytes + cta_bytes)))
+    persistent = max(1, min(RESIDENT_CTAS, arch.shared_bytes // (PIPELINE_STAGES * rows * row_bytes + cta_bytes)))
     if spec.tokens != "one" or spec.scaled or spec.philox_rounds:
         persistent = min(persistent, HEAVY_WARPS)
     warps = 2 if persistent >= 4 else 1
-    return SelectiveStepConfig(lanes, rows, block, warps, RING, ctas_per_sm=persistent // warps, matmul=matmul)
+    return SelectiveStepConfig(
+        lanes, rows, block, warps, PIPELINE_STAGES, ctas_per_sm=persistent // warps, matmul=matmul
+    )

@@ -1,4 +1,4 @@
-"""`selective_state_update`: tokens of a state-space model's recurrence, in place on a pool of states."""
+"""`selective_state_update`: advance a pool of state-space-model states, in place, by the tokens of a batch."""
 
 from __future__ import annotations
 
@@ -56,27 +56,29 @@ def selective_state_update(
 
         dt' = softplus(dt + dt_bias);  h <- exp(A dt') h + (dt' x) B^T;  out = (h C + D x) silu(z)
 
-    ``out`` is computed from h before it is rounded to the type of ``state``, and h is not rounded between tokens.
-    An output, and the state after a token, depend on no value of a later token: not a bit of them changes where x, dt,
-    B, C or z of a later one hold NaN or infinities.
-    Tensors on a GPU run the compiled kernel; tensors on the CPU run the PyTorch reference, or the same compiled kernel
-    inside ``ptxsim.emulate()``.
+    ``out`` is computed from h before h is rounded to the type of ``state``; h is not rounded between tokens.  The
+    outputs and states up to a token do not depend on later tokens: NaN and infinities in x, dt, B, C or z of a later
+    token change none of their bits.
 
-    Tokens come in three forms: one per sequence, x of shape (batch, nheads, dim); T for each, (batch, T, nheads, dim);
-    or packed, (total, nheads, dim) with ``cu_seqlens``.  Below, ``[T]`` stands for the axes of the form.
+    Tensors on a GPU run the compiled kernel.  Tensors on the CPU run the PyTorch reference or, inside
+    ``ptxsim.emulate()``, the compiled kernel in the emulator.
+
+    Tokens have one of three layouts: one token per sequence, with x of shape (batch, nheads, dim); T tokens per
+    sequence, (batch, T, nheads, dim); or packed tokens, (total, nheads, dim) with ``cu_seqlens``.  Below,
+    ``batch[, T]`` stands for the leading axes of the layout.
 
     Parameters
     ----------
     state : Tensor, (slots, nheads, dim, dstate), float32/bfloat16/float16/int16/int8/float8_e4m3fn
-        Pool of states, **updated in place**.  The last two dimensions are contiguous; the strides of slots and heads
-        are free multiples of 16 bytes, and so is the address.  dim is a multiple of 8, dstate 16 to 256.
+        Pool of states, **updated in place**.  The last two dimensions are contiguous; the address and the strides of
+        slots and heads are any multiples of 16 bytes.  dim is a multiple of 8, dstate 16 to 256.
     x : Tensor, (batch[, T], nheads, dim), float32/bfloat16/float16
-        Input.  Stride 1 in the last dimension, like z, B, C and out; other strides are free.
+        Input.  x, z, B, C and out have stride 1 in the last dimension and any other strides.
     dt : Tensor, (batch[, T], nheads, dim), float32/bfloat16/float16
         Step size before bias and softplus.  Stride 0 in the last dimension means one value per head.
     A : Tensor, (nheads, dim, dstate), float32/bfloat16/float16
         Decay rates.  Strides 0 in the last two dimensions mean one value per head (Mamba-2); otherwise the last
-        dimension is contiguous (Mamba-1).  ``-torch.exp(log).expand(...)`` is not tied: negate before expanding.
+        dimension is contiguous (Mamba-1).  Negate before expanding: ``-torch.exp(log).expand(...)`` is a dense tensor.
     B, C : Tensor, (batch[, T], ngroups, dstate), type of x
         Input and output projections; nheads is a multiple of ngroups.
     D : Tensor, (nheads, dim), float32/bfloat16/float16, optional
@@ -88,44 +90,45 @@ def selective_state_update(
     dt_softplus : bool
         Apply softplus to dt + dt_bias (the identity above 20).
     state_batch_indices : Tensor, (batch,) or (batch, n), int32/int64, optional
-        Slot of each sequence, different ones where states are updated in place; of a matrix, column 0 unless
-        ``num_accepted_tokens`` chooses another.  None: sequence b uses slot b, and none is padding.
+        Slot of each sequence.  Slots are distinct if states are updated in place.  Of a matrix, column 0 is used unless
+        ``num_accepted_tokens`` selects another.  None: sequence b uses slot b, and no sequence is padding.
     pad_slot_id : int
-        A sequence whose slot is this one is padding: nothing of it is read or written, and its rows of ``out`` stay as
-        they are, or are zero if ``out`` was not given.
+        A sequence with this slot is padding: its state is neither read nor written, and its rows of ``out`` are
+        left unchanged, or are zero if ``out`` was not given.
     state_scale : Tensor, (slots, nheads, dim), float32, for int16/int8/float8_e4m3fn states only
         Scale of each row of the state, **updated with it**; stride 1 in the last dimension.
     out : Tensor, (batch[, T], nheads, dim), type of x, optional
-        **Written.**  Allocated if None; packed rows that no sequence owns are then undefined.
+        **Written.**  Allocated if None; packed rows that belong to no sequence are then undefined.
     disable_state_update : bool
-        Leave ``state`` as it is.
+        Do not write ``state``.
     intermediate_states_buffer : Tensor, (rows, steps, nheads, dim, dstate), type of state, optional
         **Written** with the state after token t of a sequence at [row, t]; steps is at least T.  The state after the
-        last token also goes to ``state`` unless that is disabled.  Laid out like ``state``.
+        last token is also written to ``state`` unless that is disabled.  Same requirements on strides as ``state``.
     intermediate_state_indices : Tensor, (batch,), int32/int64, optional
-        Row of each sequence in that buffer, all different; None: the slot it reads.
+        Row of each sequence in that buffer, all distinct; None: the slot that the sequence reads.
     intermediate_state_scales : Tensor, (rows, steps, nheads, dim), float32
-        **Written**, with the buffer of a quantised state.
+        **Written**; scales of the buffer of a quantised state.
     rand_seed : Tensor, (1,) or (slots,), int64, optional
-        Round states stochastically, with this seed or that of the slot that is read.  Not for float32 states.  Which
-        random bits an element takes is documented in `cute_ssm.reference.rounding`; pass another seed every step.
+        Round states stochastically, with one seed or with that of the slot that is read; not for float32 states.  Pass
+        another seed at every step.  `cute_ssm.reference.rounding` documents which random bits each element uses.
     philox_rounds : int
         Rounds of the Philox generator.
     cache_steps : int
-        With ``cu_seqlens``, the promise that no sequence has more tokens; 0 promises nothing.
+        With ``cu_seqlens``, an upper bound of the tokens of a sequence; 0: no bound.
     algorithm : {"auto", "simple", "vertical", "horizontal", "async_horizontal"}
-        Accepted for compatibility: one kernel serves all, and chooses its tiles by the amount of work.
+        Accepted for compatibility and ignored: there is one kernel, whose tiles depend on the amount of work.
     dst_state_batch_indices : Tensor, (batch,) or (batch, n), int32/int64, optional
-        Slots that receive new states instead of those read; ``pad_slot_id`` entries are not written.  A vector: the
-        state after the last token.  A matrix: column t receives the state after token t (with one token per sequence,
-        column 0).  Slots of one call must be distinct, and none may be read by another sequence.
+        Slots that new states are written to instead of the slots read; ``pad_slot_id`` entries are skipped.  A vector
+        holds the slots of the states after the last token; column t of a matrix those of the states after token t (with
+        one token per sequence, column 0 is used).  The slots of a call are distinct, and none is read by another
+        sequence.
     cu_seqlens : Tensor, (batch + 1,), int32/int64, optional
-        Sequence b owns the packed rows cu_seqlens[b] to cu_seqlens[b + 1]; it may own none.
+        The packed rows cu_seqlens[b] to cu_seqlens[b + 1] are the tokens of sequence b; there may be none.
     num_accepted_tokens : Tensor, (batch,), int32/int64, optional
         Sequence b starts from the slot in column ``num_accepted_tokens[b] - 1`` (at least 0) of state_batch_indices.
     saturate : bool
-        Of new float16 states, make +-65504 what would round to an infinity, infinite sums included.  NaN stays NaN.
-        An error with states of other types.
+        Clamp new float16 states to +-65504 where they would be infinite; NaN stays NaN.  Raises for states of other
+        types.
 
     Returns
     -------
@@ -135,28 +138,30 @@ def selective_state_update(
     Raises
     ------
     ValueError, TypeError
-        A shape, type, stride, device or index is not as described above.  Nothing has been written.  Written tensors
-        whose elements share memory are looked for on the first call of a kind.
+        A shape, type, stride, device or index is not as described above.  Nothing has been written.  Whether elements
+        of a written tensor share memory is checked on the first call with given shapes and types only.
     UnsupportedSpecError
-        A legal call that this version has no kernel for.
+        The call is legal, but this version has no kernel for it.
     UnsupportedArchError
         The tensors are on a GPU that the kernels are not compiled for.
     GradientError
-        Grad mode is on, and an argument requires grad.  Weights that do are taken as constants, with one warning.
+        Grad mode is on, and an argument requires grad.  Weights that require grad are treated as constants, with one
+        warning.
 
     Notes
     -----
-    Index tensors may have more rows than the batch, as buffers of CUDA graphs do: the first ones count.
+    Index tensors may have more rows than the batch, as static buffers of CUDA graphs do; the extra rows are ignored.
 
-    A single head may be left out: state (slots, dim, dstate), x, dt, z, out (batch, dim), A (dim, dstate), B, C
-    (batch, dstate), D, dt_bias (dim,); the shorthand is recognised by state, x, A or B, with one token or packed ones.
+    The axis of a single head may be left out: state (slots, dim, dstate), x, dt, z, out (batch, dim), A (dim, dstate),
+    B, C (batch, dstate), D, dt_bias (dim,).  The shorthand is recognised by state, x, A or B, with one token per
+    sequence or packed tokens.
 
-    On a GPU the kernel is launched as a programmatic dependent: it may start while the kernel before it on the stream
-    still runs, waits for its end before it reads or writes anything, and lets the next kernel start at once.  A next
-    kernel that is launched so has to wait likewise (``griddepcontrol.wait``) before it uses what this one reads or
+    On a GPU the kernel uses programmatic dependent launch: it may start while the previous kernel on the stream still
+    runs, waits for that kernel before it reads or writes anything, and lets the next kernel start at once.  If the next
+    kernel is launched the same way, it has to wait (``griddepcontrol.wait``) before it uses what this one reads or
     writes.
 
-    The contents of tensors on a GPU are never read by the host.  There, a sequence whose slot, offsets or
+    The host never reads the contents of tensors on a GPU.  There, a sequence whose slot, offsets or
     ``num_accepted_tokens`` are out of range is treated as padding, a destination out of range is not written, and no
     sequence of ``cu_seqlens`` is followed past ``cache_steps``, or past the columns and steps of its destinations.
 

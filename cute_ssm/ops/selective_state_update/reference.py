@@ -1,4 +1,4 @@
-"""The selective state update, as mathematics."""
+"""The selective state update in PyTorch: the mathematics, and what the operator does with it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def selective_state_update(
     dt_softplus: bool,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Advance one token per sequence; nothing is modified and nothing is rounded.
+    """Advance one token per sequence.  Modifies no argument and rounds nothing to the types of storage.
 
     With the state h [dim, dstate] of a (sequence, head) and the group g of the head::
 
@@ -73,7 +73,7 @@ def selective_state_update(
 
 
 def update(call: Arguments, philox_rounds: int) -> None:
-    """Do to checked arguments what the operator documents, token by token in float32.
+    """Run a checked call, token by token in float32.
 
     Parameters
     ----------
@@ -82,92 +82,101 @@ def update(call: Arguments, philox_rounds: int) -> None:
     philox_rounds : int
         0: round states to nearest even.
     """
-    o = call
-    first, lengths = _extents(o)
-    batch = len(first)
-    rows = torch.arange(batch)
-    source = rows if o.state_batch_indices is None else _source(o)
-    real = torch.ones(batch, dtype=torch.bool) if o.state_batch_indices is None else source != o.pad_slot_id
-    if o.zero_padding:
-        for b in rows[~real].tolist():
-            o.out[_token(o, first, torch.tensor([b]), slice(0, int(lengths[b])))] = 0
-    rows = rows[real & (lengths > 0)]
-    source = source.long()
-    states = torch.zeros(batch, *o.state.shape[1:])
-    states[rows] = rounding.load(o.state[source[rows]], None if o.state_scale is None else o.state_scale[source[rows]])
-    for t in range(int(lengths[rows].max()) if len(rows) else 0):
-        rows = rows[lengths[rows] > t]
-        at = _token(o, first, rows, t)
-        z = None if o.z is None else o.z[at]
-        y, states[rows] = selective_state_update(
-            states[rows], o.x[at], o.dt[at], o.A, o.B[at], o.C[at], o.D, z, o.dt_bias, o.dt_softplus
-        )
-        o.out[at] = y.to(o.out.dtype)
-        ends = rows[lengths[rows] == t + 1]
-        _keep(o, philox_rounds, states, source, rows, ends, t)
+    first_rows, lengths = _extents(call)
+    batch = len(lengths)
+    src_slots, active = torch.arange(batch), torch.ones(batch, dtype=torch.bool)
+    if call.state_batch_indices is not None:
+        src_slots = _src_slots(call.state_batch_indices, call.num_accepted_tokens)
+        active = src_slots != call.pad_slot_id
+    if call.zero_padding:
+        for b in (~active).nonzero()[:, 0].tolist():
+            call.out[_token(call, first_rows, torch.tensor([b]), slice(0, int(lengths[b])))] = 0
+    sequences = (active & (lengths > 0)).nonzero()[:, 0]
+    src_slots = src_slots.long()
+    states = torch.zeros(batch, *call.state.shape[1:])
+    slots = src_slots[sequences]
+    scales = None if call.state_scale is None else call.state_scale[slots]
+    states[sequences] = rounding.load(call.state[slots], scales)
+    for t in range(int(lengths[sequences].max()) if len(sequences) else 0):
+        sequences = sequences[lengths[sequences] > t]
+        at = _token(call, first_rows, sequences, t)
+        z = None if call.z is None else call.z[at]
+        y, states[sequences] = selective_state_update(
+            states[sequences], call.x[at], call.dt[at], call.A, call.B[at], call.C[at], call.D, z, call.dt_bias,
+            call.dt_softplus,
+        )  # fmt: skip
+        call.out[at] = y.to(call.out.dtype)
+        ended = sequences[lengths[sequences] == t + 1]
+        _store_states(call, philox_rounds, states, src_slots, sequences, ended, t)
 
 
-def _keep(o: Arguments, rounds: int, states: Tensor, source: Tensor, rows: Tensor, ends: Tensor, t: int) -> None:
-    """Store states after token t: of `rows` where every token's goes somewhere, of `ends` where the last one's does."""
+def _store_states(
+    call: Arguments, rounds: int, states: Tensor, src_slots: Tensor, sequences: Tensor, ended: Tensor, t: int
+) -> None:
+    """Store states after token t.
+
+    `sequences` have a token t, `ended` no later one: the former are stored where every token has a destination.
+    """
 
     def store(
-        pool: Tensor, scales: Tensor | None, at: tuple[Tensor | int, ...], sequences: Tensor, lines: Tensor
+        pool: Tensor, scales: Tensor | None, at: tuple[Tensor | int, ...], chosen: Tensor, dst_slots: Tensor
     ) -> None:
         bits = None
-        if rounds and o.rand_seed is not None:
-            seeds = o.rand_seed[source[sequences] if len(o.rand_seed) > 1 else torch.zeros_like(sequences)]
-            bits = _random_bits(seeds, rounds, lines, pool.shape[-3:], t)
-        stored, scale = rounding.store(states[sequences], pool.dtype, bits=bits, saturate=o.saturate)
+        if rounds and call.rand_seed is not None:
+            seeds = call.rand_seed[src_slots[chosen] if len(call.rand_seed) > 1 else torch.zeros_like(chosen)]
+            bits = _random_bits(seeds, rounds, dst_slots, pool.shape[-3:], t)
+        stored, scale = rounding.store(states[chosen], pool.dtype, bits=bits, saturate=call.saturate)
         pool[at] = stored
         if scale is not None and scales is not None:
             scales[at] = scale
 
-    if o.intermediate_states_buffer is not None:
-        indices = o.intermediate_state_indices
-        lines = (source if indices is None else indices.long())[rows]
-        store(o.intermediate_states_buffer, o.intermediate_state_scales, (lines, t), rows, lines)
-    if o.disable_state_update:
+    if call.intermediate_states_buffer is not None:
+        indices = call.intermediate_state_indices
+        rows = (src_slots if indices is None else indices.long())[sequences]
+        store(call.intermediate_states_buffer, call.intermediate_state_scales, (rows, t), sequences, rows)
+    if call.disable_state_update:
         return
-    dst = o.dst_state_batch_indices
+    dst = call.dst_state_batch_indices
     if dst is not None and dst.dim() == 2:
-        sequences, target = rows, dst[rows, t].long()
+        chosen, dst_slots = sequences, dst[sequences, t].long()
     else:
-        sequences, target = ends, source[ends] if dst is None else dst[ends].long()
-    kept = target != o.pad_slot_id if dst is not None else torch.ones_like(target, dtype=torch.bool)
-    if kept.any():
-        store(o.state, o.state_scale, (target[kept],), sequences[kept], target[kept])
+        chosen, dst_slots = ended, src_slots[ended] if dst is None else dst[ended].long()
+    if dst is not None:
+        active = dst_slots != call.pad_slot_id
+        chosen, dst_slots = chosen[active], dst_slots[active]
+    if len(chosen):
+        store(call.state, call.state_scale, (dst_slots,), chosen, dst_slots)
 
 
-def _extents(o: Arguments) -> tuple[Tensor, Tensor]:
-    """(first packed row, number of tokens) of each sequence."""
-    if o.cu_seqlens is not None:
-        return o.cu_seqlens[:-1].long(), o.cu_seqlens.diff().long()
-    batch, steps = o.x.shape[0], o.x.shape[1] if o.x.dim() == 4 else 1
+def _extents(call: Arguments) -> tuple[Tensor, Tensor]:
+    """Return the first packed row and the number of tokens of each sequence."""
+    if call.cu_seqlens is not None:
+        return call.cu_seqlens[:-1].long(), call.cu_seqlens.diff().long()
+    batch, steps = call.x.shape[0], call.x.shape[1] if call.x.dim() == 4 else 1
     return torch.arange(batch), torch.full((batch,), steps)
 
 
-def _source(o: Arguments) -> Tensor:
-    """Slot that each sequence reads."""
-    indices = o.state_batch_indices
-    if indices is None or o.num_accepted_tokens is None:
-        return torch.empty(0) if indices is None else indices
-    columns = (o.num_accepted_tokens.long() - 1).clamp(0, indices.shape[1] - 1)
+def _src_slots(indices: Tensor, num_accepted_tokens: Tensor | None) -> Tensor:
+    """Return the slot that each sequence reads."""
+    if num_accepted_tokens is None:
+        return indices
+    columns = (num_accepted_tokens.long() - 1).clamp(0, indices.shape[1] - 1)
     return indices[torch.arange(len(indices)), columns]
 
 
-def _token(o: Arguments, first: Tensor, rows: Tensor, t: int | slice) -> tuple[Any, ...]:
-    """Index of token t of sequences in x, dt, B, C, z and out."""
-    if o.cu_seqlens is None:
-        return (rows, t) if o.x.dim() == 4 else (rows,)
+def _token(call: Arguments, first_rows: Tensor, sequences: Tensor, t: int | slice) -> tuple[Any, ...]:
+    """Return the index of token t of some sequences in x, dt, B, C, z and out."""
+    if call.cu_seqlens is None:
+        return (sequences, t) if call.x.dim() == 4 else (sequences,)
     if isinstance(t, slice):
-        return (torch.arange(int(first[rows]), int(first[rows]) + t.stop),)
-    return (first[rows] + t,)
+        return (torch.arange(int(first_rows[sequences]), int(first_rows[sequences]) + t.stop),)
+    return (first_rows[sequences] + t,)
 
 
-def _random_bits(seeds: Tensor, rounds: int, lines: Tensor, shape: torch.Size, t: int) -> Tensor:
-    """Random bits of states (sequences, nheads, dim, dstate) that are written to slots or rows `lines`."""
+def _random_bits(seeds: Tensor, rounds: int, dst_slots: Tensor, shape: torch.Size, t: int) -> Tensor:
+    """Return the random bits of states (sequences, nheads, dim, dstate) that are written to slots of a pool."""
     heads, dim, dstate = shape
     axes = [torch.arange(n) for n in (heads, dim, dstate)]
     head, row, column = torch.meshgrid(*axes, indexing="ij")
     view = (-1, 1, 1, 1)
-    return rounding.random_bits(seeds.view(view), rounds, lines.view(view), head, row, column, dstate, t)
+    return rounding.random_bits(seeds.view(view), rounds, dst_slots.view(view), head, row, column, dstate, t)

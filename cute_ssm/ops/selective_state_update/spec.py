@@ -27,13 +27,13 @@ class SelectiveStateUpdateSpec(Spec):
         Gate by silu(z); apply softplus to dt.
     src_dtype, dst_dtype : str or None
         Types of ``state_batch_indices`` and ``dst_state_batch_indices``.  None: sequence b reads slot b; new states
-        replace those that were read.
+        replace the states that were read.
     update_state : bool
         Write new states to ``state``.
     zero_padding : bool
-        Rows of ``out`` whose sequence is padding become zero instead of staying as they are.
+        Write zeros to rows of ``out`` whose sequence is padding, instead of leaving them unchanged.
     vector_inputs : bool
-        Rows of B, C and (unless tied) A are aligned for vector loads.
+        Rows of B, C and (unless tied) A are aligned, so that they can be read by vector loads.
     tokens : {"one", "batched", "packed"}
         One token per sequence; the same number of tokens for all, (batch, T, ...); or (total, ...) with ``cu_seqlens``.
     accepted_dtype, cu_dtype : str or None
@@ -41,15 +41,15 @@ class SelectiveStateUpdateSpec(Spec):
     src_columns, dst_columns : bool
         Index matrices: a column chosen by ``num_accepted_tokens``; a destination for every token.
     intermediates : bool
-        The state after every token goes to ``intermediate_states_buffer``.
+        Write the state after every token to ``intermediate_states_buffer``.
     intermediate_dtype : str or None
-        Type of ``intermediate_state_indices``; None: the rows are those of the slots that are read.
+        Type of ``intermediate_state_indices``; None: the rows are the slots that are read.
     philox_rounds : int
-        0: states are rounded to nearest even; else stochastically.
+        0: round states to nearest even; otherwise the rounds of Philox for stochastic rounding.
     seed_per_slot : bool
         ``rand_seed`` holds one seed per slot.
     saturate : bool
-        New float16 states beyond +-65504 become that instead of infinite.
+        Clamp new float16 states to +-65504 instead of letting them overflow to infinity.
     """
 
     state_dtype: str
@@ -125,6 +125,5 @@ class SelectiveStateUpdateSpec(Spec):
             what = "a multiple of 8 for quantised states and stochastic rounding"
             raise UnsupportedSpecError(describe("dstate", what, self.dstate))
         if self.philox_rounds and self.state_dtype == "float32":
-            raise UnsupportedSpecError(
-                describe("rand_seed", "None with a float32 state, which is not rounded", "a seed")
-            )
+            expected = "None with a float32 state, which is not rounded"
+            raise UnsupportedSpecError(describe("rand_seed", expected, "a seed"))

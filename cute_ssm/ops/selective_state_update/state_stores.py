@@ -83,14 +83,14 @@ class StateStores:
         if const_expr(self.spec.intermediates):
             buffer: cute.Tensor = tensors.intermediate_states_buffer
             indices: cute.Tensor = tensors.intermediate_state_indices
-            line, inside = unit.slot, Boolean(True)
+            row, inside = unit.slot, Boolean(True)
             if const_expr(self.spec.intermediate_dtype is not None):
-                line = Int64(indices[unit.sequence])
-                inside = in_range(line, buffer.shape[0])
-            address = memory.address(buffer, line, token, unit.head, block.first_row, 0)
-            scale = ScaleTarget(tensors.intermediate_state_scales, (line, token, unit.head, block.row))
+                row = Int64(indices[unit.sequence])
+                inside = in_range(row, buffer.shape[0])
+            address = memory.address(buffer, row, token, unit.head, block.first_row, 0)
+            scale = ScaleTarget(tensors.intermediate_state_scales, (row, token, unit.head, block.row))
             if inside:
-                self.copy_block(tensors, unit, rows, block, BlockTarget(line, address, scale), token, lane)
+                self.copy_block(tensors, unit, rows, block, BlockTarget(row, address, scale), token, lane)
         if const_expr(self.spec.update_state and self.spec.dst_columns):
             destinations: cute.Tensor = tensors.dst_state_batch_indices
             slot = Int64(destinations[unit.sequence, token])

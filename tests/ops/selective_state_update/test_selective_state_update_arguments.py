@@ -254,9 +254,9 @@ BROKEN = [
     ("batched", "num_accepted_tokens", always(torch.ones(3).int()), ValueError, "None without a matrix.*; the state t"),
     ("accepted", "state_batch_indices > num_accepted_tokens", lambda t: t[:, 0], ValueError, "None without a matrix o"),
     ("accepted", "num_accepted_tokens", put(1, 6), ValueError, "at most 5, the columns of state_batch_indices, got 6"),
-    ("packed", "cu_seqlens", put(1, 9), ValueError, r"expected rising offsets of at most 11 tokens, got \[1, 9, 4"),
-    ("packed", "cu_seqlens", put(-1, 12), ValueError, "expected rising offsets of at most 11 tokens"),
-    ("packed", "cu_seqlens", put(0, -1), ValueError, "expected rising offsets of at most 11 tokens"),
+    ("packed", "cu_seqlens", put(1, 9), ValueError, r"non-decreasing offsets of at most 11 tokens, got \[1, 9, 4"),
+    ("packed", "cu_seqlens", put(-1, 12), ValueError, "expected non-decreasing offsets of at most 11 tokens"),
+    ("packed", "cu_seqlens", put(0, -1), ValueError, "expected non-decreasing offsets of at most 11 tokens"),
     ("packed", "cache_steps > cu_seqlens", always(4), ValueError, "sequences of at most 4 tokens, got one of 5; raise"),
     ("packed", "cache_steps", always(-1), ValueError, "expected 0 or more, got -1"),
     ("packed", "dst_state_batch_indices > cu_seqlens", lambda t: t[:, :4], ValueError, "at most 4 tokens, got one of"),
@@ -354,7 +354,7 @@ def test_no_destination_may_be_read_by_another_sequence(emulated):
     call = base("one")
     call["dst_state_batch_indices"] = call["state_batch_indices"].roll(1)
     refuses(
-        call, "dst_state_batch_indices", ValueError, "slots that no other sequence reads, got .*; their order", emulated
+        call, "dst_state_batch_indices", ValueError, "slots that no other sequence reads, got .*; the order", emulated
     )
 
 
