@@ -31,20 +31,8 @@ sys.path[:0] = PATHS
 from cute_ssm import workloads  # noqa: E402
 
 RESERVE_S = 10.0  # for the summary
-SMALL = {"selective_scan": {"dim": 64, "length": 100}, "checkpointing_ssu": {"nheads": 4}}
 EMULATED = ("tests/ops", "tests/compat", "tests/integrations", "tests/serving", "tests/test_gpu.py")
 CPU_ONLY = "not test_reference and not configuration_of_the_reference"
-MORE_CALLS = {  # compared besides each operator's smallest call
-    "selective_state_update": [
-        {"state_dtype": "float32"},
-        {"state_dtype": "bfloat16", "rounding": "stochastic"},
-        {"state_dtype": "int8"},
-        {"T": 6},
-        {"T": 6, "intermediates": 1},
-    ],
-    "gated_delta_rule_mtp": [{"state_dtype": "bfloat16", "verify": 0}, {"T": 8}],
-    "checkpointing_ssu": [{"state_dtype": "float32"}, {"state_dtype": "int8"}, {"rounding": "stochastic"}],
-}
 
 
 @dataclass
@@ -199,17 +187,12 @@ def write_summary(done: Sequence[Done], out: Path) -> str:
     return text
 
 
-def smallest(op: str) -> dict[str, int | str]:
-    """Parameters of a call of an operator that takes an emulator seconds."""
-    return {workloads.batch_key(op): 2, **SMALL.get(op, {})}
-
-
 def one(ops: Sequence[str]) -> int:
     """Make one call of each operator on the GPU, for a sanitizer."""
     import torch
 
     for op in ops:
-        workloads.build(op, smallest(op), "cuda").run()
+        workloads.build(op, workloads.small(op), "cuda").run()
         torch.cuda.synchronize()
         print(f"{op}: done", flush=True)
     return 0
@@ -227,8 +210,7 @@ def compare(path: Path, quick: bool) -> int:
     target, sms = archs.of_device(device), torch.cuda.get_device_properties(device).multi_processor_count
     rows = []
     for op in workloads.OPERATORS:
-        for keys in [{}] if quick else [{}, *MORE_CALLS.get(op, [])]:
-            keys = {**smallest(op), **keys}
+        for keys in workloads.checked(op)[: 1 if quick else None]:
             here, there = workloads.build(op, keys), on_device(workloads.build(op, keys), device)
             with ptxsim.emulate(arch=target.name, sm_count=sms):
                 here.run()

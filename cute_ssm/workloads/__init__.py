@@ -7,6 +7,9 @@ These calls drive warm-up, bundles, the tuner, compile tests and the checks on a
   flags, integers and strings with defaults;
 - ``BATCH``: the parameter that grows with the number of requests, and ``BATCHES``: its usual values;
 - ``MODELS``: calls by name of model, each a dict of parameters other than `BATCH`;
+- ``COUNTED``: calls that `tools/bench/counters.py` counts, with ``config.FIELD`` where a config is not the chosen one;
+- ``SMALL``, ``CHECKED``, optional: parameters of a small call, other than `BATCH`; and of more calls, each beside
+  ``SMALL``, that are compared on a GPU;
 - ``pool(...) -> StatePool``, where an engine keeps one for it: with one slot, from the parameters of ``build``.
 """
 
@@ -121,6 +124,22 @@ def pool(op: str, keys: Keys) -> StatePool | None:
     """Return the pool that an engine would keep for these calls, with a single slot; None if it keeps none."""
     make = getattr(_module(op), "pool", None)
     return make(**{**parameters(op), **keys}) if make is not None else None
+
+
+def small(op: str) -> dict[str, int | str]:
+    """Return the parameters of a small call of an operator, for two requests."""
+    return {batch_key(op): 2, **getattr(_module(op), "SMALL", {})}
+
+
+def checked(op: str) -> list[dict[str, int | str]]:
+    """Return the parameters of small calls that are compared on a GPU."""
+    return [small(op), *({**small(op), **keys} for keys in getattr(_module(op), "CHECKED", ()))]
+
+
+def counted(op: str) -> list[dict[str, int | str]]:
+    """Return the parameters of the calls that the table of counters has."""
+    found: list[dict[str, int | str]] = _module(op).COUNTED
+    return found
 
 
 def parameters(op: str) -> dict[str, int | str]:

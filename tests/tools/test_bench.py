@@ -101,7 +101,9 @@ def test_no_tool_overwrites_a_file_that_it_was_not_given(tmp_path, monkeypatch, 
 
 def test_counters_are_printed_and_written_only_where_asked(tmp_path, monkeypatch, capsys):
     committed = {path: path.read_bytes() for path in (counters.RESULTS, counters.PAGE)}
-    monkeypatch.setattr(counters, "CASES", [("selective_state_update", {"batch": 1, "nheads": 2, "dstate": 16})])
+    monkeypatch.setattr(
+        counters, "cases", lambda: [("selective_state_update", {"batch": 1, "nheads": 2, "dstate": 16})]
+    )
     monkeypatch.setattr(counters, "ARCHS", ("sm_90a",))
     assert counters.main([]) == 0
     printed = capsys.readouterr().out

@@ -22,67 +22,6 @@ from bench.outputs import ROOT, commit
 RESULTS = outputs.RESULTS / "counters.json"
 PAGE = ROOT / "docs" / "performance" / "counters.md"
 
-MAMBA1 = {"nheads": 1, "dim": 4096, "dstate": 16, "state_dtype": "float32", "layout": "dense"}
-SCAN = {"dstate": 16, "config.lanes": 1, "config.warps": 4, "config.splits": 1}
-STEP = {"nheads": 16, "dim": 64, "dstate": 128, "ngroups": 1, "state_dtype": "float16"}
-REPLAY = {"nheads": 16, "dim": 64, "dstate": 128, "ngroups": 1, "T": 6, "W": 16, "z": 1}
-CASES = [  # (operator, keys)
-    ("selective_state_update", {"batch": 8, **STEP}),
-    ("selective_state_update", {"batch": 64, **STEP}),
-    ("selective_state_update", {"batch": 64, **STEP, "state_dtype": "bfloat16"}),
-    ("selective_state_update", {"batch": 64, **STEP, "state_dtype": "float32"}),
-    ("selective_state_update", {"batch": 64, **STEP, "dim": 80}),
-    ("selective_state_update", {"batch": 1, **STEP}),
-    ("selective_state_update", {"batch": 64, **STEP, "z": 1}),
-    ("selective_state_update", {"batch": 16, **MAMBA1}),
-    *(("selective_state_update", {"batch": 64, **STEP, **mode}) for mode in (
-        {"state_dtype": "int8"},
-        {"state_dtype": "float8_e4m3fn"},
-        {"state_dtype": "int16"},
-        {"rounding": "stochastic"},
-        {"state_dtype": "bfloat16", "rounding": "stochastic"},
-        {"state_dtype": "int8", "rounding": "stochastic"},
-        {"varlen": 1},
-        {"T": 6},
-        {"T": 6, "state_dtype": "float32"},
-        {"T": 6, "state_dtype": "int8"},
-        {"T": 6, "state_dtype": "float8_e4m3fn"},
-        {"T": 6, "rounding": "stochastic"},
-        {"T": 6, "intermediates": 1},
-        {"T": 6, "intermediates": 1, "state_dtype": "int8"},
-        {"T": 6, "varlen": 1},
-    )),
-    ("selective_state_update", {"batch": 64, **STEP, "T": 6, "config.matmul": 0}),
-    ("selective_state_update", {"batch": 16, "T": 6, **MAMBA1}),
-    *(("checkpointing_ssu", {"batch": 64, **REPLAY, "state_dtype": dtype, "pnat": pnat})
-        for pnat in (8, 12)
-        for dtype in ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn", "int16")),
-    ("checkpointing_ssu", {"batch": 64, **REPLAY, "pnat": 12, "rounding": "stochastic"}),
-    ("checkpointing_ssu", {"batch": 64, **REPLAY, "pnat": 12, "state_dtype": "int8", "rounding": "stochastic"}),
-    ("checkpointing_ssu", {"batch": 512, **REPLAY, "pnat": 8}),
-    ("checkpointing_ssu", {"batch": 1, **REPLAY, "pnat": 8, "state_dtype": "bfloat16"}),
-    ("checkpointing_ssu", {"batch": 1, **REPLAY, "pnat": 8}),
-    ("gated_delta_rule_mtp", {"B": 16, "T": 4}),
-    ("gated_delta_rule_mtp", {"B": 16, "T": 8}),
-    ("gated_delta_rule_mtp", {"B": 16, "T": 4, "verify": 0}),
-    ("gated_delta_rule_mtp", {"B": 16, "T": 4, "state_dtype": "bfloat16"}),
-    ("gated_delta_rule_mtp", {"B": 16, "T": 4, "verify": 0, "buffer": 1}),
-    ("gated_delta_rule_mtp", {"B": 16, "T": 1, "verify": 0}),
-    ("gated_delta_rule_mtp", {"B": 16, "T": 1, "verify": 0, "config.sequential": 0}),
-    ("gated_delta_rule_mtp", {"B": 16, "T": 2}),
-    ("gated_delta_rule_mtp", {"B": 16, "T": 2, "config.sequential": 1}),
-    ("gated_delta_rule_mtp", {"B": 1, "T": 1, "verify": 0}),
-    ("gated_delta_rule_mtp", {"B": 1, "T": 1, "verify": 0, "config.sequential": 0}),
-    ("gated_delta_rule_replay", {"B": 16, "T": 4}),
-    ("gated_delta_rule_replay", {"B": 16, "T": 4, "pnat": 0}),
-    ("gated_delta_rule_replay", {"B": 16, "T": 4, "state_dtype": "bfloat16"}),
-    ("gated_delta_rule_replay", {"B": 16, "T": 8, "W": 24}),
-    ("selective_scan", {"batch": 1, "dim": 128, "length": 1024, **SCAN}),
-    ("selective_scan", {"batch": 2, "dim": 128, "length": 1024, "varlen": 1, **SCAN}),
-    ("selective_scan", {"batch": 1, "dim": 128, "length": 4096, **SCAN}),
-    ("selective_scan", {"batch": 1, "dim": 1536, "length": 2048, "config.splits": 1}),
-    ("selective_scan", {"batch": 1, "dim": 1536, "length": 2048}),
-]  # fmt: skip
 ARCHS = ("sm_90a", "sm_100a")
 
 
@@ -94,7 +33,7 @@ def record(only: list[str], before: Path = RESULTS) -> dict:
     kept = json.loads(before.read_text())["rows"] if only and before.exists() else []
     known = {identity(row["op"], row["keys"], row["arch"]): row for row in kept}
     now, rows = commit(), []
-    for op, keys in CASES:
+    for op, keys in cases():
         for arch in ARCHS:
             keys = {k: str(v) for k, v in keys.items()}
             row = known.get(identity(op, keys, arch))
@@ -111,6 +50,13 @@ def record(only: list[str], before: Path = RESULTS) -> dict:
         "versions": {"python": platform.python_version(), **versions},
         "rows": rows,
     }
+
+
+def cases() -> list[tuple[str, dict]]:
+    """What is counted: operators and the parameters of their calls."""
+    from cute_ssm import workloads
+
+    return [(op, keys) for op in workloads.OPERATORS for keys in workloads.counted(op)]
 
 
 def identity(op: str, keys: dict, arch: str) -> tuple:

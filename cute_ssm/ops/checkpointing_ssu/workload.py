@@ -118,3 +118,19 @@ MODELS: dict[str, list[dict[str, int | str]]] = {
     ],
     "codestral-mamba": [_shard(1, state_dtype="bfloat16")],
 }
+
+SMALL: dict[str, int | str] = {"nheads": 4}
+_SIZES: dict[str, int | str] = {"nheads": 16, "dim": 64, "dstate": 128, "ngroups": 1, "T": 6, "W": 16, "z": 1}
+COUNTED: list[dict[str, int | str]] = [
+    *(
+        {"batch": 64, **_SIZES, "state_dtype": dtype, "pnat": pnat}
+        for pnat in (8, 12)
+        for dtype in ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn", "int16")
+    ),
+    {"batch": 64, **_SIZES, "pnat": 12, "rounding": "stochastic"},
+    {"batch": 64, **_SIZES, "pnat": 12, "state_dtype": "int8", "rounding": "stochastic"},
+    {"batch": 512, **_SIZES, "pnat": 8},
+    {"batch": 1, **_SIZES, "pnat": 8, "state_dtype": "bfloat16"},
+    {"batch": 1, **_SIZES, "pnat": 8},
+]
+CHECKED: list[dict[str, int | str]] = [{"state_dtype": "float32"}, {"state_dtype": "int8"}, {"rounding": "stochastic"}]

@@ -50,3 +50,18 @@ def _heads(HV: int) -> list[dict[str, int | str]]:
 
 
 MODELS: dict[str, list[dict[str, int | str]]] = {"qwen3-next": _heads(32), "qwen3.5": _heads(64)}
+
+COUNTED: list[dict[str, int | str]] = [
+    {"B": 16, "T": 4},
+    {"B": 16, "T": 8},
+    {"B": 16, "T": 4, "verify": 0},
+    {"B": 16, "T": 4, "state_dtype": "bfloat16"},
+    {"B": 16, "T": 4, "verify": 0, "buffer": 1},
+    {"B": 16, "T": 1, "verify": 0},
+    {"B": 16, "T": 1, "verify": 0, "config.sequential": 0},
+    {"B": 16, "T": 2},
+    {"B": 16, "T": 2, "config.sequential": 1},
+    {"B": 1, "T": 1, "verify": 0},
+    {"B": 1, "T": 1, "verify": 0, "config.sequential": 0},
+]
+CHECKED: list[dict[str, int | str]] = [{"state_dtype": "bfloat16", "verify": 0}, {"T": 8}]

@@ -75,3 +75,10 @@ def pool(
 
 
 MODELS: dict[str, list[dict[str, int | str]]] = {"qwen3-next": _heads(32), "qwen3.5": _heads(64)}
+
+COUNTED: list[dict[str, int | str]] = [
+    {"B": 16, "T": 4},
+    {"B": 16, "T": 4, "pnat": 0},
+    {"B": 16, "T": 4, "state_dtype": "bfloat16"},
+    {"B": 16, "T": 8, "W": 24},
+]

@@ -52,3 +52,13 @@ MODELS: dict[str, list[dict[str, int | str]]] = {
         {"dim": 8192, "dstate": 16, "state_dtype": state, "varlen": 1} for state in ("bfloat16", "float32")
     ],
 }
+
+SMALL: dict[str, int | str] = {"dim": 64, "length": 100}
+_ONE_PART: dict[str, int | str] = {"dstate": 16, "config.lanes": 1, "config.warps": 4, "config.splits": 1}
+COUNTED: list[dict[str, int | str]] = [
+    {"batch": 1, "dim": 128, "length": 1024, **_ONE_PART},
+    {"batch": 2, "dim": 128, "length": 1024, "varlen": 1, **_ONE_PART},
+    {"batch": 1, "dim": 128, "length": 4096, **_ONE_PART},
+    {"batch": 1, "dim": 1536, "length": 2048, "config.splits": 1},
+    {"batch": 1, "dim": 1536, "length": 2048},
+]

@@ -88,3 +88,43 @@ MODELS: dict[str, list[dict[str, int | str]]] = {
         for state in ("bfloat16", "float32")
     ],
 }
+
+_MAMBA1: dict[str, int | str] = {"nheads": 1, "dim": 4096, "dstate": 16, "state_dtype": "float32", "layout": "dense"}
+_MODES: list[dict[str, int | str]] = [
+    {"state_dtype": "int8"},
+    {"state_dtype": "float8_e4m3fn"},
+    {"state_dtype": "int16"},
+    {"rounding": "stochastic"},
+    {"state_dtype": "bfloat16", "rounding": "stochastic"},
+    {"state_dtype": "int8", "rounding": "stochastic"},
+    {"varlen": 1},
+    {"T": 6},
+    {"T": 6, "state_dtype": "float32"},
+    {"T": 6, "state_dtype": "int8"},
+    {"T": 6, "state_dtype": "float8_e4m3fn"},
+    {"T": 6, "rounding": "stochastic"},
+    {"T": 6, "intermediates": 1},
+    {"T": 6, "intermediates": 1, "state_dtype": "int8"},
+    {"T": 6, "varlen": 1},
+]
+_SIZES: dict[str, int | str] = {"nheads": 16, "dim": 64, "dstate": 128, "ngroups": 1, "state_dtype": "float16"}
+COUNTED: list[dict[str, int | str]] = [
+    {"batch": 8, **_SIZES},
+    {"batch": 64, **_SIZES},
+    {"batch": 64, **_SIZES, "state_dtype": "bfloat16"},
+    {"batch": 64, **_SIZES, "state_dtype": "float32"},
+    {"batch": 64, **_SIZES, "dim": 80},
+    {"batch": 1, **_SIZES},
+    {"batch": 64, **_SIZES, "z": 1},
+    {"batch": 16, **_MAMBA1},
+    *({"batch": 64, **_SIZES, **mode} for mode in _MODES),
+    {"batch": 64, **_SIZES, "T": 6, "config.matmul": 0},
+    {"batch": 16, "T": 6, **_MAMBA1},
+]
+CHECKED: list[dict[str, int | str]] = [
+    {"state_dtype": "float32"},
+    {"state_dtype": "bfloat16", "rounding": "stochastic"},
+    {"state_dtype": "int8"},
+    {"T": 6},
+    {"T": 6, "intermediates": 1},
+]
