@@ -1,4 +1,4 @@
-"""Histories of pending tokens, and the states they lead to, as mathematics."""
+"""Histories of pending tokens, and folding them into states, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -10,51 +10,51 @@ from torch import Tensor
 
 
 class Move(NamedTuple):
-    """A state that goes from one slot to another, with pending tokens folded in.
+    """A state to store in another slot, with pending tokens folded in.
 
     Attributes
     ----------
     source, destination : int
-        Slots.
-    place : int
-        Active buffer of the source, or start of its ring.
-    tokens : int
-        Pending tokens that are folded, from the oldest on.
+        Slots that are read and written.
+    cursor : int
+        Active buffer of the source, or first row of its ring.
+    num_tokens : int
+        Number of pending tokens to fold, from the oldest on.
     """
 
     source: int
     destination: int
-    place: int
-    tokens: int
+    cursor: int
+    num_tokens: int
 
 
 class History(ABC):
-    """Tokens that were accepted but are not in the state yet; subclasses say in which rows they lie."""
+    """Inputs of pending tokens: those that are accepted but not in the state yet.  Subclasses define the layout."""
 
     @staticmethod
     def of(x: Tensor, B: Tensor, dt: Tensor, sums: Tensor | None) -> History:
-        """Return the view of a double buffer, or of a ring if there are no `sums`."""
+        """Return a `DoubleBuffer`, or a `Ring` if there are no `sums`."""
         return Ring(x, B, dt) if sums is None else DoubleBuffer(x, B, dt, sums)
 
     @abstractmethod
     def read(self, slot: int, cursor: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return x (count, nheads, dim), B (count, ngroups, dstate) and dt' (nheads, count) of a slot, oldest first.
 
-        ``cursor`` is the index of the active buffer, or the first row of the ring.
+        ``cursor`` is the active buffer, or the first row of the ring.
         """
 
     @abstractmethod
     def append(
         self, slot: int, cursor: int, count: int, writes: bool, x: Tensor, B: Tensor, dt: Tensor, sums: Tensor
     ) -> None:
-        """Store new tokens behind the `count` of the history, or where they start a new one if the step `writes`.
+        """Store new tokens behind the `count` pending ones, or at the start of a new history if the step `writes`.
 
-        ``sums`` (nheads, tokens) are the running sums of A dt' since the start of the buffer that takes the tokens.
+        ``sums`` (nheads, tokens) are the running sums of A dt' since the start of the buffer that stores the tokens.
         """
 
 
 class DoubleBuffer(History):
-    """B, dt' and their running sums in two buffers of W rows, x in one or two; new ones start in the other buffer."""
+    """Two buffers of W rows of B, dt' and running sums, one or two of x; a step that writes starts the other one."""
 
     def __init__(self, x: Tensor, B: Tensor, dt: Tensor, sums: Tensor) -> None:
         self.x, self.B, self.dt, self.sums = x, B, dt, sums
@@ -70,16 +70,16 @@ class DoubleBuffer(History):
         self, slot: int, cursor: int, count: int, writes: bool, x: Tensor, B: Tensor, dt: Tensor, sums: Tensor
     ) -> None:
         buffer, first = (1 - cursor, 0) if writes else (cursor, count)
-        kept = min(len(x), self.window)  # of more tokens than a window holds no more can be accepted
-        rows = slice(first, first + kept)
-        self._x(slot, buffer)[rows] = x[:kept]
-        self.B[slot, buffer, rows] = B[:kept]
-        self.dt[slot, buffer, :, rows] = dt[:, :kept]
-        self.sums[slot, buffer, :, rows] = sums[:, :kept]
+        stored = min(len(x), self.window)  # no step accepts more tokens than a window holds
+        rows = slice(first, first + stored)
+        self._x(slot, buffer)[rows] = x[:stored]
+        self.B[slot, buffer, rows] = B[:stored]
+        self.dt[slot, buffer, :, rows] = dt[:, :stored]
+        self.sums[slot, buffer, :, rows] = sums[:, :stored]
 
 
 class Ring(History):
-    """x, B and dt' in one ring of at least W + T rows per slot, so that new tokens never meet the history."""
+    """One ring of at least W + T rows of x, B and dt' per slot, so that new tokens never overwrite pending ones."""
 
     def __init__(self, x: Tensor, B: Tensor, dt: Tensor) -> None:
         self.x, self.B, self.dt = x, B, dt
@@ -99,12 +99,12 @@ class Ring(History):
 
 
 def running_sums(A: Tensor, dt: Tensor) -> Tensor:
-    """Return c (nheads, tokens) of decay rates A (nheads,) and processed step sizes dt' (nheads, tokens)."""
+    """Return the running sums c (nheads, tokens) of A dt', from A (nheads,) and step sizes dt' (nheads, tokens)."""
     return torch.cumsum(A[:, None] * dt, 1)
 
 
 def fold(state: Tensor, x: Tensor, B: Tensor, dt: Tensor, A: Tensor) -> Tensor:
-    """Return what tokens make of a state.
+    """Return a state after tokens.
 
     Parameters
     ----------

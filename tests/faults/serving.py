@@ -85,15 +85,15 @@ FAULTS = [
     Fault(
         "random bits of the slot that is read",
         STATE,
-        "philox.row_counter(target, h, count - 1)",
-        "philox.row_counter(source, h, count - 1)",
+        "philox.row_counter(unit.dst_slot, head, pending.num_tokens - 1)",
+        "philox.row_counter(unit.src_slot, head, pending.num_tokens - 1)",
         (STATES + "test_bits_are_those_of_the_reference[slots-f16]",),
     ),
     Fault(
         "destinations are compared with the pool that is read",
         STATE,
-        "target != pad_slot and in_range(target, out.shape[0])",
-        "target != pad_slot and in_range(target, state.shape[0])",
+        "dst_slot != pad_slot_id and in_range(dst_slot, tensors.out.shape[0])",
+        "dst_slot != pad_slot_id and in_range(dst_slot, tensors.state.shape[0])",
         (RANGE + "test_destinations_are_compared_with_the_pool_that_is_written",),
     ),
     Fault(

@@ -1,4 +1,4 @@
-"""The config of `MaterializeState`; no bit of a result depends on it."""
+"""The config of `MaterializeState`; results do not depend on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cute_ssm.errors import UnsupportedSpecError
 from cute_ssm.spec import Config, Spec
 from cute_ssm.tuning import apply_override
 
-MOST_PENDING = 2 * WARP  # tokens that a lane of a warp holds two of
+MOST_PENDING = 2 * WARP  # tokens; each lane of a warp computes the weights of two
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class MaterializeConfig(Config):
     Attributes
     ----------
     warps : int
-        Warps of a CTA, which have nothing in common.
+        Warps of a CTA; they work independently.
     """
 
     warps: int

@@ -1,4 +1,4 @@
-"""`materialize`, as mathematics."""
+"""What `materialize` computes, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def materialize(
     rounds: int,
     saturate: bool = False,
 ) -> None:
-    """Write the states that pending tokens lead to, `reference.checkpointing_ssu.fold`, in float32.
+    """Fold pending tokens into states in float32, by `history.fold`, and store the results.
 
     Parameters
     ----------
@@ -31,27 +31,28 @@ def materialize(
         Pending tokens of all slots of `pool`.
     A : Tensor, (nheads,)
     rows : sequence of Move
-        With no tokens, and if both pools have the same type, the bytes of the state are copied.
+        The state of a row without tokens is copied byte for byte, if both pools have the same type.
     seeds : Tensor, (1,) or (slots,), int64, optional
-        Round stochastically, by the map of rows of `reference.rounding`, with the number of tokens less one as the
-        token, and the seed of the source.
+        Round stochastically by the map of rows of `reference.rounding`, with the number of tokens minus one as the
+        token, and the seed of the source slot.
     rounds : int
         Rounds of Philox.
     saturate : bool
-        Make float16 `rounding.saturated`.
+        Apply `rounding.saturated` to float16 states.
     """
     (state, scale), (target, target_scale) = pool, out
-    for source, destination, place, count in rows:
+    for row in rows:
+        source, destination, count = row.source, row.destination, row.num_tokens
         if count == 0 and state.dtype == target.dtype:
             stored, new_scale = state[source], None if scale is None else scale[source]
         else:
             bits = None
             if seeds is not None:
-                head, row, column = torch.meshgrid(*(torch.arange(size) for size in state.shape[1:]), indexing="ij")
+                head, line, column = torch.meshgrid(*(torch.arange(size) for size in state.shape[1:]), indexing="ij")
                 seed = seeds[source if len(seeds) > 1 else 0]
-                bits = rounding.random_bits(seed, rounds, destination, head, row, column, state.shape[-1], count - 1)
+                bits = rounding.random_bits(seed, rounds, destination, head, line, column, state.shape[-1], count - 1)
             first = rounding.load(state[source], None if scale is None else scale[source])
-            values = fold(first, *history.read(source, place, count), A.float())
+            values = fold(first, *history.read(source, row.cursor, count), A.float())
             stored, new_scale = rounding.store(values, target.dtype, bits=bits, saturate=saturate)
         target[destination] = stored
         if target_scale is not None and new_scale is not None:

@@ -17,21 +17,21 @@ class MaterializeSpec(Spec):
     state_dtype, out_dtype : str
         Types of the pools that are read and written.
     input_dtype, A_dtype : str
-        Types of the history of x and B; of ``A``.
+        Type of ``x_history`` and ``B_history``; type of ``A``.
     dim, dstate : int
         Rows and columns of one head's state.
     history : {"double", "double_x", "ring"}
-        As of `CheckpointingSSUSpec`.
+        Two buffers of B and dt', and one or two (``double_x``) of x; or one ring.
     src_dtype, dst_dtype : str
         Types of ``state_batch_indices`` and ``dst_state_batch_indices``.
     count_dtype : str or None
-        Type of ``num_tokens``.  None: all pending tokens.
+        Type of ``num_tokens``.  None: all pending tokens are folded.
     philox_rounds : int
-        0: states are rounded to nearest even; else stochastically.
+        0: states are rounded to nearest even; otherwise stochastically, by this many rounds.
     seed_per_slot : bool
         ``rand_seed`` holds one seed per slot.
     saturate : bool
-        New float16 states beyond +-65504 become that instead of infinite.
+        New float16 states beyond +-65504 are stored as +-65504 instead of infinities.
     """
 
     state_dtype: str
