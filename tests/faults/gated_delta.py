@@ -2,11 +2,13 @@
 
 from faults import Fault
 
-KERNEL = "cute_ssm/ops/gated_delta_rule_mtp/kernel.py"
-CHUNK = "cute_ssm/ops/_gated_delta/coefficients.py"
-ROWS = "cute_ssm/ops/_gated_delta/rows.py"
+PRODUCTS = "cute_ssm/ops/gated_delta_rule_mtp/products.py"
+CHUNK = "cute_ssm/ops/_gated_delta/chunk.py"
+OUTPUTS = "cute_ssm/ops/_gated_delta/outputs.py"
+PENDING = "cute_ssm/ops/_gated_delta/pending.py"
 SEQUENTIAL = "cute_ssm/ops/gated_delta_rule_mtp/sequential.py"
 REPLAY = "cute_ssm/ops/gated_delta_rule_replay/kernel.py"
+RINGS = "cute_ssm/ops/gated_delta_rule_replay/rings.py"
 RULE = "tests/ops/gated_delta_rule_mtp/test_gated_delta_rule.py::"
 LATER = "tests/ops/gated_delta_rule_mtp/test_gated_delta_rule_later_tokens.py::"
 RING = "tests/ops/gated_delta_rule_replay/test_gated_delta_rule_replay.py::"
@@ -30,58 +32,58 @@ FAULTS = [
     Fault(
         "a token in turn sees the one after it",
         CHUNK,
-        "cutlass.select_(j <= t, x, nothing)",
-        "cutlass.select_(j <= t + 1, x, nothing)",
+        "cutlass.select_(j <= t, x, zero)",
+        "cutlass.select_(j <= t + 1, x, zero)",
         (LATER + "test_later_tokens_do_not_reach_earlier_outputs_and_states",),
     ),
     Fault(
         "keys of rejected tokens are multiplied by zero",
         CHUNK,
-        "keys = [memory.either(some, row, zeros) for some, row in zip(seen, keys)]",
+        "keys = [memory.either(use, row, zeros) for use, row in zip(visible, keys)]",
         "keys = list(keys)",
         (LATER + "test_later_tokens_do_not_reach_earlier_outputs_and_states",),
     ),
     Fault(
         "no barrier before the coefficients are computed",
-        KERNEL,
+        PRODUCTS,
         "        cute.arch.sync_threads()\n        if warp == 0:",
         "        if warp == 0:",
         (RULE + "test_schedules",),
     ),
     Fault(
         "no barrier before the coefficients are read",
-        KERNEL,
+        PRODUCTS,
         "        cute.arch.sync_threads()\n        coefficients",
         "        coefficients",
         (RULE + "test_schedules",),
     ),
     Fault(
         "the state after one token too many",
-        KERNEL,
-        "sources, count - 1, lane)",
-        "sources, cutlass.min(count, tokens - 1), lane)",
+        PRODUCTS,
+        "blocks, accepted - 1, lane)",
+        "blocks, cutlass.min(accepted, count - 1), lane)",
         (LATER + "test_later_tokens_do_not_reach_earlier_outputs_and_states",),
     ),
     Fault(
         "a slot beyond the pool",
-        KERNEL,
-        "if in_range(target, state.shape[0]):",
-        "if target >= 0:",
+        PRODUCTS,
+        "if in_range(slot, state.shape[0]):",
+        "if slot >= 0:",
         (RANGE + "test_slots_and_counts_of_the_gated_delta_rule",),
-        after="count = Int32(accepted[i])",
+        after="accepted = Int32(accepted_steps[i])",
     ),
     Fault(
         "small parts of products are left out",
         CHUNK,
-        "for left, other in ((low, right_low), (low, right), (high, right_low), (high, right)):",
-        "for left, other in ((high, right),):",
+        "for x, y in ((left.low, right.low), (left.low, right.high), (left.high, right.low), (left.high, right.high)):",
+        "for x, y in ((left.high, right.high),):",
         (RULE + "test_error_is_that_of_sequential_float32",),
     ),
     Fault(
         "outputs leave before all lanes have written them",
-        ROWS,
-        "        i, h, row = place\n        cute.arch.sync_warp()\n        per_token",
-        "        i, h, row = place\n        per_token",
+        OUTPUTS,
+        "        cute.arch.sync_warp()\n        per_token",
+        "        per_token",
         (RULE + "test_schedules",),
     ),
     Fault(
@@ -101,29 +103,29 @@ FAULTS = [
     Fault(
         "a flush of a full window comes one step late",
         REPLAY,
-        "flush = count + tokens > window and count > 0",
-        "flush = count + tokens > window + 1 and count > 0",
+        "flush = pending.count + count > window and pending.count > 0",
+        "flush = pending.count + count > window + 1 and pending.count > 0",
         (RING + "test_forty_steps[emulate-bf16-7]",),
     ),
     Fault(
         "rows of a ring do not wrap",
-        REPLAY,
+        PENDING,
         "return row - length if row >= length else row",
         "return row - length if row > length else row",
         (RING + "test_forty_steps[emulate-bf16-7]",),
     ),
     Fault(
         "keys of new tokens are appended by no CTA",
-        REPLAY,
-        "return count if nth == 0 and first == 0 else Int32(0)",
-        "return count if nth < 0 and first == 0 else Int32(0)",
+        RINGS,
+        "return count if unit.head_in_group == 0 and unit.first_row == 0 else Int32(0)",
+        "return count if unit.head_in_group < 0 and unit.first_row == 0 else Int32(0)",
         (RING + "test_every_accepted_prefix_is_what_the_next_flush_folds[emulate]",),
     ),
     Fault(
         "pending tokens are read one row late",
-        REPLAY,
-        "token = c * PENDING + lane",
-        "token = c * PENDING + lane + 1",
+        PENDING,
+        "token = index * PENDING_CHUNK + lane",
+        "token = index * PENDING_CHUNK + lane + 1",
         (RING + "test_bits_are_those_of_mtp",),
     ),
 ]

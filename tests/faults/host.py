@@ -162,8 +162,8 @@ FAULTS = [
     Fault(
         "decoding by tokens for any number of them",
         "cute_ssm/ops/_gated_delta/config.py",
-        "alone = spec.sequential_tokens > 0 and spec.tokens == 1",
-        "alone = spec.sequential_tokens > 0 and spec.tokens == 1 and heads < 64",
+        "sequential = sizes.sequential_tokens > 0 and sizes.tokens == 1",
+        "sequential = sizes.sequential_tokens > 0 and sizes.tokens == 1 and heads < 64",
         ("tests/tuner/test_choices.py::test_bits_of_other_operators_depend_on_the_spec_alone[gated_delta_rule_mtp]",),
     ),
 ]

@@ -102,12 +102,20 @@ FAULTS = [
     ),
     Fault(
         "values behind the folded tokens are read",
-        FOLD,
-        'stage_values(value, most, count, shared["values"]',
-        'stage_values(value, most, used, shared["values"]',
+        "cute_ssm/ops/_gated_delta/pending.py",
+        "stage_values(value, window, count, shared.values",
+        "stage_values(value, window, used, shared.values",
         (STATES,),
     ),
-    Fault("states without tokens are rounded anew", FOLD, "if count == 0:", "if count < 0:", (STATES,)),
-    Fault("slots beyond the pool are written", FOLD, "and in_range(target, out.shape[0])", "and target >= 0", (GATED,)),
-    Fault("more tokens than the window are folded", FOLD, "in_range(pending, window + 1)", "pending >= 0", (GATED,)),
+    Fault("states without tokens are rounded anew", FOLD, "if pending.count == 0:", "if pending.count < 0:", (STATES,)),
+    Fault(
+        "slots beyond the pool are written",
+        FOLD,
+        "and in_range(target, tensors.out.shape[0])",
+        "and target >= 0",
+        (GATED,),
+    ),
+    Fault(
+        "more tokens than the window are folded", FOLD, "in_range(available, window + 1)", "available >= 0", (GATED,)
+    ),
 ]

@@ -113,8 +113,8 @@ FAULTS = [
     Fault(
         "the reference takes pending tokens from the wrong buffer",
         "cute_ssm/ops/materialize_gated_delta/reference.py",
-        "places = (start + torch.arange(count)) % rings.k.shape[2]",
-        "places = torch.arange(count) % rings.k.shape[2]",
+        "positions = (start + torch.arange(count)) % rings.k.shape[2]",
+        "positions = torch.arange(count) % rings.k.shape[2]",
         ("tests/ops/materialize_gated_delta/test_serving_materialize_gated.py::test_reference",),
     ),
 ]

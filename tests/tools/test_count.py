@@ -222,7 +222,7 @@ def test_floor_of_a_replay():
     states, row = 2 * 2 * 64 * 64 * 4, (64 + 2 * 64) * 2 + 2 * 8
     tokens = 2 * 4 * (2 * 64 + 2 * 2 * 64 + 2 * 2) * 2  # q, k; v, output; a, b
     assert got["floor_bytes"] == 2 * states + tokens + 2 * (13 + 4) * row + 2 * 2 * 4 + 2 * 4 + 2 * 8
-    assert got["tensors"]["state"]["dram_write_bytes"] == states
+    assert got["tensors"]["initial_state"]["dram_write_bytes"] == states
 
 
 def test_floor_of_a_scan():

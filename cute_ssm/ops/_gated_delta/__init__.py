@@ -1,1 +1,1 @@
-"""What the operators of the gated delta rule share."""
+"""Parts that the operators of the gated delta rule share, and that their kernels are composed of."""

@@ -1,4 +1,4 @@
-"""What references of the gated delta rule share: gates, normalised keys, and the recurrence itself."""
+"""Mathematics that the references of the gated delta rule share: gates, normalised keys, and the recurrence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EPSILON = 1e-6  # added to sums of squares before the root
 def gates(
     a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, compute_dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Return the logarithm of the decay and the step of every token.
+    """Return the logarithm of the decay and the step size of every token.
 
     ``g = -exp(A_log) softplus(a + dt_bias)`` (softplus is the identity above 20) and ``beta = sigmoid(b)``.
 
@@ -33,7 +33,7 @@ def gates(
 def heads(
     q: Tensor, k: Tensor, v: Tensor, scale: float, use_qk_l2norm: bool, compute_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k normalised and scaled, one row per value head; v wide."""
+    """Return q, k and v in `compute_dtype`, with q and k normalised, q scaled, and one row of both per value head."""
     per_head = v.shape[2] // q.shape[2]
     q, k, v = (tensor.to(compute_dtype) for tensor in (q, k, v))
     if use_qk_l2norm:
@@ -53,7 +53,34 @@ def recurrence(
     use_qk_l2norm: bool,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Do what `gated_delta_rule` does, given the gates: g and beta, (batch, tokens, value_heads)."""
+    """Advance all tokens one after the other, given their gates; nothing is modified and nothing is rounded.
+
+    With the state S [V, K] of a (request, value head), k^ and q^ normalised (optionally) and q^ scaled::
+
+        S <- e^g S;   u = beta (v - S k^);   S <- S + u k^^T;   out = S q^
+
+    Parameters
+    ----------
+    state : Tensor, (batch, value_heads, V, K)
+        One state per request, already gathered.
+    q, k : Tensor, (batch, tokens, heads, K)
+        Value head h uses row ``h // (value_heads / heads)``.
+    v : Tensor, (batch, tokens, value_heads, V)
+    g, beta : Tensor, (batch, tokens, value_heads)
+        Logarithms of the decays, and step sizes.
+    scale : float
+        Factor of q.
+    use_qk_l2norm : bool
+        Normalise q and k.
+    compute_dtype : torch.dtype
+        Type of all arithmetic; float64 makes this the oracle.
+
+    Returns
+    -------
+    out : Tensor, (batch, tokens, value_heads, V), compute_dtype
+    states : Tensor, (batch, tokens, value_heads, V, K), compute_dtype
+        The state after every token.
+    """
     g, beta = g.to(compute_dtype), beta.to(compute_dtype)
     q, k, v = heads(q, k, v, scale, use_qk_l2norm, compute_dtype)
     current = state.to(compute_dtype)

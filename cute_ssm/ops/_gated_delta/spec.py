@@ -1,24 +1,51 @@
-"""What specs of the gated delta rule have in common."""
+"""What the specs of the gated delta rule share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.spec import FLOATS, Spec, check_alignment
 
 TOKEN_BUCKETS = (1, 2, 4, 8, 16)
 WINDOW_BUCKETS = (8, 16, 32, 64)
-DELTA_SIZES = range(16, 257, 16)  # of keys; and of values, which may also have 512 elements
+KEY_SIZES = range(16, 257, 16)
+VALUE_SIZES = (*KEY_SIZES, 512)
+
+
+class Sizes(NamedTuple):
+    """Sizes of a kernel's work, which its config and its use of shared memory depend on.
+
+    Attributes
+    ----------
+    K, V : int
+        Sizes of a key and of a value.
+    tokens : int
+        Largest number of new tokens.
+    pending_tokens : int
+        Largest number of accepted tokens that are not in the state yet.
+    sequential_tokens : int
+        Largest number of tokens that the kernel can process one after the other, without products; 0: it cannot.
+    zero_row : bool
+        Whether a row of zeros follows the keys in shared memory.
+    """
+
+    K: int
+    V: int
+    tokens: int
+    pending_tokens: int = 0
+    sequential_tokens: int = 0
+    zero_row: bool = False
 
 
 def token_bucket(tokens: int) -> int:
-    """Return the number of tokens that the kernel for `tokens` (1 to 16) of them is made for."""
+    """Return the ``tokens`` of the spec for a number of tokens, 1 to 16: the next entry of `TOKEN_BUCKETS`."""
     return _bucket("tokens", tokens, TOKEN_BUCKETS)
 
 
 def window_bucket(window: int) -> int:
-    """Return the number of pending tokens that the kernel for a window of 1 to 64 is made for."""
+    """Return the ``window`` of the spec for a window of 1 to 64: the next entry of `WINDOW_BUCKETS`."""
     return _bucket("window", window, WINDOW_BUCKETS)
 
 
@@ -28,9 +55,29 @@ def _bucket(name: str, number: int, buckets: tuple[int, ...]) -> int:
     return next(bucket for bucket in buckets if number <= bucket)
 
 
+def check_sizes(K: int, V: int) -> None:
+    """Raise unless kernels exist for keys of K and values of V elements."""
+    if K not in KEY_SIZES:
+        raise UnsupportedSpecError(describe("K", "a multiple of 16 up to 256", K))
+    if V not in VALUE_SIZES:
+        raise UnsupportedSpecError(describe("V", "a multiple of 16 up to 256, or 512", V))
+
+
+def check_input_dtype(input_dtype: str) -> None:
+    """Raise unless keys and values may have this type."""
+    if input_dtype not in FLOATS[1:]:
+        raise UnsupportedSpecError(describe("input_dtype", " or ".join(FLOATS[1:]), input_dtype))
+
+
+def check_window(window: int) -> None:
+    """Raise unless the window is one of `WINDOW_BUCKETS`."""
+    if window not in WINDOW_BUCKETS:
+        raise UnsupportedSpecError(describe("window", f"one of {WINDOW_BUCKETS}", window))
+
+
 @dataclass(frozen=True)
 class GatedDeltaSpec(Spec):
-    """What calls of the gated delta rule have in common.
+    """Fields that the specs of steps over new tokens share.
 
     Attributes
     ----------
@@ -45,13 +92,13 @@ class GatedDeltaSpec(Spec):
     src_dtype : str
         Type of ``initial_state_indices``.
     zero_padding : bool
-        Rows of ``output`` whose request is padding become zero instead of staying as they are.
+        Store zeros in the rows of ``output`` whose request is padding; otherwise they are left unchanged.
     vector_output : bool
-        Rows of a 16-bit ``output`` are aligned for stores of 16 bytes.
+        ``output`` has 16-bit elements, in rows that are aligned for stores of 16 bytes.
     input_bytes : {16, 8, 4, 2}
-        Widest access to ``q, k, v``.  16: rows of q and k are aligned to 8 bytes, those of v to 16.
+        Widest access to ``q, k, v`` in bytes.  16: rows of q and k are aligned to 8 bytes, those of v to 16.
     saturate : bool
-        New float16 states beyond +-65504 become that instead of infinite.
+        Clamp new float16 states to +-65504 instead of making them infinite.
     """
 
     state_dtype: str
@@ -70,39 +117,20 @@ class GatedDeltaSpec(Spec):
     saturate: bool = field(default=False, kw_only=True)
 
     @property
-    def steps(self) -> GatedDeltaSpec:
-        """The spec of steps over the states: this one."""
-        return self
-
-    @property
-    def pending_tokens(self) -> int:
-        """Largest number of tokens that a state lags behind."""
-        return 0
-
-    @property
-    def sequential_tokens(self) -> int:
-        """Largest number of tokens that a kernel can take one after the other, without products; 0: it cannot."""
-        return 0
-
-    @property
-    def zero_row(self) -> bool:
-        """Whether shared memory has a row of zeros behind the keys."""
-        return False
+    def sizes(self) -> Sizes:
+        """Sizes of the kernel's work."""
+        return Sizes(self.K, self.V, self.tokens)
 
     def text(self) -> str:
         rows = "" if self.input_bytes == 16 else f"-by{self.input_bytes}"
         return f"{self.op}-{self.state_dtype}-{self.input_dtype}-{self.V}x{self.K}-{self.tokens}{rows}"
 
     def check(self) -> None:
-        if self.K not in DELTA_SIZES:
-            raise UnsupportedSpecError(describe("K", "a multiple of 16 up to 256", self.K))
-        if self.V not in DELTA_SIZES and self.V != 512:
-            raise UnsupportedSpecError(describe("V", "a multiple of 16 up to 256, or 512", self.V))
+        check_sizes(self.K, self.V)
         for name in ("state_dtype", "output_dtype", "gate_dtype", "dt_bias_dtype"):
             if getattr(self, name) not in FLOATS:
                 raise UnsupportedSpecError(describe(name, " or ".join(FLOATS), getattr(self, name)))
-        if self.input_dtype not in FLOATS[1:]:
-            raise UnsupportedSpecError(describe("input_dtype", " or ".join(FLOATS[1:]), self.input_dtype))
+        check_input_dtype(self.input_dtype)
         if self.tokens not in TOKEN_BUCKETS:
             raise UnsupportedSpecError(describe("tokens", f"one of {TOKEN_BUCKETS}", self.tokens))
         check_alignment(self.input_bytes)

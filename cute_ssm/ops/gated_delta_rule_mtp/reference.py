@@ -64,7 +64,9 @@ def gated_delta_rule_products(
     use_qk_l2norm: bool,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the same from products of the first state with all keys and queries: what the kernel does.
+    """Compute the same as `gated_delta_rule` by products of the first state with all keys and queries.
+
+    This is the kernel's order of operations.
 
     With D[t, j] the product of the decays of tokens j + 1 .. t, gamma_t that of tokens 0 .. t, and rows u_t of U::
 
@@ -72,8 +74,9 @@ def gated_delta_rule_products(
         out       = diag(gamma) Q^ S^T + A U,               A[t, j] = D[t, j] q^_t . k^_j          (j <= t)
         S_t       = gamma_t S + sum_{j <= t} D[t, j] u_j k^_j^T
 
-    Decays are products of the tokens' decays, never quotients: no strength of decay overflows.  Raw keys and queries
-    are multiplied; their norms are applied to the products.  No sum has a term of a later token, not even 0 times it.
+    Decays are products of the tokens' decays, never quotients, so that strong decays do not overflow.  Raw keys and
+    queries are multiplied; their norms are applied to the products.  No sum has a term of a later token, not even one
+    multiplied by 0.
 
     Parameters and results are those of `gated_delta_rule`.
     """

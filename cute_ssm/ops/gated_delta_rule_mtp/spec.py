@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cute_ssm.ops._gated_delta.spec import GatedDeltaSpec
+from cute_ssm.ops._gated_delta.spec import GatedDeltaSpec, Sizes
 
-SEQUENTIAL_TOKENS = 2  # three times the instructions of products already
+SEQUENTIAL_TOKENS = 2  # more take over three times the instructions of products
 
 
 @dataclass(frozen=True)
 class GatedDeltaRuleSpec(GatedDeltaSpec):
-    """Up to 16 tokens per request of `cute_ssm.gated_delta_rule_mtp`.
+    """A call of `cute_ssm.gated_delta_rule_mtp`: up to 16 tokens per request.
 
     Attributes
     ----------
@@ -20,7 +20,7 @@ class GatedDeltaRuleSpec(GatedDeltaSpec):
     write_final, write_buffer : bool
         Write the final state to the pool; write the states after all tokens to the buffer.
     gate_logits : bool
-        ``a`` and ``b`` are logits; else they are g, the logarithm of the decay, and beta.
+        ``a`` and ``b`` are logits; otherwise they are g, the logarithm of the decay, and beta.
     """
 
     dst_dtype: str | None
@@ -35,12 +35,8 @@ class GatedDeltaRuleSpec(GatedDeltaSpec):
         return "gated_delta_rule_mtp"
 
     @property
-    def sequential_tokens(self) -> int:
-        return SEQUENTIAL_TOKENS
-
-    @property
-    def zero_row(self) -> bool:
-        return self.writes
+    def sizes(self) -> Sizes:
+        return super().sizes._replace(sequential_tokens=SEQUENTIAL_TOKENS, zero_row=self.writes)
 
     @property
     def writes(self) -> bool:

@@ -13,9 +13,9 @@ def build(
     make: Maker, B: int = 16, T: int = 4, H: int = 16, HV: int = 32, K: int = 128, V: int = 128,
     state_dtype: str = "float32", input_dtype: str = "bfloat16", verify: int = 1, buffer: int = 0,
 ) -> Call:  # fmt: skip
-    """T tokens for each request; slots are a random permutation of a pool.  A unit is one (request, value head).
+    """Build a call with T tokens for each request, in random slots of a pool.  A unit is one (request, value head).
 
-    verify: leave the states as they are.  buffer: the state after every token goes to a buffer.
+    verify: do not update the states.  buffer: write the state after every token to a buffer.
     """
     inputs, states = dtype(input_dtype), dtype(state_dtype)
     slots = 2 * B
@@ -42,7 +42,7 @@ def build(
 
 
 def _heads(HV: int) -> list[dict[str, int | str]]:
-    """Decoding, and the verification of four drafted tokens, by 16 heads."""
+    """Return the sizes of decoding, and of the verification of four drafted tokens, with 16 heads."""
     decode: dict[str, int | str] = {"H": 16, "HV": HV, "T": 1, "verify": 0}
     return [
         {**keys, "state_dtype": state} for state in ("float32", "bfloat16") for keys in (decode, {**decode, "T": 4})

@@ -1,4 +1,4 @@
-"""The gated delta rule behind pending tokens, as mathematics."""
+"""The gated delta rule after pending tokens, as mathematics."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def gated_delta_rule_replay(
     use_qk_l2norm: bool,
     compute_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Pass the pending tokens, then verify the new ones; nothing is modified and nothing is rounded.
+    """Fold the pending tokens into the states, then verify the new ones; nothing is modified and nothing is rounded.
 
     Parameters
     ----------
     state : Tensor, (batch, value_heads, V, K)
         Checkpoints, already gathered.
     pending : k (batch, heads, window, K), v (batch, value_heads, window, V), g and beta (batch, value_heads, window)
-        Rows of the rings, the oldest token first, already gathered.
+        Rows of the rings, already gathered, with the oldest token first.
     counts : Tensor, (batch,)
-        Pending tokens of each request; rows behind them may hold anything.
+        Number of pending tokens of each request; rows behind them may hold anything.
     q : Tensor, (batch, tokens, heads, K)
     new : k (batch, tokens, heads, K), v (batch, tokens, value_heads, V), g and beta (batch, tokens, value_heads)
     scale, use_qk_l2norm, compute_dtype
@@ -42,10 +42,10 @@ def gated_delta_rule_replay(
         The states after the pending tokens, before the new ones.
     """
     window = pending[0].shape[2]
-    real = (torch.arange(window, device=counts.device) < counts[:, None])[:, :, None]
+    active = (torch.arange(window, device=counts.device) < counts[:, None])[:, :, None]
     rows = [x.transpose(1, 2) for x in pending]
-    # a token with g = 0 and beta = 0 leaves the state exactly as it is
-    old_k, old_v, old_g, old_beta = (torch.where(real if x.dim() == 3 else real[..., None], x, 0) for x in rows)
+    # a token with g = 0 and beta = 0 does not change the state
+    old_k, old_v, old_g, old_beta = (torch.where(active if x.dim() == 3 else active[..., None], x, 0) for x in rows)
     _, states = recurrence(state, old_k, old_k, old_v, old_g, old_beta, 1.0, use_qk_l2norm, compute_dtype)
     folded = states[:, -1]
     k, v, g, beta = new

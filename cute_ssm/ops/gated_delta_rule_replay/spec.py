@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cute_ssm.errors import UnsupportedSpecError, describe
-from cute_ssm.ops._gated_delta.spec import WINDOW_BUCKETS, GatedDeltaSpec
+from cute_ssm.ops._gated_delta.spec import GatedDeltaSpec, Sizes, check_window
 
 
 @dataclass(frozen=True)
 class GatedDeltaRuleReplaySpec(GatedDeltaSpec):
-    """Up to 16 tokens per request of `cute_ssm.gated_delta_rule_replay`, after up to 64 pending ones.
+    """A call of `cute_ssm.gated_delta_rule_replay`: up to 16 tokens per request, after up to 64 pending ones.
 
     Attributes
     ----------
@@ -25,13 +24,12 @@ class GatedDeltaRuleReplaySpec(GatedDeltaSpec):
         return "gated_delta_rule_replay"
 
     @property
-    def pending_tokens(self) -> int:
-        return self.window
+    def sizes(self) -> Sizes:
+        return super().sizes._replace(pending_tokens=self.window)
 
     def text(self) -> str:
         return f"{super().text()}-{self.window}"
 
     def check(self) -> None:
         super().check()
-        if self.window not in WINDOW_BUCKETS:
-            raise UnsupportedSpecError(describe("window", f"one of {WINDOW_BUCKETS}", self.window))
+        check_window(self.window)

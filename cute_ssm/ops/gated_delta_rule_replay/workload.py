@@ -17,10 +17,10 @@ def build(
     make: Maker, B: int = 16, T: int = 4, W: int = 16, H: int = 16, HV: int = 32, K: int = 128, V: int = 128,
     state_dtype: str = "float32", input_dtype: str = "bfloat16", pnat: str = "mixture",
 ) -> Call:  # fmt: skip
-    """T new tokens for each request, behind up to W pending ones; slots are a random permutation of a pool.
+    """Build a call with T new tokens for each request, after up to W pending ones, in random slots of a pool.
 
-    A unit is one (request, value head).  pnat: pending tokens of a slot, a number for all, or "mixture": the stationary
-    distribution of `workloads.phases`, as in service.  Rings start anywhere.
+    A unit is one (request, value head).  pnat: number of pending tokens of every slot, or "mixture": the stationary
+    distribution of `workloads.phases`, as in serving.  Rings start at random rows.
     """
     inputs, states = dtype(input_dtype), dtype(state_dtype)
     slots, length = 2 * B, W + T
@@ -60,14 +60,14 @@ def build(
 
 
 def _heads(HV: int) -> list[dict[str, int | str]]:
-    """The verification of four drafted tokens, by 16 heads."""
+    """Return the sizes of the verification of four drafted tokens, with 16 heads."""
     return [{"H": 16, "HV": HV, "T": 4, "state_dtype": state} for state in ("float32", "bfloat16")]
 
 
 def pool(
     W: int, T: int, H: int, HV: int, K: int, V: int, state_dtype: str, input_dtype: str, **_: int | str
 ) -> StatePool:
-    """As `workloads.pool`."""
+    """Return a pool for calls of these sizes: see `workloads.pool`."""
     return StatePool.gated_delta(
         1, 1, heads=H, value_heads=HV, K=K, V=V, window=W, tokens=T, state_dtype=dtype(state_dtype),
         input_dtype=dtype(input_dtype),

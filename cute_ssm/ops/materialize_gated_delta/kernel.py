@@ -1,71 +1,84 @@
-"""`MaterializeGatedDelta`: the state that pending tokens of the gated delta rule lead to, from one slot into another.
+"""`MaterializeGatedDelta`: writes the states that pending tokens lead to, from one slot to another.
 
-Per (row of the batch, value head): the state S [V, K] of the slot that is read passes its first j pending tokens as in
-`kernels.gated_delta_replay`, whose parts this kernel is composed of: the bits are those that a step which flushes
-stores.  It is then rounded to nearest even.  With j = 0, if both pools have the same type, its bytes are copied.
+Per (row of the batch, value head): the first j pending tokens are folded into the state S [V, K] of the slot that is
+read, by `PendingTokens`, as in a step that flushes, so the bits are the same.  The result is rounded to nearest even.
+With j = 0, if both pools have the same type, the bytes of S are copied.
 
-A slot or cursor out of range, or j beyond the pending tokens, makes a row of the batch padding: nothing is written for
-it.  Rows of the rings behind token j are not read.
+A row of the batch is padding, and nothing is written for it, if a slot or cursor is out of range, or j exceeds the
+number of pending tokens.  Rows of the rings behind token j are not read.
 """
 
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.runtime import make_fake_stream
-from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import convert, launch, memory
 from cute_ssm.device.bounds import in_range
 from cute_ssm.device.fakes import fake
-from cute_ssm.ops._gated_delta.coefficients import BLOCK
-from cute_ssm.ops._gated_delta.config import PENDING, TILE, GatedDeltaRuleConfig, choose_materialize, shared_parts
-from cute_ssm.ops.gated_delta_rule_replay.kernel import GatedDeltaRuleReplay, Pending, Rings, Unit
+from cute_ssm.ops._gated_delta.config import GatedDeltaRuleConfig, choose_untuned
+from cute_ssm.ops._gated_delta.layout import PENDING_CHUNK, TILE
+from cute_ssm.ops._gated_delta.pending import Pending, PendingTokens, Rings, chunk_count
+from cute_ssm.ops._gated_delta.shared import SharedLayout, SharedMemory
+from cute_ssm.ops._gated_delta.states import StateTiles, widened
+from cute_ssm.ops._gated_delta.units import Unit
 from cute_ssm.ops.materialize_gated_delta.spec import MaterializeGatedDeltaSpec
 
 
-class Tile(NamedTuple):
-    """Rows from `row` on of one head's state, in the slot that is read and in that which is written."""
+class Tensors(NamedTuple):
+    """Arguments of `cute_ssm.serving.materialize_gated_delta`."""
 
-    source: Int64
-    target: Int64
-    head: Int32
-    row: Int32
+    initial_state: cute.Tensor
+    k_cache: cute.Tensor
+    v_cache: cute.Tensor
+    g_cache: cute.Tensor
+    beta_cache: cute.Tensor
+    ring_start: cute.Tensor
+    prev_num_accepted_tokens: cute.Tensor
+    out: cute.Tensor
+    state_batch_indices: cute.Tensor
+    dst_state_batch_indices: cute.Tensor
+    num_tokens: Optional[cute.Tensor]
 
 
 class MaterializeGatedDelta:
     """The kernel of a `MaterializeGatedDeltaSpec`; batch, heads, slots, lengths of rings and strides are dynamic."""
 
-    def __init__(self, spec: MaterializeGatedDeltaSpec, config: GatedDeltaRuleConfig, arch: Arch):
+    def __init__(self, spec: MaterializeGatedDeltaSpec, config: GatedDeltaRuleConfig, arch: Arch) -> None:
+        config.check(spec, arch)
         self.spec, self.config = spec, config
-        self.replay = GatedDeltaRuleReplay(spec.replay(), config, arch)
-        self.state_dtype, self.out_dtype = convert.DTYPES[spec.state_dtype], convert.DTYPES[spec.out_dtype]
+        self.layout = SharedLayout(spec.sizes, config.rows)
+        self.source = StateTiles(convert.DTYPES[spec.state_dtype], spec.K)
+        self.target = StateTiles(convert.DTYPES[spec.out_dtype], spec.K, spec.saturate)
+        self.pending = PendingTokens(convert.DTYPES[spec.input_dtype], spec.l2norm, self.layout, WARP * config.warps)
+        self.tiles_per_warp = config.tiles()
         self.copies = spec.state_dtype == spec.out_dtype
 
     @staticmethod
     def default_config(
-        spec: MaterializeGatedDeltaSpec, arch: Arch, units: int | None = None
+        spec: MaterializeGatedDeltaSpec, arch: Arch, units: Optional[int] = None
     ) -> GatedDeltaRuleConfig:  # fmt: skip
-        """The config for `units` (row, value head) pairs, by default for more than the GPU can hold at once."""
-        return choose_materialize(spec, units if units is not None else 1 << 20, arch.sm_count)
+        """Return the config for `units` (row, value head) pairs, by default for more than the GPU can hold at once."""
+        return choose_untuned(spec, units if units is not None else 1 << 20, arch.sm_count)
 
     # ------------------------------------------------------------------------------------------------------------ host
-    def fakes(self):
-        """Arguments of `__call__` as the compiler sees them: what is static, and which sizes are equal."""
+    def fakes(self) -> tuple[Any, ...]:
+        """Return stand-ins for the arguments of `__call__`, with what is static and which sizes are equal."""
         spec = self.spec
         batch, heads, value_heads, slots, out_slots, length = (cute.sym_int32() for _ in range(6))
         dtype = convert.DTYPES[spec.input_dtype]
         return (
-            fake(self.state_dtype, (slots, value_heads, spec.V, spec.K), (1,), 4),
+            fake(self.source.dtype, (slots, value_heads, spec.V, spec.K), (1,), 4),
             fake(dtype, (slots, heads, length, spec.K), (1,), 4),
             fake(dtype, (slots, value_heads, length, spec.V), (1,), 8),
             fake(Float32, (slots, value_heads, length)),
             fake(Float32, (slots, value_heads, length)),
             fake(Int32, (slots,)),
             fake(Int32, (slots,)),
-            fake(self.out_dtype, (out_slots, value_heads, spec.V, spec.K), (1,), 4),
+            fake(self.target.dtype, (out_slots, value_heads, spec.V, spec.K), (1,), 4),
             fake(spec.src_dtype, (batch,)),
             fake(spec.dst_dtype, (batch,)),
             None if spec.count_dtype is None else fake(spec.count_dtype, (batch,)),
@@ -76,7 +89,7 @@ class MaterializeGatedDelta:
     @cute.jit
     def __call__(
         self,
-        state: cute.Tensor,
+        initial_state: cute.Tensor,
         k_cache: cute.Tensor,
         v_cache: cute.Tensor,
         g_cache: cute.Tensor,
@@ -84,137 +97,107 @@ class MaterializeGatedDelta:
         ring_start: cute.Tensor,
         prev_num_accepted_tokens: cute.Tensor,
         out: cute.Tensor,
-        src: cute.Tensor,
-        dst: cute.Tensor,
-        counts: Optional[cute.Tensor],
+        state_batch_indices: cute.Tensor,
+        dst_state_batch_indices: cute.Tensor,
+        num_tokens: Optional[cute.Tensor],
         window: Int32,
-        stream,
-    ):
-        """Shapes and types as in `cute_ssm.serving.materialize_gated_delta`."""
-        value_heads = state.shape[1]
+        stream: Any,
+    ) -> None:
+        """Launch one CTA for each unit.  Shapes and types as in `cute_ssm.serving.materialize_gated_delta`."""
+        value_heads = initial_state.shape[1]
         parts = self.spec.V // self.config.rows
         heads = cute.FastDivmodDivisorV2(value_heads)
-        per_key = cute.FastDivmodDivisorV2(value_heads // k_cache.shape[1])
-        self.kernel(
-            state, k_cache, v_cache, g_cache, beta_cache, ring_start, prev_num_accepted_tokens, out, src, dst, counts,
-            window, heads, per_key,
-        ).launch(
-            grid=[src.shape[0] * value_heads * parts, 1, 1],
+        group = cute.FastDivmodDivisorV2(value_heads // k_cache.shape[1])
+        tensors = Tensors(
+            initial_state, k_cache, v_cache, g_cache, beta_cache, ring_start, prev_num_accepted_tokens, out,
+            state_batch_indices, dst_state_batch_indices, num_tokens,
+        )  # fmt: skip
+        self.kernel(tensors, window, heads, group).launch(
+            grid=[state_batch_indices.shape[0] * value_heads * parts, 1, 1],
             block=[WARP * self.config.warps, 1, 1],
             stream=stream,
-        )  # fmt: skip
+        )
         launch.prefer_shared()
 
     # ---------------------------------------------------------------------------------------------------------- device
     @cute.kernel
     def kernel(
         self,
-        state: cute.Tensor,
-        k_cache: cute.Tensor,
-        v_cache: cute.Tensor,
-        g_cache: cute.Tensor,
-        beta_cache: cute.Tensor,
-        ring_start: cute.Tensor,
-        pending_counts: cute.Tensor,
-        out: cute.Tensor,
-        src: cute.Tensor,
-        dst: cute.Tensor,
-        counts: Optional[cute.Tensor],
+        tensors: Tensors,
         window: Int32,
         heads: cute.FastDivmodDivisorV2,
-        per_key: cute.FastDivmodDivisorV2,
-    ):
-        smem = SmemAllocator()
-        sizes = shared_parts(self.replay.spec, self.config.rows)
-        shared = {name: smem.allocate(size, 128) for name, size in sizes.items()}
-        shared = {name: cute.recast_ptr(p, dtype=Float32) if name != "values" else p for name, p in shared.items()}
+        group: cute.FastDivmodDivisorV2,
+    ) -> None:
+        """Materialize rows of one head's state.  `heads` divides by value_heads, `group` by value_heads / heads."""
+        shared = self.layout.allocate()
         parts = self.spec.V // self.config.rows
-        unit = cute.arch.block_idx()[0]
-        pair = unit // parts
-        first = (unit - pair * parts) * self.config.rows
+        block = cute.arch.block_idx()[0]
+        pair = block // parts
+        first_row = (block - pair * parts) * self.config.rows
         i, h = divmod(pair, heads)
-        source, target = Int64(src[i]), Int64(dst[i])
-        length = k_cache.shape[2]
-        start, pending = Int32(0), Int32(-1)
-        if in_range(source, state.shape[0]) and in_range(target, out.shape[0]):
-            start, pending = ring_start[source], pending_counts[source]
-        count = Int64(pending)
-        if const_expr(counts is not None):
-            count = Int64(counts[i])
-        live = in_range(pending, window + 1) and in_range(start, length)
-        if live and in_range(count, Int64(pending) + 1):
-            key_head, _ = divmod(h, per_key)
-            rings = Rings(k_cache, v_cache, g_cache, beta_cache)
-            place = Unit(i, h, key_head, first, source, Int32(0))
-            self.work(rings, state, out, shared, place, target, Pending(start, Int32(count), length))
+        source, target = Int64(tensors.state_batch_indices[i]), Int64(tensors.dst_state_batch_indices[i])
+        length = tensors.k_cache.shape[2]
+        start, available = Int32(0), Int32(-1)
+        if in_range(source, tensors.initial_state.shape[0]) and in_range(target, tensors.out.shape[0]):
+            start, available = tensors.ring_start[source], tensors.prev_num_accepted_tokens[source]
+        count = Int64(available)
+        if const_expr(tensors.num_tokens is not None):
+            num_tokens: cute.Tensor = tensors.num_tokens
+            count = Int64(num_tokens[i])
+        active = in_range(available, window + 1) and in_range(start, length)
+        if active and in_range(count, Int64(available) + 1):
+            key_head, head_in_group = divmod(h, group)
+            unit = Unit(i, h, key_head, head_in_group, first_row, source)
+            self.run(tensors, unit, target, Pending(start, Int32(count), length), shared)
 
     @cute.jit
-    def work(self, rings, state, out, shared, place, target, ring):
-        """All rows of this CTA."""
-        h, first, source, count = place.head, place.first, place.slot, ring.tokens
+    def run(self, tensors: Tensors, unit: Unit, target: Int64, pending: Pending, shared: SharedMemory) -> None:
+        """Write all rows of a unit."""
+        rings = Rings(tensors.k_cache, tensors.v_cache, tensors.g_cache, tensors.beta_cache)
         thread, lane = cute.arch.thread_idx()[0], cute.arch.lane_idx()
         warp = cute.arch.make_warp_uniform(thread // WARP) if const_expr(self.config.warps > 1) else Int32(0)
-        column = warp * (self.replay.tiles * TILE)
-        chunks = (count + (PENDING - 1)) // PENDING
-        if count > 0:
-            self.stage(rings, shared, place, ring, chunks, thread)
+        column = warp * (self.tiles_per_warp * TILE)
+        chunks = chunk_count(pending.count)
+        if pending.count > 0:
+            self.pending.stage(rings, shared, unit, pending, chunks * PENDING_CHUNK, thread)
             cute.arch.sync_threads()
             for c in cutlass.range(warp, chunks, self.config.warps, unroll=1):
-                alpha, beta = self.replay.pending_gates(rings, place, ring, c, lane)
-                self.replay.pending.prepare(alpha, beta, Float32(1.0), self.replay.pending_places(shared, c), lane)
+                self.pending.prepare(rings, shared, unit, pending, c, lane)
             cute.arch.sync_threads()
-        for m in cutlass.range_constexpr(self.replay.tiles):
-            places = Tile(source, target, h, first + column + m * TILE)
+        for m in cutlass.range_constexpr(self.tiles_per_warp):
+            row = unit.first_row + column + m * TILE
             if const_expr(self.copies):
-                if count == 0:
-                    self.copy_tile(state, out, places, lane)
+                if pending.count == 0:
+                    self.copy_tile(tensors, unit, target, row, lane)
                 else:
-                    self.fold_tile(state, out, places, shared, chunks, column + m * TILE, lane)
+                    self.fold_tile(tensors, unit, target, row, shared, chunks, column + m * TILE, lane)
             else:
-                self.fold_tile(state, out, places, shared, chunks, column + m * TILE, lane)
+                self.fold_tile(tensors, unit, target, row, shared, chunks, column + m * TILE, lane)
 
     @cute.jit
-    def stage(self, rings, shared, place, ring, chunks, thread):
-        """Keys and values of the pending tokens to shared memory, zeros behind them up to whole chunks."""
-        h, key_head, first, source = place.head, place.key_head, place.first, place.slot
-        start, count, length = ring
-        most, used = self.spec.window, chunks * PENDING
-
-        def at(row):
-            return self.replay.ring_row(self.replay.ring_row(start + row, length), length)
-
-        def key(t, c):
-            return memory.address(rings.k, source, key_head, at(t), c)
-
-        def value(t, c):
-            return memory.address(rings.v, source, h, at(t), first + c)
-
-        self.replay.stage_keys(key, most, count, shared["keys"], thread, used)
-        self.replay.stage_values(value, most, count, shared["values"], thread, used)
-
-    @cute.jit
-    def fold_tile(self, state, out, places, shared, chunks, column, lane):
-        """A tile after the pending tokens, rounded into memory."""
-        source, target, h, row = places
-        tile = self.replay.load_tile(self.replay.corner(state, (source, h), row, lane))
-        tile = [[self.replay.widen(words) for words in pair] for pair in tile]
+    def fold_tile(
+        self,
+        tensors: Tensors,
+        unit: Unit,
+        target: Int64,
+        row: Int32,
+        shared: SharedMemory,
+        chunks: Int32,
+        column: Int32,
+        lane: Int32,
+    ) -> None:
+        """Store a tile with the pending tokens folded in."""
+        loaded = self.source.load(self.source.corner(tensors.initial_state, (unit.slot, unit.head), row, lane))
+        tile = widened(loaded, self.source.dtype)
         for c in cutlass.range(chunks, unroll=1):
-            tile = self.replay.advance(tile, shared, c, column, lane)
-        # or the compiler computes the addresses early, and keeps them
-        target, h, row, lane = (memory.pinned(value) for value in (target, Int32(h), Int32(row), Int32(lane)))
-        corner = self.replay.corner(out, (target, h), row, lane)
-        n_bytes = 4 * self.out_dtype.width // 8
-        for j in cutlass.range_constexpr(self.replay.blocks):
-            for half in cutlass.range_constexpr(2):
-                values = convert.unpack(tile[j][half], Float32)
-                memory.store(corner[half] + BLOCK * j, values, self.out_dtype, n_bytes, self.spec.saturate)
+            tile = self.pending.fold(tile, shared, c, column, lane)
+        # pinned: otherwise LLVM computes the addresses early and keeps them in registers
+        target, h, row, lane = (memory.pinned(value) for value in (target, Int32(unit.head), Int32(row), Int32(lane)))
+        self.target.store(self.target.corner(tensors.out, (target, h), row, lane), tile)
 
     @cute.jit
-    def copy_tile(self, state, out, places, lane):
-        """The bytes of a tile."""
-        source, target, h, row = places
-        corner = self.replay.corner(out, (target, h), row, lane)
-        tile = self.replay.load_tile(self.replay.corner(state, (source, h), row, lane))
-        for j in cutlass.range_constexpr(self.replay.blocks):
-            for half in cutlass.range_constexpr(2):
-                memory.store_words(corner[half] + BLOCK * j, tile[j][half])
+    def copy_tile(self, tensors: Tensors, unit: Unit, target: Int64, row: Int32, lane: Int32) -> None:
+        """Copy the bytes of a tile."""
+        corner = self.target.corner(tensors.out, (target, unit.head), row, lane)
+        tile = self.source.load(self.source.corner(tensors.initial_state, (unit.slot, unit.head), row, lane))
+        self.target.copy(corner, tile)

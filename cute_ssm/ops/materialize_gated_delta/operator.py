@@ -165,7 +165,7 @@ def _run(
     if state.is_cuda:
         if units:
             sm_count = torch.cuda.get_device_properties(state.device).multi_processor_count
-            config = tuning.choose_materialize(spec, units, sm_count)
+            config = tuning.choose_untuned(spec, units, sm_count)
             function = runtime.get(spec, config, runtime.target(state.device))
             _path.plans.remember(key, function)
             function(*operands, window)
@@ -180,7 +180,7 @@ def _run(
         reference.materialize_gated_delta(state, rings, out, rows, use_qk_l2norm, saturate=saturate)
     elif units:
         arch = archs.by_name(emulator.arch)
-        config = tuning.choose_materialize(spec, units, emulator.sm_count or arch.sm_count)
+        config = tuning.choose_untuned(spec, units, emulator.sm_count or arch.sm_count)
         runtime.emulated(spec, config, arch)(*operands, window)
 
 

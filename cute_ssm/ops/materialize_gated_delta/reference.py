@@ -14,7 +14,7 @@ from cute_ssm.reference.history import Move
 
 
 class DeltaRings(NamedTuple):
-    """The history of `gated_delta_rule_replay`.
+    """The history of a pool of states.
 
     Attributes
     ----------
@@ -38,28 +38,29 @@ def materialize_gated_delta(
     compute_dtype: torch.dtype = torch.float32,
     saturate: bool = False,
 ) -> None:
-    """Write the states that pending tokens lead to, `reference.gated_delta_rule.recurrence`, rounded to nearest even.
+    """Write the states after pending tokens, computed by `recurrence` and rounded to nearest even.
 
     Parameters
     ----------
     state, out : Tensor, (slots, value_heads, V, K)
-        States that are read and **written**; they may be the same.
+        Pools that are read and **written**; they may be the same tensor.
     rings : DeltaRings
     rows : sequence of Move
-        With no tokens, and if both pools have the same type, the bytes of the state are copied.
+        What is read, what is written, and the pending tokens.  With no tokens, and if both pools have the same type,
+        the bytes of the state are copied.
     use_qk_l2norm : bool
         Normalise keys.
     compute_dtype : torch.dtype
     saturate : bool
-        Make float16 `rounding.saturated`.
+        Clamp float16 results with `rounding.saturated`.
     """
     results = []
     for source, destination, start, count in rows:
         result = state[source].clone()
         if count:
-            places = (start + torch.arange(count)) % rings.k.shape[2]
-            k, v, g, beta = (ring[source][:, places].transpose(0, 1)[None] for ring in rings)
-            _, states = recurrence(state[source][None], k, k, v, g, beta, 1.0, use_qk_l2norm, compute_dtype)
+            positions = (start + torch.arange(count)) % rings.k.shape[2]
+            tokens = DeltaRings(*(ring[source][:, positions].transpose(0, 1)[None] for ring in rings))
+            _, states = recurrence(state[source][None], tokens.k, *tokens, 1.0, use_qk_l2norm, compute_dtype)
             result = states[0, -1]
         if saturate and (count or state.dtype != out.dtype):
             result = rounding.saturated(result)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cute_ssm.errors import UnsupportedSpecError, describe
-from cute_ssm.ops.gated_delta_rule_replay.spec import GatedDeltaRuleReplaySpec
+from cute_ssm.ops._gated_delta.spec import Sizes, check_input_dtype, check_sizes, check_window
 from cute_ssm.spec import FLOATS, Spec
 
 
@@ -28,9 +28,9 @@ class MaterializeGatedDeltaSpec(Spec):
     src_dtype, dst_dtype : str
         Types of ``state_batch_indices`` and ``dst_state_batch_indices``.
     count_dtype : str or None
-        Type of ``num_tokens``.  None: all pending tokens.
+        Type of ``num_tokens``.  None: the argument is absent, and all pending tokens are folded.
     saturate : bool
-        New float16 states beyond +-65504 become that instead of infinite.
+        Clamp new float16 states to +-65504 instead of making them infinite.
     """
 
     state_dtype: str
@@ -53,18 +53,14 @@ class MaterializeGatedDeltaSpec(Spec):
         return f"{self.op}-{self.state_dtype}-{self.out_dtype}-{self.V}x{self.K}-{self.window}"
 
     @property
-    def steps(self) -> GatedDeltaRuleReplaySpec:
-        return self.replay()
-
-    def replay(self) -> GatedDeltaRuleReplaySpec:
-        """Return the spec of steps over the same states and rings, with as few tokens as a kernel is made for."""
-        return GatedDeltaRuleReplaySpec(
-            state_dtype=self.state_dtype, input_dtype=self.input_dtype, output_dtype=self.input_dtype,
-            gate_dtype="float32", dt_bias_dtype="float32", K=self.K, V=self.V, tokens=4, l2norm=self.l2norm,
-            src_dtype=self.src_dtype, zero_padding=False, vector_output=True, window=self.window,
-        )  # fmt: skip
+    def sizes(self) -> Sizes:
+        """Sizes of the kernel's work: those of a step over the same states, with four new tokens."""
+        return Sizes(self.K, self.V, tokens=4, pending_tokens=self.window)
 
     def check(self) -> None:
-        if self.out_dtype not in FLOATS:
-            raise UnsupportedSpecError(describe("out_dtype", " or ".join(FLOATS), self.out_dtype))
-        self.replay().check()
+        for name in ("out_dtype", "state_dtype"):
+            if getattr(self, name) not in FLOATS:
+                raise UnsupportedSpecError(describe(name, " or ".join(FLOATS), getattr(self, name)))
+        check_sizes(self.K, self.V)
+        check_input_dtype(self.input_dtype)
+        check_window(self.window)

@@ -226,7 +226,7 @@ def test_issue_slots_and_bytes(tokens, most):
         out, _ = cute_ssm.gated_delta_rule_mtp(**call)
     counters = session.launches[-1].counters.as_dict()
     assert counters["instructions"]["total"] / 4 <= most
-    assert counters["tensors"]["state"]["dram_read_bytes"] == floor
-    assert counters["tensors"]["state"]["l2_read_bytes"] == floor
+    assert counters["tensors"]["initial_state"]["dram_read_bytes"] == floor
+    assert counters["tensors"]["initial_state"]["l2_read_bytes"] == floor
     assert counters["tensors"]["output"]["l2_write_bytes"] == out.numel() * 2
     assert counters["smem_excess"] / counters["smem_wavefronts"] < 0.04

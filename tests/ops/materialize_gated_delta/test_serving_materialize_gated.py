@@ -17,7 +17,7 @@ import cute_ssm
 from cute_ssm import arch as archs
 from cute_ssm import runtime, serving, tuning, workloads
 from cute_ssm.errors import GradientError
-from cute_ssm.ops._gated_delta.config import GatedDeltaRuleConfig, choose_materialize
+from cute_ssm.ops._gated_delta.config import GatedDeltaRuleConfig, choose_untuned
 from cute_ssm.ops.materialize_gated_delta.spec import MaterializeGatedDeltaSpec
 from cute_ssm.workloads.plan import around
 
@@ -78,7 +78,7 @@ SPILLS = [
 @pytest.mark.parametrize(("spec", "arch"), SPILLS, ids=str)
 def test_nothing_spills(spec, arch):
     target = archs.by_name(arch)
-    compiled = runtime.emulated(spec, choose_materialize(spec, 16384, target.sm_count), target)
+    compiled = runtime.emulated(spec, choose_untuned(spec, 16384, target.sm_count), target)
     assert compiled.kernels and all(kernel.spill_bytes == 0 for kernel in compiled.kernels)
 
 
@@ -88,9 +88,9 @@ def test_configs_fit_the_steps_and_the_target():
         spec.check()
         for target in archs.ARCHS.values():
             for units in (1, 10**5):
-                config = choose_materialize(spec, units, target.sm_count)
+                config = choose_untuned(spec, units, target.sm_count)
                 assert isinstance(config, GatedDeltaRuleConfig) and not config.sequential
-                config.check(spec.replay(), target)
+                config.check(spec, target)
 
 
 # -------------------------------------------------------------------------------------------------------- bad arguments
