@@ -28,16 +28,16 @@ def test_waits_of_a_role_add_up(life):
         assert sum(shares.values()) == pytest.approx(1)
         assert all(share >= 0 for share in shares.values())
         assert shares["copy of state"] > 0.02
-    for _, segments, first, last in life.warps:
-        assert all(first <= a < b <= last for a, b, _ in segments)
-        assert all(b <= c for (_, b, _), (c, _, _) in pairwise(segments))
+    for warp in life.warps:
+        assert all(warp.first <= wait.start < wait.end <= warp.last for wait in warp.waits)
+        assert all(wait.end <= after.start for wait, after in pairwise(warp.waits))
 
 
 def test_state_in_flight_fits_the_rings(life):
     tile = 64 * 128 * 2
-    assert max(n for _, n in life.in_flight) in (2 * 2 * tile, 3 * 2 * tile)
-    assert max(n for _, n in life.sm_in_flight) <= 2 * 3 * 2 * tile
-    assert life.in_flight[-1][1] == 0
+    assert max(step.n_bytes for step in life.in_flight) in (2 * 2 * tile, 3 * 2 * tile)
+    assert max(step.n_bytes for step in life.sm_in_flight) <= 2 * 3 * 2 * tile
+    assert life.in_flight[-1].n_bytes == 0
     assert 0.2 * tile < life.mean_in_flight(life.in_flight) < 3 * 2 * tile
 
 
@@ -63,14 +63,14 @@ def test_kernel_class_names_the_roles_of_its_warps(how, monkeypatch):
     else:
         monkeypatch.setattr(SelectiveStep, "roles", staticmethod(lambda spec, config: names), raising=False)
     (named,) = timeline.lives("selective_state_update", {**RING, "config.warps": "3"})
-    assert [warp[0] for warp in named.warps] == ["producer", "consumer", "consumer"]
+    assert [warp.name for warp in named.warps] == ["producer", "consumer", "consumer"]
 
 
 def test_a_row_shows_long_waits_as_waits(life):
-    for name, segments, first, last in life.warps:
-        row = drawing.letters(life, segments, first, last, 50)
+    for warp in life.warps:
+        row = drawing.letters(life, warp, 50)
         issued = row.count("#") / len(row)
-        assert issued <= 3 * life.waits(name)["issuing"]
+        assert issued <= 3 * life.waits(warp.name)["issuing"]
 
 
 def test_command_line(capsys, tmp_path):

@@ -30,8 +30,9 @@ def test_record_has_the_instructions_and_bytes_that_are_counted(keys):
     executed = sum(visit.stop - visit.block.pc for visits in trace.warps.values() for visit in visits)
     assert executed == counters["instructions"]["total"]
     events = [e for visits in trace.warps.values() for v in visits for found in v.events.values() for e in found]
-    assert sum(e[1] for e in events if e[0] == "shared") == counters["smem_wavefronts"]
-    assert sum(e[0] == "copy" for e in events) == counters["bulk_copies"]
+    shared = [event for event in events if isinstance(event, gpumodel.trace.SharedAccess)]
+    assert sum(event.wavefronts for event in shared) == counters["smem_wavefronts"]
+    assert sum(isinstance(event, gpumodel.trace.BulkCopy) for event in events) == counters["bulk_copies"]
 
 
 def test_emulator_runs_only_the_ctas_of_one_sm():

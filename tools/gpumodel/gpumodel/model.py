@@ -13,7 +13,7 @@ import ptxsim
 from .constants import MACHINES, Machine
 from .lower import Lowering
 from .replay import Replay, Timing
-from .trace import Trace
+from .trace import BulkCopy, GlobalAccess, Trace
 
 REGISTERS = 128  # of a kernel for which ptxas reported none
 _lowered: WeakKeyDictionary = WeakKeyDictionary()  # program -> {machine: Lowering}
@@ -86,7 +86,7 @@ def of_one_sm(machine: Machine) -> Callable:
 
     def pick(launch):
         if launch.cluster_size > 1:
-            raise ValueError("clusters: expected none, got some; the model knows CTAs that share nothing")
+            raise ValueError(f"clusters: expected launches without them, got {launch.cluster_size} CTAs per cluster")
         return np.arange(0, int(np.prod(launch.grid)), machine.sms)
 
     return pick
@@ -140,19 +140,18 @@ def time_launch(
 def bytes_of(trace: Trace) -> int:
     """Distinct sectors that the recorded CTAs read, and those that they write, in bytes."""
     read, written = {}, {}
+    modes = {"read": (read,), "write": (written,), "atomic": (read, written)}
     for visits in trace.warps.values():
-        for visit in visits:
-            for events in visit.events.values():
-                for what in events:
-                    if what[0] == "global":
-                        modes, lines = what[1], what[3]
-                    elif what[0] == "copy":
-                        modes, lines = "read" if what[5] else "write", what[3]
-                    else:
-                        continue
-                    for into in (read,) if modes == "read" else (written,) if modes == "write" else (read, written):
-                        for line, mask in lines:
-                            into[line] = into.get(line, 0) | mask
+        for event in (event for visit in visits for events in visit.events.values() for event in events):
+            if isinstance(event, GlobalAccess):
+                mode = event.mode
+            elif isinstance(event, BulkCopy):
+                mode = "read" if event.load else "write"
+            else:
+                continue
+            for into in modes[mode]:
+                for line in event.lines:
+                    into[line.number] = into.get(line.number, 0) | line.mask
     return 32 * sum(mask.bit_count() for into in (read, written) for mask in into.values())
 
 

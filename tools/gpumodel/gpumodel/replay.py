@@ -15,11 +15,52 @@ import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from typing import NamedTuple
 
 from .constants import Machine
+from .trace import GlobalAccess, SharedAccess
 
 QUEUED = 300  # clocks that a load waits behind bulk copies, at most: these wait in their engine, not in the memory
 INF = math.inf
+
+
+class Flight(NamedTuple):
+    """Bytes on their way to the SM: asked for at ``start``, there at ``end``."""
+
+    start: float
+    end: float
+    n_bytes: int
+    tensor: str
+    cta: int
+
+
+class Wait(NamedTuple):
+    """An interval in which a warp did not issue."""
+
+    warp: int
+    start: float
+    end: float
+    reason: str
+
+
+@dataclass
+class Mbarrier:
+    """A mbarrier in shared memory: arrivals and bytes that its phase still expects, and the warps that wait for it."""
+
+    expected: int  # arrivals of a phase
+    pending: int  # of the current one
+    tx_bytes: int = 0
+    phase: int = 0
+    waiting: list[Warp] = field(default_factory=list)
+
+
+@dataclass
+class Barrier:
+    """A named barrier of a CTA: ``threads`` is None for all threads."""
+
+    threads: int | None
+    arrived: int = 0
+    waiting: list[Warp] = field(default_factory=list)
 
 
 @dataclass
@@ -34,14 +75,15 @@ class Timing:
     shared: int = 0  # wavefronts
     tensor: float = 0.0  # clocks of one sub-partition's pipe, summed
     ctas: int = 0
-    stalls: Counter = field(default_factory=Counter)  # (warp of the CTA, reason) -> clocks
-    lives: dict = field(default_factory=dict)  # warp -> (first clock, last clock)
-    flights: list = field(default_factory=list)  # (asked, arrived, bytes, tensor, CTA) of loads and copies to the SM
-    segments: list | None = None  # (warp, start, end, reason), if asked for
+    stalls: Counter[tuple[int, str]] = field(default_factory=Counter)  # (warp of the CTA, reason) -> clocks
+    lives: dict[int, tuple[float, float]] = field(default_factory=dict)  # warp -> (first clock, last clock)
+    flights: list[Flight] = field(default_factory=list)  # of loads and copies to the SM
+    waits: list[Wait] | None = None  # with timeline=True
 
     def bytes_in_flight(self, tensors=None) -> float:
-        """Mean over the run of the bytes that are on their way to the SM."""
-        total = sum((b - a) * n for a, b, n, tensor, _ in self.flights if tensors is None or tensor in tensors)
+        """Mean over the run of the bytes on their way to the SM, of ``tensors`` or of all."""
+        mine = [flight for flight in self.flights if tensors is None or flight.tensor in tensors]
+        total = sum((flight.end - flight.start) * flight.n_bytes for flight in mine)
         return total / self.clocks if self.clocks else 0.0
 
 
@@ -70,7 +112,7 @@ class Replay:
         self.trace, self.lowering, self.machine = trace, lowering, machine
         self.dram_rate, self.l2_rate = min(dram_rate, machine.l2_port), min(l2_rate, machine.l2_port)
         self.places = places
-        self.timing = Timing(segments=[] if timeline else None)
+        self.timing = Timing(waits=[] if timeline else None)
         count = machine.schedulers
         self.pending, self.free = [[] for _ in range(count)], [0.0] * count
         self.load = [0] * count
@@ -219,8 +261,8 @@ class Replay:
     def stall(self, warp, start, end, reason):
         if end > start:
             self.timing.stalls[warp.index % self.warps_per_cta, reason] += end - start
-            if self.timing.segments is not None:
-                self.timing.segments.append((warp.index, start, end, reason))
+            if self.timing.waits is not None:
+                self.timing.waits.append(Wait(warp.index, start, end, reason))
 
     def block(self, warp, t, cause):
         warp.blocked, warp.cause = t, cause
@@ -304,15 +346,15 @@ class Replay:
                 self.lsu = max(self.lsu, t) + 1
                 done, cause = t + machine.l1_latency, "local memory"
         else:
-            for what in payloads:
-                if what[0] == "shared":
+            for event in payloads:
+                if isinstance(event, SharedAccess):
                     start = max(self.lsu, t)
-                    self.lsu = start + what[1]
-                    self.timing.shared += what[1]
+                    self.lsu = start + event.wavefronts
+                    self.timing.shared += event.wavefronts
                     done, cause = max(done, self.lsu - 1 + machine.shared_latency), "shared memory"
-                else:
-                    _, mode, tensor, lines = what
-                    n_bytes = sum(32 * mask.bit_count() for _, mask in lines)
+                elif isinstance(event, GlobalAccess):
+                    mode, tensor, lines = event
+                    n_bytes = sum(line.bytes for line in lines)
                     self.lsu = max(self.lsu, t) + max(len(lines) / machine.lines_per_clock, n_bytes / 128)
                     if mode == "write":
                         self.write(t, lines)
@@ -323,7 +365,7 @@ class Replay:
                     else:
                         arrival = self.read(t, lines, cached=not op.text.startswith("cp.async.cg"), queued=QUEUED)
                     if arrival - t > machine.l1_latency + 1:
-                        self.timing.flights.append((t, arrival, n_bytes, tensor, warp.cta))
+                        self.timing.flights.append(Flight(t, arrival, n_bytes, tensor, warp.cta))
                     copied, done, cause = arrival, max(done, arrival), f"load of {tensor}"
         if op.text.startswith("cp."):
             if copied is not None:
@@ -333,7 +375,7 @@ class Replay:
         self.advance(warp, t + 1)
 
     def do_matrix(self, warp, op, t):
-        wavefronts = sum(what[1] for what in warp.events.get(op.pc, ()))
+        wavefronts = sum(event.wavefronts for event in warp.events.get(op.pc, ()))
         self.lsu = max(self.lsu, t) + wavefronts
         self.timing.shared += wavefronts
         self.result(warp, op, self.lsu - 1 + self.machine.matrix_latency, "shared memory")
@@ -342,18 +384,18 @@ class Replay:
     def do_bulk(self, warp, op, t):
         """Bulk copies, linear or by tensor map."""
         machine = self.machine
-        for _, n_bytes, tensor, lines, cell, load in warp.events.get(op.pc, ()):
+        for copy in warp.events.get(op.pc, ()):
             start = max(self.tma, t)
-            self.tma = start + max(machine.tma_copy, n_bytes / machine.tma_rate)
-            if load:
-                done = self.read(start, lines, cached=False) + machine.tma_latency
-                self.timing.flights.append((t, done, n_bytes, tensor, warp.cta))
-                if cell is not None:
-                    self.cells.setdefault(cell, set()).add(tensor)
-                    self.at(done, self.act, ((cell, 0, -n_bytes),))
+            self.tma = start + max(machine.tma_copy, copy.n_bytes / machine.tma_rate)
+            if copy.load:
+                done = self.read(start, copy.lines, cached=False) + machine.tma_latency
+                self.timing.flights.append(Flight(t, done, copy.n_bytes, copy.tensor, warp.cta))
+                if copy.cell is not None:
+                    self.cells.setdefault(copy.cell, set()).add(copy.tensor)
+                    self.at(done, self.act, ((copy.cell, 0, -copy.n_bytes),))
             else:
-                read = start + machine.shared_read_latency + n_bytes / machine.tma_rate
-                warp.bulk_open.append((read, self.write(read, lines)))
+                read = start + machine.shared_read_latency + copy.n_bytes / machine.tma_rate
+                warp.bulk_open.append((read, self.write(read, copy.lines)))
         self.advance(warp, t + 1)
 
     # ------------------------------------------------------------ groups of copies
@@ -397,18 +439,17 @@ class Replay:
     # ------------------------------------------------------------ synchronisation
     def do_mbarrier(self, warp, op, t):
         acts, waits = {}, []
-        for what in warp.events.get(op.pc, ()):
-            _, kind, entries = what
+        for kind, entries in warp.events.get(op.pc, ()):
             if kind == "wait":
                 waits += entries
             elif kind == "init":
                 for cell, count in entries:
-                    self.mbarriers[cell] = [count, count, 0, 0, []]
+                    self.mbarriers[cell] = Mbarrier(count, count)
             elif kind.startswith("arrive after"):
                 until = max([*warp.groups, *warp.copies], default=t)
                 for cell, count in entries:
                     if kind.endswith("expected"):
-                        self.mbarriers[cell][0] += count
+                        self.mbarriers[cell].pending += count
                     self.at(max(until, t), self.act, ((cell, count, 0),))
             else:
                 for cell, value in entries:
@@ -429,11 +470,10 @@ class Replay:
         """Go on if every phase that the warp waits for is over."""
         for cell, parity in warp.wait:
             barrier = self.mbarriers[cell]
-            if barrier[3] == parity:
+            if barrier.phase == parity:
                 tensors = self.cells.get(cell)
-                named = "copy of " + ", ".join(sorted(tensors)) if tensors else "mbarrier"
-                warp.cause = named
-                barrier[4].append(warp)
+                warp.cause = "copy of " + ", ".join(sorted(tensors)) if tensors else "mbarrier"
+                barrier.waiting.append(warp)
                 return
         if not warp.cause:
             warp.cause = "mbarrier"
@@ -446,12 +486,12 @@ class Replay:
         """Arrivals and bytes at mbarriers; completed phases release who waits."""
         for cell, arrivals, tx in acts:
             barrier = self.mbarriers[cell]
-            barrier[0] -= arrivals
-            barrier[2] += tx
-            if barrier[0] == 0 and barrier[2] == 0:
-                barrier[0], barrier[3] = barrier[1], barrier[3] ^ 1
-                waiters, barrier[4] = barrier[4], []
-                for warp in waiters:
+            barrier.pending -= arrivals
+            barrier.tx_bytes += tx
+            if barrier.pending == 0 and barrier.tx_bytes == 0:
+                barrier.pending, barrier.phase = barrier.expected, barrier.phase ^ 1
+                released, barrier.waiting = barrier.waiting, []
+                for warp in released:
                     self.at(t + self.machine.mbarrier_wake, self.try_wait, warp, 1)
 
     def do_barrier(self, warp, op, t):
@@ -459,23 +499,24 @@ class Replay:
         if not payloads:  # cluster barriers, and predicated ones
             self.advance(warp, t + 1)
             return
-        for _, number, threads, waits, lanes in payloads:
-            state = self.barriers[warp.cta].setdefault(number, [0, [], threads])
-            state[0] += 32 if threads is not None or lanes == 32 else lanes
-            if waits:
-                self.block(warp, t, f"barrier {number}")
-                state[1].append(warp)
-            self.release_barrier(warp.cta, number, t)
-        if not any(what[3] for what in payloads):
+        for use in payloads:
+            barrier = self.barriers[warp.cta].setdefault(use.number, Barrier(use.threads))
+            barrier.arrived += 32 if use.threads is not None or use.lanes == 32 else use.lanes
+            if use.waits:
+                self.block(warp, t, f"barrier {use.number}")
+                barrier.waiting.append(warp)
+            self.release_barrier(warp.cta, use.number, t)
+        if not any(use.waits for use in payloads):
             self.advance(warp, t + 1)
 
     def release_barrier(self, cta, number, t):
-        arrived, waiting, threads = self.barriers[cta][number]
+        barrier = self.barriers[cta][number]
+        threads = barrier.threads
         if threads is None:
             threads = sum(self.lanes(warp) for warp in self.alive[cta])
-        if arrived and arrived >= threads:
+        if barrier.arrived and barrier.arrived >= threads:
             del self.barriers[cta][number]
-            for warp in waiting:
+            for warp in barrier.waiting:
                 self.at(t + self.machine.barrier, self.released, warp)
 
     def released(self, t, warp):

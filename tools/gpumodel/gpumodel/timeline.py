@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .model import KernelTime
+from .replay import Flight, Wait
 
 
 class Watched(NamedTuple):
@@ -22,25 +23,50 @@ class Watched(NamedTuple):
 
 
 ALL_DATA = Watched("data", lambda tensor: True)
-CLASSES = {  # how a reason to wait is drawn: letter, colour, and how the reason begins
-    "issuing": ("#", "#2b6a4d", ()),
-    "watched": ("S", "#b3261e", ()),
-    "other data": ("d", "#e08a1e", ("load of", "copy of", "cp.async")),
-    "stores": ("w", "#8e6bbf", ("bulk store",)),
-    "another warp": ("b", "#3b6fb6", ("barrier", "mbarrier", "warp barrier")),
-    "shared memory": ("s", "#6aa5d8", ("shared memory", "load/store unit", "lsu", "local memory")),
-    "arithmetic": ("a", "#c9c9c9", ()),
-    "issue slots": ("i", "#8fbf9f", ("issue",)),
+
+
+class Style(NamedTuple):
+    """How a class of reasons to wait is drawn, and what the reasons begin with."""
+
+    letter: str
+    colour: str
+    beginnings: tuple[str, ...] = ()
+
+
+CLASSES = {
+    "issuing": Style("#", "#2b6a4d"),
+    "watched": Style("S", "#b3261e"),
+    "other data": Style("d", "#e08a1e", ("load of", "copy of", "cp.async")),
+    "stores": Style("w", "#8e6bbf", ("bulk store",)),
+    "another warp": Style("b", "#3b6fb6", ("barrier", "mbarrier", "warp barrier")),
+    "shared memory": Style("s", "#6aa5d8", ("shared memory", "load/store unit", "lsu", "local memory")),
+    "arithmetic": Style("a", "#c9c9c9"),
+    "issue slots": Style("i", "#8fbf9f", ("issue",)),
 }
 BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+class WarpLife(NamedTuple):
+    """A warp from its first clock to its last, and when it did not issue."""
+
+    name: str
+    waits: list[Wait]
+    first: float
+    last: float
+
+
+class Step(NamedTuple):
+    """From ``clock`` on, ``n_bytes`` are on their way."""
+
+    clock: float
+    n_bytes: int
 
 
 @dataclass
 class Life:
     """One CTA's life on the modelled SM.
 
-    ``warps`` holds, per warp: name, waits as (start, end, reason), first and last clock.  ``in_flight`` are
-    (clock, bytes) steps of the watched bytes on their way to this CTA, ``sm_in_flight`` to its SM.
+    ``in_flight`` are the steps of the watched bytes on their way to this CTA, ``sm_in_flight`` of those to its SM.
     """
 
     kernel: str
@@ -50,28 +76,28 @@ class Life:
     start: float
     end: float
     watched: Watched = ALL_DATA
-    warps: list[tuple[str, list, float, float]] = field(default_factory=list)
-    in_flight: list[tuple[float, int]] = field(default_factory=list)
-    sm_in_flight: list[tuple[float, int]] = field(default_factory=list)
+    warps: list[WarpLife] = field(default_factory=list)
+    in_flight: list[Step] = field(default_factory=list)
+    sm_in_flight: list[Step] = field(default_factory=list)
 
     def waits(self, role: str) -> dict[str, float]:
         """Share of the lives of the warps of a role per reason, issuing included."""
-        mine = [warp for warp in self.warps if warp[0] == role]
-        total = sum(last - first for _, _, first, last in mine)
-        reasons = Counter()
-        for _, segments, _, _ in mine:
-            for start, end, reason in segments:
-                reasons[reason] += end - start
+        mine = [warp for warp in self.warps if warp.name == role]
+        total = sum(warp.last - warp.first for warp in mine)
+        reasons: Counter[str] = Counter()
+        for warp in mine:
+            for wait in warp.waits:
+                reasons[wait.reason] += wait.end - wait.start
         shares = {reason: clocks / total for reason, clocks in reasons.most_common()}
         return {"issuing": 1 - sum(shares.values()), **shares}
 
-    def mean_in_flight(self, steps: list[tuple[float, int]]) -> float:
+    def mean_in_flight(self, steps: list[Step]) -> float:
         """Mean of ``in_flight`` or ``sm_in_flight`` over the CTA's life."""
         return sum(level(steps, self.start, self.end, 400)) / 400
 
     def as_dict(self) -> dict:
         """What the text says, as plain values."""
-        roles = list(dict.fromkeys(name for name, _, _, _ in self.warps))
+        roles = list(dict.fromkeys(warp.name for warp in self.warps))
         return {
             "kernel": self.kernel,
             "cta": self.cta,
@@ -82,7 +108,7 @@ class Life:
             f"{self.watched.name}_bytes_in_flight": {
                 "cta_mean": round(self.mean_in_flight(self.in_flight)),
                 "sm_mean": round(self.mean_in_flight(self.sm_in_flight)),
-                "sm_most": max((n for _, n in self.sm_in_flight), default=0),
+                "sm_most": max((step.n_bytes for step in self.sm_in_flight), default=0),
             },
         }
 
@@ -91,8 +117,8 @@ def class_of(reason: str, watched: Watched = ALL_DATA) -> str:
     """The class that a reason to wait is drawn as."""
     if reason.startswith(("load of ", "copy of ")) and any(map(watched.holds, reason.split(" of ")[1].split(", "))):
         return "watched"
-    for name, (_, _, beginnings) in CLASSES.items():
-        if reason.startswith(beginnings):
+    for name, style in CLASSES.items():
+        if reason.startswith(style.beginnings):
             return name
     return "issuing" if reason == "issuing" else "arithmetic"
 
@@ -102,14 +128,14 @@ def legend(watched: Watched) -> dict[str, str]:
     return {name: watched.name if name == "watched" else name for name in CLASSES}
 
 
-def steps_of(flights: list[tuple[float, float, int]]) -> list[tuple[float, int]]:
-    """(clock, bytes from then on) of (asked, arrived, bytes)."""
-    changes = sorted([(a, n) for a, _, n in flights] + [(b, -n) for _, b, n in flights])
-    out, now = [], 0
+def steps_of(flights: Sequence[Flight]) -> list[Step]:
+    """The bytes on their way, summed over flights."""
+    changes = sorted([(f.start, f.n_bytes) for f in flights] + [(f.end, -f.n_bytes) for f in flights])
+    steps, now = [], 0
     for clock, change in changes:
         now += change
-        out.append((clock, now))
-    return out
+        steps.append(Step(clock, now))
+    return steps
 
 
 def spread(start: float, end: float, life: tuple[float, float], count: int) -> Iterator[tuple[int, float]]:
@@ -123,7 +149,7 @@ def spread(start: float, end: float, life: tuple[float, float], count: int) -> I
             yield part, clocks
 
 
-def level(steps: list[tuple[float, int]], start: float, end: float, count: int) -> list[float]:
+def level(steps: Sequence[tuple[float, int]], start: float, end: float, count: int) -> list[float]:
     """Mean bytes in flight in ``count`` equal parts of an interval."""
     out = [0.0] * count
     for (clock, n), (until, _) in zip(steps, [*steps[1:], (end, 0)]):
@@ -153,7 +179,7 @@ def life_of(
     ValueError
         If there is no such CTA, or the waits of the warps were not kept.
     """
-    if kernel.timing.segments is None:
+    if kernel.timing.waits is None:
         raise ValueError("kernel: expected one modelled with timeline=True, got one whose waits were not kept")
     timing, per_cta = kernel.timing, kernel.trace.warps_per_cta
     spans = {}
@@ -171,11 +197,10 @@ def life_of(
         warp = cta * per_cta + i
         if warp in timing.lives:
             name = roles[min(i, len(roles) - 1)] if roles else f"warp {i}"
-            segments = [(a, b, why) for w, a, b, why in timing.segments if w == warp]
-            life.warps.append((name, segments, *timing.lives[warp]))
-    flights = [(a, b, n, c) for a, b, n, tensor, c in timing.flights if watched.holds(tensor)]
-    life.in_flight = steps_of([(a, b, n) for a, b, n, c in flights if c == cta])
-    life.sm_in_flight = steps_of([(a, b, n) for a, b, n, _ in flights])
+            life.warps.append(WarpLife(name, [wait for wait in timing.waits if wait.warp == warp], *timing.lives[warp]))
+    flights = [flight for flight in timing.flights if watched.holds(flight.tensor)]
+    life.in_flight = steps_of([flight for flight in flights if flight.cta == cta])
+    life.sm_in_flight = steps_of(flights)
     return life
 
 
@@ -184,33 +209,34 @@ def text(life: Life, width: int = 100) -> str:
     said = life.watched.name
     where = f"CTA {life.cta} of {life.ctas} on this SM, {life.places} resident at a time"
     lines = [f"kernel {life.kernel[:90]}", f"{where}; {life.end - life.start:,.0f} clocks", ""]
-    for name, segments, first, last in life.warps:
-        lines.append(f"{name[:14]:14} |{''.join(letters(life, segments, first, last, width))}|")
+    for warp in life.warps:
+        lines.append(f"{warp.name[:14]:14} |{''.join(letters(life, warp, width))}|")
     for label, steps in ((f"{said}, CTA", life.in_flight), (f"{said}, SM", life.sm_in_flight)):
         values = level(steps, life.start, life.end, width)
         top = max([*values, 1.0])
         bar = "".join(BLOCKS[round(v / top * (len(BLOCKS) - 1))] for v in values)
         lines.append(f"{label:14} |{bar}| mean {life.mean_in_flight(steps) / 1024:.1f} KiB, most {top / 1024:.1f} KiB")
-    lines += ["", "  ".join(f"{CLASSES[name][0]} {called}" for name, called in legend(life.watched).items()), ""]
-    for role in dict.fromkeys(name for name, _, _, _ in life.warps):
+    lines += ["", "  ".join(f"{CLASSES[name].letter} {called}" for name, called in legend(life.watched).items()), ""]
+    for role in dict.fromkeys(warp.name for warp in life.warps):
         shares = [f"{share:.0%} {why}" for why, share in life.waits(role).items() if share >= 0.02]
         lines.append(f"{role[:14]:14} {', '.join(shares)}")
     return "\n".join(lines)
 
 
-def letters(life: Life, segments: list, first: float, last: float, width: int) -> list[str]:
+def letters(life: Life, warp: WarpLife, width: int) -> list[str]:
     """One letter per part of the CTA's life: what the warp did for most of it."""
     step = (life.end - life.start) / width or 1.0
     parts = [Counter() for _ in range(width)]
-    for start, end, reason in segments:
-        for at, clocks in spread(start, end, (life.start, life.end), width):
-            parts[at][class_of(reason, life.watched)] += clocks
+    for wait in warp.waits:
+        for at, clocks in spread(wait.start, wait.end, (life.start, life.end), width):
+            parts[at][class_of(wait.reason, life.watched)] += clocks
     out = []
     for at, part in enumerate(parts):
         a, b = life.start + at * step, life.start + (at + 1) * step
-        alive = max(0.0, min(b, last) - max(a, first))
+        alive = max(0.0, min(b, warp.last) - max(a, warp.first))
         part["issuing"] = alive - sum(part.values())
-        out.append(CLASSES[part.most_common(1)[0][0]][0] if alive > 0.5 * step else " ")
+        ((most, _),) = part.most_common(1)
+        out.append(CLASSES[most].letter if alive > 0.5 * step else " ")
     return out
 
 
@@ -232,13 +258,15 @@ def picture(found: list[Life], path: str, title: str) -> None:
     )
     for i, life in enumerate(found):
         bars, below = axes[2 * i][0], axes[2 * i + 1][0]
-        for y, (_, segments, first, last) in enumerate(life.warps):
-            bars.broken_barh([(first - life.start, last - first)], (y - 0.4, 0.8), color=CLASSES["issuing"][1])
-            for name, (_, colour, _) in CLASSES.items():
-                spans = [(a - life.start, b - a) for a, b, why in segments if class_of(why, life.watched) == name]
-                if spans and name != "issuing":
-                    bars.broken_barh(spans, (y - 0.4, 0.8), color=colour, linewidth=0)
-        bars.set_yticks(range(len(life.warps)), [warp[0] for warp in life.warps], fontsize=8)
+        for y, warp in enumerate(life.warps):
+            whole = [(warp.first - life.start, warp.last - warp.first)]
+            bars.broken_barh(whole, (y - 0.4, 0.8), color=CLASSES["issuing"].colour)
+            for name, style in CLASSES.items():
+                waits = [wait for wait in warp.waits if class_of(wait.reason, life.watched) == name]
+                if waits and name != "issuing":
+                    spans = [(wait.start - life.start, wait.end - wait.start) for wait in waits]
+                    bars.broken_barh(spans, (y - 0.4, 0.8), color=style.colour, linewidth=0)
+        bars.set_yticks(range(len(life.warps)), [warp.name for warp in life.warps], fontsize=8)
         bars.invert_yaxis()
         bars.set_xlim(0, life.end - life.start)
         bars.set_title(f"CTA {life.cta} of {life.ctas} on one SM, {life.places} resident", fontsize=9, loc="left")
@@ -246,15 +274,15 @@ def picture(found: list[Life], path: str, title: str) -> None:
             (life.sm_in_flight, "to the SM", "#e8b4b0"),
             (life.in_flight, "to this CTA", "#b3261e"),
         ):
-            clocks = [life.start, *(clock for clock, _ in steps), life.end]
-            values = [0, *(n for _, n in steps), 0]
+            clocks = [life.start, *(step.clock for step in steps), life.end]
+            kib = [0.0, *(step.n_bytes / 1024 for step in steps), 0.0]
             x = [clock - life.start for clock in clocks]
-            below.fill_between(x, [n / 1024 for n in values], step="post", color=colour, label=label, linewidth=0)
+            below.fill_between(x, kib, step="post", color=colour, label=label, linewidth=0)
         below.set_xlim(0, life.end - life.start)
         below.set_ylabel(f"KiB of {life.watched.name}\nin flight", fontsize=8)
         below.legend(fontsize=7, loc="upper right")
         below.set_xlabel("clocks (modelled)", fontsize=8)
-    handles = [Patch(color=CLASSES[name][1], label=called) for name, called in legend(found[0].watched).items()]
+    handles = [Patch(color=CLASSES[name].colour, label=called) for name, called in legend(found[0].watched).items()]
     figure.legend(handles=handles, ncol=len(handles), loc="lower center", fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout(rect=(0, 0.04, 1, 0.98))

@@ -1,20 +1,14 @@
-"""What every warp did: blocks of instructions, and what their memory and synchronisation instructions touched.
+"""The record of a launch: the blocks that every warp executed, and what their instructions touched.
 
 ``ptxsim.emulate(trace=Trace)`` fills one `Trace` per launch, in place of its counters.  A warp's record is a list of
-*visits*: a basic block that (some lanes of) the warp executed, how far, and the events of its instructions.
-
-Events, by the PTX number of their instruction:
-
-    ("global", mode, tensor, lines)         lines: ((128-byte line, mask of its sectors), ...)
-    ("shared", wavefronts, bytes)
-    ("mbarrier", kind, ((cell, value), ...))  kind: init, arrive, expect, wait, "arrive after copies"
-    ("barrier", number, threads, waits, lanes)
-    ("copy", n_bytes, tensor, lines, cell, load)    one bulk copy; cell: of the mbarrier that it completes, or None
+visits.  A `Visit` is a basic block that some lanes of the warp executed, how far, and the events of its memory and
+synchronisation instructions.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,8 +18,74 @@ LINE = 7  # log2 of a line's bytes
 SECTOR = 5
 
 
+class Line(NamedTuple):
+    """Sectors of a 128-byte line of global memory: bit i of ``mask`` is sector i of 32 bytes."""
+
+    number: int
+    mask: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its sectors."""
+        return self.mask.bit_count() << SECTOR
+
+
+class GlobalAccess(NamedTuple):
+    """A load, store or atomic of a warp.  ``mode``: read, write or atomic."""
+
+    mode: str
+    tensor: str
+    lines: tuple[Line, ...]
+
+
+class SharedAccess(NamedTuple):
+    """A warp's access to shared memory, ``n_bytes`` per lane."""
+
+    wavefronts: int
+    n_bytes: int
+
+
+class MbarrierUse(NamedTuple):
+    """What a warp does to mbarriers.
+
+    ``kind``: init, arrive, expect, wait, or "arrive after copies".  ``values`` are (cell, value) pairs: a cell is the
+    address of a mbarrier, its value a count, bytes, or the parity of the phase that is waited for.
+    """
+
+    kind: str
+    values: tuple[tuple[int, int], ...]
+
+
+class BarrierUse(NamedTuple):
+    """The arrival of ``lanes`` lanes at a barrier of ``threads`` threads (None: all of the CTA).
+
+    ``waits``: the lanes also wait until the barrier is complete.
+    """
+
+    number: int
+    threads: int | None
+    waits: bool
+    lanes: int
+
+
+class BulkCopy(NamedTuple):
+    """One bulk copy.  ``cell``: the mbarrier that its completion signals, if any; ``load``: into shared memory."""
+
+    n_bytes: int
+    tensor: str
+    lines: tuple[Line, ...]
+    cell: int | None
+    load: bool
+
+
+Event = GlobalAccess | SharedAccess | MbarrierUse | BarrierUse | BulkCopy
+
+
 class Visit:
-    """A basic block that a warp executed up to, and without, the instruction ``stop``."""
+    """A basic block that a warp executed up to, and without, the instruction ``stop``.
+
+    ``events`` maps the number of a PTX instruction to a list of `Event`.
+    """
 
     __slots__ = ("block", "events", "stop")
 
@@ -61,13 +121,13 @@ class Trace(Counters):
         for warp in S.warp_ids.tolist():
             self.warps[warp][-1].stop = pc
 
-    def event(self, warp, ins, *what):
-        """Add an event to the visit that a warp is in."""
-        self.warps[warp][-1].events.setdefault(ins.pc, []).append(what)
+    def event(self, warp, ins, event: Event):
+        """Add an event to the current visit of a warp."""
+        self.warps[warp][-1].events.setdefault(ins.pc, []).append(event)
 
     def global_access(self, S, addr, nbytes, ins, mode, alloc):
         for warp, tensor, lines in self.lines(S.lanes >> 5, addr, alloc):
-            self.event(warp, ins, "global", mode, tensor, lines)
+            self.event(warp, ins, GlobalAccess(mode, tensor, lines))
 
     def shared_access(self, S, addr, nbytes, ins, mode):
         passes = {8: 2, 16: 4}.get(nbytes, 1)
@@ -87,7 +147,7 @@ class Trace(Counters):
         passes = np.maximum.reduceat(counts, starts)
         warps = (banks[first[starts]] >> 5) // per_warp
         for warp in S.warp_ids.tolist():
-            self.event(warp, ins, "shared", int(passes[warps == warp].sum()), nbytes)
+            self.event(warp, ins, SharedAccess(int(passes[warps == warp].sum()), nbytes))
 
     def mma(self, ins, warps, flops_per_warp):
         pass
@@ -102,13 +162,13 @@ class Trace(Counters):
             for cell, value in zip(cells[mine].tolist(), values[mine].tolist()):
                 adds = kind not in ("wait", "init")
                 acts[cell] = acts.get(cell, 0) + value if adds else value
-            self.event(warp, ins, "mbarrier", kind, tuple(acts.items()))
+            self.event(warp, ins, MbarrierUse(kind, tuple(acts.items())))
 
     def barrier(self, S, ins, number, threads, waits):
         """Lanes of S arrive at a barrier of ``threads`` threads (None: all of the CTA)."""
         lanes = np.bincount(S.lanes >> 5)
         for warp in S.warp_ids.tolist():
-            self.event(warp, ins, "barrier", number, threads, waits, int(lanes[warp]))
+            self.event(warp, ins, BarrierUse(number, threads, waits, int(lanes[warp])))
 
     def bulk(self, ins, alloc, request, addr, granule, mode):
         self.copies = (request, addr, alloc)
@@ -123,7 +183,7 @@ class Trace(Counters):
         for i, lane in enumerate(S.lanes.tolist()):
             tensor, lines = touched.get(i, ("", ()))
             cell = None if cells is None else int(cells[i])
-            self.event(lane >> 5, ins, "copy", int(n_bytes[i]), tensor, lines, cell, load)
+            self.event(lane >> 5, ins, BulkCopy(int(n_bytes[i]), tensor, lines, cell, load))
 
     # ------------------------------------------------------------ addresses
     def lines(self, owner, addr, alloc):
@@ -137,7 +197,7 @@ class Trace(Counters):
             for sector in sectors[a:b].tolist():
                 line = sector >> LINE - SECTOR
                 masks[line] = masks.get(line, 0) | 1 << (sector & (1 << LINE - SECTOR) - 1)
-            yield int(owners[a]), name, tuple(masks.items())
+            yield int(owners[a]), name, tuple(map(Line._make, masks.items()))
 
     def tensor(self, alloc, address):
         """Name of the tensor at an address."""

@@ -32,15 +32,15 @@ def test_waits_of_a_warp_add_up(kernel):
     shares = life.waits("warp 0")
     assert sum(shares.values()) == pytest.approx(1)
     assert shares["copy of arg0"] > 0.2
-    ((_, segments, first, last),) = life.warps
-    assert all(first <= start < end <= last for start, end, _ in segments)
-    assert all(end <= start for (_, end, _), (start, _, _) in pairwise(segments))
+    (warp,) = life.warps
+    assert all(warp.first <= wait.start < wait.end <= warp.last for wait in warp.waits)
+    assert all(wait.end <= after.start for wait, after in pairwise(warp.waits))
 
 
 def test_bytes_in_flight_are_those_of_the_watched_tensors(kernel):
     everything, some = timeline.life_of(kernel), timeline.life_of(kernel, watched=WATCHED)
     none = timeline.life_of(kernel, watched=timeline.Watched("nothing", lambda tensor: False))
-    assert max(n for _, n in some.in_flight) == 3 * 4096
+    assert max(step.n_bytes for step in some.in_flight) == 3 * 4096
     assert some.in_flight == everything.in_flight
     assert none.in_flight == []
     assert some.as_dict()["input_bytes_in_flight"]["sm_most"] == 3 * 4096
