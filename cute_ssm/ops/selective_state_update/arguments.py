@@ -123,11 +123,11 @@ def limit(call: Arguments) -> int:
     if call.cu_seqlens is None:
         return call.x.shape[1] if call.x.dim() == 4 else 1
     bounds = [min(call.cache_steps or UNLIMITED, UNLIMITED)]
-    dst, saved = call.dst_state_batch_indices, call.intermediate_states_buffer
+    dst, buffer = call.dst_state_batch_indices, call.intermediate_states_buffer
     if dst is not None and dst.dim() == 2:
         bounds.append(dst.shape[1])
-    if saved is not None:
-        bounds.append(saved.shape[1])
+    if buffer is not None:
+        bounds.append(buffer.shape[1])
     return min(bounds)
 
 
@@ -328,17 +328,17 @@ def _check_shapes(given: Given) -> str:
     for name, index in (("src", "state_batch_indices"), ("dst", "dst_state_batch_indices")):
         if index in given:
             sizes[name] = dict(zip(("batch", "n"), given[index].shape))
-    saved = given.get("intermediate_states_buffer")
-    if saved is not None:
-        sizes |= {"rows": saved.shape[0], "steps": saved.shape[1]}
+    buffer = given.get("intermediate_states_buffer")
+    if buffer is not None:
+        sizes |= {"rows": buffer.shape[0], "steps": buffer.shape[1]}
     given.check_shapes(sizes)
     if slots < batch and "state_batch_indices" not in given:
         fix = "pass state_batch_indices to say which slot each sequence uses"
         raise ValueError(describe("state", f"at least batch = {batch} slots", slots, fix))
-    if saved is not None and "intermediate_state_indices" not in given and saved.shape[0] < slots:
+    if buffer is not None and "intermediate_state_indices" not in given and buffer.shape[0] < slots:
         fix = "pass intermediate_state_indices to say which row each sequence uses"
         raise ValueError(
-            describe("intermediate_states_buffer", f"a row for each of {slots} slots", saved.shape[0], fix)
+            describe("intermediate_states_buffer", f"a row for each of {slots} slots", buffer.shape[0], fix)
         )
     return layout
 
@@ -353,6 +353,6 @@ def _check_index_shapes(given: Given, batch: int, T: int | None) -> None:
             raise ValueError(describe(name, f"shape (batch,) = ({batch},) or (batch, n)", shape))
         if len(shape) == 2 and (shape[1] < 1 or (T is not None and name[0] == "d" and shape[1] < T)):
             raise ValueError(describe(name, f"a column for each of T = {T or 1} tokens", shape))
-    saved = given.get("intermediate_states_buffer")
-    if saved is not None and T is not None and saved.shape[1] < T:
-        raise ValueError(describe("intermediate_states_buffer", f"at least T = {T} steps", saved.shape[1]))
+    buffer = given.get("intermediate_states_buffer")
+    if buffer is not None and T is not None and buffer.shape[1] < T:
+        raise ValueError(describe("intermediate_states_buffer", f"at least T = {T} steps", buffer.shape[1]))

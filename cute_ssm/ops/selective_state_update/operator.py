@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -181,11 +182,18 @@ def selective_state_update(
         expected = f"shape {arguments.X_SHAPES['dense' if cu_seqlens is None else 'packed']}"
         raise ValueError(describe("x", expected, tuple(x.shape), fix))
     if rank == 2 or state.dim() == 3 or A.dim() == 2 or B.dim() == 2:
-        tokens, weights = (x, dt, B, C, z, result), (state, A, D, dt_bias)
-        (x, dt, B, C, z, written), (state, A, D, dt_bias) = _with_heads(tokens, weights)
-    if rank == 4 or num_accepted_tokens is not None or intermediate_states_buffer is not None:
-        tokens = (x, dt, B, C, z, written)
-        x, dt, B, C, z, written = _as_steps(tokens, num_accepted_tokens, intermediate_states_buffer, cu_seqlens)
+        x, dt, B = (_insert(tensor, 3, 1) for tensor in (x, dt, B))
+        C, z, written = (_insert(tensor, 3, 1) for tensor in (C, z, result))
+        state, A = _insert(state, 4, 1), _insert(A, 3, 0)
+        D, dt_bias = (_insert(tensor, 2, 0) for tensor in (D, dt_bias))
+    if cu_seqlens is None:
+        has_steps = num_accepted_tokens is not None or intermediate_states_buffer is not None
+        if has_steps and x.dim() == 3:
+            x, dt, B = (_insert(tensor, 4, 1) for tensor in (x, dt, B))
+            C, z, written = (_insert(tensor, 4, 1) for tensor in (C, z, written))
+        elif rank == 4 and not has_steps and x.shape[1] == 1:
+            x, dt, B = (_drop_step(tensor) for tensor in (x, dt, B))
+            C, z, written = (_drop_step(tensor) for tensor in (C, z, written))
     if src is not None and num_accepted_tokens is None and _is_matrix("state_batch_indices", src):
         src = src[:, 0]
     if dst is not None and x.dim() == 3 and cu_seqlens is None and _is_matrix("dst_state_batch_indices", dst):
@@ -199,25 +207,13 @@ def selective_state_update(
 
 
 def _insert(tensor: Any, rank: int, axis: int) -> Any:
+    """Insert an axis of one element that a tensor of this rank has and the argument leaves out."""
     return tensor.unsqueeze(axis) if isinstance(tensor, Tensor) and tensor.dim() == rank - 1 else tensor
 
 
-def _with_heads(tokens: tuple[Any, ...], weights: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Insert the axis of a single head, or group, where an argument leaves it out."""
-    state, A, D, dt_bias = weights
-    inserted = (_insert(state, 4, 1), _insert(A, 3, 0), _insert(D, 2, 0), _insert(dt_bias, 2, 0))
-    return tuple(_insert(tensor, 3, 1) for tensor in tokens), inserted
-
-
-def _as_steps(tokens: tuple[Any, ...], accepted: Any, saved: Any, cu_seqlens: Any) -> tuple[Any, ...]:
-    """Bring tokens of equally many steps per sequence to (batch, T, ...), or to one token if that says the same."""
-    if cu_seqlens is not None:
-        return tokens
-    if tokens[0].dim() == 3:
-        return tuple(_insert(tensor, 4, 1) for tensor in tokens)
-    if tokens[0].dim() == 4 and tokens[0].shape[1] == 1 and accepted is None and saved is None:
-        return tuple(t[:, 0] if isinstance(t, Tensor) and t.dim() == 4 and t.shape[1] == 1 else t for t in tokens)
-    return tokens
+def _drop_step(tensor: Any) -> Any:
+    """Drop the axis of tokens where it has one element."""
+    return tensor[:, 0] if isinstance(tensor, Tensor) and tensor.dim() == 4 and tensor.shape[1] == 1 else tensor
 
 
 def _is_matrix(name: str, indices: Tensor) -> bool:
@@ -226,14 +222,25 @@ def _is_matrix(name: str, indices: Tensor) -> bool:
     return indices.dim() == 2 and indices.shape[1] > 0
 
 
+def _getter(*names: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Return a function that takes the tensors of these names out of a kernel's operands."""
+    order = list(TABLE.tensors)
+    return itemgetter(*(order.index(name) for name in names))
+
+
+_free_strides, _optional_free_strides = _getter("dt", "A", "B", "C", "out"), _getter("D", "dt_bias")
+_free_alignment = _getter("A", "B", "C")
+
+
 def _layout(operands: tuple[Any, ...]) -> tuple[object, ...] | None:
-    """Strides and alignment that a kernel for free strides does not check."""
-    dt, A, B, C, D, dt_bias, out = (operands[i] for i in (2, 3, 4, 5, 6, 8, 9))
-    if not all(isinstance(tensor, Tensor) for tensor in (dt, A, C, out)):
+    """Return the strides and the alignment that a kernel for free strides does not check."""
+    required = _free_strides(operands)
+    if not all(isinstance(tensor, Tensor) for tensor in required):
         return None
-    optional = tuple(None if t is None else t.stride() for t in (D, dt_bias))
+    optional = tuple(None if t is None else t.stride() for t in _optional_free_strides(operands))
+    A, B, C = _free_alignment(operands)
     aligned = (A.data_ptr() | B.data_ptr() | C.data_ptr()) & 15
-    return (dt.stride(), A.stride(), B.stride(), C.stride(), out.stride(), *optional, aligned)
+    return (*(tensor.stride() for tensor in required), *optional, aligned)
 
 
 _path = CallPath(_layout)
@@ -253,11 +260,11 @@ def _run(
     state_scale: Tensor | None,
     src: Tensor | None,
     dst: Tensor | None,
-    accepted: Tensor | None,
+    num_accepted: Tensor | None,
     cu_seqlens: Tensor | None,
-    saved: Tensor | None,
-    saved_rows: Tensor | None,
-    saved_scale: Tensor | None,
+    buffer: Tensor | None,
+    buffer_rows: Tensor | None,
+    buffer_scale: Tensor | None,
     rand_seed: Tensor | None,
     dt_softplus: bool,
     disable_state_update: bool,
@@ -269,7 +276,7 @@ def _run(
 ) -> None:
     key: tuple[object, ...] | None
     try:
-        # the total of packed tokens is left out: the entry compares it among the tensors that have it
+        # not the total of packed tokens: the kernel's entry checks that all tensors have the same
         sizes: tuple[object, ...] = (x.shape, B.shape)
         batch = x.shape[0]
         if cu_seqlens is not None:
@@ -285,25 +292,26 @@ def _run(
             src_shape, None if src is None else src.dtype, dst_shape, None if dst is None else dst.dtype,
             src is not None or state.shape[0] >= batch, saturate,
         )  # fmt: skip
-        if cu_seqlens is not None or saved is not None or accepted is not None or rand_seed is not None:
-            rows_shape = None if saved_rows is None else saved_rows.shape
-            if (rows_shape and rows_shape[0] > batch) or (accepted is not None and accepted.shape[0] > batch):
-                accepted, saved_rows = first_rows(batch, accepted, saved_rows)
-                rows_shape = getattr(saved_rows, "shape", None)
+        if cu_seqlens is not None or buffer is not None or num_accepted is not None or rand_seed is not None:
+            rows_shape = None if buffer_rows is None else buffer_rows.shape
+            if (rows_shape and rows_shape[0] > batch) or (num_accepted is not None and num_accepted.shape[0] > batch):
+                num_accepted, buffer_rows = first_rows(batch, num_accepted, buffer_rows)
+                rows_shape = getattr(buffer_rows, "shape", None)
             key += (
                 None if cu_seqlens is None else (cu_seqlens.dtype, batch), cache_steps,
-                None if accepted is None else accepted.dtype,
+                None if num_accepted is None else num_accepted.dtype,
                 None if rand_seed is None else (rand_seed.shape, philox_rounds),
-                None if saved is None else saved.shape,
-                rows_shape, None if saved_rows is None else saved_rows.dtype,
-                saved is None or saved_rows is not None or saved.shape[0] >= state.shape[0],
+                None if buffer is None else buffer.shape,
+                rows_shape, None if buffer_rows is None else buffer_rows.dtype,
+                buffer is None or buffer_rows is not None or buffer.shape[0] >= state.shape[0],
             )  # fmt: skip
-    except (AttributeError, IndexError):  # something is no tensor, or has no axes, which the checks will name
+    except (AttributeError, IndexError):  # not a tensor, or without axes: the checks name the argument
         key = None
-        src, dst, accepted, saved_rows = first_of_batch(x, cu_seqlens, src, dst, accepted, saved_rows)
+        src, dst = first_of_batch(x, cu_seqlens, src, dst)
+        num_accepted, buffer_rows = first_of_batch(x, cu_seqlens, num_accepted, buffer_rows)
     operands = (
-        state, x, dt, A, B, C, D, z, dt_bias, out, state_scale, src, dst, accepted, cu_seqlens, saved, saved_rows,
-        saved_scale, rand_seed, pad_slot_id,
+        state, x, dt, A, B, C, D, z, dt_bias, out, state_scale, src, dst, num_accepted, cu_seqlens, buffer, buffer_rows,
+        buffer_scale, rand_seed, pad_slot_id,
     )  # fmt: skip
     if _path.run_plan(key, operands):
         return
