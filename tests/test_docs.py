@@ -154,6 +154,20 @@ def test_table_of_counters_is_that_of_the_results():
     assert shown.strip() == f"{module.table(results)}\n\n({module.about(results)})"
 
 
+def test_what_the_documents_say_of_the_counters_holds():
+    """At most 0.3 % above the least bytes, but for a scan in parts; no spills."""
+    for path in (README, DOCS / "performance" / "index.md"):
+        said = " ".join(path.read_text().split())
+        assert re.search(r"0\.3 % (more DRAM bytes|above the floor)", said) and re.search(
+            r"no kernel .{,20}spills", said
+        )
+    rows = json.loads((ROOT / "tools" / "bench" / "results" / "counters.json").read_text())["rows"]
+    whole = [row["dram_over_floor"] for row in rows if row["launches"] == 1]
+    assert len(whole) > 100 and max(whole) <= 1.003
+    assert all(row["op"] == "selective_scan" for row in rows if row["launches"] > 1)
+    assert not any(kernel["spill_bytes"] for row in rows for kernel in row["kernels"])
+
+
 @pytest.mark.parametrize(
     ("dim", "dstate", "state"), [(12, 64, "float16"), (64, 8, "float16"), (64, 300, "float16"), (64, 100, "int8")]
 )
