@@ -10,6 +10,8 @@ The arguments of an operator are a NamedTuple whose tensors are annotated with `
 
     TABLE = Table(Arguments)
 
+A string in an annotation is the name in the schema, where that differs: ``Annotated[int, "places"]``.
+
 From it come the schema that PyTorch sees, the checks that need no knowledge of the operator, with their messages, and
 the tensors as the compiler sees them (`cute_ssm.device.fakes.of_table`).
 """
@@ -98,21 +100,23 @@ class Table:
         optional: list[str] = []
         defaults = call._field_defaults
         for name, hint in get_type_hints(call, include_extras=True).items():
-            arg = None
+            arg, spelling = None, name
             if get_origin(hint) is Annotated:
-                hint, arg = get_args(hint)
+                hint, *notes = get_args(hint)
+                arg = next((note for note in notes if isinstance(note, Arg)), None)
+                spelling = next((note for note in notes if isinstance(note, str)), name)
             absent = type(None) in get_args(hint)
             if absent:
                 (hint,) = (kind for kind in get_args(hint) if kind is not type(None))
             default = f"={defaults[name]}" if name in defaults else ""
             if arg is None:
-                self._schema.append(f"{SCALARS[hint]}{'?' * absent} {name}{default}")
+                self._schema.append(f"{SCALARS[hint]}{'?' * absent} {spelling}{default}")
                 continue
             self.tensors[name] = arg
             if absent:
                 optional.append(name)
             mark = f"({chr(ord('a') + sum(t.written for t in self.tensors.values()) - 1)}!)" if arg.written else ""
-            self._schema.append(f"Tensor{mark}{'?' * absent} {name}")
+            self._schema.append(f"Tensor{mark}{'?' * absent} {spelling}")
         self.optional = tuple(optional)
         self.written = tuple(name for name, arg in self.tensors.items() if arg.written)
 

@@ -13,9 +13,9 @@ import torch
 from step_cases import copy, storage
 
 from cute_ssm.ops import _slot_rows
-from cute_ssm.ops._cursors import arguments as cursors
+from cute_ssm.ops.build_work_items import arguments as _work_items_arguments
 from cute_ssm.ops.checkpointing_ssu import arguments as _checkpointing_arguments
-from cute_ssm.ops.commit import operator as commit
+from cute_ssm.ops.commit import arguments as _commit_arguments
 from cute_ssm.ops.gated_delta_rule_mtp import operator as gated_delta_rule
 from cute_ssm.ops.gated_delta_rule_replay import operator as gated_delta_rule_replay
 from cute_ssm.ops.selective_scan import operator as selective_scan
@@ -26,13 +26,11 @@ Parts = Iterable[tuple[str, Any]]  # (name of a tensor that is written, index of
 
 def unchecked(monkeypatch) -> None:
     """Have operators look at no contents of tensors, as on a GPU."""
-    for module in (_step_arguments, _checkpointing_arguments):
+    for module in (_step_arguments, _checkpointing_arguments, _commit_arguments, _work_items_arguments):
         monkeypatch.setattr(module, "check_contents", lambda *_: None)
     monkeypatch.setattr(gated_delta_rule, "_check_indices", lambda *_: None)
     monkeypatch.setattr(gated_delta_rule_replay, "_check_values", lambda *_: None)
     monkeypatch.setattr(selective_scan, "plan_on_cpu", lambda *_: [])
-    monkeypatch.setattr(cursors.Rows, "cursors", lambda *_: None)
-    monkeypatch.setattr(commit, "_check_accepted", lambda *_: None)
     monkeypatch.setattr(_slot_rows.SlotRows, "read", lambda *_: [])
 
 

@@ -6,7 +6,6 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64, const_expr
 
 from cute_ssm.device.bounds import in_range
-from cute_ssm.device.fakes import fake
 from cute_ssm.ops._cursors.config import MOST_TOKENS
 from cute_ssm.ops._cursors.spec import CursorSpec
 
@@ -55,12 +54,6 @@ class CursorRows:
 
     def __init__(self, spec: CursorSpec) -> None:
         self.spec = spec
-
-    def fakes(self, batch: cute.SymInt, slots: cute.SymInt) -> CursorTensors:
-        """Return the tensors that a kernel is compiled for."""
-        slot = None if self.spec.src_dtype is None else fake(self.spec.src_dtype, (batch,))
-        offsets = None if self.spec.cu_dtype is None else fake(self.spec.cu_dtype, (cute.sym_int32(),))
-        return CursorTensors(fake(Int32, (slots,)), fake(Int32, (slots,)), slot, offsets)
 
     @cute.jit
     def load(self, tensors: CursorTensors, b: Int32, bounds: CursorBounds) -> CursorRow:

@@ -16,9 +16,10 @@ from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import memory
-from cute_ssm.device.fakes import fake
+from cute_ssm.device.fakes import Layout, of_table
 from cute_ssm.ops._cursors.config import CursorConfig
 from cute_ssm.ops._cursors.rows import CursorBounds, CursorRows, CursorTensors
+from cute_ssm.ops.build_work_items.arguments import TABLE
 from cute_ssm.ops.build_work_items.config import choose_work_items
 from cute_ssm.ops.build_work_items.spec import WorkItemsSpec
 
@@ -46,12 +47,10 @@ class BuildWorkItems:
 
     def fakes(self) -> tuple[Any, ...]:
         """Return the arguments of `__call__` that the kernel is compiled for."""
-        batch, slots = cute.sym_int32(), cute.sym_int32()
-        items = fake(Int32, (batch, 4), (4, 1), 4)
-        count = fake(Int32, (1,), (1,))
+        dtypes = {"state_batch_indices": self.spec.src_dtype, "cu_seqlens": self.spec.cu_dtype}
+        tensors = of_table(TABLE, dtypes, {}, layouts={"num_writes": Layout((1,))})
         bounds = CursorBounds(Int64(0), Int32(0), Int32(0), Int32(0))
-        stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        return *self.rows.fakes(batch, slots), items, count, *bounds, stream
+        return *tensors, *bounds, make_fake_stream(use_tvm_ffi_env_stream=True)
 
     @cute.jit
     def __call__(

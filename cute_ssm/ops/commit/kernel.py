@@ -13,9 +13,10 @@ from cutlass import Int32, Int64, Uint8, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from cute_ssm.arch import WARP, Arch
-from cute_ssm.device.fakes import fake
+from cute_ssm.device.fakes import of_table
 from cute_ssm.ops._cursors.config import CursorConfig
 from cute_ssm.ops._cursors.rows import CursorBounds, CursorRows, CursorTensors
+from cute_ssm.ops.commit.arguments import TABLE
 from cute_ssm.ops.commit.config import choose_commit
 from cute_ssm.ops.commit.spec import CommitSpec
 
@@ -52,19 +53,16 @@ class CommitCursors:
 
     def fakes(self) -> tuple[Any, ...]:
         """Return the arguments of `__call__` that the kernel is compiled for."""
-        batch, slots, layers = (cute.sym_int32() for _ in range(3))
-        prev_num_accepted_tokens, cursor, slot, offsets = self.rows.fakes(batch, slots)
-        accepted = fake(self.spec.accepted_dtype, (batch,))
-        seeds = None
-        if self.spec.seeds:
-            seeds = fake(Int64, (layers, slots), (1,))
-        closed = fake(Uint8, (slots,)) if self.spec.unallocated else None
-        tensors = (prev_num_accepted_tokens, cursor, accepted, slot, offsets, seeds, closed)
-        return (
-            *tensors,
-            *CursorBounds(Int64(0), Int32(0), Int32(0), Int32(0)),
-            make_fake_stream(use_tvm_ffi_env_stream=True),
-        )
+        spec = self.spec
+        dtypes = {
+            "num_accepted_tokens": spec.accepted_dtype,
+            "state_batch_indices": spec.src_dtype,
+            "cu_seqlens": spec.cu_dtype,
+            "rand_seed": "int64" if spec.seeds else None,
+            "unallocated": Uint8 if spec.unallocated else None,
+        }
+        bounds = CursorBounds(Int64(0), Int32(0), Int32(0), Int32(0))
+        return *of_table(TABLE, dtypes, {}), *bounds, make_fake_stream(use_tvm_ffi_env_stream=True)
 
     @cute.jit
     def __call__(

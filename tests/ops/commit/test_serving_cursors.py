@@ -107,7 +107,7 @@ BAD = {
     "cache_buf_idx: expected dtype": {"cache_buf_idx": torch.zeros(45, dtype=torch.int64)},
     "cache_buf_idx: expected a tensor, or ring_start": {"cache_buf_idx": None},
     "cache_buf_idx: expected a torch.Tensor": {"cache_buf_idx": 1},
-    "ring_start: expected None beside": {"ring_start": torch.zeros(45, dtype=torch.int32)},
+    "ring_start: expected None with": {"ring_start": torch.zeros(45, dtype=torch.int32)},
     "ring_length: expected None without": {"ring_length": 22},
     "ring_length: expected at least 22, got 21": {
         "cache_buf_idx": None, "ring_start": torch.zeros(45, dtype=torch.int32), "ring_length": 21,
@@ -122,9 +122,9 @@ BAD = {
     "tokens: expected at least 1": {"tokens": 0},
     "tokens: expected a number, or cu_seqlens instead, got neither": {"tokens": None},
     "tokens: expected a number, or cu_seqlens instead, got both": {"cu_seqlens": torch.arange(41)},
-    "cu_seqlens: expected rising": {"tokens": None, "cu_seqlens": torch.arange(41).flip(0)},
+    "cu_seqlens: expected non-decreasing": {"tokens": None, "cu_seqlens": torch.arange(41).flip(0)},
     "cu_seqlens: expected shape": {"tokens": None, "cu_seqlens": torch.arange(41)[None]},
-    "state_batch_indices: expected shape (batch,)": {"tokens": None, "cu_seqlens": torch.arange(42)},
+    "expected shape (batch,) = (41,), got (40,)": {"tokens": None, "cu_seqlens": torch.arange(42)},
     "cu_seqlens: expected dtype": {"tokens": None, "cu_seqlens": torch.arange(41.0)},
     "cu_seqlens: expected at most 6 tokens": {
         "tokens": None, "cu_seqlens": torch.arange(0, 7 * 41, 7), "cache_buf_idx": None, "ring_length": 22,
