@@ -45,7 +45,7 @@ def build_work_items(
     window, cache_buf_idx, ring_start, ring_length, tokens, cu_seqlens, state_batch_indices
         As for `commit`; none is modified.
     pad_slot_id : int
-        A row with this slot is padding.  It fits 32 bits; without ``state_batch_indices`` it is a slot that no row uses.
+        A row with this slot is padding.  Fits 32 bits; without ``state_batch_indices``, a slot that no row uses.
     batch : int
         Number of rows, at most that of slots.  Needed if ``state_batch_indices``, ``cu_seqlens`` and ``work_items`` are
         all None.
