@@ -1,79 +1,108 @@
-"""`HistoryView`: where the inputs of accepted tokens lie, whatever the contract of their caches."""
+"""`HistoryView`: addresses of the inputs of pending tokens in either kind of cache."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import cutlass
-from cutlass import Int32
+import cutlass.cute as cute
+from cutlass import Boolean, Int32, Int64
 
 from cute_ssm.device import memory
 
+if TYPE_CHECKING:
+    from cute_ssm.ops.checkpointing_ssu.spec import CheckpointingSSUSpec
+
+
+class History(NamedTuple):
+    """The caches of x, B, dt' and, with two buffers, of the running sums of A dt'."""
+
+    x: cute.Tensor
+    B: cute.Tensor
+    dt: cute.Tensor
+    sums: Optional[cute.Tensor]
+
+
+class CacheShape(NamedTuple):
+    """Sizes of a cache, and how many of its leading dimensions have free strides."""
+
+    sizes: tuple[Any, ...]
+    free: int
+
+
+class HistoryRow(NamedTuple):
+    """Where a cache holds a token: buffer (0 in a ring) and row."""
+
+    buffer: Int32
+    row: Int32
+
 
 class HistoryView:
-    """Rows of x, B and dt' of the tokens that are not yet in a slot's state, by position.
+    """Addresses of x, B and dt' of tokens that are pending in a slot, by position.
 
     ``double`` and ``double_x``: the cursor is one of two buffers, and position j is its row j; a step that writes the
     state appends to the other buffer, from row 0 on.  (Of x, ``double`` has one buffer.)  ``ring``: the cursor is the
     row of position 0; rows of x belong to one head.
     """
 
-    def __init__(self, kind):
+    def __init__(self, kind: str):
         self.kind = kind
         self.ring = kind == "ring"
         self.dt_heads = 1 if self.ring else 2  # the mode of dt' that counts heads
 
-    def shapes(self, spec, slots, rows):
-        """Shapes of (x, B, dt'), with the number of leading dimensions whose strides are free."""
+    def shapes(self, spec: "CheckpointingSSUSpec", slots: Any, rows: Any) -> tuple[CacheShape, CacheShape, CacheShape]:
+        """Return the shapes of x, B and dt'."""
         heads, groups, dim, dstate = spec.heads, spec.groups, spec.dim, spec.dstate
         if self.ring:
-            return ((slots, heads, rows, dim), 3), ((slots, groups, rows, dstate), 3), ((slots, heads, rows), 2)
-        x = ((slots, rows, heads, dim), 2) if self.kind == "double" else ((slots, 2, rows, heads, dim), 3)
-        return x, ((slots, 2, rows, groups, dstate), 3), ((slots, 2, heads, rows), 3)
+            x = CacheShape((slots, heads, rows, dim), 3)
+            return x, CacheShape((slots, groups, rows, dstate), 3), CacheShape((slots, heads, rows), 2)
+        x = CacheShape((slots, 2, rows, heads, dim), 3)
+        if self.kind == "double":
+            x = CacheShape((slots, rows, heads, dim), 2)
+        return x, CacheShape((slots, 2, rows, groups, dstate), 3), CacheShape((slots, 2, heads, rows), 3)
 
-    def capacity(self, dt):
-        """Rows of the caches, from that of dt'."""
+    def rows(self, dt: cute.Tensor) -> Int32:
+        """Return the number of rows of each cache, from the shape of dt'."""
         return dt.shape[2] if self.ring else dt.shape[3]
 
-    def cursors(self, dt):
-        """How many values a cursor can have."""
-        return self.capacity(dt) if self.ring else 2
+    def num_cursors(self, dt: cute.Tensor) -> Int32:
+        """Return the number of values that a cursor can have."""
+        return self.rows(dt) if self.ring else 2
 
-    def kept(self, spec):
-        """How many new tokens the caches can take."""
+    def appended(self, spec: "CheckpointingSSUSpec") -> int:
+        """Return how many new tokens of a sequence the caches take at most."""
         return spec.tokens if self.ring else min(spec.tokens, spec.window)
 
-    def old(self, cursor, position, rows):
-        """(buffer, row) of an accepted token."""
+    def pending_row(self, cursor: Int32, position: Int32, rows: Int32) -> HistoryRow:
+        """Return where the pending token at `position` is."""
         if self.ring:
-            return Int32(0), self._wrapped(cursor + position, rows)
-        return cursor, position
+            return HistoryRow(Int32(0), self._wrapped(cursor + position, rows))
+        return HistoryRow(cursor, position)
 
-    def new(self, cursor, accepted, token, write, rows):
-        """(buffer, row) of a new token after `accepted` ones; `write`: the step writes the state."""
+    def new_row(self, cursor: Int32, pending: Int32, token: Int32, writes: Boolean, rows: Int32) -> HistoryRow:
+        """Return where a new token goes behind `pending` ones, in a step that `writes` the state or does not."""
         if self.ring:
-            return Int32(0), self._wrapped(cursor + accepted + token, rows)
-        buffer = cutlass.select_(write, cursor ^ 1, cursor)
-        return buffer, cutlass.select_(write, token, accepted + token)
+            return HistoryRow(Int32(0), self._wrapped(cursor + pending + token, rows))
+        buffer = cutlass.select_(writes, cursor ^ 1, cursor)
+        return HistoryRow(buffer, cutlass.select_(writes, token, pending + token))
 
     @staticmethod
-    def _wrapped(row, rows):
+    def _wrapped(row: Int32, rows: Int32) -> Int32:
         return cutlass.select_(row >= rows, row - rows, row)
 
-    def x(self, tensor, slot, place, head, column):
-        """Address of x: of all heads from `head` on, or in a ring of that head alone."""
-        buffer, row = place
+    def x(self, tensor: cute.Tensor, slot: Int64, at: HistoryRow, head: Int32, column: Int32) -> cute.Pointer:
+        """Return the address of x: of all heads from `head` on, or in a ring of that head alone."""
         if self.ring:
-            return memory.address(tensor, slot, head, row, column)
-        where = (slot, row) if self.kind == "double" else (slot, buffer, row)
-        return memory.address(tensor, *where, head, column)
+            return memory.address(tensor, slot, head, at.row, column)
+        row = (slot, at.row) if self.kind == "double" else (slot, at.buffer, at.row)
+        return memory.address(tensor, *row, head, column)
 
-    def B(self, tensor, slot, place, group):
-        """Address of a row of B."""
-        buffer, row = place
-        return (
-            memory.address(tensor, slot, group, row, 0)
-            if self.ring
-            else memory.address(tensor, slot, buffer, row, group, 0)
-        )
+    def B(self, tensor: cute.Tensor, slot: Int64, at: HistoryRow, group: Int32) -> cute.Pointer:
+        """Return the address of a row of B."""
+        if self.ring:
+            return memory.address(tensor, slot, group, at.row, 0)
+        return memory.address(tensor, slot, at.buffer, at.row, group, 0)
 
-    def dt(self, tensor, slot, place, head):
-        """Address of dt', or of the running sum."""
-        buffer, row = place
-        return memory.address(tensor, slot, head, row) if self.ring else memory.address(tensor, slot, buffer, head, row)
+    def dt(self, tensor: cute.Tensor, slot: Int64, at: HistoryRow, head: Int32) -> cute.Pointer:
+        """Return the address of dt', or of the running sum."""
+        if self.ring:
+            return memory.address(tensor, slot, head, at.row)
+        return memory.address(tensor, slot, at.buffer, head, at.row)

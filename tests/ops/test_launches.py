@@ -73,7 +73,7 @@ def test_a_kernel_without_its_wait_is_refused(op, no_wait):
 
 
 CASE = Case(batch=3, nheads=1, dim=16, accepted=(7, 5, 14), pads=(0,), lengths=(4, 2, 3), pdl="early_reads")
-READ_EARLY = {"state", "cursor", "accepted", "state_batch_indices", "cu_seqlens"}
+READ_EARLY = {"state", "cursor", "prev_num_accepted_tokens", "state_batch_indices", "cu_seqlens"}
 
 
 @pytest.mark.parametrize("pads", [(0,), (1,), (0, 1, 2)], ids=str)
@@ -135,9 +135,9 @@ def test_checkpointing_without_its_wait_is_refused(pdl, no_wait):
     case = Case(batch=3, nheads=1, dim=16, accepted=(7, 5, 14), pads=(0,), pdl=pdl)
     found = findings(lambda: verify(case))
     assert ("never waits", "") in found
-    assert touched(found, "read") >= {"x", "dt", "B", "C", "x_cache", "B_cache", "dt_cache"}
+    assert touched(found, "read") >= {"x", "dt", "B", "C", "x_history", "B_history", "dt_history"}
     assert ("state" in touched(found, "read")) == (pdl is True)
-    assert touched(found, "write") >= {"out", "state", "x_cache", "B_cache", "dt_cache"}
+    assert touched(found, "write") >= {"out", "state", "x_history", "B_history", "dt_history"}
 
 
 def test_messages_name_the_python_line(no_wait):

@@ -171,7 +171,7 @@ def test_shared_memory_is_what_the_launch_allocates(name, monkeypatch):
         function(**cases.arguments(case))
     ((spec, config),) = asked
     if isinstance(config, checkpointing_ssu.CheckpointingSSUConfig):
-        said = [half.shared_bytes(spec) - checkpointing_ssu.ALIGNMENT for half in config.halves]
+        said = [launch.shared_bytes(spec) - checkpointing_ssu.ALIGNMENT for launch in config.launch_configs]
     else:
         said = [config.shared_bytes(spec)]
     assert [launch.dynamic_smem for launch in session.launches] == said

@@ -88,6 +88,11 @@ class CheckpointingSSUSpec(Spec):
         return self.input_bytes == 16
 
     @property
+    def heads_per_group(self) -> int:
+        """Heads that share B and C."""
+        return self.heads // self.groups
+
+    @property
     def scaled(self) -> bool:
         """Whether states are quantised, with a scale per row."""
         return self.state_dtype in QUANTISED

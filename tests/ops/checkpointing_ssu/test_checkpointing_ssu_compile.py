@@ -77,10 +77,10 @@ def test_no_spills(name, arch, batch):
     target = archs.by_name(arch)
     config = choose(SPECS[name], target, batch, target.sm_count)
     compiled = runtime.emulated(SPECS[name], config, target)
-    assert len(compiled.kernels) == len(config.halves)
-    for kernel, half in zip(compiled.kernels, config.halves):
+    assert len(compiled.kernels) == len(config.launch_configs)
+    for kernel, launch in zip(compiled.kernels, config.launch_configs):
         assert kernel.spill_bytes == 0, kernel
-        assert kernel.registers * half.threads * half.ctas_per_sm <= 65536, kernel
+        assert kernel.registers * launch.threads * launch.ctas_per_sm <= 65536, kernel
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -91,11 +91,11 @@ def test_configs_fit_the_machine(name):
         for batch in (1, 7, 64, 500, 4096):
             config = choose(spec, target, batch, target.sm_count)
             config.check(spec, target)
-            for half in config.halves:
-                assert half.ctas_per_sm * (half.shared_bytes(spec) + CTA_RESERVED) <= SM_SHARED
-        half = config.halves[0]
-        in_flight = half.ctas_per_sm * half.consumers * half.depth * half.layout(spec).tile_bytes
-        assert in_flight >= min(FLIGHT, half.ctas_per_sm * half.tiles * half.layout(spec).tile_bytes)
+            for launch in config.launch_configs:
+                assert launch.ctas_per_sm * (launch.shared_bytes(spec) + CTA_RESERVED) <= SM_SHARED
+        launch = config.launch_configs[0]
+        in_flight = launch.ctas_per_sm * launch.consumers * launch.depth * launch.layout(spec).tile_bytes
+        assert in_flight >= min(FLIGHT, launch.ctas_per_sm * launch.tiles * launch.layout(spec).tile_bytes)
 
 
 def test_every_head_has_a_cta_where_there_is_little_work():

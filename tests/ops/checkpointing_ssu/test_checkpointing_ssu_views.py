@@ -177,6 +177,6 @@ def test_no_spills(state, batch, width):
     target = archs.by_name("sm_90a")
     config = choose(spec, target, batch, target.sm_count)
     compiled = runtime.emulated(spec, config, target)
-    for kernel, half in zip(compiled.kernels, config.halves):
+    for kernel, launch in zip(compiled.kernels, config.launch_configs):
         assert kernel.spill_bytes == 0
-        assert kernel.registers * half.threads * half.ctas_per_sm <= 65536
+        assert kernel.registers * launch.threads * launch.ctas_per_sm <= 65536
