@@ -1,15 +1,12 @@
 """`HistoryView`: addresses of the inputs of pending tokens in either kind of cache."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64
 
 from cute_ssm.device import memory
-
-if TYPE_CHECKING:
-    from cute_ssm.ops.checkpointing_ssu.spec import CheckpointingSSUSpec
 
 
 class History(NamedTuple):
@@ -48,7 +45,7 @@ class HistoryView:
         self.ring = kind == "ring"
         self.dt_heads = 1 if self.ring else 2  # the mode of dt' that counts heads
 
-    def shapes(self, spec: "CheckpointingSSUSpec", slots: Any, rows: Any) -> tuple[CacheShape, CacheShape, CacheShape]:
+    def shapes(self, spec: Any, slots: Any, rows: Any) -> tuple[CacheShape, CacheShape, CacheShape]:
         """Return the shapes of x, B and dt'."""
         heads, groups, dim, dstate = spec.heads, spec.groups, spec.dim, spec.dstate
         if self.ring:
@@ -67,9 +64,9 @@ class HistoryView:
         """Return the number of values that a cursor can have."""
         return self.rows(dt) if self.ring else 2
 
-    def appended(self, spec: "CheckpointingSSUSpec") -> int:
-        """Return how many new tokens of a sequence the caches take at most."""
-        return spec.tokens if self.ring else min(spec.tokens, spec.window)
+    def appended(self, num_tokens: int, window: int) -> int:
+        """Return how many of up to `num_tokens` new tokens of a sequence the caches take."""
+        return num_tokens if self.ring else min(num_tokens, window)
 
     def pending_row(self, cursor: Int32, position: Int32, rows: Int32) -> HistoryRow:
         """Return where the pending token at `position` is."""

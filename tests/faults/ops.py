@@ -23,7 +23,8 @@ FAULTS = [
     Fault(
         "histories are read early",
         "cute_ssm/ops/checkpointing_ssu/producer.py",
-        "        if const_expr(self.early_reads):\n            cute.arch.griddepcontrol_wait()\n        if unit.active:",
+        "        if const_expr(self.early_reads):\n            cute.arch.griddepcontrol_wait()\n"
+        "        if unit.active:",
         "        if unit.active:",
         (PDL + "test_checkpointing_uses_memory_after_the_wait",),
     ),

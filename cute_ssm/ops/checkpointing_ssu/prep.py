@@ -74,6 +74,7 @@ class Prep:
         self.pipelines = Pipelines(launch)
         self.token_rows = TokenRows(spec.cu_dtype is not None)
         self.pairs = -(-layout.heads // 2)
+        self.appended = history_view.appended(spec.tokens, spec.window)
 
     @cute.jit
     def run(
@@ -186,7 +187,7 @@ class Prep:
         writes = unit.pending + unit.num_tokens > spec.window
         row = self.history_view.new_row(unit.cursor, unit.pending, at.token, writes, self.history_view.rows(history.dt))
         # the unit with a head's first columns appends
-        appends = at.is_new and at.token < self.history_view.appended(spec) and unit.column == 0
+        appends = at.is_new and at.token < self.appended and unit.column == 0
         heads = [2 * i + at.side if 2 * i + 1 < layout.heads else Int32(2 * i) for i in range(self.pairs)]
         pending_dt, new_dt = self._floats(words.pending_dt, "float32"), self._floats(words.dt, spec.dt_dtype)
         rates = self._floats(words.A, spec.A_dtype)
@@ -302,10 +303,10 @@ class Prep:
         rows = self.history_view.rows(history.dt)
         writes = unit.pending + unit.num_tokens > spec.window
         leads_group = unit.head % spec.heads_per_group == 0 and unit.column == 0
-        for base in cutlass.range_constexpr(0, self.history_view.appended(spec), WARP // 2):
+        for base in cutlass.range_constexpr(0, self.appended, WARP // 2):
             t = base + lane % 16
             row = self.history_view.new_row(unit.cursor, unit.pending, t, writes, rows)
-            if t < unit.num_tokens and t < self.history_view.appended(spec):
+            if t < unit.num_tokens and t < self.appended:
                 if lane < 16:
                     source = buffer + (layout.x + (unit.pending + t) * layout.x_pitch)
                     if const_expr(self.history_view.ring):
