@@ -16,6 +16,13 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 COLUMNS = 8  # of a row, whose bits come from one call of the generator
 
 
+class Product(NamedTuple):
+    """The two words of a 64-bit product."""
+
+    high: Uint32
+    low: Uint32
+
+
 class RoundKey(NamedTuple):
     """The two words of the key of one round."""
 
@@ -44,13 +51,12 @@ def _xor3(a: Uint32, b: Uint32, c: Uint32, *, loc: Any = None, ip: Any = None) -
 
 
 @dsl_user_op
-def _product(a: Uint32, multiplier: int, *, loc: Any = None, ip: Any = None) -> tuple[Uint32, Uint32]:
-    """Return the high and the low word of a product."""
+def _product(a: Uint32, multiplier: int, *, loc: Any = None, ip: Any = None) -> Product:
+    """Return a product with a constant."""
     kinds = llvm.StructType.get_literal([T.i32()] * 2)
     text = f"{{ .reg .b64 p; mul.wide.u32 p, $2, {multiplier:#x}; mov.b64 {{$1, $0}}, p; }}"
     both = pure(kinds, [a], text, "=r,=r,r", loc, ip)
-    high, low = (Uint32(llvm.extractvalue(T.i32(), both, [i], loc=loc, ip=ip)) for i in range(2))
-    return high, low
+    return Product(*(Uint32(llvm.extractvalue(T.i32(), both, [i], loc=loc, ip=ip)) for i in range(2)))
 
 
 def round_keys(seed: Int64, rounds: int) -> list[RoundKey]:
@@ -63,10 +69,12 @@ def round_keys(seed: Int64, rounds: int) -> list[RoundKey]:
 
 def philox(keys: list[RoundKey], c0: Int32, c1: Int32, c2: Int32, c3: Int32) -> list[Int32]:
     """Return the four random words of the counter (c0, c1, c2, c3)."""
-    c0, c1, c2, c3 = (Uint32(c) for c in (c0, c1, c2, c3))
+    c0, c1 = Uint32(c0), Uint32(c1)
+    c2, c3 = Uint32(c2), Uint32(c3)
     for key in keys:
-        (a_high, a_low), (b_high, b_low) = _product(c0, _MULTIPLIERS[0]), _product(c2, _MULTIPLIERS[1])
-        c0, c1, c2, c3 = _xor3(b_high, c1, key.low), b_low, _xor3(a_high, c3, key.high), a_low
+        a, b = _product(c0, _MULTIPLIERS[0]), _product(c2, _MULTIPLIERS[1])
+        c0, c2 = _xor3(b.high, c1, key.low), _xor3(a.high, c3, key.high)
+        c1, c3 = b.low, a.low
     return [Int32(c) for c in (c0, c1, c2, c3)]
 
 

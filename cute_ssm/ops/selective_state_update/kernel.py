@@ -10,7 +10,7 @@ and owns a pipeline of three stages in shared memory: while it updates one unit 
 leaves, both by one bulk copy that lane 0 issues.  No two warps ever synchronise.  Where every unit has a warp, the
 pipeline is one stage.
 
-A unit is worked on in *blocks* of up to 32 rows, as `device.state.StateView` lays them out; a lane keeps its columns
+A unit is worked on in *blocks* of up to 32 rows, as `device.state.StateView` lays them out; a lane holds its columns
 of B and C in registers.  How a block is updated depends on the number of tokens: `SingleToken`, `TokenLoop`, or, for
 few tokens where the config asks for it, `TokenProducts`.
 

@@ -9,10 +9,10 @@ The products of S0, C, B and x are of numbers that tf32 holds exactly (states an
 of x are split into two of them, and the state advances in float32.  Exponents are differences of running sums, so their
 error is |c| 2^-24: with an |A dt'| of hundreds the token loop is more exact.
 
-Fragments of m16n8k8, for lane 4 g + t: the lane keeps columns of *its own* (those of lane t of each four) of the rows
+Fragments of m16n8k8, for lane 4 g + t: the lane holds columns of *its own* (those of lane t of each four) of the rows
 g and g + 8 of a tile of S0, and of the tokens g of B and C; a k-step takes the next two of them.  The order along k is
 arbitrary as long as all operands share it.  Accumulators hold rows g, g + 8 and tokens 2t, 2t + 1, which are also the
-tokens whose x the lane keeps: x is the other product's A with its tokens ordered 0, 2, 4, 6, 1, 3, 5, 7, and C.B, whose
+tokens whose x the lane holds: x is the other product's A with its tokens ordered 0, 2, 4, 6, 1, 3, 5, 7, and C.B, whose
 rows are tokens g, is its B as it is.
 """
 
@@ -183,7 +183,7 @@ class TokenProducts:
 
         A token gets the bits that it has where x of the later ones is finite.
         """
-        lane = memory.pinned(lane)  # keeps the compiler from hoisting this out of the branch
+        lane = memory.pinned(lane)  # the compiler does not hoist what depends on it out of the branch
         results = sums
         for t in cutlass.range(count, unroll=1):
             own = [lane % 4 * 2, lane % 4 * 2 + 1]  # the lane's two tokens
@@ -238,7 +238,7 @@ class TokenProducts:
         rows = cute.recast_ptr(shared, dtype=Float32)
         for pair in cutlass.range((count + 1) // 2, unroll=1):
             for e in cutlass.range_constexpr(2):
-                source = lane // 4 * 4 + pair  # the lane of this row that keeps tokens 2 pair and 2 pair + 1
+                source = lane // 4 * 4 + pair  # the lane of this row that holds tokens 2 pair and 2 pair + 1
                 gains = [math.from_lane(weights[s][e], source) for s in range(self.view.steps)]
                 B: list[Float32] = []
                 for i in cutlass.range_constexpr(self.view.accesses):
