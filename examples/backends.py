@@ -28,7 +28,10 @@ def use(backend):
             raise SystemExit("--backend cuda needs a GPU; --backend emulate runs the same kernel on the CPU")
         yield torch.device("cuda")
     elif backend == "emulate":
-        import ptxsim
+        try:
+            import ptxsim
+        except ModuleNotFoundError:
+            raise SystemExit("--backend emulate needs the emulator: pip install ./tools/ptxsim") from None
 
         with ptxsim.emulate(arch="sm_90a"):  # operators called inside run the kernel compiled for this target
             yield torch.device("cpu")

@@ -78,7 +78,7 @@ def modelled(case: Case, batch: int, gpu: str) -> dict[str, Any]:
     kernels = [
         {
             "grid": list(kernel.grid), "threads": kernel.block[0], "registers": kernel.registers,
-            "shared_bytes": kernel.shared_bytes, "ctas_per_sm": kernel.places,
+            "shared_bytes": kernel.shared_bytes, "ctas_per_sm": kernel.resident_ctas,
             "bytes_in_flight": round(kernel.timing.bytes_in_flight()),
             "waits": waits_of(kernel),
         }

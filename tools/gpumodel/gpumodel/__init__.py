@@ -1,18 +1,18 @@
-"""A machine model: how long kernels would take on a GPU, from what their warps did in the emulator `ptxsim`.
+"""A machine model: estimates how long kernels take on a GPU from what their warps did in the emulator `ptxsim`.
 
     import gpumodel
 
     modelled = gpumodel.time_call(lambda: kernel(x, y), "H200")    # a kernel of ptxsim.compile, on CPU tensors
     modelled.us, modelled.of_roof, modelled.kernels[0].timing.stalls
 
-How: `record` runs the call in ``ptxsim``, but only the CTAs that one SM of the machine would get, and keeps what every
-warp did (`trace`).  `lower` gives each instruction a pipe, a latency and issue slots, and puts basic blocks into the
-order that a compiler would.  `replay` runs these records on one SM: in order, scoreboarded, with the CTAs that fit.
-`constants` holds all that is known of H200 and B200, with sources.  The time is that of the SM with most CTAs, plus a
+`record` runs a call in ``ptxsim``, but only the CTAs of one SM, and records what every warp did (`trace`).  `lower`
+gives each instruction a pipe, a latency and issue slots, and orders basic blocks as a compiler would.  `replay` runs
+the record on a model of the SM: in order, with a scoreboard, and as many CTAs at a time as are resident.  `constants`
+has the figures of H200 and B200 with their sources.  The modelled time is that of the SM with the most CTAs, plus a
 constant per launch.  `timeline` draws the life of a CTA.
 
-What it is for: choices between configs, because overlap counts and not only totals.  It is fitted to nothing: the
-constants are published figures, ``fitted`` says so in every result, and no number of this model is a measurement.
+Use it to compare configs of a kernel: it accounts for overlap, not only for totals.  The constants are published
+figures, fitted to no measurement; ``fitted`` says so in every result.  No number of this model is a measurement.
 """
 
 from .constants import B200, H200, MACHINES, Machine
@@ -22,8 +22,8 @@ from .model import (
     bytes_of,
     is_steady,
     machine_of,
-    places,
     record,
+    resident_ctas,
     resources,
     sampling,
     time_call,
@@ -48,8 +48,8 @@ __all__ = [
     "bytes_of",
     "is_steady",
     "machine_of",
-    "places",
     "record",
+    "resident_ctas",
     "resources",
     "sampling",
     "time_call",

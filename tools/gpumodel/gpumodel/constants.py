@@ -1,10 +1,10 @@
-"""What the machine model knows of a GPU: every constant, with its source, in this one file.
+"""The constants of the machine model, all in this file, each with its source.
 
-None of it is fitted to a measurement of this project (``fitted`` is False).  The figures are those of the vendor's
-documents and of published microbenchmarks, rounded, and not read again for this file: use the model to compare, not to
-predict, until a first run on a GPU has fitted them.
+None is fitted to a measurement of this project (``fitted`` is False).  The figures are rounded ones from the vendor's
+documents and from published microbenchmarks.  Until they are fitted to runs on a GPU, use the model to compare kernels,
+not to predict times.
 
-Sources, by the letter that a comment names:
+Sources, by the letter in a comment:
 
 A  CUDA C++ Programming Guide, "Arithmetic Instructions", throughput table of compute capabilities 9.0 and 10.0: results
    per clock and SM.  128 for float32 add, multiply and fma; 64 for 32-bit integers, logic, comparisons, minimum and
@@ -16,7 +16,7 @@ D  Luo et al., "Dissecting the NVIDIA Hopper Architecture through Microbenchmark
    and its forerunner of 2024: latencies of shared memory, L1, L2, DRAM, mma.sync and TMA, and the share of the tensor
    peak that mma.sync reaches.  For an H100; taken for an H200 too, and for a B200 where nothing else is known.
 E  Published copies: 0.85-0.9 of the nominal bandwidth on an H200 (vLLM #43083: 4.07 TB/s).
-G  A guess of the right order, to be fitted first.
+G  A guess of the right order of magnitude; fit these first.
 S  Listings of sm_90a machine code of this project's kernels, beside their PTX.
 """
 
@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Pipe:
-    """How a class executes: clocks that an instruction occupies its pipe, clocks until its result is there."""
+    """How a class of instructions executes: clocks that one occupies its pipe, and clocks until its result is ready."""
 
     name: str
     occupancy: float
@@ -43,15 +43,15 @@ class Machine:
     sms: int
     ghz: float
     dram_bytes: float  # per second, nominal, of the GPU
-    dram_efficiency: float  # of it, that a copy reaches
+    dram_efficiency: float  # share of it that a copy reaches
     fitted: bool = False
 
     # limits of an SM (B)
     schedulers: int = 4
     registers: int = 65536
-    register_unit: int = 256  # registers are given to warps in such pieces
+    register_unit: int = 256  # allocation granularity of registers, per warp
     shared_bytes: int = 233472
-    shared_per_cta: int = 1024  # reserved
+    shared_per_cta: int = 1024  # reserved by the system
     max_warps: int = 64
     max_ctas: int = 32
     l1_bytes: int = 262144  # shared memory and L1 together
@@ -61,15 +61,15 @@ class Machine:
     l2_latency: float = 265  # D
     l1_latency: float = 40  # D
     l2_port: float = 64  # A nominal; about half of it is reached by all SMs at once (see l2_share)
-    l2_share: float = 42  # G: bytes per clock that every SM can draw from L2 at the same time
-    tma_latency: float = 170  # D: what a bulk copy takes longer than a load
+    l2_share: float = 42  # G: bytes per clock of each SM when all SMs read from L2
+    tma_latency: float = 170  # D: of a bulk copy, in addition to that of a load
     tma_rate: float = 128  # G: bytes per clock of the copy engine
-    tma_copy: float = 4  # G: clocks of it per copy, at least
+    tma_copy: float = 4  # G: least clocks of the copy engine per copy
     store_latency: float = 250  # G: until a write is acknowledged
-    shared_read_latency: float = 120  # G: until a bulk store has read its source, beyond the bytes
+    shared_read_latency: float = 120  # G: until a bulk store has read its source, in addition to n_bytes / tma_rate
     shared_latency: float = 29  # D
     matrix_latency: float = 33  # D: ldmatrix
-    lines_per_clock: float = 2  # G: of one load or store, which the L1 looks up
+    lines_per_clock: float = 2  # G: 128-byte lines of a load or store that the L1 looks up
 
     # synchronisation, all G
     barrier: float = 20
@@ -79,12 +79,10 @@ class Machine:
     fence: float = 12
     gpu_fence: float = 500
     branch: float = 6  # until the next instruction of the warp
-    cta_start: float = 350  # from a free place to the first instruction
-    cta_interval: float = 8  # between two CTAs started on an SM at once
-    launch_us: float = 1.6  # of a kernel in a CUDA graph, start to start, with nothing to do
-    window: int = (
-        256  # instructions that the compiler's scheduler looks ahead in a basic block: as in listings of sm_90a
-    )
+    cta_start: float = 350  # from the end of a CTA to the first instruction of the next one
+    cta_interval: float = 8  # between the first CTAs of an SM
+    launch_us: float = 1.6  # of an empty kernel in a CUDA graph, start to start
+    window: int = 256  # S: instructions that ptxas looks ahead when it schedules a basic block
 
     # matrix pipe: clocks of one sub-partition for m16n8k16 of 16-bit operands
     mma_clocks: float = 6.5  # D: 62 % of 512 multiply-adds per clock
@@ -118,15 +116,15 @@ PIPES = {  # A for the occupancy, D for the latency
     "control": Pipe("branch", 1, 0),
 }
 
-# S: issue slots of operations that are several machine instructions, or none: moves between registers vanish, 64-bit
-# arithmetic is done in halves.
+# S: issue slots of operations that are not exactly one machine instruction: register moves are eliminated, 64-bit
+# arithmetic takes several.
 SLOTS = {
     "mov": 0, "cvta": 0, "ld.param": 0, "cvt.64": 0, "wide": 1, "add.64": 2, "logic.64": 2, "shift.64": 2, "setp.64": 2,
     "selp.64": 2, "minmax.64": 4, "mul.64": 4, "mad.64": 4, "div.32": 18, "div.64": 80, "div.f32": 9, "sqrt.f32": 8,
     "div.approx": 2, "ex2": 3, "lg2": 3,
 }  # fmt: skip
 
-# C, E; clocks under load, and the B200's latency, are G
+# C and E; the clocks under load and the B200's DRAM latency are G
 H200 = Machine("H200", "sm_90a", sms=132, ghz=1.83, dram_bytes=4.8e12, dram_efficiency=0.88)
 B200 = Machine("B200", "sm_100a", sms=148, ghz=1.85, dram_bytes=8.0e12, dram_efficiency=0.88, dram_latency=650)
 MACHINES = {machine.name: machine for machine in (H200, B200)}

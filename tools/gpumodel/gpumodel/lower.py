@@ -1,7 +1,7 @@
-"""PTX to what a scoreboard sees: pipe, latency, issue slots, registers read and written, and a compiler's order.
+"""Lower PTX to what the scoreboard needs: pipe, latency, issue slots, registers read and written.
 
-The PTX of a basic block is in the order in which LLVM left it; ptxas moves loads up and uses down.  `schedule` does
-the same: list scheduling by the longest path, within a window, that keeps dependences through registers and memory.
+ptxas reorders the instructions of a basic block: loads move up, uses move down.  `schedule` imitates it by list
+scheduling on the longest path, within a window, and keeps dependences through registers and memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ INT_ALU = frozenset("shl shr shf prmt bfe bfi bmsk szext popc clz brev bfind fns
 
 @dataclass
 class Op:
-    """One PTX instruction, lowered.  ``kind`` says which rule of `replay` handles it."""
+    """A lowered PTX instruction.  ``kind`` selects the method of `Replay` that executes it."""
 
     pc: int
     text: str
@@ -37,11 +37,11 @@ class Op:
     sources: tuple
     results: tuple
     space: str = ""  # of a memory instruction
-    amount: int = 0  # groups that a wait leaves open
+    amount: int = 0  # of a wait: groups that may stay pending
 
 
 def space_of(ins):
-    """State space of a memory instruction."""
+    """Return the state space of a memory instruction."""
     for mod in ins.mods:
         name = mod.split("::")[0]
         if name in ("global", "shared", "local", "param", "const"):
@@ -50,7 +50,7 @@ def space_of(ins):
 
 
 class Lowering:
-    """Lowered instructions of one program for one machine, in compiled order per basic block."""
+    """The lowered instructions of a program for a machine, scheduled by basic block."""
 
     def __init__(self, program, machine: Machine):
         self.kernel, self.machine = program.kernel, machine
@@ -58,7 +58,7 @@ class Lowering:
         self.ops = [self.lower(ins) for ins in program.kernel.instrs]
 
     def block(self, block, stop):
-        """Ops of ``block`` up to the instruction ``stop``."""
+        """Return the scheduled ops of ``block`` up to the instruction ``stop``."""
         known = self.blocks.get((block.pc, stop))
         if known is None:
             known = self.blocks[block.pc, stop] = schedule(self.ops[block.pc : stop], self.machine.window)
@@ -69,7 +69,7 @@ class Lowering:
         return self.names.setdefault(name, len(self.names))
 
     def collect(self, operand, out):
-        """Append the registers that an operand reads, or writes."""
+        """Append the registers of an operand to ``out``."""
         if isinstance(operand, Reg):
             out.append(self.register(operand.name))
         elif isinstance(operand, Vec):
@@ -97,7 +97,7 @@ class Lowering:
             self.collect(operand, results if i == 0 and writes else sources)
         if ins.pred is not None:
             sources.append(self.register(ins.pred.name))
-            sources.extend(results)  # a predicated result may keep its old value
+            sources.extend(results)  # a predicated-off instruction keeps the old value
         kind, pipe, occupancy, latency, slots, space, amount = "math", "alu", 2.0, 4.5, 1, "", 0
         name, slots = self.classify(ins)
         if name in machine.pipes:
@@ -120,7 +120,7 @@ class Lowering:
 
     # ------------------------------------------------------------ classes
     def classify(self, ins):
-        """(class, issue slots) of an instruction."""
+        """Return the class and the issue slots of an instruction."""
         op, mods = ins.op, ins.mods
         wide = any(m in WIDE for m in mods)
         if op in ("ld", "ldu", "st", "atom", "red"):
@@ -164,7 +164,7 @@ class Lowering:
         return self.arithmetic(ins, op, mods, wide)
 
     def copy_class(self, mods):
-        """Kinds of cp."""
+        """Return the class of a cp instruction."""
         bulk = "bulk" in mods
         if "prefetch" in mods:
             return "control"
@@ -243,7 +243,7 @@ class Lowering:
         return "convert", 1
 
     def wgmma_share(self, pc):
-        """Products m16n8k16 that a quarter of a wgmma is worth."""
+        """Return how many m16n8k16 products a quarter of a wgmma amounts to."""
         ins = self.kernel.instrs[pc]
         shape = next(m for m in ins.mods if re.fullmatch(r"m\d+n\d+k\d+", m))
         m, n, k = map(int, re.findall(r"\d+", shape))
@@ -251,7 +251,7 @@ class Lowering:
         return m * n * k * bits / 4 / (16 * 8 * 16 * 16)
 
     def matrix(self, ins):
-        """(occupancy, latency) of mma, by its shape and the width of its operands."""
+        """Return occupancy and latency of an mma, by its shape and operand width."""
         shape = next(m for m in ins.mods if re.fullmatch(r"m\d+n\d+k\d+", m))
         m, n, k = map(int, re.fullmatch(r"m(\d+)n(\d+)k(\d+)", shape).groups())
         bits = 32 if "tf32" in ins.mods else 8 if {"e4m3", "e5m2", "s8", "u8"} & set(ins.mods) else 16
@@ -261,7 +261,7 @@ class Lowering:
 
 
 def schedule(ops, window):
-    """``ops`` of a basic block in a compiler's order; control and synchronisation stay where they are."""
+    """Return the ops of a basic block as a compiler orders them; control and synchronisation ops do not move."""
     out, start = [], 0
     for i, op in enumerate(ops):
         if op.kind not in ("math", "memory", "matrix"):
@@ -272,7 +272,7 @@ def schedule(ops, window):
 
 
 def _list_schedule(ops, window):
-    """Longest path first among the next ``window`` instructions whose inputs are scheduled."""
+    """Schedule by longest path, among the next ``window`` ops whose inputs are scheduled."""
     n = len(ops)
     if n < 3:
         return list(ops)

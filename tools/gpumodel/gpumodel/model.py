@@ -1,4 +1,4 @@
-"""From launches to microseconds: which CTAs an SM gets, what share of the memory it gets, and when a call is steady."""
+"""From recorded launches to microseconds: the CTAs of an SM, and its share of the memory bandwidth."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _lowered: WeakKeyDictionary = WeakKeyDictionary()  # program -> {machine: Loweri
 
 @dataclass
 class KernelTime:
-    """The modelled run of one launch on the busiest SM."""
+    """The modelled run of a launch on the SM with the most CTAs."""
 
     name: str
     grid: tuple
     block: tuple
     registers: int
     shared_bytes: int
-    places: int  # CTAs that fit an SM
+    resident_ctas: int  # of an SM at a time
     active_sms: int
     clocks: float
     timing: Timing
@@ -36,7 +36,7 @@ class KernelTime:
 
     @property
     def limits(self) -> dict[str, float]:
-        """Clocks that each resource alone would need."""
+        """Clocks that each resource alone needs."""
         return {
             "issue": self.timing.slots / 4,
             "shared memory": self.timing.shared,
@@ -52,18 +52,18 @@ class Modelled:
     us: float
     kernels: list[KernelTime]
     bytes: int  # that the call must move
-    roof_us: float  # of a copy of as many bytes
+    roof_us: float  # time of a copy that moves as many bytes
     exact: bool = True  # False: extrapolated
     fitted: bool = False
 
     @property
     def of_roof(self) -> float:
-        """Share of the copy's bandwidth that the call reaches."""
+        """Bandwidth of the call, relative to that of a large copy."""
         return self.roof_us / self.us
 
 
 def machine_of(name: str | Machine) -> Machine:
-    """A machine by its name, ``"H200"`` or ``"B200"``, or by its target."""
+    """Return a machine by name (``"H200"``, ``"B200"``) or by compile target (``"sm_90a"``, ``"sm_100a"``)."""
     if isinstance(name, Machine):
         return name
     for machine in MACHINES.values():
@@ -72,8 +72,19 @@ def machine_of(name: str | Machine) -> Machine:
     raise ValueError(f"machine: expected one of {', '.join(MACHINES)} or a target, got {name!r}")
 
 
-def places(machine: Machine, registers: int, shared_bytes: int, threads: int) -> int:
-    """CTAs that are resident on an SM together; ``shared_bytes`` without the reserved kilobyte."""
+def resident_ctas(machine: Machine, registers: int, shared_bytes: int, threads: int) -> int:
+    """Return how many CTAs are resident on an SM at a time.
+
+    Parameters
+    ----------
+    machine : Machine
+    registers : int
+        Registers per thread.
+    shared_bytes : int
+        Shared memory of a CTA, without what the system reserves.
+    threads : int
+        Threads of a CTA.
+    """
     warps = -(-threads // 32)
     per_warp = -(-max(registers, 16) * 32 // machine.register_unit) * machine.register_unit
     by_registers = machine.registers // per_warp // warps
@@ -82,7 +93,7 @@ def places(machine: Machine, registers: int, shared_bytes: int, threads: int) ->
 
 
 def of_one_sm(machine: Machine) -> Callable:
-    """Filter for ``ptxsim``: the CTAs that SM 0 gets if CTAs are dealt out in turn."""
+    """Return a filter for ``ptxsim`` that selects the CTAs of SM 0, where CTAs are distributed round-robin."""
 
     def pick(launch):
         if launch.cluster_size > 1:
@@ -93,34 +104,44 @@ def of_one_sm(machine: Machine) -> Callable:
 
 
 def record(run: Callable[[], object], machine: Machine):
-    """Run a call in the emulator and return its session; each launch has a `Trace` of the CTAs of one SM."""
+    """Run a call in the emulator and return the session, whose launches have a `Trace` of the CTAs of one SM."""
     with ptxsim.emulate(arch=machine.arch, **sampling(machine)) as session:
         run()
     return session
 
 
 def sampling(machine: Machine) -> dict:
-    """Options of the emulator to record the CTAs of one SM."""
+    """Return the emulator's options that record the CTAs of one SM."""
     return {"trace": Trace, "ctas": of_one_sm(machine), "wave_lanes": None, "sm_count": machine.sms}
 
 
 def resources(session) -> dict[str, int]:
-    """Registers by kernel name."""
+    """Return the registers per thread of each kernel of a session, by name."""
     return {kernel.name: kernel.registers for function in session.functions for kernel in function.kernels}
 
 
 def time_launch(
     launch, registers: int, machine: Machine, total_bytes: int | None = None, timeline: bool = False
 ) -> KernelTime:
-    """Replay one recorded launch on one SM.
+    """Model one recorded launch.
 
-    ``total_bytes``: what the whole launch must move.  The SM gets the share of the DRAM that it has of these bytes,
-    so that uneven work does not idle the memory; without it, an equal share.
+    Parameters
+    ----------
+    launch : ptxsim launch
+        Recorded with the options of `sampling`.
+    registers : int
+        Registers per thread.
+    machine : Machine
+    total_bytes : int, optional
+        Bytes that the whole launch must move.  The SM gets a share of the DRAM bandwidth in proportion to its part of
+        these bytes, so that an SM with more work is not slowed by idle ones.  Default: an equal share.
+    timeline : bool
+        Keep every wait of every warp, for `timeline.life_of`.
     """
     ctas = int(np.prod(launch.grid))
     active = min(machine.sms, ctas)
     shared = launch.smem_total - 1024
-    resident = places(machine, registers, shared, launch.block_threads)
+    resident = resident_ctas(machine, registers, shared, launch.block_threads)
     rate = machine.dram_rate / active
     known = _lowered.setdefault(launch.program, {})
     if machine not in known:
@@ -138,7 +159,7 @@ def time_launch(
 
 
 def bytes_of(trace: Trace) -> int:
-    """Distinct sectors that the recorded CTAs read, and those that they write, in bytes."""
+    """Return the bytes of the distinct sectors that the recorded CTAs read, plus those that they write."""
     read, written = {}, {}
     modes = {"read": (read,), "write": (written,), "atomic": (read, written)}
     for visits in trace.warps.values():
@@ -158,16 +179,16 @@ def bytes_of(trace: Trace) -> int:
 def time_call(
     run: Callable[[], object], machine: str | Machine = "H200", total_bytes: int | None = None, timeline: bool = False
 ) -> Modelled:
-    """Model a call as it is: emulate the CTAs of one SM, replay them.
+    """Model a call: emulate the CTAs of one SM, and replay them.
 
     Parameters
     ----------
     run : callable
-        Makes the call, on CPU tensors that exist already.  Its results are those of one SM's CTAs only.
+        Makes the call on CPU tensors.  Only the CTAs of one SM run, so its results are incomplete.
     machine : str or Machine
         ``"H200"``, ``"B200"``, or a target.
     total_bytes : int, optional
-        Bytes that the call must move; default: what its launches moved.
+        Bytes that the call must move.  Default: what its launches move.
     timeline : bool
         Keep every wait of every warp, for `timeline.life_of`.
     """
@@ -176,7 +197,7 @@ def time_call(
 
 
 def time_session(session, machine: Machine, total_bytes: int | None = None, timeline: bool = False) -> Modelled:
-    """Model the launches of a session whose options were those of `sampling`."""
+    """Model the launches of a session that was opened with the options of `sampling`."""
     registers = resources(session)
     kernels = [
         time_launch(launch, registers.get(launch.program.kernel.name, REGISTERS), machine, total_bytes, timeline)
@@ -191,9 +212,12 @@ def time_session(session, machine: Machine, total_bytes: int | None = None, time
 
 
 def is_steady(first: Modelled, second: Modelled, machine: Machine) -> bool:
-    """Whether more work only makes SMs that are full take longer: a fixed grid loops, or places are taken twice."""
+    """Whether both calls fill the GPU, so that more work adds time in proportion.
+
+    It is so if the grid is fixed and loops, or if every SM gets at least twice as many CTAs as are resident.
+    """
     for small, large in zip(first.kernels, second.kernels):
         loops = small.grid == large.grid and small.active_sms == machine.sms
-        if not loops and int(np.prod(small.grid)) < 2 * small.places * machine.sms:
+        if not loops and int(np.prod(small.grid)) < 2 * small.resident_ctas * machine.sms:
             return False
     return True

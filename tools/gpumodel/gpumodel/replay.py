@@ -1,10 +1,11 @@
-"""Replay recorded warps on one modelled SM: in order, scoreboarded, four schedulers, one memory.
+"""Replay recorded warps on a model of one SM.
 
-What is modelled, per clock of the SM: one issue per scheduler; a warp issues its next instruction when its operands
-are there, its scheduler and pipe are free, and what it waits for (mbarrier, barrier, copies) has happened.  Shared
-memory serves one wavefront a clock.  A request to global memory finds its lines in L1, in L2 or in DRAM, by who has
-touched them before in this launch; DRAM and the port to the L2 are queues of a fixed rate, and bulk copies also pass
-through a copy engine.  A mbarrier has its arrivals and bytes and flips as in hardware.  CTAs start as places get free.
+Each of four schedulers issues one instruction per clock.  A warp issues its next instruction, in order, when its
+operands are ready, its scheduler and pipe are free, and the mbarrier, barrier or copies that it waits for are
+complete.  Shared memory serves one wavefront per clock.  A request to global memory is served by L1, L2 or DRAM,
+depending on which lines this launch has touched before.  DRAM and the port to the L2 are queues with a fixed rate; bulk
+copies also pass through a copy engine.  mbarriers count arrivals and bytes as in hardware.  A CTA starts when another
+one ends.
 
 Not modelled: instruction cache, register banks, replays of loads, TLB, partition and channel conflicts, clusters.
 """
@@ -20,12 +21,12 @@ from typing import NamedTuple
 from .constants import Machine
 from .trace import GlobalAccess, SharedAccess
 
-QUEUED = 300  # clocks that a load waits behind bulk copies, at most: these wait in their engine, not in the memory
+QUEUED = 300  # most clocks that a load waits behind bulk copies, which queue in the copy engine
 INF = math.inf
 
 
 class Flight(NamedTuple):
-    """Bytes on their way to the SM: asked for at ``start``, there at ``end``."""
+    """A load or copy on its way to the SM: requested at ``start``, complete at ``end``."""
 
     start: float
     end: float
@@ -65,7 +66,7 @@ class Barrier:
 
 @dataclass
 class Timing:
-    """What a replay found: clocks of one SM."""
+    """The result of a replay, in clocks of one SM."""
 
     clocks: float = 0.0
     slots: int = 0  # issued
@@ -88,7 +89,7 @@ class Timing:
 
 
 class Warp:
-    """A warp's place in its record, and its scoreboard."""
+    """A warp: its position in its record, and its scoreboard."""
 
     __slots__ = (
         "at", "blocked", "bulk", "bulk_open", "cause", "copies", "cta", "events", "first", "groups", "home", "index",
@@ -106,12 +107,12 @@ class Warp:
 
 
 class Replay:
-    """One SM.  ``dram_rate`` and ``l2_rate`` are the bytes per clock it gets of what all SMs share."""
+    """One SM with ``resident`` CTAs at a time, which gets ``dram_rate`` and ``l2_rate`` bytes per clock."""
 
-    def __init__(self, trace, lowering, machine: Machine, places, dram_rate, l2_rate, timeline=False):
+    def __init__(self, trace, lowering, machine: Machine, resident, dram_rate, l2_rate, timeline=False):
         self.trace, self.lowering, self.machine = trace, lowering, machine
         self.dram_rate, self.l2_rate = min(dram_rate, machine.l2_port), min(l2_rate, machine.l2_port)
-        self.places = places
+        self.resident = resident
         self.timing = Timing(waits=[] if timeline else None)
         count = machine.schedulers
         self.pending, self.free = [[] for _ in range(count)], [0.0] * count
@@ -121,7 +122,7 @@ class Replay:
         self.events, self.number = [], 0
         self.seen, self.written, self.l1, self.l1_filled = {}, {}, {}, 0
         launch = trace.launch
-        self.l1_size = max(machine.l1_bytes - places * launch.smem_total, 8192)
+        self.l1_size = max(machine.l1_bytes - resident * launch.smem_total, 8192)
         self.mbarriers, self.cells = {}, {}
         self.barriers = {}
         self.warps_per_cta = trace.warps_per_cta
@@ -131,14 +132,14 @@ class Replay:
 
     # ------------------------------------------------------------ the clock
     def run(self) -> Timing:
-        """Replay everything."""
+        """Replay the whole record."""
         by_cta = defaultdict(list)
         for warp in sorted(self.trace.warps):
             by_cta[warp // self.warps_per_cta].append(warp)
         self.queue = sorted(by_cta.items(), reverse=True)
         self.timing.ctas = len(by_cta)
-        for place in range(min(self.places, len(self.queue))):
-            self.start_cta(place * self.machine.cta_interval, *self.queue.pop())
+        for i in range(min(self.resident, len(self.queue))):
+            self.start_cta(i * self.machine.cta_interval, *self.queue.pop())
         pending, free, events = self.pending, self.free, self.events
         schedulers = range(len(free))
         while True:
@@ -160,7 +161,7 @@ class Replay:
             self.issue(warp, which, when, ready)
         stuck = [(w.index, w.cause) for warps in self.alive.values() for w in warps]
         if stuck:
-            raise RuntimeError(f"warps that wait for ever: {stuck[:8]}; is the record of one SM complete?")
+            raise RuntimeError(f"warps that wait for ever: {stuck[:8]}; the record lacks events of these CTAs")
         self.timing.clocks = max(self.last, self.dram)
         return self.timing
 
@@ -197,7 +198,7 @@ class Replay:
 
     # ------------------------------------------------------------ warps
     def advance(self, warp, t):
-        """Find the warp's next instruction that issues, and when its operands are there, from ``t`` on."""
+        """Move the warp to the next instruction that takes an issue slot, and queue it until its operands are ready."""
         ready, why = warp.ready, warp.why
         while True:
             while warp.at >= len(warp.ops):
@@ -292,7 +293,7 @@ class Replay:
         return port + n_bytes / self.l2_rate + self.machine.l2_latency
 
     def read(self, t, lines, cached, queued=INF):
-        """When all ``lines`` have arrived; ``cached``: the L1 may have them, and keeps them."""
+        """Return when all ``lines`` have arrived; ``cached``: through the L1."""
         done, fresh, again, seen = t, 0, 0, self.seen
         touched = []
         for line, mask in lines:
@@ -323,7 +324,7 @@ class Replay:
         return done
 
     def write(self, t, lines):
-        """When all lines are written; a sector goes to DRAM once."""
+        """Return when all lines are written; each sector is written to DRAM once."""
         fresh = total = 0
         for line, mask in lines:
             before = self.written.get(line, 0)
@@ -431,7 +432,7 @@ class Replay:
         self.pause(warp, t, max((written for _, written in closed), default=t), "bulk store")
 
     def pause(self, warp, t, until, cause):
-        """Go on at ``until``, or with the next clock."""
+        """Continue at ``until``, at the earliest in the next clock."""
         if until > t + 1:
             self.stall(warp, t, until, cause)
         self.advance(warp, max(t + 1, until))
@@ -467,7 +468,7 @@ class Replay:
         self.advance(warp, t + 1)
 
     def try_wait(self, t, warp, latency):
-        """Go on if every phase that the warp waits for is over."""
+        """Continue if all phases that the warp waits for are complete."""
         for cell, parity in warp.wait:
             barrier = self.mbarriers[cell]
             if barrier.phase == parity:
@@ -483,7 +484,7 @@ class Replay:
         self.advance(warp, t + 1)
 
     def act(self, t, acts):
-        """Arrivals and bytes at mbarriers; completed phases release who waits."""
+        """Apply arrivals and bytes to mbarriers; a completed phase releases the warps that wait for it."""
         for cell, arrivals, tx in acts:
             barrier = self.mbarriers[cell]
             barrier.pending -= arrivals
@@ -525,7 +526,7 @@ class Replay:
         self.unblock(warp, t)
 
     def lanes(self, warp):
-        """Threads of a warp: the last one of a CTA may be cut off."""
+        """Return the threads of a warp; the last warp of a CTA may have fewer than 32."""
         return min(32, self.threads - 32 * (warp.index % self.warps_per_cta))
 
     def do_warp_barrier(self, warp, op, t):

@@ -1,7 +1,7 @@
-"""Draw the life of a CTA: what every warp waits for, and how many bytes are on their way; modelled.
+"""Draw the modelled life of a CTA: what every warp waits for, and how many bytes are on their way.
 
-`life_of` takes a `KernelTime` that was modelled with ``timeline=True``; `text` and `picture` draw it.  The constants of
-the model are fitted to no measurement: a drawing shows the order of events and what overlaps, not times.
+`life_of` takes a `KernelTime` that was modelled with ``timeline=True``; `text` and `picture` draw the result.  The
+model is fitted to no measurement: a drawing shows the order of events and what overlaps, not times.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .replay import Flight, Wait
 
 
 class Watched(NamedTuple):
-    """Tensors that are drawn apart from other data: a word for them, and whether a tensor's name is one of theirs."""
+    """Tensors with a colour and a curve of their own: what to call them, and whether a tensor's name is one of them."""
 
     name: str
     holds: Callable[[str], bool]
@@ -26,7 +26,7 @@ ALL_DATA = Watched("data", lambda tensor: True)
 
 
 class Style(NamedTuple):
-    """How a class of reasons to wait is drawn, and what the reasons begin with."""
+    """How a class of waits is drawn, and what their reasons begin with."""
 
     letter: str
     colour: str
@@ -47,7 +47,7 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 class WarpLife(NamedTuple):
-    """A warp from its first clock to its last, and when it did not issue."""
+    """A warp from its first clock to its last, with its waits."""
 
     name: str
     waits: list[Wait]
@@ -72,7 +72,7 @@ class Life:
     kernel: str
     cta: int
     ctas: int
-    places: int
+    resident_ctas: int
     start: float
     end: float
     watched: Watched = ALL_DATA
@@ -81,7 +81,7 @@ class Life:
     sm_in_flight: list[Step] = field(default_factory=list)
 
     def waits(self, role: str) -> dict[str, float]:
-        """Share of the lives of the warps of a role per reason, issuing included."""
+        """Return the share of each reason to wait, and of issuing, in the lives of a role's warps."""
         mine = [warp for warp in self.warps if warp.name == role]
         total = sum(warp.last - warp.first for warp in mine)
         reasons: Counter[str] = Counter()
@@ -92,17 +92,17 @@ class Life:
         return {"issuing": 1 - sum(shares.values()), **shares}
 
     def mean_in_flight(self, steps: list[Step]) -> float:
-        """Mean of ``in_flight`` or ``sm_in_flight`` over the CTA's life."""
+        """Return the mean of ``in_flight`` or ``sm_in_flight`` over the CTA's life."""
         return sum(level(steps, self.start, self.end, 400)) / 400
 
     def as_dict(self) -> dict:
-        """What the text says, as plain values."""
+        """Return the content of the text as plain values."""
         roles = list(dict.fromkeys(warp.name for warp in self.warps))
         return {
             "kernel": self.kernel,
             "cta": self.cta,
             "ctas_of_sm": self.ctas,
-            "places": self.places,
+            "resident_ctas": self.resident_ctas,
             "clocks": round(self.end - self.start),
             "roles": {role: {why: round(share, 4) for why, share in self.waits(role).items()} for role in roles},
             f"{self.watched.name}_bytes_in_flight": {
@@ -114,7 +114,7 @@ class Life:
 
 
 def class_of(reason: str, watched: Watched = ALL_DATA) -> str:
-    """The class that a reason to wait is drawn as."""
+    """Return the class that a reason to wait belongs to."""
     if reason.startswith(("load of ", "copy of ")) and any(map(watched.holds, reason.split(" of ")[1].split(", "))):
         return "watched"
     for name, style in CLASSES.items():
@@ -124,12 +124,12 @@ def class_of(reason: str, watched: Watched = ALL_DATA) -> str:
 
 
 def legend(watched: Watched) -> dict[str, str]:
-    """What each class is called in a drawing."""
+    """Return the name of each class in a drawing."""
     return {name: watched.name if name == "watched" else name for name in CLASSES}
 
 
 def steps_of(flights: Sequence[Flight]) -> list[Step]:
-    """The bytes on their way, summed over flights."""
+    """Return the bytes on their way, summed over flights, as steps."""
     changes = sorted([(f.start, f.n_bytes) for f in flights] + [(f.end, -f.n_bytes) for f in flights])
     steps, now = [], 0
     for clock, change in changes:
@@ -139,7 +139,7 @@ def steps_of(flights: Sequence[Flight]) -> list[Step]:
 
 
 def spread(start: float, end: float, life: tuple[float, float], count: int) -> Iterator[tuple[int, float]]:
-    """Yield (part, clocks in it) of an interval, where ``life`` is cut into ``count`` equal parts."""
+    """Cut ``life`` into ``count`` equal parts, and yield (part, clocks) for each part that the interval overlaps."""
     first, last = life
     step = (last - first) / count or 1.0
     start, end = max(start, first), min(end, last)
@@ -150,7 +150,7 @@ def spread(start: float, end: float, life: tuple[float, float], count: int) -> I
 
 
 def level(steps: Sequence[tuple[float, int]], start: float, end: float, count: int) -> list[float]:
-    """Mean bytes in flight in ``count`` equal parts of an interval."""
+    """Return the mean bytes in flight in each of ``count`` equal parts of an interval."""
     out = [0.0] * count
     for (clock, n), (until, _) in zip(steps, [*steps[1:], (end, 0)]):
         for part, clocks in spread(clock, until, (start, end), count):
@@ -161,18 +161,18 @@ def level(steps: Sequence[tuple[float, int]], start: float, end: float, count: i
 def life_of(
     kernel: KernelTime, cta: int | None = None, roles: Sequence[str] | None = None, watched: Watched = ALL_DATA
 ) -> Life:
-    """The life of one of the CTAs that the model replayed.
+    """Return the life of one of the CTAs that the model replayed.
 
     Parameters
     ----------
     kernel : KernelTime
         Of a call that was modelled with ``timeline=True``.
     cta : int, optional
-        Number of the CTA among those of the SM; default: one that starts when the SM is full, if there is one.
+        Index of the CTA among those of the SM.  Default: one that starts when the SM is full, if there is one.
     roles : sequence of str, optional
-        Names of the CTA's warps; the last one is that of all further warps.
+        Names of the CTA's warps.  The last name is used for all further warps.
     watched : Watched
-        Tensors that are drawn apart from other data.
+        Tensors with a colour and a curve of their own.  Default: all.
 
     Raises
     ------
@@ -188,11 +188,12 @@ def life_of(
         spans[warp // per_cta] = (min(a, first), max(b, last))
     order = sorted(spans, key=lambda c: spans[c])
     if cta is None:
-        cta = order[min(len(order) // 2, 2 * kernel.places)] if len(order) > kernel.places else order[len(order) // 2]
+        full = len(order) > kernel.resident_ctas
+        cta = order[min(len(order) // 2, 2 * kernel.resident_ctas) if full else len(order) // 2]
     if cta not in spans:
         raise ValueError(f"cta: expected 0 to {len(spans) - 1}, got {cta}")
     start, end = spans[cta]
-    life = Life(kernel.name, cta, len(spans), kernel.places, start, end, watched)
+    life = Life(kernel.name, cta, len(spans), kernel.resident_ctas, start, end, watched)
     for i in range(per_cta):
         warp = cta * per_cta + i
         if warp in timing.lives:
@@ -205,9 +206,9 @@ def life_of(
 
 
 def text(life: Life, width: int = 100) -> str:
-    """The life as text: a row of letters per warp, bytes in flight, and each role's waits."""
+    """Return the life as text: a row of letters per warp, bytes in flight, and the waits of each role."""
     said = life.watched.name
-    where = f"CTA {life.cta} of {life.ctas} on this SM, {life.places} resident at a time"
+    where = f"CTA {life.cta} of {life.ctas} on this SM, {life.resident_ctas} resident at a time"
     lines = [f"kernel {life.kernel[:90]}", f"{where}; {life.end - life.start:,.0f} clocks", ""]
     for warp in life.warps:
         lines.append(f"{warp.name[:14]:14} |{''.join(letters(life, warp, width))}|")
@@ -224,7 +225,7 @@ def text(life: Life, width: int = 100) -> str:
 
 
 def letters(life: Life, warp: WarpLife, width: int) -> list[str]:
-    """One letter per part of the CTA's life: what the warp did for most of it."""
+    """Return a letter for each part of the CTA's life: what the warp did most of the time."""
     step = (life.end - life.start) / width or 1.0
     parts = [Counter() for _ in range(width)]
     for wait in warp.waits:
@@ -269,7 +270,9 @@ def picture(found: list[Life], path: str, title: str) -> None:
         bars.set_yticks(range(len(life.warps)), [warp.name for warp in life.warps], fontsize=8)
         bars.invert_yaxis()
         bars.set_xlim(0, life.end - life.start)
-        bars.set_title(f"CTA {life.cta} of {life.ctas} on one SM, {life.places} resident", fontsize=9, loc="left")
+        bars.set_title(
+            f"CTA {life.cta} of {life.ctas} on one SM, {life.resident_ctas} resident", fontsize=9, loc="left"
+        )
         for steps, label, colour in (
             (life.sm_in_flight, "to the SM", "#e8b4b0"),
             (life.in_flight, "to this CTA", "#b3261e"),
@@ -291,7 +294,7 @@ def picture(found: list[Life], path: str, title: str) -> None:
 
 
 def _pyplot() -> Any:
-    """matplotlib's pyplot, drawing to files only."""
+    """Return matplotlib's pyplot, drawing to files only."""
     try:
         import matplotlib
     except ImportError as error:

@@ -112,13 +112,13 @@ def test_ctas_fill_the_memory_as_stages_do():
     assert together >= 4 * 24 * 4096 / gpu.dram_rate
 
 
-@pytest.mark.parametrize("places", [1, 2, 4])
-def test_places_bound_the_ctas_that_run_together(places):
-    gpu = dataclasses.replace(H200, sms=1, max_ctas=places)
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_at_most_the_resident_ctas_run_at_a_time(count):
+    gpu = dataclasses.replace(H200, sms=1, max_ctas=count)
     launch = recorded(small_kernels.CHAIN, 4, 32, [np.zeros(32, np.float32), 4])
     got = modelled(launch, gpu)
-    assert got.places == places
-    waves = 4 // places
+    assert got.resident_ctas == count
+    waves = 4 // count
     alone = 4 * 64 * H200.pipes["fp32"].latency
     assert got.timing.clocks == pytest.approx(waves * alone + (waves - 1) * gpu.cta_start, rel=0.3)
 
@@ -143,8 +143,8 @@ def test_barrier_waits_for_the_last_warp():
         (64, 232448 - 1024, 32, 1),
     ],
 )
-def test_places_of_an_sm(registers, shared, threads, wanted):
-    assert gpumodel.places(H200, registers, shared, threads) == wanted
+def test_resident_ctas_follow_from_registers_shared_memory_and_threads(registers, shared, threads, wanted):
+    assert gpumodel.resident_ctas(H200, registers, shared, threads) == wanted
 
 
 def test_record_that_misses_an_arrival_is_refused():
