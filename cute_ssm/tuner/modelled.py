@@ -27,13 +27,19 @@ SMALL = 1 << 24  # bytes of arguments that get values
 
 
 def arguments(op: str, keys: Mapping[str, int | str], seed: int = 0) -> workloads.Call:
-    """A declared call whose small arguments are random; states, which decide about no branch, stay as they are."""
+    """Return a declared call whose small inputs are random; states, histories and large inputs are zero.
+
+    No floating-point tensor is left uninitialised: kernels take a longer path where a value is not finite.
+    """
     call = workloads.build(op, keys, fill=False, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for name, value in call.arguments.items():
-        small = isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() * value.itemsize < SMALL
-        if small and name not in call.written and value.itemsize > 1:
-            stored = value.as_strided([n if s else 1 for n, s in zip(value.shape, value.stride())], value.stride())
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            continue
+        stored = value.as_strided([n if s else 1 for n, s in zip(value.shape, value.stride())], value.stride())
+        if name in call.written or value.itemsize == 1 or value.numel() * value.itemsize >= SMALL:
+            stored.zero_()
+        else:
             values = torch.randn(stored.shape, generator=generator)
             stored.copy_(-values.abs() if name == "A" else values)
     return call

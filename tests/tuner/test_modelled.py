@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from cute_ssm import workloads
 from cute_ssm.tuner import modelled
+from cute_ssm.workloads import maker
 
 gpumodel = pytest.importorskip("gpumodel")
 ptxsim = pytest.importorskip("ptxsim")
@@ -33,6 +35,24 @@ def test_record_has_the_instructions_and_bytes_that_are_counted(keys):
     shared = [event for event in events if isinstance(event, gpumodel.trace.SharedAccess)]
     assert sum(event.wavefronts for event in shared) == counters["smem_wavefronts"]
     assert sum(isinstance(event, gpumodel.trace.BulkCopy) for event in events) == counters["bulk_copies"]
+
+
+@pytest.mark.parametrize("op", workloads.OPERATORS)
+def test_no_argument_is_left_uninitialised(op, monkeypatch):
+    """Kernels take a longer path where they read values that are not finite, and memory may hold any."""
+
+    def poisoned(self, *shape, dtype=torch.float32):
+        return (
+            torch.full(shape, float("nan"), dtype=dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+        )
+
+    monkeypatch.setattr(maker.Maker, "empty", poisoned)
+    monkeypatch.setattr(modelled, "SMALL", 1 << 12)  # the larger tensors are not filled with random values
+    keys = {workloads.batch_key(op): 2, "state_dtype": "float16"}
+    arguments = modelled.arguments(op, {k: v for k, v in keys.items() if k in workloads.parameters(op)}).arguments
+    floating = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    assert floating
+    assert [name for name, value in floating.items() if not value.float().isfinite().all()] == []
 
 
 def test_emulator_runs_only_the_ctas_of_one_sm():
