@@ -58,7 +58,7 @@ class Checked(NamedTuple):
     units: int
     choose: Callable[[Arch, int], Config]
     check_contents: Callable[[], None]
-    reference: Callable[[], None]
+    reference: Callable[[], object]
     bind: Callable[[Callable[..., None], Any, int], Plan] = _plain
     strict: bool = True
 

@@ -38,6 +38,14 @@ def test_a_folder_holds_the_whole_operator(operator):
         assert name in home.__all__
 
 
+def test_type_checkers_see_the_public_functions():
+    tree = ast.parse((ROOT / "cute_ssm" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {(node.module, alias.name) for node in block.body for alias in node.names}
+    public = [operator for operator in ops.operators() if operator.home == "cute_ssm"]
+    assert seen == {(f"{op.package}.operator", name) for op in public for name in op.functions}
+
+
 def test_the_list_and_the_folders_are_the_same():
     folders = {path.parent.name for path in (ROOT / "cute_ssm" / "ops").glob("*/operator.py")}
     assert folders == set(ops.OPERATORS)
