@@ -9,7 +9,8 @@ from torch import Tensor
 
 from cute_ssm.errors import describe
 from cute_ssm.ops._gradients import refuse_tangents
-from cute_ssm.ops.materialize.operator import check_A, materialize
+from cute_ssm.ops.materialize.arguments import check_A
+from cute_ssm.ops.materialize.operator import materialize
 from cute_ssm.ops.materialize_gated_delta.operator import materialize_gated_delta
 from cute_ssm.serving._pool_checks import check_equal
 from cute_ssm.serving.storage import PoolStorage

@@ -25,8 +25,9 @@ from cutlass.cute.runtime import make_fake_stream
 from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import convert, math, memory, philox
 from cute_ssm.device.bounds import in_range
-from cute_ssm.device.fakes import fake
+from cute_ssm.device.fakes import Layout, of_table
 from cute_ssm.device.philox import RowRandom
+from cute_ssm.ops.materialize.arguments import B_AXES, DT_AXES, TABLE, X_AXES
 from cute_ssm.ops.materialize.config import MOST_PENDING, MaterializeConfig, choose_materialize
 from cute_ssm.ops.materialize.spec import MaterializeSpec
 from cute_ssm.spec import QUANTISED
@@ -105,45 +106,26 @@ class MaterializeState:
     def fakes(self) -> tuple[Any, ...]:
         """Return the arguments of `__call__` that the kernel is compiled for."""
         spec = self.spec
-        batch, slots, out_slots, heads, groups, rows = (cute.sym_int32() for _ in range(6))
-
-        def vectors(dtype: type[Numeric], shape: tuple[Any, ...], inner: tuple[int, ...] = (1,)) -> cute.Tensor:
-            """Return a tensor for accesses of `MOST_BYTES`."""
-            return fake(dtype, shape, inner, MOST_BYTES * 8 // dtype.width)
-
-        def pool(dtype: type[Numeric], count: cute.SymInt) -> cute.Tensor:
-            return vectors(dtype, (count, heads, spec.dim, spec.dstate), (spec.dstate, 1))
-
-        def scales(present: bool, count: cute.SymInt) -> Optional[cute.Tensor]:
-            return fake(Float32, (count, heads, spec.dim), (1,)) if present else None
-
-        buffers = {"double": (), "double_x": (2,)}
-        x: tuple[Any, ...]
-        B: tuple[Any, ...]
-        dt: tuple[Any, ...]
-        if self.ring:
-            x, B, dt = (slots, heads, rows, spec.dim), (slots, groups, rows, spec.dstate), (slots, heads, rows)
-        else:
-            x = (slots, *buffers[spec.history], rows, heads, spec.dim)
-            B, dt = (slots, 2, rows, groups, spec.dstate), (slots, 2, heads, rows)
-        return (
-            pool(self.state_dtype, slots),
-            scales(self.scaled, slots),
-            vectors(self.input_dtype, x),
-            vectors(self.input_dtype, B),
-            fake(Float32, dt, (1,)),
-            fake(Int32, (slots,)),
-            fake(Int32, (slots,)),
-            fake(self.A_dtype, (heads, spec.dim, spec.dstate), (0, 0)),
-            pool(self.out_dtype, out_slots),
-            scales(self.out_scaled, out_slots),
-            fake(spec.src_dtype, (batch,)),
-            fake(spec.dst_dtype, (batch,)),
-            None if spec.count_dtype is None else fake(spec.count_dtype, (batch,)),
-            fake("int64", (slots if spec.seed_per_slot else 1,), (1,)) if spec.philox_rounds else None,
-            Int64(0),
-            make_fake_stream(use_tvm_ffi_env_stream=True),
-        )
+        dtypes = {
+            "state": spec.state_dtype,
+            "state_scale": Float32 if self.scaled else None,
+            "x_history": spec.input_dtype,
+            "A": spec.A_dtype,
+            "out": spec.out_dtype,
+            "out_scale": Float32 if self.out_scaled else None,
+            "state_batch_indices": spec.src_dtype,
+            "dst_state_batch_indices": spec.dst_dtype,
+            "num_tokens": spec.count_dtype,
+            "rand_seed": "int64" if spec.philox_rounds else None,
+        }
+        sizes: dict[str, int | str] = {
+            "dim": spec.dim,
+            "dstate": spec.dstate,
+            "seeds": "slots" if spec.seed_per_slot else 1,
+        }
+        axes = {"x": X_AXES[spec.history], "B": B_AXES[spec.history], "dt": DT_AXES[spec.history]}
+        tensors = of_table(TABLE, dtypes, sizes, axes, {"A": Layout((0, 0))})
+        return *tensors, Int64(0), make_fake_stream(use_tvm_ffi_env_stream=True)
 
     @cute.jit
     def __call__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +12,18 @@ from cute_ssm.reference import rounding
 from cute_ssm.reference.history import History, Move, fold
 
 
+class Pool(NamedTuple):
+    """States (slots, nheads, dim, dstate), and the float32 scales (slots, nheads, dim) of quantised ones."""
+
+    state: Tensor
+    scale: Tensor | None
+
+
 def materialize(
-    pool: tuple[Tensor, Tensor | None],
+    pool: Pool,
     history: History,
     A: Tensor,
-    out: tuple[Tensor, Tensor | None],
+    out: Pool,
     rows: Sequence[Move],
     seeds: Tensor | None,
     rounds: int,
@@ -25,7 +33,7 @@ def materialize(
 
     Parameters
     ----------
-    pool, out : (Tensor, (slots, nheads, dim, dstate), float32 Tensor, (slots, nheads, dim), or None)
+    pool, out : Pool
         States and scales that are read, and those that are **written**; they may be the same.
     history : History
         Pending tokens of all slots of `pool`.
