@@ -133,7 +133,7 @@ def check_aligned(name: str, tensor: Tensor, n_bytes: int, contiguous: int, axis
     """
     if not aligned(tensor, n_bytes, contiguous):
         got = f"address {tensor.data_ptr():#x} and strides {tensor.stride()} of {tensor.element_size()} bytes"
-        padded = "the slots of the pool" if axis == "slots" else "its rows"
+        padded = "the slots of the pool" if axis == "slots" and contiguous > 1 else "its rows"
         fix = f"pad {padded}: {allocation(tensor)}" if written or name in WRITTEN else "pass a copy"
         expected = f"an address and outer strides of multiples of {n_bytes} bytes"
         raise ValueError(describe(name, expected, got, fix))

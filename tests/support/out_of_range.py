@@ -16,8 +16,8 @@ from cute_ssm.ops import _slot_rows
 from cute_ssm.ops.build_work_items import arguments as _work_items_arguments
 from cute_ssm.ops.checkpointing_ssu import arguments as _checkpointing_arguments
 from cute_ssm.ops.commit import arguments as _commit_arguments
-from cute_ssm.ops.gated_delta_rule_mtp import operator as gated_delta_rule
-from cute_ssm.ops.gated_delta_rule_replay import operator as gated_delta_rule_replay
+from cute_ssm.ops.gated_delta_rule_mtp import arguments as _mtp_arguments
+from cute_ssm.ops.gated_delta_rule_replay import arguments as _replay_arguments
 from cute_ssm.ops.selective_scan import operator as selective_scan
 from cute_ssm.ops.selective_state_update import arguments as _step_arguments
 
@@ -26,10 +26,9 @@ Parts = Iterable[tuple[str, Any]]  # (name of a tensor that is written, index of
 
 def unchecked(monkeypatch) -> None:
     """Have operators look at no contents of tensors, as on a GPU."""
-    for module in (_step_arguments, _checkpointing_arguments, _commit_arguments, _work_items_arguments):
+    steps = (_step_arguments, _checkpointing_arguments, _mtp_arguments, _replay_arguments)
+    for module in (*steps, _commit_arguments, _work_items_arguments):
         monkeypatch.setattr(module, "check_contents", lambda *_: None)
-    monkeypatch.setattr(gated_delta_rule, "_check_indices", lambda *_: None)
-    monkeypatch.setattr(gated_delta_rule_replay, "_check_values", lambda *_: None)
     monkeypatch.setattr(selective_scan, "plan_on_cpu", lambda *_: [])
     monkeypatch.setattr(_slot_rows.SlotRows, "read", lambda *_: [])
 

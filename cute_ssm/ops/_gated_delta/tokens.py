@@ -8,22 +8,21 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Numeric
 
 from cute_ssm.device import convert, memory, mma
-from cute_ssm.device.fakes import fake
+from cute_ssm.device.fakes import Layout
 from cute_ssm.ops._gated_delta.chunk import TokenChunk, row_of
 from cute_ssm.ops._gated_delta.shared import ChunkMemory, SharedLayout
+from cute_ssm.ops._gated_delta.spec import GatedDeltaSpec
 from cute_ssm.ops._gated_delta.units import Unit
 
 KEY_BYTES = 8  # of an access to aligned rows of keys
 Source = Callable[[Any, Any], cute.Pointer]  # (row, column) to the address of an element
 
 
-def token_fakes(
-    dtype: type[Numeric], keys: tuple[Any, ...], values: tuple[Any, ...], input_bytes: int
-) -> tuple[Any, Any, Any]:
-    """Return stand-ins for q, k and v of these shapes."""
-    row = min(KEY_BYTES, input_bytes) // 2
-    q, k = fake(dtype, keys, (1,), row), fake(dtype, keys, (1,), row)
-    return q, k, fake(dtype, values, (1,), input_bytes // 2)
+def step_layouts(spec: GatedDeltaSpec) -> dict[str, Layout]:
+    """Return the layouts of inputs and outputs that a kernel for `spec` requires."""
+    keys = Layout((1,), min(KEY_BYTES, spec.input_bytes) // 2)
+    values = Layout((1,), spec.input_bytes // 2)
+    return {"q": keys, "k": keys, "v": values, "output": Layout((1,), 8 if spec.vector_output else 1)}
 
 
 class TokenRows:

@@ -16,12 +16,13 @@ from cutlass.cute.runtime import make_fake_stream
 from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import convert, launch
 from cute_ssm.device.bounds import in_range
-from cute_ssm.device.fakes import fake
+from cute_ssm.device.fakes import of_table
 from cute_ssm.ops._gated_delta.config import GatedDeltaRuleConfig, choose
 from cute_ssm.ops._gated_delta.outputs import clear_outputs
 from cute_ssm.ops._gated_delta.shared import SharedMemory
-from cute_ssm.ops._gated_delta.tokens import token_fakes
+from cute_ssm.ops._gated_delta.tokens import step_layouts
 from cute_ssm.ops._gated_delta.units import Unit
+from cute_ssm.ops.gated_delta_rule_mtp.arguments import TABLE
 from cute_ssm.ops.gated_delta_rule_mtp.products import ChunkedTokens
 from cute_ssm.ops.gated_delta_rule_mtp.sequential import SequentialTokens
 from cute_ssm.ops.gated_delta_rule_mtp.spec import GatedDeltaRuleSpec
@@ -56,31 +57,21 @@ class GatedDeltaRule:
     def fakes(self) -> tuple[Any, ...]:
         """Return stand-ins for the arguments of `__call__`, with what is static and which sizes are equal."""
         spec = self.spec
-        state_dtype, gate_dtype = convert.DTYPES[spec.state_dtype], convert.DTYPES[spec.gate_dtype]
-        batch, tokens, heads, value_heads, slots = (cute.sym_int32() for _ in range(5))
-
-        def indices(dtype: Optional[str], shape: tuple[Any, ...]) -> Any:
-            return None if dtype is None else fake(dtype, shape)
-
-        keys, values = (batch, tokens, heads, spec.K), (batch, tokens, value_heads, spec.V)
-        gates = (batch, tokens, value_heads)
-        image = (value_heads, spec.V, spec.K)
-        buffer = None
-        if spec.write_buffer:
-            buffer = fake(state_dtype, (cute.sym_int32(), cute.sym_int32(), *image), (1,), 4)
+        dtypes = {
+            "q": spec.input_dtype,
+            "initial_state": spec.state_dtype,
+            "initial_state_indices": spec.src_dtype,
+            "a": spec.gate_dtype,
+            "dt_bias": spec.dt_bias_dtype,
+            "output": spec.output_dtype,
+            "ssm_state_indices": spec.scatter_dtype,
+            "output_state_indices": spec.dst_dtype,
+            "accepted_steps": spec.accepted_dtype,
+            "intermediate_states_buffer": spec.state_dtype if spec.write_buffer else None,
+        }
+        sizes = {"K": spec.K, "V": spec.V}
         return (
-            *token_fakes(convert.DTYPES[spec.input_dtype], keys, values, spec.input_bytes),
-            fake(state_dtype, (slots, *image), (1,), 4),
-            indices(spec.src_dtype, (batch,)),
-            fake(Float32, (value_heads,)),
-            fake(gate_dtype, gates),
-            fake(spec.dt_bias_dtype, (value_heads,)),
-            fake(gate_dtype, gates),
-            fake(spec.output_dtype, values, (1,), 8 if spec.vector_output else 1),
-            buffer,
-            indices(spec.scatter_dtype, (batch, tokens)),
-            indices(spec.dst_dtype, (batch,)),
-            indices(spec.accepted_dtype, (batch,)),
+            *of_table(TABLE, dtypes, sizes, layouts=step_layouts(spec)),
             Float32(0),
             make_fake_stream(use_tvm_ffi_env_stream=True),
         )

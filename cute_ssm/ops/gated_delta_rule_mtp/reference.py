@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from cute_ssm.ops._gated_delta.reference import EPSILON, gates, recurrence
+from cute_ssm.reference.rounding import saturated
+
+if TYPE_CHECKING:
+    from cute_ssm.ops.gated_delta_rule_mtp.arguments import Arguments
 
 
 def gated_delta_rule(
@@ -111,3 +117,38 @@ def gated_delta_rule_products(
         weighted = scaled[..., t, seen, None] * U[..., seen, :]
         states[:, :, t] += torch.einsum("bhjv,bhjk->bhvk", weighted, raw_k[..., seen, :])
     return out.transpose(1, 2), states.transpose(1, 2)
+
+
+def step(call: Arguments) -> None:
+    """Do to checked arguments what the operator documents: gather, compute in float32, round, scatter."""
+    state, src, output = call.initial_state, call.initial_state_indices, call.output
+    positions = torch.arange(src.numel(), device=src.device)
+    active = src >= 0
+    if call.zero_padding:
+        output[~active] = 0
+    rows, source = positions[active], src[active].long()
+    if not rows.numel():
+        return
+    first = state[source]
+    g, beta = gates(call.a, call.b, call.A_log, call.dt_bias) if call.gate_logits else (call.a, call.b)
+    out, states = recurrence(
+        first, call.q[rows], call.k[rows], call.v[rows], g[rows], beta[rows], call.scale, call.use_qk_l2norm
+    )
+    output[rows] = out.to(output.dtype)
+    states = (saturated(states) if call.saturate else states).to(state.dtype)
+    if call.intermediate_states_buffer is not None:
+        call.intermediate_states_buffer[rows, : call.q.shape[1]] = states
+    if call.disable_state_update:
+        return
+    if call.ssm_state_indices is not None:
+        slots = call.ssm_state_indices[rows].long()
+        written = slots >= 0
+        state[slots[written]] = states[written]
+        return
+    slots = source if call.output_state_indices is None else call.output_state_indices[rows].long()
+    written = slots >= 0
+    count = torch.full_like(source, call.q.shape[1])
+    if call.accepted_steps is not None:
+        count = call.accepted_steps[rows].long()
+    all_states = torch.cat([first[:, None], states], 1)
+    state[slots[written]] = all_states[positions[: count.numel()], count][written]

@@ -23,7 +23,7 @@ from cutlass.cute.runtime import make_fake_stream
 from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import convert, launch, math, memory
 from cute_ssm.device.bounds import in_range
-from cute_ssm.device.fakes import fake
+from cute_ssm.device.fakes import of_table
 from cute_ssm.ops._gated_delta.chunk import TokenChunk
 from cute_ssm.ops._gated_delta.config import GatedDeltaRuleConfig, choose
 from cute_ssm.ops._gated_delta.layout import PENDING_CHUNK, TILE, chunk_tokens
@@ -31,8 +31,9 @@ from cute_ssm.ops._gated_delta.outputs import OutputRows, clear_outputs
 from cute_ssm.ops._gated_delta.pending import Pending, PendingTokens, Rings, chunk_count
 from cute_ssm.ops._gated_delta.shared import SharedLayout, SharedMemory
 from cute_ssm.ops._gated_delta.states import StateTiles, widened
-from cute_ssm.ops._gated_delta.tokens import TokenRows, token_fakes
+from cute_ssm.ops._gated_delta.tokens import TokenRows, step_layouts
 from cute_ssm.ops._gated_delta.units import Unit
+from cute_ssm.ops.gated_delta_rule_replay.arguments import TABLE
 from cute_ssm.ops.gated_delta_rule_replay.rings import RingWriter
 from cute_ssm.ops.gated_delta_rule_replay.spec import GatedDeltaRuleReplaySpec
 
@@ -92,24 +93,17 @@ class GatedDeltaRuleReplay:
     def fakes(self) -> tuple[Any, ...]:
         """Return stand-ins for the arguments of `__call__`, with what is static and which sizes are equal."""
         spec = self.spec
-        batch, tokens, heads, value_heads, slots, length = (cute.sym_int32() for _ in range(6))
-        keys, values = (batch, tokens, heads, spec.K), (batch, tokens, value_heads, spec.V)
-        gates = (batch, tokens, value_heads)
+        dtypes = {
+            "q": spec.input_dtype,
+            "initial_state": spec.state_dtype,
+            "initial_state_indices": spec.src_dtype,
+            "a": spec.gate_dtype,
+            "dt_bias": spec.dt_bias_dtype,
+            "output": spec.output_dtype,
+        }
+        sizes = {"K": spec.K, "V": spec.V}
         return (
-            *token_fakes(convert.DTYPES[spec.input_dtype], keys, values, spec.input_bytes),
-            fake(spec.state_dtype, (slots, value_heads, spec.V, spec.K), (1,), 4),
-            fake(spec.src_dtype, (batch,)),
-            fake(spec.input_dtype, (slots, heads, length, spec.K), (1,), 4),
-            fake(spec.input_dtype, (slots, value_heads, length, spec.V), (1,), 8),
-            fake(Float32, (slots, value_heads, length)),
-            fake(Float32, (slots, value_heads, length)),
-            fake(Int32, (slots,)),
-            fake(Int32, (slots,)),
-            fake(Float32, (value_heads,)),
-            fake(spec.gate_dtype, gates),
-            fake(spec.dt_bias_dtype, (value_heads,)),
-            fake(spec.gate_dtype, gates),
-            fake(spec.output_dtype, values, (1,), 8 if spec.vector_output else 1),
+            *of_table(TABLE, dtypes, sizes, layouts=step_layouts(spec)),
             Float32(0),
             Int32(0),
             make_fake_stream(use_tvm_ffi_env_stream=True),

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cute_ssm.ops._gated_delta.reference import recurrence
+from cute_ssm.ops._gated_delta.reference import gates, recurrence
+from cute_ssm.reference.rounding import saturated
+
+if TYPE_CHECKING:
+    from cute_ssm.ops.gated_delta_rule_replay.arguments import Arguments
+
+MIN_G = -1e4  # of logarithms of decays in the ring: e^g is zero well above it
 
 
 def gated_delta_rule_replay(
@@ -51,3 +58,29 @@ def gated_delta_rule_replay(
     k, v, g, beta = new
     out, _ = recurrence(folded, q, k, v, g, beta, scale, use_qk_l2norm, compute_dtype)
     return out, folded
+
+
+def step(call: Arguments) -> None:
+    """Do to checked arguments what the operator documents: gather, compute in float32, round, scatter."""
+    state, src, output = call.initial_state, call.initial_state_indices, call.output
+    active = src >= 0
+    if call.zero_padding:
+        output[~active] = 0
+    rows = torch.arange(src.numel())[active]
+    if not rows.numel():
+        return
+    rings = (call.k_cache, call.v_cache, call.g_cache, call.beta_cache)
+    slots, tokens, length = src[active].long(), call.q.shape[1], call.k_cache.shape[2]
+    start, pending = call.ring_start[slots].long(), call.prev_num_accepted_tokens[slots].long()
+    g, beta = gates(call.a[rows], call.b[rows], call.A_log, call.dt_bias)
+    new = (call.k[rows], call.v[rows], g.clamp(min=MIN_G), beta)
+    history = (start[:, None] + torch.arange(call.window)) % length  # (batch, window)
+    old = [ring[slots[:, None], :, history].transpose(1, 2) for ring in rings]  # (batch, heads, window, ...)
+    out, folded = gated_delta_rule_replay(state[slots], old, pending, call.q[rows], new, call.scale, call.use_qk_l2norm)
+    output[rows] = out.to(output.dtype)
+    flush = (pending + tokens > call.window) & (pending > 0)
+    folded = saturated(folded) if call.saturate else folded
+    state[slots[flush]] = folded[flush].to(state.dtype)
+    appended = (start[:, None] + pending[:, None] + torch.arange(tokens)) % length
+    for ring, values in zip(rings, new):
+        ring[slots[:, None], :, appended] = values

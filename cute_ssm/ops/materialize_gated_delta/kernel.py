@@ -12,19 +12,20 @@ from typing import Any, NamedTuple, Optional
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Int32, Int64, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import convert, launch, memory
 from cute_ssm.device.bounds import in_range
-from cute_ssm.device.fakes import fake
+from cute_ssm.device.fakes import of_table
 from cute_ssm.ops._gated_delta.config import GatedDeltaRuleConfig, choose_untuned
 from cute_ssm.ops._gated_delta.layout import PENDING_CHUNK, TILE
 from cute_ssm.ops._gated_delta.pending import Pending, PendingTokens, Rings, chunk_count
 from cute_ssm.ops._gated_delta.shared import SharedLayout, SharedMemory
 from cute_ssm.ops._gated_delta.states import StateTiles, widened
 from cute_ssm.ops._gated_delta.units import Unit
+from cute_ssm.ops.materialize_gated_delta.arguments import TABLE
 from cute_ssm.ops.materialize_gated_delta.spec import MaterializeGatedDeltaSpec
 
 
@@ -68,23 +69,16 @@ class MaterializeGatedDelta:
     def fakes(self) -> tuple[Any, ...]:
         """Return stand-ins for the arguments of `__call__`, with what is static and which sizes are equal."""
         spec = self.spec
-        batch, heads, value_heads, slots, out_slots, length = (cute.sym_int32() for _ in range(6))
-        dtype = convert.DTYPES[spec.input_dtype]
-        return (
-            fake(self.source.dtype, (slots, value_heads, spec.V, spec.K), (1,), 4),
-            fake(dtype, (slots, heads, length, spec.K), (1,), 4),
-            fake(dtype, (slots, value_heads, length, spec.V), (1,), 8),
-            fake(Float32, (slots, value_heads, length)),
-            fake(Float32, (slots, value_heads, length)),
-            fake(Int32, (slots,)),
-            fake(Int32, (slots,)),
-            fake(self.target.dtype, (out_slots, value_heads, spec.V, spec.K), (1,), 4),
-            fake(spec.src_dtype, (batch,)),
-            fake(spec.dst_dtype, (batch,)),
-            None if spec.count_dtype is None else fake(spec.count_dtype, (batch,)),
-            Int32(0),
-            make_fake_stream(use_tvm_ffi_env_stream=True),
-        )
+        dtypes = {
+            "initial_state": spec.state_dtype,
+            "k_cache": spec.input_dtype,
+            "out": spec.out_dtype,
+            "state_batch_indices": spec.src_dtype,
+            "dst_state_batch_indices": spec.dst_dtype,
+            "num_tokens": spec.count_dtype,
+        }
+        sizes = {"K": spec.K, "V": spec.V}
+        return (*of_table(TABLE, dtypes, sizes), Int32(0), make_fake_stream(use_tvm_ffi_env_stream=True))
 
     @cute.jit
     def __call__(

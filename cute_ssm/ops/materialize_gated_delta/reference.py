@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from cute_ssm.ops._gated_delta.reference import recurrence
 from cute_ssm.reference import rounding
 from cute_ssm.reference.history import Move
+
+if TYPE_CHECKING:
+    from cute_ssm.ops.materialize_gated_delta.arguments import Arguments
 
 
 class DeltaRings(NamedTuple):
@@ -67,3 +70,9 @@ def materialize_gated_delta(
         results.append((destination, result))
     for destination, result in results:
         out[destination] = result.to(out.dtype)
+
+
+def run(call: Arguments, rows: Sequence[Move]) -> None:
+    """Do to checked arguments what the operator documents."""
+    rings = DeltaRings(call.k_cache, call.v_cache, call.g_cache, call.beta_cache)
+    materialize_gated_delta(call.initial_state, rings, call.target, rows, call.use_qk_l2norm, saturate=call.saturate)

@@ -19,10 +19,6 @@ def unaligned(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
 
 
-
-
-
-
 SHAPES = r"\(batch, tokens, value_heads, V\) = \(3, 4, 2, 64\)"
 ANY_FLOAT = "expected dtype float32 or bfloat16 or float16, got "
 # (argument, how it is broken, error, what the message says beside the argument's name)
@@ -153,9 +149,9 @@ def test_scatter_excludes_other_ways_to_write():
     expect({**call, name: call[name] * 0 + 3}, name, ValueError, "expected distinct slots to write")
     expect({**call, "disable_state_update": True}, name, ValueError, "None if the state update is disabled")
     buffer = torch.zeros(3, 4, 2, 64, 128)
-    expect({**call, "intermediate_states_buffer": buffer}, name, ValueError, "None beside intermediate_states_buffer")
+    expect({**call, "intermediate_states_buffer": buffer}, name, ValueError, "None with intermediate_states_buffer")
     counts = torch.ones(3, dtype=torch.int32)
-    expect({**call, "accepted_steps": counts}, "accepted_steps", ValueError, "None beside ssm_state_indices, got both")
+    expect({**call, "accepted_steps": counts}, "accepted_steps", ValueError, "None with ssm_state_indices, got both")
 
 
 def test_no_slot_is_read_by_one_request_and_written_by_another():

@@ -32,7 +32,7 @@ def test_opcheck(mode):
     for name in ("initial_state", "output", "intermediate_states_buffer"):  # opcheck compares with ==
         if name in call:
             call[name].nan_to_num_(0.0)
-    torch.library.opcheck(module._overload, (*(call.get(name) for name in NAMES), False))
+    torch.library.opcheck(module._REGISTERED.overload, (*(call.get(name) for name in NAMES), False))
 
 
 @pytest.mark.parametrize("out", [None, "f32"])
@@ -92,7 +92,7 @@ def test_steady_state_is_one_look_up_and_one_call(plans):
     call = arguments(Case(mode="accepted_split", scale=0.5))
     key = key_of(copy(call))
     kernel = Recorder()
-    module._path.plans = {key: kernel}
+    module._path.plans = {key: (kernel, ())}
     call["output"] = arguments(Case())["output"]
     while call["output"].data_ptr() % 16 != key[-2]:
         call["output"] = call["output"].clone()
@@ -108,7 +108,7 @@ def test_a_refusing_kernel_leads_to_the_full_check(plans):
     call = arguments(Case())
     twin = copy(call)
     key = key_of(copy(call))
-    module._path.plans = {key: Recorder(refuse=True)}
+    module._path.plans = {key: (Recorder(refuse=True), ())}
     cute_ssm.gated_delta_rule_mtp(**call)
     module._path.plans = {}
     cute_ssm.gated_delta_rule_mtp(**twin)

@@ -16,7 +16,7 @@ import cute_ssm
 import ptxsim
 from cute_ssm import tuning
 from cute_ssm.ops._gated_delta.reference import gates, recurrence
-from cute_ssm.ops.gated_delta_rule_replay import operator as module
+from cute_ssm.ops.gated_delta_rule_replay import arguments as call_arguments
 from cute_ssm.ops.gated_delta_rule_replay.reference import gated_delta_rule_replay as mathematics
 from cute_ssm.serving import commit
 
@@ -312,7 +312,7 @@ def test_number_of_tokens_window_scale_and_strides_need_no_compile():
 
 def test_cursors_out_of_range_are_padding_to_the_kernel(monkeypatch):
     """What is not looked at on a GPU: a request with such a slot or cursor writes nothing, and the others are right."""
-    monkeypatch.setattr(module, "_check_values", lambda *_: None)
+    monkeypatch.setattr(call_arguments, "check_contents", lambda *_: None)
     for name, value in (
         ("ring_start", -1), ("ring_start", 23), ("prev_num_accepted_tokens", -1), ("prev_num_accepted_tokens", 17),
         ("initial_state_indices", 10**6),

@@ -29,7 +29,7 @@ def test_opcheck():
     call = arguments(Case(K=64, scale=0.1))
     for name in ("initial_state", "output", *RINGS):  # opcheck compares with ==
         call[name].nan_to_num_(0.0)
-    torch.library.opcheck(module._overload, (*(call[name] for name in NAMES), False))
+    torch.library.opcheck(module._REGISTERED.overload, (*(call[name] for name in NAMES), False))
 
 
 @pytest.mark.parametrize("out", [None, "f32"])
@@ -88,7 +88,7 @@ def key_of(call):
 
 def test_steady_state_is_one_look_up_and_one_call(plans):
     kernel = Recorder()
-    module._path.plans = type("Any", (dict,), {"get": lambda self, key, default=None: kernel})()
+    module._path.plans = type("Any", (dict,), {"get": lambda self, key, default=None: (kernel, ())})()
     call = arguments(Case(scale=0.5))
     out, pool = cute_ssm.gated_delta_rule_replay(**call)
     assert out is call["output"]
@@ -104,7 +104,7 @@ def test_a_refusing_kernel_leads_to_the_full_check(plans):
     call, twin = arguments(Case()), arguments(Case())
     key = key_of(copy(call))
     assert key is not None
-    refusing = Recorder(refuse=True)
+    refusing = (Recorder(refuse=True), ())
     module._path.plans = type("Any", (dict,), {"get": lambda self, key, default=None: refusing})()
     cute_ssm.gated_delta_rule_replay(**call)
     module._path.plans = {}

@@ -1,0 +1,137 @@
+"""The arguments of `gated_delta_rule_mtp`: their table, what else they must be, and the spec of a call."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, NamedTuple
+
+from torch import Tensor
+
+from cute_ssm.errors import describe
+from cute_ssm.ops import _arguments as arguments
+from cute_ssm.ops._gated_delta import arguments as shared
+from cute_ssm.ops._table import INDICES, Arg, Given, Table
+from cute_ssm.ops.gated_delta_rule_mtp.spec import GatedDeltaRuleSpec
+
+
+class Arguments(NamedTuple):
+    """The arguments of a call in the order of the schema; the tensors are in that of the kernel."""
+
+    q: Annotated[Tensor, shared.Queries]
+    k: Annotated[Tensor, shared.Keys]
+    v: Annotated[Tensor, shared.Values]
+    initial_state: Annotated[Tensor, shared.State]
+    initial_state_indices: Annotated[Tensor, shared.Slots]
+    A_log: Annotated[Tensor, shared.Rates]
+    a: Annotated[Tensor, shared.Logits]
+    dt_bias: Annotated[Tensor, shared.Bias]
+    b: Annotated[Tensor, shared.StepLogits]
+    scale: float
+    output: Annotated[Tensor, shared.Output]
+    intermediate_states_buffer: Annotated[
+        Tensor | None, replace(shared.State, shape="rows steps value_heads V K", dtypes=(), like="initial_state")
+    ]
+    ssm_state_indices: Annotated[Tensor | None, Arg("batch tokens", INDICES)]
+    disable_state_update: bool
+    use_qk_l2norm: bool
+    output_state_indices: Annotated[Tensor | None, shared.Slots]
+    accepted_steps: Annotated[Tensor | None, shared.Slots]
+    zero_padding: bool
+    saturate: bool = False
+    gate_logits: bool = True
+
+
+TABLE = Table(Arguments)
+
+
+def check(call: Arguments) -> GatedDeltaRuleSpec:
+    """Raise unless the call is as the operator documents it; return its spec."""
+    given = TABLE.given(call)
+    sizes = shared.step_sizes(given)
+    _check_buffer(given, sizes)
+    given.check_shapes(sizes)
+    shared.check_heads("v", sizes["heads"], sizes["value_heads"])
+    given.check_dtypes()
+    arguments.check_saturate(call.saturate, "initial_state", call.initial_state.dtype)
+    _check_combinations(call)
+    given.check_strides()
+
+    def name_of(tensor: Tensor | None) -> str | None:
+        return None if tensor is None else arguments.name_of(tensor.dtype)
+
+    spec = GatedDeltaRuleSpec(
+        **shared.spec_fields(given, call.use_qk_l2norm, call.zero_padding),
+        dst_dtype=name_of(call.output_state_indices),
+        scatter_dtype=name_of(call.ssm_state_indices),
+        accepted_dtype=None if call.disable_state_update else name_of(call.accepted_steps),
+        write_final=not call.disable_state_update and call.ssm_state_indices is None,
+        write_buffer=call.intermediate_states_buffer is not None,
+        saturate=call.saturate,
+        gate_logits=call.gate_logits,
+    )
+    spec.check()
+    return spec
+
+
+def _check_buffer(given: Given, sizes: dict[str, int]) -> None:
+    """Raise unless a buffer, if there is one, has room for the states of a call."""
+    if "intermediate_states_buffer" not in given:
+        return
+    got = tuple(given["intermediate_states_buffer"].shape)
+    shape = tuple(sizes[axis] for axis in ("batch", "tokens", "value_heads", "V", "K"))
+    if len(got) != 5 or got[0] < shape[0] or got[1] < shape[1] or got[2:] != shape[2:]:
+        expected = f"shape (>= batch, >= tokens, value_heads, V, K) with {shape}"
+        raise ValueError(describe("intermediate_states_buffer", expected, got, "its first axis is the batch"))
+
+
+def _check_combinations(call: Arguments) -> None:
+    """Raise on arguments that exclude each other."""
+    if call.ssm_state_indices is None:
+        return
+    if call.intermediate_states_buffer is not None:
+        fix = "a call stores states by slot or by position, not both"
+        raise ValueError(describe("ssm_state_indices", "None with intermediate_states_buffer", "both", fix))
+    if call.disable_state_update:
+        fix = "slots of the pool are written: pass disable_state_update=False"
+        raise ValueError(describe("ssm_state_indices", "None if the state update is disabled", "a tensor", fix))
+    if call.accepted_steps is not None:
+        fix = "with ssm_state_indices no final state is written"
+        raise ValueError(describe("accepted_steps", "None with ssm_state_indices", "both", fix))
+
+
+def check_contents(call: Arguments) -> None:
+    """Raise if an index on the CPU is out of range, or if two requests use one slot against the contract.
+
+    The other indices of requests that are padding are not read.
+    """
+    slots, tokens, src = call.initial_state.shape[0], call.q.shape[1], call.initial_state_indices
+    candidates = {
+        "initial_state_indices": src,
+        "output_state_indices": call.output_state_indices,
+        "ssm_state_indices": call.ssm_state_indices,
+    }
+    named = {name: indices for name, indices in candidates.items() if indices is not None}
+    active = src >= 0
+    for name, indices in named.items():
+        shared.check_slots(name, indices[active], slots)
+    accepted = call.accepted_steps
+    if accepted is not None and bool((active & ((accepted < 0) | (accepted > tokens))).any()):
+        raise ValueError(describe("accepted_steps", f"counts from 0 to {tokens} = tokens", accepted[active].tolist()))
+    if call.disable_state_update or not src.numel():
+        return
+    name = next(reversed(named))
+    _check_races(name, named[name], src, active)
+
+
+def _check_races(name: str, written: Tensor, src: Tensor, active: Tensor) -> None:
+    """Raise if two requests write one slot, or one writes a slot that another reads."""
+    per_token = written.dim() == 2
+    requests = shared.positions(src)
+    request = requests[:, None].expand(written.shape) if per_token else requests
+    used = (written >= 0) & (active[:, None] if per_token else active)
+    targets, writers = written[used].long(), request[used]
+    if len(set(targets.tolist())) != targets.numel():
+        raise ValueError(describe(name, "distinct slots to write", targets.tolist(), "two requests would race"))
+    foreign = (targets[:, None] == src[active].long()[None]) & (writers[:, None] != requests[active][None])
+    if bool(foreign.any()):
+        raise ValueError(describe(name, "no slot that another request reads", targets.tolist(), "they would race"))
