@@ -73,12 +73,6 @@ def double_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch
     return out.copy_((new * C).sum(-1) + D * x)
 
 
-
-
-
-
-
-
 # ----------------------------------------------------------------------------------------------------------------- scan
 @pytest.mark.parametrize("time", [1, 7, 8, 37])
 @pytest.mark.parametrize("chunk", [1, 8, 64])

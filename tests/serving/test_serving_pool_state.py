@@ -30,8 +30,6 @@ def mamba2(**options):
     return serving.StatePool.mamba2(LAYERS, 5, **{**sizes, **options})
 
 
-
-
 POOLS = {
     "ring with seeds": lambda: mamba2(state_dtype=torch.float16, seed=3),
     "double with scales": lambda: mamba2(state_dtype=torch.int8, history="double_x"),
@@ -40,16 +38,8 @@ POOLS = {
 }
 
 
-
-
-
-
-
-
 def same(one, other):
     return all(torch.equal(tensor, memory(other)[name]) for name, tensor in memory(one).items())
-
-
 
 
 def through_pickle(pool):

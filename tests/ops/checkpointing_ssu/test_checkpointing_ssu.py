@@ -21,8 +21,6 @@ ARCHS = ("sm_90a", "sm_100a")
 HISTORIES = ("double", "double_x", "ring")
 
 
-
-
 def vary(base, **factors):
     return [dataclasses.replace(base, **{name: value}) for name, values in factors.items() for value in values]
 
@@ -297,8 +295,6 @@ def test_a_step_that_folds_nothing_keeps_the_bytes():
 
 
 # ---------------------------------------------------------------------------------------------------------------- bits
-
-
 
 
 @pytest.mark.parametrize("history", HISTORIES)
