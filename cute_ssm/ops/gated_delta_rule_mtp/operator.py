@@ -45,60 +45,60 @@ def gated_delta_rule_mtp(
         g = -exp(A_log) softplus(a + dt_bias);   beta = sigmoid(b);   q^ <- scale q^
         S <- e^g S;   u = beta (v - S k^);   S <- S + u k^^T;   out = S q^
 
-    Tensors on a GPU run the compiled kernel; tensors on the CPU run the PyTorch reference, or the same compiled kernel
-    inside ``ptxsim.emulate()``.  The kernel computes all tokens at once on tensor cores, with float32 states and
-    coefficients in two parts, so that its error is that of float32.
+    Tensors on a GPU run the compiled kernel.  Tensors on the CPU run the PyTorch reference or, inside
+    ``ptxsim.emulate()``, the compiled kernel in the emulator.  The kernel computes all tokens at once
+    on tensor cores, with float32 states and coefficients split into two parts, so that its error is that of float32.
 
-    No value of a token reaches outputs of earlier tokens, or states before it: NaN, infinite values and overflows in q,
-    k, v, a or b change no bit of them.  Tokens beyond the accepted ones, padding for instance, may hold anything.
+    The outputs and states up to a token do not depend on later tokens: NaN, infinities and overflows in q, k, v, a or b
+    of a later token change none of their bits.  Tokens that are not accepted, such as padding, may hold anything.
 
     Parameters
     ----------
     q, k : Tensor, (batch, tokens, heads, K), bfloat16/float16
         Queries and keys; tokens is 1 to 16, K a multiple of 16 up to 256.  Stride 1 in the last dimension.  Any
-        alignment will do, as of slices of a fused projection; addresses and other strides of q and k that are multiples
-        of 8 bytes, and of v of 16, are fastest.
+        alignment is allowed, such as that of slices of a fused projection.  Fastest if addresses and other strides are
+        multiples of 8 bytes in q and k, and of 16 bytes in v.
     v : Tensor, (batch, tokens, value_heads, V), type of q
         Values; V is a multiple of 16 up to 256, or 512, value_heads a multiple of heads, and value head h uses row
         ``h // (value_heads / heads)`` of q and k.  Stride 1 in the last dimension.
     initial_state : Tensor, (slots, value_heads, V, K), float32/bfloat16/float16
-        Pool of states, **updated in place** if asked for.  Stride 1 in the last dimension; other strides are free
-        multiples of 4 elements, and so is the address: pages may hold other data as well.
+        Pool of states, **updated in place** unless that is disabled.  Stride 1 in the last dimension; the address and
+        the other strides are any multiples of 4 elements, so pages may hold other data as well.
     initial_state_indices : Tensor, (batch,), int32/int64
         Slot of each request.  A negative entry is padding: nothing of the request is read or written, and its rows of
-        ``output`` stay as they are, or are zero if ``output`` was not given.
+        ``output`` are left unchanged, or are zero if ``output`` was not given.
     A_log : Tensor, (value_heads,), float32
     a, b : Tensor, (batch, tokens, value_heads), float32/bfloat16/float16
         Logits of the decay and of beta, both of one type; any strides.
     dt_bias : Tensor, (value_heads,), float32/bfloat16/float16
     scale : float, optional
-        Of q after its normalisation; None: ``K ** -0.5``.
+        Factor of q after normalisation; None: ``K ** -0.5``.
     output : Tensor, (batch, tokens, value_heads, V), float32/bfloat16/float16, optional
-        **Written.**  Stride 1 in the last dimension, others free.  Allocated in the type of q if None.
+        **Written.**  Stride 1 in the last dimension and any other strides.  Allocated in the type of q if None.
     intermediate_states_buffer : Tensor, (>= batch, >= tokens, value_heads, V, K), type of initial_state, optional
-        **Written**: the state of request i after token t to ``buffer[i, t]``, by position in the batch.  Layout as that
-        of initial_state.
+        **Written** with the state of request i after token t at ``[i, t]``, by position in the batch.  Same
+        requirements on strides as initial_state.
     ssm_state_indices : Tensor, (batch, tokens), int32/int64, optional
-        The state after token t of request i goes to slot ``ssm_state_indices[i, t]``; negative entries are skipped.
-        Then the final state goes nowhere else, and ``output_state_indices`` is ignored.  Needs
-        ``disable_state_update=False`` and no buffer.
+        Slots that the states after each token are written to; negative entries are skipped.  The final state is then
+        written to no other slot, and ``output_state_indices`` is ignored.  Requires ``disable_state_update=False`` and
+        no buffer.
     disable_state_update : bool, optional
-        False: write the final state to its slot.  True: leave the pool as it is.  None: like True, with a FutureWarning
-        once per process, because FlashInfer has announced that its own default will become False.
+        False: write the final state to its slot.  True: leave the pool unchanged.  None: like True, with a
+        FutureWarning once per process, because FlashInfer has announced that its own default will become False.
     use_qk_l2norm : bool
         Divide q and k by ``sqrt(sum of squares + 1e-6)``.
     output_state_indices : Tensor, (batch,), int32/int64, optional
-        Slots that receive the final states instead of those read; negative entries are not written.  Slots written by
-        one call must be distinct, and none may be read by another request.
+        Slots that the final states are written to instead of the slots read; negative entries are skipped.  The slots
+        that a call writes are distinct, and none is read by another request.
     accepted_steps : Tensor, (batch,), int32/int64, optional
-        Number of leading tokens, 0 to tokens, whose state is the one written to the pool; outputs are those of all
-        tokens.  None: all.  Not together with ``ssm_state_indices``.
+        Number of accepted tokens, 0 to tokens: the state after the last accepted one is written to the pool; outputs
+        are those of all tokens.  None: all tokens.  Excludes ``ssm_state_indices``.
     saturate : bool
-        Of new float16 states, make +-65504 what would round to an infinity, infinite sums included.  NaN stays NaN.
-        An error with states of other types.
+        Clamp new float16 states to +-65504 where they would be infinite; NaN stays NaN.  Raises for states of other
+        types.
     gate_logits : bool
-        False: a and b are the gates themselves, g of any sign and any beta (up to 2 for negative eigenvalues), and
-        nothing depends on ``A_log`` and ``dt_bias``.
+        False: a and b are the gates themselves, g of any sign and any beta (up to 2 for negative eigenvalues);
+        ``A_log`` and ``dt_bias`` are ignored.
 
     Returns
     -------
@@ -109,24 +109,26 @@ def gated_delta_rule_mtp(
     Raises
     ------
     ValueError, TypeError
-        A shape, type, stride, device or index is not as described above.  Nothing has been written.  What tensors on a
-        GPU hold is not looked at: there, a request whose ``initial_state_indices`` or ``accepted_steps`` are out of
-        range is treated as padding, and a destination out of range is not written.
+        A shape, type, stride, device or index is not as described above.  Nothing has been written.
     UnsupportedSpecError
-        Sizes that no kernel is made for.
+        The call is legal, but this version has no kernel for its sizes.
     UnsupportedArchError
         The tensors are on a GPU that the kernels are not compiled for.
     GradientError
-        Grad mode is on, and an argument requires grad.  Weights that do are taken as constants, with one warning.
+        Grad mode is on, and an argument requires grad.  Weights that require grad are treated as constants, with one
+        warning.
 
     Notes
     -----
-    Index tensors may have more rows than the batch, as buffers of CUDA graphs do: the first ones count.
+    Index tensors may have more rows than the batch, as static buffers of CUDA graphs do; the extra rows are ignored.
 
-    On a GPU the kernel is launched as a programmatic dependent: it may start while the kernel before it on the stream
-    still runs, waits for its end before it reads or writes anything, and lets the next kernel start at once.  A next
-    kernel that is launched so has to wait likewise (``griddepcontrol.wait``) before it uses what this one reads or
+    On a GPU the kernel uses programmatic dependent launch: it may start while the previous kernel on the stream still
+    runs, waits for that kernel before it reads or writes anything, and lets the next kernel start at once.  If the next
+    kernel is launched the same way, it has to wait (``griddepcontrol.wait``) before it uses what this one reads or
     writes.
+
+    The host never reads the contents of tensors on a GPU.  There, a request whose ``initial_state_indices`` or
+    ``accepted_steps`` are out of range is treated as padding, and a destination out of range is not written.
 
     The signature follows ``flashinfer.gdn_decode.gated_delta_rule_mtp``; the recurrence is that of Yang, Kautz and
     Hatamizadeh, "Gated Delta Networks" (2024), and its form by products that of Yang et al., "Parallelizing Linear
@@ -158,7 +160,7 @@ def _warn_of_default() -> None:
     if not _warned and not torch.compiler.is_compiling():
         _warned = True
         warnings.warn(
-            "disable_state_update: None leaves the states as they are, like True, but FlashInfer has announced that "
+            "disable_state_update: None leaves the states unchanged, like True, but FlashInfer has announced that "
             "its default becomes False; pass True or False",
             FutureWarning,
             stacklevel=3,

@@ -1,4 +1,4 @@
-"""`gated_delta_rule_replay`: verification from a checkpoint of the state and a ring of the tokens accepted since."""
+"""`gated_delta_rule_replay`: verification from a checkpoint of the state and rings of the tokens accepted since."""
 
 from __future__ import annotations
 
@@ -38,76 +38,77 @@ def gated_delta_rule_replay(
     window: int | None = None,
     saturate: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Verify 1 to 16 new tokens of every request whose state lags behind by up to `window` accepted tokens.
+    """Verify 1 to 16 new tokens per request, from states with up to `window` pending tokens.
 
-    A slot holds a state, the checkpoint, and a ring with the keys, values and gates of the p tokens accepted after it,
-    the pending ones: ``p = prev_num_accepted_tokens[slot]``, the oldest of them in row ``ring_start[slot]``.  A step
+    A slot holds a *checkpoint* of its state, and rings with the keys, values and gates of the p *pending* tokens, which
+    were accepted since: ``p = prev_num_accepted_tokens[slot]``, with the oldest in row ``ring_start[slot]``.  A step
 
-    - advances the checkpoint by the pending tokens, which nothing but a step with ``p + tokens > window`` stores: it
-      *flushes*, and writes the advanced state over the checkpoint, if p > 0; otherwise the state stays as it is, byte
-      for byte;
-    - returns the outputs of `gated_delta_rule_mtp` at all new tokens from the advanced state, whether or not it
-      flushes;
-    - appends the new tokens to the ring, in rows ``(ring_start + p + t) mod L``.
+    - folds the pending tokens into the checkpoint in registers.  Only a step with p > 0 and ``p + tokens > window``
+      *flushes*: it writes the folded state over the checkpoint.  Otherwise the checkpoint is left unchanged;
+    - returns the outputs of `gated_delta_rule_mtp` at all new tokens from the folded state, whether or not it flushes;
+    - appends the new tokens to the rings, in rows ``(ring_start + p + t) mod L``.
 
-    Which of the new tokens are accepted is decided later, by the caller: the first n of them, who then advances the
-    cursors of the slot, which this function never does ::
+    The caller then decides how many of the new tokens are accepted, the first n of them, and advances the cursors of
+    the slot, which this function never does; `cute_ssm.serving.commit` does it on the device::
 
         step did not flush:  prev_num_accepted_tokens += n
         step flushed:        ring_start = (ring_start + p) mod L;  prev_num_accepted_tokens = n
 
-    The next step overwrites what was not accepted.  `cute_ssm.serving.commit` does so on the device.  So a state is
-    written once in about ``window`` accepted tokens, and states after single tokens never are.
+    The next step overwrites the rows of tokens that were not accepted.  So a state is written once in about ``window``
+    accepted tokens, and states after single tokens are never written.
 
-    Tensors on a GPU run the compiled kernel; tensors on the CPU run the PyTorch reference, or the same compiled kernel
-    inside ``ptxsim.emulate()``.  The kernel computes eight pending tokens at a time, and then all new ones, on tensor
-    cores, with an error like that of float32.
+    Tensors on a GPU run the compiled kernel.  Tensors on the CPU run the PyTorch reference or, inside
+    ``ptxsim.emulate()``, the compiled kernel in the emulator.  The kernel folds eight pending
+    tokens at a time, and then computes all new ones at once, on tensor cores; its error is like that of float32.
 
-    No value of a token reaches outputs of earlier tokens, or states before it: NaN, infinite values and overflows in q,
-    k, v, a or b change no bit of them, nor do rows of the rings that are not pending, such as tokens once rejected.
+    The outputs and states up to a token do not depend on later tokens: NaN, infinities and overflows in q, k, v, a or b
+    of a later token change none of their bits.  Neither do rows of the rings that are not pending, such as those of
+    rejected tokens.
 
     Parameters
     ----------
     q, k : Tensor, (batch, tokens, heads, K), bfloat16/float16
         Queries and keys of the new tokens; tokens is 1 to 16, K a multiple of 16 up to 256.  Stride 1 in the last
-        dimension, at any alignment; addresses and other strides of q and k that are multiples of 8 bytes, and of v of
-        16, are fastest.
+        dimension, and any alignment.  Fastest if addresses and other strides are multiples of 8 bytes in q and k, and
+        of 16 bytes in v.
     v : Tensor, (batch, tokens, value_heads, V), type of q
         Values; V is a multiple of 16 up to 256, or 512, value_heads a multiple of heads.  Stride 1 in the last
         dimension.
     initial_state : Tensor, (slots, value_heads, V, K), float32/bfloat16/float16
-        Pool of checkpoints, **updated in place** by steps that flush.  Stride 1 in the last dimension; other strides
-        are free multiples of 4 elements, and so is the address.
+        Pool of checkpoints, **updated in place** by steps that flush.  Stride 1 in the last dimension; the address and
+        the other strides are any multiples of 4 elements.
     initial_state_indices : Tensor, (batch,), int32/int64
-        Slot of each request, all different.  A negative entry is padding: nothing of the request is read or written,
-        and its rows of ``output`` stay as they are, or are zero if ``output`` was not given.
+        Slot of each request, all distinct.  A negative entry is padding: nothing of the request is read or written,
+        and its rows of ``output`` are left unchanged, or are zero if ``output`` was not given.
     k_cache : Tensor, (slots, heads, L, K), type of q
-        Ring of keys as they came, before any normalisation; **updated in place**.  L >= window + tokens; rows other
-        than the pending ones may hold anything.  Layout as that of k.
+        Ring of keys before normalisation, **updated in place**; L is at least window + tokens.  Rows that are not
+        pending may hold anything.  Stride 1 in the last dimension; the address and the other strides are any multiples
+        of 4 elements.
     v_cache : Tensor, (slots, value_heads, L, V), type of q
-        Ring of values, **updated in place**.  Layout as that of v.
+        Ring of values, **updated in place**.  Stride 1 in the last dimension; the address and the other strides are
+        any multiples of 16 bytes.
     g_cache, beta_cache : Tensor, (slots, value_heads, L), float32
-        Rings of the logarithms of the decays, ``-exp(A_log) softplus(a + dt_bias)``, at least -1e4, and of the steps,
-        ``sigmoid(b)``; **updated in place**.  Any strides.
+        Rings of the logarithms of the decays, ``-exp(A_log) softplus(a + dt_bias)``, clamped to at least -1e4, and of
+        the step sizes, ``sigmoid(b)``; **updated in place**.  Any strides.
     ring_start : Tensor, (slots,), int32
         Row of the oldest pending token of each slot, from 0 to L - 1.
     prev_num_accepted_tokens : Tensor, (slots,), int32
-        Pending tokens of each slot, from 0 to window.
+        Number of pending tokens of each slot, from 0 to window.
     A_log : Tensor, (value_heads,), float32
     a, b : Tensor, (batch, tokens, value_heads), float32/bfloat16/float16
         Logits of the decay and of beta, both of one type; any strides.
     dt_bias : Tensor, (value_heads,), float32/bfloat16/float16
     scale : float, optional
-        Of q after its normalisation; None: ``K ** -0.5``.
+        Factor of q after normalisation; None: ``K ** -0.5``.
     output : Tensor, (batch, tokens, value_heads, V), float32/bfloat16/float16, optional
-        **Written.**  Stride 1 in the last dimension, others free.  Allocated in the type of q if None.
+        **Written.**  Stride 1 in the last dimension and any other strides.  Allocated in the type of q if None.
     use_qk_l2norm : bool
         Divide q and all k by ``sqrt(sum of squares + 1e-6)``.
     window : int, optional
-        Most pending tokens, 1 to 64; the same in all steps.  None: ``L - tokens``.
+        Largest number of pending tokens, 1 to 64; the same in all steps.  None: ``L - tokens``.
     saturate : bool
-        Of new float16 states, make +-65504 what would round to an infinity, infinite sums included.  NaN stays NaN.
-        An error with states of other types.
+        Clamp new float16 states to +-65504 where they would be infinite; NaN stays NaN.  Raises for states of other
+        types.
 
     Returns
     -------
@@ -118,28 +119,30 @@ def gated_delta_rule_replay(
     Raises
     ------
     ValueError, TypeError
-        A shape, type, stride, device, index or cursor is not as described above.  Nothing has been written.  What
-        tensors on a GPU hold is not looked at: there, a request whose slot or cursors are out of range is treated as
-        padding.
+        A shape, type, stride, device, index or cursor is not as described above.  Nothing has been written.
     UnsupportedSpecError
-        Sizes that no kernel is made for.
+        The call is legal, but this version has no kernel for its sizes.
     UnsupportedArchError
         The tensors are on a GPU that the kernels are not compiled for.
     GradientError
-        Grad mode is on, and an argument requires grad.  Weights that do are taken as constants, with one warning.
+        Grad mode is on, and an argument requires grad.  Weights that require grad are treated as constants, with one
+        warning.
 
     Notes
     -----
-    Index tensors may have more rows than the batch, as buffers of CUDA graphs do: the first ones count.
+    Index tensors may have more rows than the batch, as static buffers of CUDA graphs do; the extra rows are ignored.
 
-    On a GPU the kernel is launched as a programmatic dependent: it may start while the kernel before it on the stream
-    still runs, waits for its end before it reads or writes anything, and lets the next kernel start at once.  A next
-    kernel that is launched so has to wait likewise (``griddepcontrol.wait``) before it uses what this one reads or
+    On a GPU the kernel uses programmatic dependent launch: it may start while the previous kernel on the stream still
+    runs, waits for that kernel before it reads or writes anything, and lets the next kernel start at once.  If the next
+    kernel is launched the same way, it has to wait (``griddepcontrol.wait``) before it uses what this one reads or
     writes.
 
-    The idea of a ring beside a checkpoint is that of ReplaySSM, and FlashInfer's ``checkpointing_ssu`` has it for
-    Mamba-2.  Raw values are kept, from which every step solves for the updates anew, rather than the updates: those
-    would have to be rounded to the type of the ring.
+    The host never reads the contents of tensors on a GPU.  There, a request whose slot or cursors are out of range is
+    treated as padding.
+
+    Rings next to a checkpoint are the idea of ReplaySSM; FlashInfer's ``checkpointing_ssu`` has them for Mamba-2.  The
+    rings hold raw values, from which every step computes the updates of the state again, because updates would have to
+    be rounded to the type of the ring.
     """
     if not (isinstance(q, Tensor) and isinstance(v, Tensor) and isinstance(k_cache, Tensor)):
         raise not_tensors(q=q, v=v, k_cache=k_cache)

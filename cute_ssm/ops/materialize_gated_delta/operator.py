@@ -32,30 +32,31 @@ def materialize_gated_delta(
     window: int | None = None,
     saturate: bool = False,
 ) -> Tensor:
-    """Write the true state of slots, with their pending tokens folded in, to other slots or to another pool.
+    """Write the true states of slots, with their pending tokens folded in, to other slots or to another pool.
 
-    What `materialize` is for `checkpointing_ssu`, for `gated_delta_rule_replay`: one launch for all rows of one layer,
-    for prefix caching, preemption and migration.  Cursors and rings stay as they are: set the cursors of a
-    destination to zero before its next step (`StatePool.materialize` does).
+    This is `materialize` for the states of `gated_delta_rule_replay`: one launch for all rows of one layer, for prefix
+    caching, preemption and migration.  Cursors and rings are left unchanged: set the cursors of a destination to zero
+    before its next step, as `StatePool.materialize` does.
 
     Parameters
     ----------
     initial_state, k_cache, v_cache, g_cache, beta_cache, ring_start, prev_num_accepted_tokens
-        As for `gated_delta_rule_replay`; read.  Rows of the rings behind the tokens that are folded are not.
+        As for `gated_delta_rule_replay`; only read.  Rows of the rings after the folded tokens are not read.
     state_batch_indices, dst_state_batch_indices : Tensor, (batch,), int32/int64
-        Slots that are read, and those of ``out`` that are written: distinct, and none that another row reads.  They
-        may be the same: then pending tokens are folded in place.  A row with a negative one is skipped.
+        Slots that are read, and slots of ``out`` that are written.  The latter are distinct, and none is read by
+        another row.  A row with the same slot twice is folded in place; a row with a negative slot is skipped.
     num_tokens : Tensor, (batch,), int32/int64, optional
-        How many pending tokens to fold, from the oldest on: 0 to all.  None: all.
+        Number of pending tokens to fold, starting with the oldest.  None: all.
     out : Tensor, (slots, value_heads, V, K), float32/bfloat16/float16, optional
-        Pool that is **written**, of any number of slots, laid out like ``initial_state``; None: ``initial_state``.
+        Pool that is **written**, with any number of slots and the layout of ``initial_state``.  None:
+        ``initial_state``.
     use_qk_l2norm : bool
-        As the steps have it.
+        As in the steps.
     window : int, optional
-        Most pending tokens, 1 to 64, as the steps have it.  None: the rows of the rings, or 64.
+        Largest number of pending tokens, 1 to 64, as in the steps.  None: the rows of the rings, at most 64.
     saturate : bool
-        Of new float16 states, make +-65504 what would round to an infinity.  NaN stays NaN, and what is copied stays as
-        it is.  An error if the result is of another type.
+        Clamp new float16 states to +-65504 where they would be infinite; NaN stays NaN, and states that are copied are
+        not changed.  Raises for results of other types.
 
     Returns
     -------
@@ -65,17 +66,20 @@ def materialize_gated_delta(
     Raises
     ------
     ValueError, TypeError
-        A shape, type, stride, device or value is not as described above.  Nothing has been written.  What tensors on
-        a GPU hold is not looked at: there, rows with a slot, cursor or number out of range are skipped.
+        A shape, type, stride, device or value is not as described above.  Nothing has been written.
     UnsupportedSpecError, UnsupportedArchError
-        Sizes, or a GPU, that the kernel is not made for.
+        The call is legal, but this version has no kernel for its sizes, or the tensors are on a GPU that the kernels
+        are not compiled for.
     GradientError
-        As for all operators.
+        Grad mode is on, and an argument requires grad.
 
     Notes
     -----
-    The state is that of a step of `gated_delta_rule_replay` that flushes, bit for bit, computed in float32 and rounded
-    once to nearest even.  With ``num_tokens`` 0, and if both pools have the same type, it is copied byte for byte.
+    The state has the bits that a step of `gated_delta_rule_replay` which flushes would store: computed in float32, and
+    rounded once to nearest even.  With ``num_tokens`` 0, and if both pools have the same type, its bytes are copied.
+
+    The host never reads the contents of tensors on a GPU.  There, rows with a slot, cursor or number out of range are
+    skipped.
     """
     if not isinstance(k_cache, Tensor):
         raise not_tensors(k_cache=k_cache)

@@ -169,7 +169,7 @@ def test_the_default_of_the_update_warns_once_and_is_off(monkeypatch):
     call = arguments(Case(pads=()))
     before = copy(call)
     del call["disable_state_update"]
-    with pytest.warns(FutureWarning, match="disable_state_update: None leaves the states as they are") as caught:
+    with pytest.warns(FutureWarning, match="disable_state_update: None leaves the states unchanged") as caught:
         cute_ssm.gated_delta_rule_mtp(**call)
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
