@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 
 import pytest
+import slices
 
 from cute_ssm import env, runtime
 from cute_ssm.runtime.store import Store
@@ -14,14 +16,37 @@ def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="run on the GPU what runs in the emulator otherwise")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
 def pytest_collection_modifyitems(config, items):
     import torch
 
+    slices.mark(items)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a GPU")
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+def repeat_command(item: pytest.Item) -> str:
+    """The shell command that runs this one test again."""
+    words = ["pytest", item.nodeid]
+    if item.config.getoption("--gpu"):
+        words.append("--gpu")
+    for marker in ("slow", "wide"):  # a plain run leaves them out
+        if item.get_closest_marker(marker):
+            words += ["-m", marker]
+            break
+    return shlex.join(words)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Add to each failure the command that repeats it."""
+    report = yield
+    if report.failed:
+        report.sections.append(("repeat with", repeat_command(item)))
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -377,6 +377,7 @@ def test_a_kernel_that_is_awaited_is_named(cached, said, capsys, monkeypatch, se
     assert announced.startswith("demo: preparing CheckpointingSSU for sm_90a: compiled ") and said in announced
 
 
+@pytest.mark.wide
 def test_emulated_kernel_generates_the_text_of_the_reference(capsys):
     pytest.importorskip("cutlass")
     pytest.importorskip("ptxsim")

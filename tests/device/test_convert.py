@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bits import same_bits
+from bits import equal, same_bits
 
 pytest.importorskip("cutlass")
 
@@ -142,7 +142,7 @@ def test_scale_of_every_mantissa(name):
     rows[: len(largest), 3] = -largest
     out, scale = run(name, "sm_90a", rows, None)
     want, want_scale = rounding.store(rows, TYPES[name])
-    assert torch.equal(scale, want_scale)
+    equal(scale, want_scale)
     same_bits(out, want)
 
 
@@ -167,8 +167,8 @@ def test_load_and_store_by_any_access(name, access):
     kernel = kernels.unpacking(name, access, arch)
     with ptxsim.emulate(arch=arch):
         kernel(stored, values, again)
-    assert torch.equal(values.view(torch.int32)[~values.isnan()], stored.float().view(torch.int32)[~values.isnan()])
-    assert torch.equal(values.isnan(), stored.float().isnan())
+    equal(values.view(torch.int32)[~values.isnan()], stored.float().view(torch.int32)[~values.isnan()])
+    equal(values.isnan(), stored.float().isnan())
     same_bits(again[~values.isnan()], stored[~values.isnan()])
 
 

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from bits import equal
 
 pytest.importorskip("cutlass")
 
@@ -307,7 +308,7 @@ def test_sums_over_lanes(segment, count):
     g = torch.Generator().manual_seed(count)
     values = torch.randint(-1000, 1000, (WARP, count), generator=g).float()
     out = lanes(values, segment)
-    assert torch.equal(out[0], torch.cat([values[:16, 0].cumsum(0), values[16:, 0].cumsum(0)]))
+    equal(out[0], torch.cat([values[:16, 0].cumsum(0), values[16:, 0].cumsum(0)]))
     for lane in range(WARP):
         first, mine = lane // segment * segment, lane % segment % count
         members = range(first, first + segment)
@@ -321,7 +322,7 @@ def test_sums_over_lanes(segment, count):
         start, share = lane // width * width, count // width
         sums = values[start : start + width].sum(0)
         at = lane % width * share
-        assert torch.equal(out[6 : 6 + share, lane], sums[at : at + share]), f"lane {lane}"
+        equal(out[6 : 6 + share, lane], sums[at : at + share], f"lane {lane}")
 
 
 def test_sums_over_lanes_of_numbers_that_are_not_finite():

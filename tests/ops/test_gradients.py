@@ -12,6 +12,8 @@ import replay_cases
 import scan_cases
 import step_cases
 import torch
+from bits import equal
+from memory import copy
 from torch.autograd import forward_ad
 
 import cute_ssm
@@ -62,7 +64,7 @@ def floats(call):
 
 def copied(call):
     """The same values, with the same strides."""
-    return step_cases.copy({n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in call.items()})
+    return copy({n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in call.items()})
 
 
 def same(call, before):
@@ -127,7 +129,7 @@ def test_weights_that_are_parameters_are_constants_with_one_warning(name, backen
             operator(name)(**plain)
         for argument, value in call.items():
             if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
-                assert torch.equal(value.float().nan_to_num(), plain[argument].float().nan_to_num()), argument
+                equal(value.float().nan_to_num(), plain[argument].float().nan_to_num(), argument)
 
 
 @pytest.mark.parametrize("name", ["selective_scan", "gated_delta_rule_mtp"])
@@ -244,7 +246,8 @@ def test_the_scan_of_mamba_ssm_has_gradients_on_every_path(backend):
             plain, plain_state = mamba_ssm.selective_scan_fn(*tensors, delta_softplus=True, return_last_state=True)
         grads = torch.randn(out.shape, generator=g), torch.randn(state.shape, generator=g)
         found = torch.autograd.grad((out, state), tensors, grads)
-    assert torch.equal(out, plain) and torch.equal(state, plain_state)
+    equal(out, plain)
+    equal(state, plain_state)
     want = torch.autograd.grad(mathematics(*exact, True, None, torch.float64)[1:], exact, [x.double() for x in grads])
     for name, one, other in zip(NAMES, found, want):
         assert (one.double() - other).abs().max() <= 1e-5 * other.abs().max(), name

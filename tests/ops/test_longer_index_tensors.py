@@ -8,8 +8,9 @@ from copy import deepcopy
 import pytest
 import token_cases
 import torch
-from index_calls import CALLS, COLUMNS, gated, same
-from step_cases import copy
+from bits import same_bits
+from index_calls import CALLS, COLUMNS, gated
+from memory import copy
 
 import cute_ssm
 from cute_ssm.ops import _arguments
@@ -44,11 +45,11 @@ def test_rows_after_those_of_the_batch_are_not_looked_at(call):
             continue
         got = long[name]
         if name in names:
-            assert same(got[len(value) :], before[name][len(value) :])
+            same_bits(got[len(value) :], before[name][len(value) :], name)
             got = got[: len(value)]
-        assert same(got, value), name
+        same_bits(got, value, name)
     if "pool" in exact:
-        assert same(long["pool"]._cursors, exact["pool"]._cursors)
+        same_bits(long["pool"]._cursors, exact["pool"]._cursors)
 
 
 @pytest.mark.parametrize(("call", "name"), EACH, ids=str)
@@ -95,7 +96,7 @@ def test_a_matrix_may_have_columns_for_more_tokens():
     wide["ssm_state_indices"] = torch.cat([exact["ssm_state_indices"], torch.full((3, 2), GARBAGE)], 1)
     cute_ssm.gated_delta_rule_mtp(**exact)
     cute_ssm.gated_delta_rule_mtp(**wide)
-    assert same(exact["initial_state"], wide["initial_state"])
+    same_bits(exact["initial_state"], wide["initial_state"])
 
 
 def test_counts_of_padding_are_not_looked_at():
@@ -105,7 +106,8 @@ def test_counts_of_padding_are_not_looked_at():
     twin["num_accepted_tokens"][1] = GARBAGE
     cute_ssm.selective_state_update(**call)
     cute_ssm.selective_state_update(**twin)
-    assert same(call["state"], twin["state"]) and same(call["out"], twin["out"])
+    same_bits(call["state"], twin["state"])
+    same_bits(call["out"], twin["out"])
     twin["num_accepted_tokens"][0] = GARBAGE
     with pytest.raises(ValueError, match=r"num_accepted_tokens: expected at most 4, .* got 2147483647 at position 0"):
         cute_ssm.selective_state_update(**twin)
@@ -115,7 +117,8 @@ def test_counts_of_padding_are_not_looked_at():
     twin["accepted_steps"][1] = twin["output_state_indices"][1] = GARBAGE
     cute_ssm.gated_delta_rule_mtp(**call)
     cute_ssm.gated_delta_rule_mtp(**twin)
-    assert same(call["initial_state"], twin["initial_state"]) and same(call["output"], twin["output"])
+    same_bits(call["initial_state"], twin["initial_state"])
+    same_bits(call["output"], twin["output"])
 
 
 def test_first_rows_makes_no_view_of_what_is_long_enough():

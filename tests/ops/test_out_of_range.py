@@ -294,6 +294,7 @@ GATED = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     "form", [name if name in ("tokens", "sequential") else pytest.param(name, marks=SLOW) for name in GATED]
 )

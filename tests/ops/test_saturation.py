@@ -8,7 +8,7 @@ import dataclasses
 import checkpointing_cases
 import pytest
 import torch
-from step_cases import copy
+from memory import copy
 
 import cute_ssm
 import ptxsim

@@ -12,8 +12,9 @@ import materialize_gated_cases as gated
 import out_of_range
 import pytest
 import torch
-from out_of_range import check, outside, same
-from step_cases import copy
+from bits import same_memory
+from memory import copy
+from out_of_range import check, outside
 
 from cute_ssm import serving
 
@@ -127,7 +128,7 @@ def test_rows_of_a_list_of_work(ring, varlen, indices):
         for row in rows:
             padded["state_batch_indices"][row] = call["pad_slot_id"]
         for want, got in zip(build(padded), build(changed)):
-            same(want, got, f"rows {rows}")
+            same_memory(got, want, f"rows {rows}")
 
     for name, bound, dtype in (
         ("state_batch_indices", len(call[place]), indices),

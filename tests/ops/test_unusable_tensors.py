@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from index_calls import CALLS, same
-from step_cases import copy
+from bits import same_bits
+from index_calls import CALLS
+from memory import copy
 
 CHOSEN = (
     "step", "step, matrices", "step, saved", "checkpointing", "checkpointing, list", "gated delta", "replay", "scan",
@@ -37,7 +38,7 @@ def test_a_tensor_of_no_use_is_refused_by_name_or_means_nothing(call, name, kind
         assert ": expected" in str(error), error
         for key, value in given.items():
             if isinstance(value, torch.Tensor):
-                assert same(value.reshape(-1), before[key].reshape(-1)), "nothing has been written"
+                same_bits(value, before[key], f"{key} was written before the error")
     else:  # a single seed has a shape of its own, and a batch may be empty
         assert kind != "0-d" or name in ("rand_seed",)
 

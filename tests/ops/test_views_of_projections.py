@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from step_cases import copy
+from bits import equal
+from memory import copy
 
 import cute_ssm
 import ptxsim
@@ -80,6 +81,7 @@ QUICK = [("selective_scan", 1), ("gated_delta_rule_mtp", 1),
          ("gated_delta_rule_mtp, one", 2), ("gated_delta_rule_replay", 4)]  # fmt: skip
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(
     ("name", "shift"),
     [
@@ -95,9 +97,9 @@ def test_results_at_any_alignment_are_those_of_contiguous_rows(name, shift):
     with ptxsim.emulate(racecheck=True, initcheck=True):
         expected, got = operator(**given), operator(**views)
     for one, other in zip(expected, got):  # of a tensor, its sequences
-        assert torch.equal(one, other)
+        equal(one, other)
     for n, value in results(given).items():
-        assert torch.equal(value.float(), views[n].float()), n
+        equal(value.float(), views[n].float(), n)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -126,6 +128,7 @@ def test_alignment_is_in_the_key_of_plans(name, monkeypatch):
     assert len(keys) == 3
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "name",
     [*(pytest.param(n, marks=pytest.mark.slow) for n in list(CALLS)[-3:-1]), "gated_delta_rule_replay"],

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from checkpointing_cases import LARGEST, STATES, Case, Sequence, arguments, numpy, place, run, slots_of, stored_state
-from step_cases import copy
+from memory import copy
 
 import ptxsim
 from cute_ssm.reference import rounding

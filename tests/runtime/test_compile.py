@@ -81,6 +81,7 @@ def check_registers(compiled, config):
             assert kernel.registers * 32 * config.warps * config.ctas_per_sm <= 65536, kernel
 
 
+@pytest.mark.thin(9, "arch")
 @pytest.mark.parametrize("heads", [FEW, MANY])
 @pytest.mark.parametrize("arch", archs.ARCHS)
 @pytest.mark.parametrize("name", SPECS)
@@ -92,6 +93,7 @@ def test_no_spills(name, arch, heads):
     assert f".target {arch}" in compiled.ptx
 
 
+@pytest.mark.thin(18, "arch")
 @pytest.mark.parametrize(
     ("arch", "heads"),
     [

@@ -95,6 +95,7 @@ def finish(process):
     return err
 
 
+@pytest.mark.wide
 def test_two_processes_racing_for_one_kernel(spawn, tmp_path):
     racers = [spawn(RACE, 0.5) for _ in range(2)]
     wait_for(tmp_path, "ready-*", 2)

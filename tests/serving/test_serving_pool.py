@@ -214,6 +214,7 @@ def test_forty_steps_of_narrow_states(state, bound, seed):
     assert loop.writes >= 10
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("history", ["double", "ring"])
 def test_steps_through_the_compiled_kernels(history):
     with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, async_mode="late") as session:

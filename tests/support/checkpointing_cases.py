@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from bits import same_bits
-from step_cases import DECAYS, DTYPES, PAD, copy, storage
+from bits import same_memory
+from bounds import rms_within, within
+from memory import copy, moved, storage
+from step_cases import DECAYS, DTYPES, PAD
 
 import cute_ssm
 from cute_ssm import runtime
@@ -390,20 +392,11 @@ def noise(case: Case, value: Value, compiled: bool) -> np.ndarray:
     return of_state * value.of_state + of_tokens * value.of_tokens + 1e-30
 
 
-def within(got, want, limit, what):
-    with np.errstate(invalid="ignore"):
-        error = np.abs(got - want)
-    bad = ~(error <= limit)
-    if bad.any():
-        at = tuple(np.argwhere(bad)[0].tolist())
-        raise AssertionError(f"{what}{list(at)}: got {got[at]:.6g}, want {want[at]:.6g}, limit {limit[at]:.3g}")
-
-
 def check_rms(got, want, rounded, more, what):
     """The error is, in root mean square, about that of rounding what is right: ``1.1 * more`` times that."""
     error, least = (np.sqrt(np.mean(np.square(values - want))) for values in (got, rounded))
     limit = 1.1 * more * least + 2.0**-13 * np.sqrt(np.mean(np.square(want))) + 1e-30
-    assert error <= limit, f"{what}: rms error is {error:.3g}, that of rounding {least:.3g}"
+    rms_within(error, limit, what)
 
 
 def check_outputs(case: Case, got: torch.Tensor, step: Step, b: int, compiled: bool) -> None:
@@ -411,10 +404,9 @@ def check_outputs(case: Case, got: torch.Tensor, step: Step, b: int, compiled: b
     rms = np.sqrt(np.mean([np.square(y.value) for y in step.outputs]))
     for t, y in enumerate(step.outputs):
         rounding = 1.01 * np.maximum(HALF[case.io] * np.abs(y.value), SUBNORMAL[case.io] / 2)
-        within(values[t], y.value, rounding + noise(case, y, compiled), f"out of sequence {b}, token {t}, ")
-        within(
-            values[t], y.value, CLOSE[case.io] * (np.abs(y.value) + rms) + 1e-30, f"out of sequence {b}, token {t}, "
-        )
+        what = f"out of sequence {b}, token {t}"
+        within(values[t], y.value, rounding + noise(case, y, compiled), what)
+        within(values[t], y.value, CLOSE[case.io] * (np.abs(y.value) + rms) + 1e-30, what)
     wanted = np.stack([y.value for y in step.outputs])
     check_rms(values, wanted, numpy(torch.from_numpy(wanted).to(got.dtype)), 1.0, f"out of sequence {b}")
 
@@ -426,14 +418,14 @@ def check_state(case: Case, call: dict, slot: int, want: Value, compiled: bool) 
         scale = numpy(call["state_scale"][slot])[..., None]
         largest = np.abs(want.value).max(-1, keepdims=True)
         limit = 1e-6 * largest + unrounded.max(-1, keepdims=True)
-        within(scale * LARGEST[case.state], largest, limit, f"scale of slot {slot}, ")
+        within(scale * LARGEST[case.state], largest, limit, f"largest value of slot {slot}, by its scale")
         got = got * scale
         step = np.broadcast_to(scale, got.shape)
         if case.state == "f8":
             step = np.maximum(np.abs(want.value) * ULP["f8"], scale * SUBNORMAL["f8"])
     else:
         step = np.maximum(np.abs(want.value) * ULP[case.state], SUBNORMAL[case.state])
-    within(got, want.value, 1.01 * share * step + unrounded, f"state of slot {slot}, ")
+    within(got, want.value, 1.01 * share * step + unrounded, f"state of slot {slot}")
     unit = scale if case.state in LARGEST else 1.0
     exact = torch.from_numpy(want.value / unit)
     nearest = exact.round() if case.state in ("i16", "i8") else exact.float().to(STATES[case.state]).double()
@@ -463,7 +455,7 @@ def check(case: Case, before: dict, after: dict, sequences: list[Sequence | None
         check_rows(case, before, after, slot, accepted, cursor, writes, step, b)
     for name, value in before.items():
         if isinstance(value, torch.Tensor):
-            same_bits(storage(value), storage(after[name]), f"{name} changed where it must not")
+            same_memory(after[name], value, f"{name} changed where it must not")
     return steps
 
 
@@ -482,29 +474,14 @@ def check_rows(case, before, after, slot, accepted, cursor, writes, step, b) -> 
         before[x_name][at[0]] = tokens_of(before, "x", b)[t]
         before[B_name][at[1]] = tokens_of(before, "B", b)[t]
         dt, allowed = step.tokens[t][2], 2.0**-21 * (1 + np.abs(step.raw[t]))
-        within(numpy(after[dt_name][at[2]]), dt, allowed * dt + 1e-38, f"{dt_name}, token {t}, head ")
+        within(numpy(after[dt_name][at[2]]), dt, allowed * dt + 1e-38, f"{dt_name} of token {t}, head")
         before[dt_name][at[2]] = after[dt_name][at[2]]
         if sums_name is not None:
             sums = sums + A * dt
             allowed = 2.0**-19 * (4 + np.abs(step.raw).max())
-            within(
-                numpy(after[sums_name][at[2]]), sums, allowed * np.abs(sums) + 1e-38, f"{sums_name}, token {t}, head "
-            )
+            bound = allowed * np.abs(sums) + 1e-38
+            within(numpy(after[sums_name][at[2]]), sums, bound, f"{sums_name} of token {t}, head")
             before[sums_name][at[2]] = after[sums_name][at[2]]
-
-
-def moved(call: dict, device: str) -> dict:
-    """The same call on another device, memory between the elements included."""
-
-    def move(value):
-        if not isinstance(value, torch.Tensor):
-            return value
-        there = storage(value).to(device).untyped_storage()
-        return torch.empty(0, dtype=value.dtype, device=device).set_(
-            there, value.storage_offset(), value.shape, value.stride()
-        )
-
-    return {name: move(value) for name, value in call.items()}
 
 
 def run(case: Case, call: dict, device: str = "cpu") -> bool:
@@ -581,4 +558,4 @@ def verify_many(case: Case, steps: int = 40, seed: int = 0, device: str = "cpu")
     if case.state == "f32":  # whose roundings do not add up to anything
         for slot, sequence in held.items():
             size = true[slot].of_state + true[slot].of_tokens
-            within(sequence.state(A).value, true[slot].value, 2.0**-14 * size + 1e-30, f"true state of slot {slot}, ")
+            within(sequence.state(A).value, true[slot].value, 2.0**-14 * size + 1e-30, f"true state of slot {slot}")

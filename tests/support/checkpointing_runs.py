@@ -6,10 +6,8 @@ import dataclasses
 import hashlib
 
 import torch
-from checkpointing_cases import (
-    Case,
-    storage,
-)
+from checkpointing_cases import Case
+from memory import storage
 
 import ptxsim
 

@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-from bits import same_bits
-from step_cases import copy as copy
-from step_cases import storage as storage
+from bits import same_bits, same_memory
+from bounds import like_float32
+from memory import copy
 
 import cute_ssm
 from cute_ssm.ops.gated_delta_rule_mtp.reference import gated_delta_rule as mathematics
@@ -146,18 +146,13 @@ def expected(call: dict, compute_dtype: torch.dtype) -> tuple[torch.Tensor, torc
 
 
 def within(got: torch.Tensor, rounded: torch.Tensor, want: torch.Tensor, dims: tuple[int, ...], what: str):
-    """Raise unless errors, in units of the largest value along `dims`, are at most 1.5 times those of `rounded`.
+    """Assert that errors, in units of the largest value along `dims`, are at most 1.5 times those of `rounded`.
 
-    What a float32 computation could not promise is always allowed: 2^-22 at worst, 2^-24 on average.  Values that
-    cancel to less than a 32nd of the largest of all are measured by that: it is chance how well a sum cancels.
+    Values that cancel to less than a 32nd of the largest of all are measured by that: it is chance how well a sum
+    cancels.
     """
     unit = want.abs().amax(dims, keepdim=True).clamp(min=want.abs().max().item() / 32 + 1e-30)
-    error, allowed = ((x.double() - want).abs() / unit for x in (got, rounded))
-    limit = 1.5 * allowed.max().item() + 2.0**-22
-    assert error.max().item() <= limit, f"{what}: error {error.max().item():.3e} exceeds {limit:.3e}"
-    rms, allowed_rms = error.square().mean().sqrt().item(), allowed.square().mean().sqrt().item()
-    limit = 1.5 * allowed_rms + 2.0**-24
-    assert rms <= limit, f"{what}: rms error {rms:.3e} exceeds {limit:.3e}"
+    like_float32([got], [rounded], [want], [unit], [what])
 
 
 def check(before: dict, after: dict, out: torch.Tensor) -> None:
@@ -202,7 +197,7 @@ def check(before: dict, after: dict, out: torch.Tensor) -> None:
         assert out.dtype == before["q"].dtype
     for name, value in before.items():
         if isinstance(value, torch.Tensor):
-            same_bits(storage(value), storage(after[name]), f"{name} changed where it must not")
+            same_memory(after[name], value, f"{name} changed where it must not")
 
 
 def verify(case: Case, seed: int = 0) -> tuple[dict, torch.Tensor]:

@@ -137,7 +137,3 @@ CALLS = {
         ("dst_state_batch_indices", "num_tokens"),
     ),
 }  # fmt: skip
-
-
-def same(a, b):
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import pytest
 import torch
 from bits import same_bits
+from bounds import within
+from cases import vary
 
 from cute_ssm import serving
 from cute_ssm.reference import rounding
@@ -164,7 +165,7 @@ def verify(case: Case, seed: int = 0):
         size = fold(first.double().abs(), call["A"][:, 0, 0], *(t[:n].abs() for t in tokens))
         exponent = (call["A"][:, 0, 0].double()[:, None] * tokens[2][:n].T).abs().sum(1)[:, None, None]
         bound = 2.0**-22 * (2 + exponent) * size + unit(want, dtype) * (1 if case.seeds else 0.5)
-        assert ((result - want).abs() <= bound).all(), f"row {b}: {((result - want).abs() / bound).max():.3f} bounds"
+        within(result, want, bound, f"{target}[{to}], of row {b}")
     assert len(written) >= 3
     for name, value in before.items():
         same = [s for s in range(len(value)) if name not in (target, scales) or s not in written]
@@ -187,13 +188,10 @@ def unit(want, dtype):
 BASE = Case()
 
 
-def vary(**factors):
-    return [dataclasses.replace(BASE, **{name: value}) for name, values in factors.items() for value in values]
-
-
 CASES = [
     BASE,
     *vary(
+        BASE,
         state=("bf16", "f16", "i16", "i8", "f8"),
         inputs=("f16",),
         A=(torch.bfloat16,),

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import pytest
 import replay_cases
 import torch
-from bits import same_bits
-from gdn_cases import DTYPES, NAN, storage, within
+from bits import same_bits, same_memory
+from cases import vary
+from gdn_cases import DTYPES, NAN, within
+from memory import copy
 
 from cute_ssm import serving
 from cute_ssm.ops.materialize_gated_delta.spec import MaterializeGatedDeltaSpec
@@ -89,7 +91,7 @@ def fold(call: dict, slot: int, count: int, dtype: torch.dtype) -> torch.Tensor:
 def verify(case: Case, seed: int = 0) -> dict:
     """States within 1.5 times the errors of float32, all other bytes as they were."""
     call = arguments(case, seed)
-    before = replay_cases.copy(call)
+    before = copy(call)
     got = serving.materialize_gated_delta(**call)
     name = "out" if case.to else "initial_state"
     assert got is call[name]
@@ -110,15 +112,11 @@ def verify(case: Case, seed: int = 0) -> dict:
     assert done >= 3
     for key, value in before.items():
         if isinstance(value, torch.Tensor):
-            same_bits(storage(value), storage(call[key]), f"{key} changed where it must not")
+            same_memory(call[key], value, f"{key} changed where it must not")
     return call
 
 
 BASE = Case()
-
-
-def vary(**factors):
-    return [dataclasses.replace(BASE, **{name: value}) for name, values in factors.items() for value in values]
 
 
 FEW = [
@@ -129,7 +127,7 @@ FEW = [
     Case(to="f16", state="f32", window=40, pending=(40, 33, 0, 7, 39), counts=(40, 8, 0, 7, 17), l2norm=False),
 ]
 MANY = vary(
-    state=("bf16", "f16"), io=("f16",), K=(128, 256), V=(128, 256), heads=(2,), ratio=(1, 4), window=(1, 5, 64),
+    BASE, state=("bf16", "f16"), io=("f16",), K=(128, 256), V=(128, 256), heads=(2,), ratio=(1, 4), window=(1, 5, 64),
     counts=(None,), indices=(torch.int64,), to=("f32", "bf16"), place=(True,), l2norm=(False,), strided=(True,),
     regime=("slow", "fast", "cut", "extreme", "collinear", "zero"),
 )  # fmt: skip

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from step_cases import copy, storage
+from bits import same_memory
+from memory import copy
 
 from cute_ssm.ops import _slot_rows
 from cute_ssm.ops.build_work_items import arguments as _work_items_arguments
@@ -83,18 +84,9 @@ class Sweep:
                 want[tensor][part] = before[tensor][part]
         for tensor, value in want.items():
             if isinstance(value, torch.Tensor):
-                same(value, wrong[tensor], f"{name} with {changes}: {tensor}")
+                same_memory(wrong[tensor], value, f"{name} with {changes}: {tensor}")
 
 
 def check(run: Callable[[dict], Any], call: dict, name: str, changes: dict[Any, int], owned: Any) -> None:
     """Run one such comparison; see `Sweep`."""
     Sweep(run, call).check(name, changes, owned)
-
-
-def same(want: torch.Tensor, got: torch.Tensor, what: str) -> None:
-    """All bytes of the tensors' memory are equal."""
-    if not torch.equal(storage(want), storage(got)):
-        one, other = (storage(t.clone(memory_format=torch.contiguous_format)) for t in (want, got))
-        places = (one != other).view(*want.shape, -1).any(-1).nonzero().tolist()
-        where = f"{len(places)} of {want.numel()} elements, first {places[0]}" if places else "bytes between elements"
-        raise AssertionError(f"{what} differs: {where}")

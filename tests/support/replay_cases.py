@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import bounds
 import gdn_cases
 import torch
-from bits import same_bits
-from gdn_cases import DTYPES, NAN, copy, storage, within
+from bits import same_memory
+from gdn_cases import DTYPES, NAN, within
+from memory import copy
 
 import cute_ssm
 from cute_ssm.ops._gated_delta.reference import gates
@@ -106,9 +108,7 @@ def check(before: dict, after: dict, out: torch.Tensor) -> None:
             before[name][slot][:, rows] = values[i].transpose(0, 1)
         for name, values in (("g_cache", g.clamp(min=-1e4)), ("beta_cache", beta)):
             got = after[name][slot][:, rows].T.double()
-            error = (got - values[i]).abs() / (values[i].abs() + 1e-30)
-            limit = (4 + x[i]) * ULP
-            assert (error <= limit).all(), f"{name} of request {i}: relative error {error.max():.3e}"
+            bounds.within(got, values[i], (4 + x[i]) * ULP * (values[i].abs() + 1e-30), f"{name} of request {i}")
             before[name][slot][:, rows] = after[name][slot][:, rows]
 
     # what must not change: states that are not flushed, other slots and rows, gaps, rows of padding, inputs
@@ -119,7 +119,7 @@ def check(before: dict, after: dict, out: torch.Tensor) -> None:
         assert out.dtype == before["q"].dtype
     for name, value in before.items():
         if isinstance(value, torch.Tensor):
-            same_bits(storage(value), storage(after[name]), f"{name} changed where it must not")
+            same_memory(after[name], value, f"{name} changed where it must not")
 
 
 def verify(case: Case, seed: int = 0) -> tuple[dict, torch.Tensor]:

@@ -6,8 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-from bits import same_bits
-from step_cases import DTYPES, copy, storage
+from bits import same_memory
+from bounds import like_float32
+from memory import copy
+from step_cases import DTYPES
 
 import cute_ssm
 from cute_ssm.ops.selective_scan.reference import selective_scan as mathematics
@@ -192,17 +194,6 @@ def expected(case: Case, call: dict, dtype: torch.dtype, absolute: bool = False)
     return outputs, saved
 
 
-def within(got: list, rounded: list, want: list, size: list, what: str) -> None:
-    """Errors at most 1.5 times those of float32 PyTorch, in units of the sizes; 2^-22 of them is always allowed."""
-    got, rounded, want, size = (torch.cat([t.double().flatten() for t in part]) for part in (got, rounded, want, size))
-    error, allowed = (got - want).abs() / size, (rounded - want).abs() / size
-    assert not error.isnan().any(), f"{what}: NaN"
-    limit = 1.5 * max(allowed.max().item(), allowed.square().mean().sqrt().item()) + 2.0**-22
-    assert error.max().item() <= limit, f"{what}: error {error.max().item():.3e} exceeds {limit:.3e}"
-    rms, limit = error.square().mean().sqrt().item(), 1.5 * allowed.square().mean().sqrt().item() + 2.0**-24
-    assert rms <= limit, f"{what}: rms error {rms:.3e} exceeds {limit:.3e}"
-
-
 def check(case: Case, before: dict, after: dict, out: torch.Tensor) -> None:
     """Outputs and saved states against the oracle, everything else bit for bit as it was."""
     outputs, saved = expected(case, before, torch.float64)
@@ -214,7 +205,8 @@ def check(case: Case, before: dict, after: dict, out: torch.Tensor) -> None:
         got = [tensor[part[0]] for part in outputs]
         rounded = [part[column].to(tensor.dtype) for part in outputs32]
         want = [part[column] for part in outputs]
-        within(got, rounded, want, [part[column] + tiny for part in sizes], what)
+        names = [f"{what}, part {i}" for i in range(len(got))]
+        like_float32(got, rounded, want, [part[column] + tiny for part in sizes], names)
 
     if outputs:
         compare(out, 2, "out")
@@ -224,7 +216,8 @@ def check(case: Case, before: dict, after: dict, out: torch.Tensor) -> None:
         states = after["ssm_states"]
         rounded = [state.to(states.dtype) for _, state in saved32]
         size = [state + torch.finfo(states.dtype).tiny for _, state in saved_sizes]
-        within([states[slot] for slot, _ in saved], rounded, [state for _, state in saved], size, "ssm_states")
+        got, names = [states[slot] for slot, _ in saved], [f"ssm_states[{slot}]" for slot, _ in saved]
+        like_float32(got, rounded, [state for _, state in saved], size, names)
 
     # what must not change: other slots, gaps, tokens of null sequences, inputs
     for slot, _ in saved:
@@ -240,7 +233,7 @@ def check(case: Case, before: dict, after: dict, out: torch.Tensor) -> None:
         assert not out[untouched].any(), "tokens of no sequence in an allocated out are zero"
     for name, value in before.items():
         if isinstance(value, torch.Tensor):
-            same_bits(storage(value), storage(after[name]), f"{name} changed where it must not")
+            same_memory(after[name], value, f"{name} changed where it must not")
 
 
 def scan(case: Case, call: dict) -> torch.Tensor:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from bits import each_same_bits, same_bits
+from bits import each_same_bits, equal, same_bits, same_memory
 
 
 @pytest.mark.parametrize(
@@ -18,14 +18,14 @@ def test_the_first_difference_is_told(dtype):
     same_bits(got, want)
     got[1, 3] = got[2, 0] = 1
     with pytest.raises(
-        AssertionError, match=r"^out: 2 of 12 differ, first at \[1, 3\]: (1|1\.0|True), wanted (0|0\.0|False)$"
+        AssertionError, match=r"^out: 2 of 12 differ, first at \[1, 3\]: got (1|1\.0|True), wanted (0|0\.0|False)$"
     ):
         same_bits(got, want, "out")
 
 
 def test_bits_are_compared_not_values():
     same_bits(torch.tensor([float("nan")]), torch.tensor([float("nan")]))
-    with pytest.raises(AssertionError, match=re.escape("1 of 1 differ, first at [0]: -0.0, wanted 0.0")):
+    with pytest.raises(AssertionError, match=re.escape("1 of 1 differ, first at [0]: got -0.0, wanted 0.0")):
         same_bits(torch.tensor([-0.0]), torch.tensor([0.0]))
 
 
@@ -41,3 +41,25 @@ def test_each_tensor_is_named():
         each_same_bits({"a": torch.ones(1), "b": torch.ones(1)}, {"a": torch.ones(1), "b": torch.zeros(1)}, "changed")
     with pytest.raises(AssertionError, match=r"^1: 1 of 1 differ"):
         each_same_bits([torch.ones(1), torch.ones(1)], [torch.ones(1), torch.zeros(1)])
+
+
+def test_values_are_compared_not_bits():
+    equal(torch.tensor([-0.0]), torch.tensor([0.0]))
+    equal(torch.ones(2).bfloat16(), torch.ones(2))
+    with pytest.raises(AssertionError, match=re.escape("y: 1 of 2 differ, first at [1]: got nan, wanted nan")):
+        equal(torch.tensor([1.0, float("nan")]), torch.tensor([1.0, float("nan")]), "y")
+
+
+def test_memory_is_compared_between_elements_too():
+    got, want = torch.zeros(4), torch.zeros(4)
+    same_memory(got[::2], want[::2])
+    got[2] = 1
+    with pytest.raises(AssertionError, match=re.escape("x: 1 of 2 differ, first at [1]: got 1.0, wanted 0.0")):
+        same_memory(got[::2], want[::2], "x")
+    got[2], got[1] = 0, 1
+    with pytest.raises(
+        AssertionError, match=r"x: the elements agree, but 2 of 16 bytes of memory differ, first at byte"
+    ):
+        same_memory(got[::2], want[::2], "x")
+    with pytest.raises(AssertionError, match=r"x: 8 bytes of memory, wanted 16"):
+        same_memory(torch.zeros(2), want[::2], "x")

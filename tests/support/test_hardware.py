@@ -7,6 +7,8 @@ import pytest
 import scan_cases
 import step_cases
 import torch
+from bits import equal
+from memory import copy, storage
 
 import ptxsim
 from cute_ssm import arch, runtime, tuning
@@ -42,7 +44,7 @@ def test_kernels_get_copies_of_all_memory_with_its_layout(pretended):
     assert dt.stride()[-1] == 0
     assert state.data_ptr() != call["state"].data_ptr()
     assert state.untyped_storage().nbytes() == call["state"].untyped_storage().nbytes()
-    assert torch.equal(x, call["x"])
+    equal(x, call["x"])
 
 
 def test_results_come_back(pretended):
@@ -81,7 +83,7 @@ def test_a_session_counts_the_kernels_of_a_call(pretended, splits):
 
 def test_copies_of_a_call_stay_on_its_device():
     value = torch.empty(4, 4, dtype=torch.float16, device="meta")[:, 1:3]
-    twin = step_cases.copy({"x": value})["x"]
+    twin = copy({"x": value})["x"]
     assert (twin.device, twin.stride(), twin.storage_offset()) == (value.device, value.stride(), 1)
-    assert step_cases.storage(value).device == value.device
-    assert step_cases.storage(value).numel() == 32
+    assert storage(value).device == value.device
+    assert storage(value).numel() == 32

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from bits import same_bits
-from step_cases import DTYPES, PAD, copy, storage
+from bits import same_memory
+from bounds import within
+from memory import copy
+from step_cases import DTYPES, PAD
 
 import cute_ssm
 
@@ -237,9 +239,8 @@ def check(case: Tokens, before: dict, after: dict, out: torch.Tensor) -> None:
     half = {"f32": 2.0**-24, "bf16": 2.0**-8, "f16": 2.0**-11}[case.io]
     smallest = SUBNORMAL[case.io] / 2
     for index, (want, size) in oracle.outputs.items():
-        error = np.abs(numpy(out[index]) - want)
-        limit = 1.01 * np.maximum(half * np.abs(want), smallest) + n * 2.0**-22 * size + 1e-30
-        assert (error <= limit).all(), f"out{list(index)}: error is {(error / limit).max():.2f} of its limit"
+        bound = 1.01 * np.maximum(half * np.abs(want), smallest) + n * 2.0**-22 * size + 1e-30
+        within(out[index], want, bound, f"out{list(index)}")
     share = 1.0 if case.rounds else 0.5  # of the distance between neighbours
     for pool, index, want, size in oracle.stores:
         got, noise = numpy(after[pool][index].float()), n * 2.0**-22 * size
@@ -247,14 +248,13 @@ def check(case: Tokens, before: dict, after: dict, out: torch.Tensor) -> None:
             scales = "state_scale" if pool == "state" else "intermediate_state_scales"
             scale = numpy(after[scales][index])[..., None]
             largest = np.abs(want).max(-1, keepdims=True)
-            assert np.allclose(scale * LARGEST[case.state], largest, rtol=1e-4, atol=1e-30), f"{scales}{list(index)}"
+            bound = 1e-4 * largest + 1e-30
+            within(scale * LARGEST[case.state], largest, bound, f"{scales}{list(index)} * {LARGEST[case.state]}")
             got = got * scale
             step = scale if case.state != "f8" else np.maximum(np.abs(want) * ULP["f8"], scale * SUBNORMAL["f8"])
         else:
             step = np.maximum(np.abs(want) * ULP[case.state], SUBNORMAL[case.state])
-        limit = 1.01 * share * step + noise + 1e-30
-        error = np.abs(got - want)
-        assert (error <= limit).all(), f"{pool}{list(index)}: error is {(error / limit).max():.2f} of its limit"
+        within(got, want, 1.01 * share * step + noise + 1e-30, f"{pool}{list(index)}")
         for name in (pool, {"state": "state_scale"}.get(pool, "intermediate_state_scales")):
             if before.get(name) is not None:
                 before[name][index] = after[name][index]
@@ -266,7 +266,7 @@ def check(case: Tokens, before: dict, after: dict, out: torch.Tensor) -> None:
             assert not out[index].any(), "rows of padding in an allocated out are zero"
     for name, value in before.items():
         if isinstance(value, torch.Tensor):
-            same_bits(storage(value), storage(after[name]), f"{name} changed where it must not")
+            same_memory(after[name], value, f"{name} changed where it must not")
 
 
 def verify(case: Tokens, seed: int = 0) -> tuple[dict, torch.Tensor]:

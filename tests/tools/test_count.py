@@ -28,6 +28,7 @@ HAS_MATMUL = "matmul" in {field.name for field in dataclasses.fields(SelectiveSt
 BASE = {"batch": "8", "nheads": "16", "dim": "64", "dstate": "128", "ngroups": "1", "state_dtype": "float16"}
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize(
     ("keys", "slots"),
@@ -55,6 +56,7 @@ SIX = {"T": "6"}
 I8, F8, I16 = ({"state_dtype": name} for name in ("int8", "float8_e4m3fn", "int16"))
 
 
+@pytest.mark.thin(8)
 @pytest.mark.parametrize(
     ("keys", "slots"),
     [
@@ -145,6 +147,7 @@ SCAN = {"batch": "1", "dim": "128", "length": "1024", "dstate": "16", "config.la
 WHOLE = {"config.splits": "1"}
 
 
+@pytest.mark.thin(6)
 @pytest.mark.parametrize(
     ("keys", "slots"),
     [
@@ -169,6 +172,7 @@ def test_budget_of_the_scan(keys, slots):
     assert all(kernel["spill_bytes"] == 0 for kernel in got["kernels"])
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("splits", [2, 8])
 def test_budget_of_a_scan_in_parts(splits):
     """The carry pass costs three quarters of a scan, for all parts but the last; it reads u, delta and B once more."""
@@ -188,6 +192,7 @@ def test_budget_of_a_scan_in_parts(splits):
 GATED = {"B": "4", "config.rows": "128", "config.warps": "4"}  # the config of calls that fill a GPU
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize(
     ("op", "keys", "slots"),
     [
@@ -237,6 +242,7 @@ def test_floor_of_a_scan():
 REPLAY = {"batch": "64", "nheads": "16", "T": "6", "W": "16", "z": "1"}
 
 
+@pytest.mark.thin(7)
 @pytest.mark.parametrize(
     ("state", "pnat", "rounding", "slots"),
     [
@@ -277,6 +283,7 @@ def test_budget_of_views_of_a_fused_projection(heads, slots):
     assert all(kernel["spill_bytes"] == 0 for kernel in got["kernels"])
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("state", ["bfloat16", "float16"])
 def test_one_sequence_keeps_as_many_ctas_at_work_as_it_has_heads(state):
     got = count.count("checkpointing_ssu", {**REPLAY, "batch": "1", "pnat": "8", "state_dtype": state}, "sm_90a")

@@ -155,6 +155,7 @@ CALLS = {
 }
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("name", CALLS)
 def test_shared_memory_is_what_the_launch_allocates(name, monkeypatch):
     """To the byte, but for the slack that aligns a ring of tensor-map copies: choices count on it."""

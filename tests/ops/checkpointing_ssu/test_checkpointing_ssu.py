@@ -7,8 +7,11 @@ import random
 
 import pytest
 import torch
-from checkpointing_cases import COARSE, Case, Sequence, arguments, check, copy, run, slots_of, storage, verify
+from bits import equal, same_bits, same_memory
+from cases import vary
+from checkpointing_cases import COARSE, Case, Sequence, arguments, check, run, slots_of, verify
 from checkpointing_runs import WRITES, digest, emulate
+from memory import copy, storage
 
 import ptxsim
 from cute_ssm import tuning
@@ -19,10 +22,6 @@ from cute_ssm.runtime.registry import KERNELS
 kernel = pytest.mark.skipif(CheckpointingSSUSpec not in KERNELS, reason="no kernel is registered")
 ARCHS = ("sm_90a", "sm_100a")
 HISTORIES = ("double", "double_x", "ring")
-
-
-def vary(base, **factors):
-    return [dataclasses.replace(base, **{name: value}) for name, values in factors.items() for value in values]
 
 
 BASE = Case(accepted=(7, 5, 14))  # the third writes
@@ -112,6 +111,7 @@ def slow_unless(condition):
     return () if condition else pytest.mark.slow
 
 
+@pytest.mark.thin(8, "state", "history", "arch")
 @kernel
 @pytest.mark.parametrize(
     ("arch", "case"),
@@ -164,6 +164,7 @@ def test_forms_on_one_multiprocessor(form, history, mode):
         verify(case)
 
 
+@pytest.mark.thin(3)
 @kernel
 @pytest.mark.parametrize(
     "knobs",
@@ -202,6 +203,7 @@ def test_any_size_of_C(state):
     check_any_size_of_C(state)
 
 
+@pytest.mark.thin(2)
 @kernel
 @pytest.mark.parametrize("state", ["f16", pytest.param("i16", marks=pytest.mark.slow), "i8"])
 def test_any_size_of_C_in_the_kernel(state):
@@ -230,7 +232,7 @@ def check_what_is_not_read_does_not_matter(case):
     for name, value in first.items():
         if isinstance(value, torch.Tensor):
             written = ~flat(value).float().isnan() if value.is_floating_point() else slice(None)
-            assert torch.equal(flat(value).float()[written], flat(twin[name]).float()[written]), name
+            equal(flat(value).float()[written], flat(twin[name]).float()[written], name)
 
 
 CONTRACTS = [BASE, RING, PACKED, dataclasses.replace(PACKED, history="ring")]
@@ -259,8 +261,8 @@ def check_outputs_do_not_depend_on_writing(state, io):
     before = copy(writes)
     run(case, writes)
     run(case, keeps)
-    assert torch.equal(storage(writes["out"]), storage(keeps["out"]))
-    assert torch.equal(storage(keeps["state"]), storage(before["state"]))
+    same_memory(writes["out"], keeps["out"])
+    same_memory(keeps["state"], before["state"])
     slots = writes["state_batch_indices"].long()
     assert all(not torch.equal(writes["state"][s].float(), before["state"][s].float()) for s in slots)
 
@@ -271,6 +273,7 @@ def test_outputs_do_not_depend_on_writing(state, io):
     check_outputs_do_not_depend_on_writing(state, io)
 
 
+@pytest.mark.thin(2)
 @kernel
 @pytest.mark.parametrize(
     ("state", "io"),
@@ -290,8 +293,8 @@ def test_a_step_that_folds_nothing_keeps_the_bytes():
     case = Case(tokens=6, window=4, accepted=(0,), state="i8", rounds=10, pads=())
     before = arguments(case)
     after = verify(case)
-    assert torch.equal(storage(before["state"]), storage(after["state"]))
-    assert torch.equal(storage(before["state_scale"]), storage(after["state_scale"]))
+    same_memory(before["state"], after["state"])
+    same_memory(before["state_scale"], after["state_scale"])
 
 
 # ---------------------------------------------------------------------------------------------------------------- bits
@@ -303,6 +306,7 @@ def test_five_runs_of_the_reference_have_the_same_bits(history):
     assert len({digest(verify(case)) for _ in range(5)}) == 1
 
 
+@pytest.mark.thin(2)
 @kernel
 @pytest.mark.parametrize("case", [WRITES, dataclasses.replace(WRITES, state="i8", history="ring")], ids=str)
 def test_five_runs_of_the_kernel_have_the_same_bits(case):
@@ -331,14 +335,14 @@ def check_bits_do_not_depend_on_order(case):
     alone = permuted(case, call, [3])
     for one in (call, twin, alone):
         run(case, one)
-    assert torch.equal(call["out"][order], twin["out"])
-    assert torch.equal(call["out"][[3]], alone["out"])
+    equal(call["out"][order], twin["out"])
+    equal(call["out"][[3]], alone["out"])
     names = ("state", "state_scale", *(name for name in case.names[:4] if name))
     for name in names:
         if name in call:
-            assert torch.equal(storage(call[name]), storage(twin[name])), name
+            same_memory(call[name], twin[name], name)
     slot = int(call["state_batch_indices"][3])
-    assert torch.equal(call["state"][slot].view(torch.uint8), alone["state"][slot].view(torch.uint8))
+    same_bits(call["state"][slot], alone["state"][slot])
 
 
 ORDERED = [dataclasses.replace(WRITES, state=state, history=h) for state, h in (("f16", "double"), ("i8", "ring"))]
@@ -349,6 +353,7 @@ def test_bits_do_not_depend_on_the_order_of_the_batch(case):
     check_bits_do_not_depend_on_order(case)
 
 
+@pytest.mark.thin(2)
 @kernel
 @pytest.mark.parametrize("case", ORDERED, ids=str)
 def test_bits_of_the_kernel_do_not_depend_on_the_order_of_the_batch(case):
@@ -356,6 +361,7 @@ def test_bits_of_the_kernel_do_not_depend_on_the_order_of_the_batch(case):
         check_bits_do_not_depend_on_order(case)
 
 
+@pytest.mark.wide
 @kernel
 @pytest.mark.parametrize(
     ("history", "state"),
@@ -387,6 +393,7 @@ def test_forms_splits_and_launches_have_the_same_bits(history, state):
     assert len(set(digests.values())) == 1, digests
 
 
+@pytest.mark.wide
 @kernel
 @pytest.mark.parametrize("history", [pytest.param(h, marks=slow_unless(h == "ring")) for h in HISTORIES])
 def test_work_items_change_no_bit(history):
@@ -399,6 +406,7 @@ def test_work_items_change_no_bit(history):
     assert all(torch.equal(storage(calls[0][name]), storage(calls[1][name])) for name in names)
 
 
+@pytest.mark.wide
 @kernel
 @pytest.mark.parametrize("state", [pytest.param(s, marks=slow_unless(s == "f8")) for s in ("f16", "i8", "f8")])
 def test_both_targets_have_the_same_bits(state):
@@ -413,6 +421,7 @@ def test_both_targets_have_the_same_bits(state):
     assert len(digests) == 1
 
 
+@pytest.mark.wide
 @kernel
 @pytest.mark.parametrize("history", [pytest.param(h, marks=slow_unless(h == "ring")) for h in ("double", "ring")])
 def test_packed_sequences_have_the_bits_of_equally_long_ones(history):
@@ -425,10 +434,11 @@ def test_packed_sequences_have_the_bits_of_equally_long_ones(history):
     with ptxsim.emulate(arch="sm_90a"):
         run(packed, first)
         run(packed, dense)
-    assert torch.equal(storage(first["out"]), storage(dense["out"]))
-    assert torch.equal(storage(first["state"]), storage(dense["state"]))
+    same_memory(first["out"], dense["out"])
+    same_memory(first["state"], dense["state"])
 
 
+@pytest.mark.thin(2)
 @kernel
 @pytest.mark.parametrize(
     "state", [pytest.param(s, marks=slow_unless(s in ("f16", "i8"))) for s in ("f16", "bf16", "i16", "i8", "f8")]
@@ -505,6 +515,7 @@ def test_random_configuration_of_the_reference(seed):
     verify(sample(random.Random(seed)), seed)
 
 
+@pytest.mark.wide
 @kernel
 @pytest.mark.parametrize("seed", [pytest.param(s, marks=slow_unless(s < 6)) for s in range(200)])
 def test_random_configuration_of_the_kernel(seed):

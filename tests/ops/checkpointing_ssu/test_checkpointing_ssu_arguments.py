@@ -7,7 +7,9 @@ import re
 
 import pytest
 import torch
-from checkpointing_cases import PAD, Case, arguments, copy, storage
+from bits import same_memory
+from checkpointing_cases import PAD, Case, arguments
+from memory import copy, storage
 
 import cute_ssm
 import ptxsim
@@ -273,7 +275,7 @@ def refuses(case: Case, call: dict, name: str, error: type, message: str, emulat
             call_of(case, call)
     assert re.match(rf"{name}: expected .+, got .", str(caught.value), re.DOTALL), str(caught.value)
     for n, tensor in tensors.items():
-        assert torch.equal(storage(tensor), storage(before[n])), f"{n} was written before the error"
+        same_memory(tensor, before[n], f"{n} was written before the error")
     assert not launches
 
 
@@ -393,7 +395,7 @@ def test_calls_without_sequences(form, emulated):
     run(case, call, emulated)
     for name, value in before.items():
         if isinstance(value, torch.Tensor):
-            assert torch.equal(storage(value), storage(call[name])), name
+            same_memory(value, call[name], name)
 
 
 @EMULATED
@@ -409,5 +411,5 @@ def test_dimensions_of_size_one_may_have_any_stride(history, emulated):
         twin[name] = t.as_strided(t.shape, strides)
     run(case, call, emulated)
     run(case, twin, emulated)
-    assert torch.equal(storage(call["out"]), storage(twin["out"]))
-    assert torch.equal(storage(call["state"]), storage(twin["state"]))
+    same_memory(call["out"], twin["out"])
+    same_memory(call["state"], twin["state"])

@@ -6,8 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from checkpointing_cases import Case, arguments, copy, moved, run, storage, verify_many
+from bits import equal, same_bits, same_memory
+from checkpointing_cases import Case, arguments, run, verify_many
 from checkpointing_runs import RUNS, WRITES, digest
+from memory import copy, moved, storage
 
 import cute_ssm
 from cute_ssm import tuning
@@ -60,9 +62,9 @@ def test_contents_out_of_range_skip_their_sequence(history, name, value):
     before = copy(call)
     run(case, call, "cuda")
     for tensor in ("state", *(n for n in case.names[:4] if n)):
-        assert torch.equal(call[tensor][slot].view(torch.uint8), before[tensor][slot].view(torch.uint8)), tensor
-    assert torch.equal(call["out"][1].view(torch.uint8), before["out"][1].view(torch.uint8))
-    assert torch.equal(call["out"][[0, 2]], good["out"][[0, 2]])
+        same_bits(call[tensor][slot], before[tensor][slot], tensor)
+    same_bits(call["out"][1], before["out"][1])
+    equal(call["out"][[0, 2]], good["out"][[0, 2]])
 
 
 def test_a_graph_follows_the_cursors():
@@ -81,5 +83,5 @@ def test_a_graph_follows_the_cursors():
                 storage(there[name]).copy_(storage(value))
         graph.replay()
         run(case, turn, "cuda")
-        assert torch.equal(there["out"].cpu(), turn["out"])
-        assert torch.equal(storage(there["state"]).cpu(), storage(turn["state"]))
+        equal(there["out"].cpu(), turn["out"])
+        same_memory(there["state"], turn["state"])

@@ -20,11 +20,13 @@ FEW = [
 ]
 
 
+@pytest.mark.thin(6, "state", "history")
 @pytest.mark.parametrize("case", RUNS, ids=str)
 def test_reference(case):
     verify_many(case)
 
 
+@pytest.mark.thin(3)
 @kernel
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_kernel(case):

@@ -6,7 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-from checkpointing_cases import Case, arguments, copy, storage
+from bits import equal, same_memory
+from checkpointing_cases import Case, arguments
+from memory import copy
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cute_ssm
@@ -31,10 +33,6 @@ WRITTEN = {"state", "x_history", "B_history", "dt_history", "cum_history", "out"
 
 def call_of(case: Case, call: dict) -> torch.Tensor:
     return (cute_ssm.checkpointing_ssu_ring if case.ring else cute_ssm.checkpointing_ssu)(**call)
-
-
-def same(got: torch.Tensor, want: torch.Tensor) -> bool:
-    return torch.equal(storage(got), storage(want))
 
 
 def canonical(case: Case, call: dict) -> dict:
@@ -80,10 +78,10 @@ def test_compiles_to_one_graph(form):
 
     got = step(call)
     wanted = call_of(case, eager) + 1
-    assert torch.equal(got.nan_to_num(), wanted.nan_to_num())
+    equal(got.nan_to_num(), wanted.nan_to_num())
     for name, value in call.items():
         if isinstance(value, torch.Tensor):
-            assert same(value, eager[name]), name
+            same_memory(value, eager[name], name)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -95,7 +93,7 @@ def test_fake_tensors_are_left_alone(form):
         fake = {n: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for n, v in call.items()}
         out = call_of(case, fake)
     assert (out.shape, out.dtype) == (call["x"].shape, call["x"].dtype)
-    assert same(call["state"], before["state"])
+    same_memory(call["state"], before["state"])
 
 
 def test_untied_arguments_are_refused_while_compiling():
@@ -149,7 +147,7 @@ def test_steady_state_is_one_look_up_and_one_call(form, monkeypatch):
     for name, value in zip(Operands._fields, got):
         assert value is named[name], name
     assert got[len(Operands._fields) :] == (-1, 132)
-    assert same(call["state"], before["state"])
+    same_memory(call["state"], before["state"])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -163,7 +161,8 @@ def test_a_refusing_kernel_leads_to_the_full_check(form, monkeypatch):
     call_of(case, call)
     monkeypatch.setattr(module._path, "plans", {})
     call_of(case, twin)
-    assert same(call["state"], twin["state"]) and same(call["out"], twin["out"])
+    same_memory(call["state"], twin["state"])
+    same_memory(call["out"], twin["out"])
 
 
 def test_plans_are_not_used_while_a_config_is_overridden(monkeypatch):

@@ -6,8 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from checkpointing_cases import STATES, Case, arguments, copy, run, verify
+from bits import each_same_bits, same_bits
+from checkpointing_cases import STATES, Case, arguments, run, verify
 from checkpointing_runs import emulate
+from memory import copy
 
 from cute_ssm import arch as archs
 from cute_ssm import runtime, tuning
@@ -32,10 +34,6 @@ FORMS = {
 }
 
 
-def same_bytes(a, b):
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
 QUICK = [("double", 1), ("pair", 4)]
 
 
@@ -45,6 +43,7 @@ def test_reference(form, shift):
     verify(dataclasses.replace(FORMS[form][0], shift=shift))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("form", "shift"),
     [
@@ -62,7 +61,7 @@ def test_results_at_any_alignment_are_those_of_aligned_rows(form, shift):
         run(case, aligned)
     for name, value in aligned.items():
         if isinstance(value, torch.Tensor):
-            assert same_bytes(value, views[name]), name
+            same_bits(value, views[name], name)
 
 
 @pytest.mark.parametrize("name", ["x", "B", "C", "z", "out"])
@@ -72,7 +71,8 @@ def test_one_unaligned_tensor_is_enough(name):
     with emulate():
         run(BASE, aligned)
         run(BASE, call)
-    assert all(same_bytes(call[n], aligned[n]) for n in ("state", "old_x", "old_B", "out"))
+    for name in ("state", "old_x", "old_B", "out"):
+        same_bits(call[name], aligned[name], name)
 
 
 def test_views_of_a_fused_projection_in_a_declared_workload():
@@ -83,7 +83,7 @@ def test_views_of_a_fused_projection_in_a_declared_workload():
     with emulate(racecheck=False, initcheck=False):
         call.run()
         module.checkpointing_ssu(**separate)
-    assert all(same_bytes(separate[n], value) for n, value in call.results().items())
+    each_same_bits(separate, call.results())
 
 
 def operands(case, **changed):
@@ -163,6 +163,7 @@ def settings():
     )  # fmt: skip
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("state", "batch"),
     [("f16", 64), *(pytest.param(state, b, marks=pytest.mark.slow) for state in STATES for b in (1, 64, 1024))],

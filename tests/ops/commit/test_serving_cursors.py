@@ -21,6 +21,7 @@ def test_reference(case):
         verify(case, seed)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_emulated(case):
     with emulated() as session:
@@ -28,6 +29,7 @@ def test_emulated(case):
     assert len(session.launches) == 2
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize("batch", [31, 32, 33, 127, 128, 129, 1000, 1024, 1025, 2100])
 def test_emulated_sizes(batch, arch):
@@ -35,6 +37,7 @@ def test_emulated_sizes(batch, arch):
         verify(Case(batch=batch, ring=batch % 2 == 0), batch)
 
 
+@pytest.mark.wide
 def test_a_large_batch():
     with emulated():
         verify(Case(batch=8192))

@@ -9,7 +9,10 @@ import random
 
 import pytest
 import torch
-from gdn_cases import DTYPES, MODES, REGIMES, Case, arguments, copy, expected, storage, verify, within
+from bits import equal, same_memory
+from cases import vary
+from gdn_cases import DTYPES, MODES, REGIMES, Case, arguments, expected, verify, within
+from memory import copy
 
 import cute_ssm
 import ptxsim
@@ -19,15 +22,12 @@ from cute_ssm.ops.gated_delta_rule_mtp.reference import gated_delta_rule, gated_
 BASE = Case()
 
 
-def vary(base=BASE, **factors):
-    return [dataclasses.replace(base, **{name: value}) for name, values in factors.items() for value in values]
-
-
 CASES = [
     BASE,
-    *vary(mode=[mode for mode in MODES if mode != "update"]),
-    *vary(regime=REGIMES[1:]),
+    *vary(BASE, mode=[mode for mode in MODES if mode != "update"]),
+    *vary(BASE, regime=REGIMES[1:]),
     *vary(
+        BASE,
         tokens=(1, 2, 3),
         ratio=(1, 4),
         heads=(3,),
@@ -75,12 +75,14 @@ def test_reference(case):
     verify(case)
 
 
+@pytest.mark.thin(10, "mode", "state", "io", "out")
 @pytest.mark.parametrize("case", CASES + SIZES, ids=str)
 def test_kernel(case):
     with emulated():
         verify(case)
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("mode", ["verify", "accepted_split", "buffer_update", "scatter"])
 def test_one_token_after_the_other(mode):
     """Two tokens in the form that is chosen for one, and one in that of more."""
@@ -97,6 +99,7 @@ def test_sm_100a(tokens):
         verify(Case(tokens=tokens, mode="buffer_update", batch=2))
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     "mode", [{"async_mode": "late"}, {"schedule": 1}, {"schedule": 2, "async_mode": "late"}], ids=str
 )
@@ -117,6 +120,7 @@ def test_products_are_the_recurrence(tokens, regime):
         assert (got - want).abs().max() < 1e-12
 
 
+@pytest.mark.thin(7, "backend")
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("tokens", [1, 4, 8])
 def test_error_is_that_of_sequential_float32(tokens, regime):
@@ -135,6 +139,7 @@ def test_error_is_that_of_sequential_float32(tokens, regime):
         assert error <= 1.5 * allowed, error / allowed
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("tokens", [1, 3, 8])
 def test_bits_do_not_depend_on_batch_tiling_or_repetition(tokens):
     """A request gives the same bits alone, in any order of a batch, in any slot, and whatever the config."""
@@ -158,8 +163,8 @@ def test_bits_do_not_depend_on_batch_tiling_or_repetition(tokens):
         out, pool = cute_ssm.gated_delta_rule_mtp(**turn)
         results.append((out[3], pool[turn["initial_state_indices"][3]]))
     for out, state in results[1:]:
-        assert torch.equal(out, results[0][0])
-        assert torch.equal(state, results[0][1])
+        equal(out, results[0][0])
+        equal(state, results[0][1])
 
 
 @pytest.mark.parametrize("tokens", [4, 6])
@@ -175,14 +180,14 @@ def test_stored_states_are_the_final_states_of_prefixes(tokens):
         cute_ssm.gated_delta_rule_mtp(**call)
         cute_ssm.gated_delta_rule_mtp(**other)
         buffer = call["intermediate_states_buffer"]
-        assert torch.equal(call["initial_state"][slot], buffer[0, tokens - 1])
+        equal(call["initial_state"][slot], buffer[0, tokens - 1])
         for t in range(tokens):
-            assert torch.equal(other["initial_state"][t], buffer[0, t])
+            equal(other["initial_state"][t], buffer[0, t])
             turn = copy(first)
             del turn["intermediate_states_buffer"]
             turn["accepted_steps"] = torch.tensor([t + 1])
             cute_ssm.gated_delta_rule_mtp(**turn)
-            assert torch.equal(turn["initial_state"][slot], buffer[0, t])
+            equal(turn["initial_state"][slot], buffer[0, t])
 
 
 def test_invariants():
@@ -194,14 +199,14 @@ def test_invariants():
         idle["A_log"].fill_(-60)
         idle["b"].fill_(-200)
         cute_ssm.gated_delta_rule_mtp(**idle)
-        assert torch.equal(idle["initial_state"][slot], call["initial_state"][slot])
+        equal(idle["initial_state"][slot], call["initial_state"][slot])
         twice, once = copy(call), copy(call)
         twice["v"] *= 2
         twice["initial_state"] *= 2
         cute_ssm.gated_delta_rule_mtp(**once)
         cute_ssm.gated_delta_rule_mtp(**twice)
-        assert torch.equal(twice["output"], 2 * once["output"])
-        assert torch.equal(twice["initial_state"][slot], 2 * once["initial_state"][slot])
+        equal(twice["output"], 2 * once["output"])
+        equal(twice["initial_state"][slot], 2 * once["initial_state"][slot])
         exact = copy(call)
         exact["b"].fill_(60)
         cute_ssm.gated_delta_rule_mtp(**exact)
@@ -261,7 +266,7 @@ def test_default_output_is_fresh():
         one, _ = cute_ssm.gated_delta_rule_mtp(**call)
         two, _ = cute_ssm.gated_delta_rule_mtp(**call)
     assert one.data_ptr() != two.data_ptr()
-    assert torch.equal(one, two)
+    equal(one, two)
 
 
 def test_padding_rows_keep_a_sentinel_and_nan_inputs_of_others_stay_away():
@@ -276,8 +281,8 @@ def test_padding_rows_keep_a_sentinel_and_nan_inputs_of_others_stay_away():
         cute_ssm.gated_delta_rule_mtp(**clean)
     assert (call["output"][1] == 42).all()
     for row in (0, 2):
-        assert torch.equal(call["output"][row], clean["output"][row])
-    assert torch.equal(storage(call["initial_state"]), storage(clean["initial_state"]))
+        equal(call["output"][row], clean["output"][row])
+    same_memory(call["initial_state"], clean["initial_state"])
 
 
 def test_slots_beyond_2_to_the_31_elements():
@@ -297,8 +302,8 @@ def test_slots_beyond_2_to_the_31_elements():
     with ptxsim.emulate(arch="sm_90a"):
         cute_ssm.gated_delta_rule_mtp(**far)
         cute_ssm.gated_delta_rule_mtp(**near)
-    assert torch.equal(far["output"], near["output"])
-    assert torch.equal(state[4], near["initial_state"][slot])
+    equal(far["output"], near["output"])
+    equal(state[4], near["initial_state"][slot])
     assert not state[:4].any()
 
 
@@ -310,7 +315,7 @@ def test_empty_batch():
     cute_ssm.gated_delta_rule_mtp(**call)
     with ptxsim.emulate(arch="sm_90a"):
         assert cute_ssm.gated_delta_rule_mtp(**call)[0].shape == (0, 4, 2, 64)
-    assert torch.equal(storage(before["initial_state"]), storage(call["initial_state"]))
+    same_memory(before["initial_state"], call["initial_state"])
 
 
 def random_case(seed: int) -> Case:

@@ -6,7 +6,9 @@ import contextlib
 
 import pytest
 import torch
-from gdn_cases import Case, arguments, check, copy, storage
+from bits import equal, same_memory
+from gdn_cases import Case, arguments, check
+from memory import copy
 
 import cute_ssm
 import ptxsim
@@ -36,7 +38,7 @@ def test_flashinfer_converts_write_slots():
     twin["output_state_indices"] = twin["output_state_indices"].long()
     cute_ssm.gated_delta_rule_mtp(**call)
     gated_delta_rule_mtp(**twin)
-    assert torch.equal(storage(call["initial_state"]), storage(twin["initial_state"]))
+    same_memory(call["initial_state"], twin["initial_state"])
 
 
 def recurrence(q, k, v, g, beta, scale, state, l2norm):
@@ -76,7 +78,7 @@ def test_fla(tokens, l2norm, backend):
     assert (out - want).abs().max() < 2**-8 * want.abs().max()
     assert (got - final).abs().max() < 2e-6 * final.abs().max()
     assert none is None
-    assert torch.equal(again, out)
+    equal(again, out)
     zero, one = torch.zeros(batch, tokens, value_heads), torch.ones(batch, tokens, value_heads)
     want, _ = recurrence(q, k, v, zero, one, K**-0.5, state * 0, l2norm)
     assert (bare - want).abs().max() < 2**-8 * want.abs().max()
@@ -100,7 +102,7 @@ def test_fla_gates_that_no_logits_have(tokens, backend):
         later, lost = fused_recurrent_gated_delta_rule(q, k, v, poisoned, beta=beta, **options)
     assert (out - want).abs().max() < 2**-8 * want.abs().max()
     assert (got - final).abs().max() < 2e-6 * final.abs().max()
-    assert torch.equal(later[:, :-1], out[:, :-1])
+    equal(later[:, :-1], out[:, :-1])
     assert later[:, -1].isnan().all()
     assert lost.isnan().all()
 

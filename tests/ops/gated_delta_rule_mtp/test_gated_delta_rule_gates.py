@@ -5,7 +5,8 @@ from __future__ import annotations
 import gdn_cases
 import pytest
 import replay_cases
-import torch
+from bits import equal
+from memory import copy
 
 import cute_ssm
 from cute_ssm import tuning
@@ -16,7 +17,7 @@ SLOW = pytest.mark.slow
 
 
 def emulated(operator, call):
-    call = gdn_cases.copy(call)
+    call = copy(call)
     with ptxsim.emulate(arch="sm_90a", racecheck=True):
         out, state = operator(**call)
     return out, state
@@ -26,23 +27,24 @@ def check(operator, call, name, token, accepted=None):
     """NaN at a token of the first request; `accepted` of its tokens are in the state that is written, or all."""
     before = emulated(operator, call)
     slots = call["initial_state_indices"].tolist()
-    spoilt = gdn_cases.copy(call)
+    spoilt = copy(call)
     spoilt[name][0, token] = NAN
     out, state = emulated(operator, spoilt)
-    want, _ = operator(**gdn_cases.copy(spoilt))
-    assert torch.equal(out.isnan(), want.isnan()), "NaN is where the reference has it"
+    want, _ = operator(**copy(spoilt))
+    equal(out.isnan(), want.isnan(), "NaN is where the reference has it")
     assert not out[0, :token].isnan().any()
     assert out[0, token:].isnan().all()
-    assert torch.equal(out[0, :token], before[0][0, :token]), "outputs before the token"
-    assert torch.equal(out[1:], before[0][1:]), "other requests"
-    assert torch.equal(state[slots[1:]], before[1][slots[1:]])
+    equal(out[0, :token], before[0][0, :token], "outputs before the token")
+    equal(out[1:], before[0][1:], "other requests")
+    equal(state[slots[1:]], before[1][slots[1:]])
     passed = accepted is None or accepted > token
     if passed:
         assert state[slots[0]].isnan().all()
     else:
-        assert torch.equal(state[slots[0]], before[1][slots[0]]), "the state of tokens before it"
+        equal(state[slots[0]], before[1][slots[0]], "the state of tokens before it")
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", ["a", "b"])
 @pytest.mark.parametrize(
     "tokens", [1, 4, pytest.param(2, marks=SLOW), pytest.param(8, marks=SLOW), pytest.param(16, marks=SLOW)]
@@ -55,6 +57,7 @@ def test_gates_of_a_later_token(tokens, name):
         check(cute_ssm.gated_delta_rule_mtp, call, name, token, accepted)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_gates_of_two_tokens_one_after_the_other(name):
     case = gdn_cases.Case(batch=2, tokens=2, K=64, heads=1, ratio=1, pads=())
@@ -62,6 +65,7 @@ def test_gates_of_two_tokens_one_after_the_other(name):
         check(cute_ssm.gated_delta_rule_mtp, gdn_cases.arguments(case), name, 1)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_gates_of_new_tokens_behind_pending_ones(name):
     """The state that is flushed is that of the pending tokens alone."""
@@ -70,6 +74,7 @@ def test_gates_of_new_tokens_behind_pending_ones(name):
     check(cute_ssm.gated_delta_rule_replay, call, name, 1, accepted=0)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("cache", ["g_cache", "beta_cache"])
 def test_a_pending_token_that_is_no_number_makes_all_new_outputs_nan(cache):
     fields = {"batch": 2, "tokens": 2, "K": 64, "window": 8, "heads": 1, "ratio": 1, "pads": ()}
@@ -81,4 +86,4 @@ def test_a_pending_token_that_is_no_number_makes_all_new_outputs_nan(cache):
     out, state = emulated(cute_ssm.gated_delta_rule_replay, call)
     assert out[0].isnan().all()
     assert state[slots[0]].isnan().all()
-    assert torch.equal(out[1], before[1])
+    equal(out[1], before[1])

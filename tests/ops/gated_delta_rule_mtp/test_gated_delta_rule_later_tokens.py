@@ -16,7 +16,8 @@ import gdn_cases
 import pytest
 import replay_cases
 import torch
-from gdn_cases import copy
+from bits import equal
+from memory import copy
 
 import cute_ssm
 import ptxsim
@@ -71,7 +72,7 @@ def check_rows(got: torch.Tensor, want: torch.Tensor, poison: Poison, what: str)
         parts.append((got[:, :, kept], want[:, :, kept]))
     for one, other in parts:
         assert other.isfinite().all()
-        assert torch.equal(one, other), f"{poison}: {what} differs in {(one != other).sum()} of {other.numel()}"
+        equal(one, other, f"{poison}: {what} differs in {(one != other).sum()} of {other.numel()}")
 
 
 def run(backend: str, operator, call: dict, **config) -> torch.Tensor:
@@ -140,17 +141,19 @@ def check_mtp(form: Form, backend: str, count: int | None) -> None:
         elif form.mode in ("accepted", "accepted_split"):
             slot = clean.get("output_state_indices", src)[i].long()
             if slot >= 0:
-                assert torch.equal(dirty["initial_state"][slot], clean["initial_state"][slot]), f"{poison}: state"
+                equal(dirty["initial_state"][slot], clean["initial_state"][slot], f"{poison}: state")
         elif poison.single and form.mode in ("update", "buffer_update"):
             states = (x["initial_state"][src[i]][None] for x in (dirty, clean))
             check_rows(*states, poison._replace(first=0), "final state")
 
 
+@pytest.mark.thin(3, "mode")
 @pytest.mark.parametrize("form", FORMS + MORE_FORMS, ids=str)
 def test_later_tokens_do_not_reach_the_reference(form):
     check_mtp(form, "reference", 40)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_later_tokens_do_not_reach_earlier_outputs_and_states(form):
     check_mtp(form, "sm_90a", 24)
@@ -181,7 +184,7 @@ def test_overflow_that_comes_from_the_state(l2norm):
     for backend in ("reference", "sm_90a"):
         calls = [copy(clean), copy(dirty)]
         outs = [run(backend, cute_ssm.gated_delta_rule_mtp, call) for call in calls]
-        assert torch.equal(outs[0][:, :5], outs[1][:, :5])
+        equal(outs[0][:, :5], outs[1][:, :5])
         states = [call["initial_state"][src] for call in calls]
         assert states[0].isfinite().all()
         assert torch.equal(*states)
@@ -229,7 +232,7 @@ def check_replay(case: replay_cases.Case, backend: str, count: int) -> None:
         want, got = (run(backend, cute_ssm.gated_delta_rule_replay, call) for call in (clean, dirty))
         for i, poison in enumerate(found):
             check_rows(got[i], want[i], poison if step == 0 else poison._replace(first=case.tokens), f"out {step}")
-        assert torch.equal(dirty["initial_state"][src], clean["initial_state"][src]), f"state {step}"
+        equal(dirty["initial_state"][src], clean["initial_state"][src], f"state {step}")
         assert clean["initial_state"][src].isfinite().all()
         if step:
             break

@@ -9,7 +9,10 @@ import random
 
 import pytest
 import torch
-from gdn_cases import DTYPES, REGIMES, copy, storage, within
+from bits import equal, same_memory
+from cases import vary
+from gdn_cases import DTYPES, REGIMES, within
+from memory import copy
 from replay_cases import RINGS, Case, arguments, check, expected, verify
 
 import cute_ssm
@@ -23,14 +26,11 @@ from cute_ssm.serving import commit
 BASE = Case()
 
 
-def vary(base=BASE, **factors):
-    return [dataclasses.replace(base, **{name: value}) for name, values in factors.items() for value in values]
-
-
 CASES = [
     BASE,
-    *vary(regime=REGIMES[1:]),
+    *vary(BASE, regime=REGIMES[1:]),
     *vary(
+        BASE,
         tokens=(1, 2, 3, 8),
         ratio=(1, 4),
         heads=(3,),
@@ -74,18 +74,21 @@ def test_reference(case):
     verify(case)
 
 
+@pytest.mark.thin(10, "state", "io", "out")
 @pytest.mark.parametrize("case", CASES + SIZES, ids=str)
 def test_kernel(case):
     with emulated():
         verify(case)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("tokens", [4, 8])
 def test_sm_100a(tokens):
     with ptxsim.emulate(arch="sm_100a", racecheck=True, initcheck=True):
         verify(Case(tokens=tokens, batch=2, pads=()))
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     "mode", [{"async_mode": "late"}, {"schedule": 1}, {"schedule": 2, "async_mode": "late"}], ids=str
 )
@@ -132,6 +135,7 @@ def test_error_is_that_of_sequential_float32(regime):
         assert error <= 1.5 * allowed, error / allowed
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("tokens", [3, 8])
 def test_bits_do_not_depend_on_batch_tiling_window_flush_or_place_in_the_ring(tokens):
     """A request gives the same outputs alone, in any order of a batch, in a longer ring, turned, flushing or not."""
@@ -162,13 +166,14 @@ def test_bits_do_not_depend_on_batch_tiling_window_flush_or_place_in_the_ring(to
                     turn[name][slot][:, (target + j) % other] = call[name][slot][:, (source + j) % length]
             run(turn, 3)
     for out, _ in results[1:]:
-        assert torch.equal(out, results[0][0])
+        equal(out, results[0][0])
     flushed = [not torch.equal(state, call["initial_state"][slot]) for _, state in results]
     assert flushed == [11 + tokens > window for window in [*[16] * 9, 13, 50]]
     states = [state for (_, state), written in zip(results, flushed) if written]
     assert all(torch.equal(state, states[0]) for state in states)
 
 
+@pytest.mark.thin(6)
 @pytest.mark.parametrize("state", ["f32", "bf16"])
 @pytest.mark.parametrize("pending", [0, 5, 8])
 def test_bits_are_those_of_mtp(pending, state):
@@ -204,8 +209,8 @@ def test_bits_are_those_of_mtp(pending, state):
             output = torch.empty_like(out)
             first |= {"initial_state": pool, "output": output, "disable_state_update": True}
             want, _ = cute_ssm.gated_delta_rule_mtp(**first)
-            assert torch.equal(out, want)
-    assert torch.equal(call["initial_state"][src.long()], pool[src.long()])
+            equal(out, want)
+    equal(call["initial_state"][src.long()], pool[src.long()])
 
 
 @pytest.mark.parametrize("backend", ["reference", "emulate"])
@@ -217,10 +222,10 @@ def test_every_accepted_prefix_is_what_the_next_flush_folds(backend):
         first = call["initial_state"].clone()
         src = call["initial_state_indices"]
         cute_ssm.gated_delta_rule_replay(**call)
-        assert torch.equal(call["initial_state"][src.long()], first[src.long()])
+        equal(call["initial_state"][src.long()], first[src.long()])
         accepted = torch.arange(T + 1, dtype=torch.int32)  # n = 0 .. T, a request each
         advance(call, accepted)
-        assert torch.equal(call["prev_num_accepted_tokens"][src.long()], accepted)
+        equal(call["prev_num_accepted_tokens"][src.long()], accepted)
         g, beta = gates(call["a"], call["b"], call["A_log"], call["dt_bias"], torch.float64)
         q, k, v = (call[name].clone() for name in ("q", "k", "v"))
         call |= {name: torch.flip(call[name], (1,)) for name in ("q", "k", "v", "a", "b")}
@@ -233,7 +238,7 @@ def test_every_accepted_prefix_is_what_the_next_flush_folds(backend):
     for n in range(T + 1):
         got = call["initial_state"][src[n].long()]
         if n == 0:
-            assert torch.equal(got, before[0])
+            equal(got, before[0])
         else:
             within(got, results[1][n, n - 1], results[0][n, n - 1], (-2, -1), f"{n} accepted")
 
@@ -247,6 +252,7 @@ def advance(call, accepted):
     )  # fmt: skip
 
 
+@pytest.mark.thin(4, "backend")
 @pytest.mark.parametrize(("state", "window"), [("f32", 16), ("bf16", 7)])
 @pytest.mark.parametrize("backend", ["reference", "emulate"])
 def test_forty_steps(backend, state, window):
@@ -331,7 +337,7 @@ def test_cursors_out_of_range_are_padding_to_the_kernel(monkeypatch):
             assert (call["output"][row] - want["output"][row]).abs().max() < 2**-6
         slot = int(arguments(Case(pads=(), K=64))["initial_state_indices"][1])
         for cache in ("initial_state", *RINGS):
-            assert torch.equal(storage(call[cache][slot].clone()), storage(before[cache][slot].clone())), cache
+            same_memory(call[cache][slot].clone(), before[cache][slot].clone(), cache)
 
 
 def test_padding_rows_keep_a_sentinel_and_nan_inputs_of_others_stay_away():
@@ -344,9 +350,9 @@ def test_padding_rows_keep_a_sentinel_and_nan_inputs_of_others_stay_away():
         cute_ssm.gated_delta_rule_replay(**clean)
     assert (call["output"][1] == 42).all()
     for row in (0, 2, 3):
-        assert torch.equal(call["output"][row], clean["output"][row])
+        equal(call["output"][row], clean["output"][row])
     for name in ("initial_state", *RINGS):
-        assert torch.equal(storage(call[name]), storage(clean[name])), name
+        same_memory(call[name], clean[name], name)
 
 
 def test_slots_beyond_2_to_the_31_elements():
@@ -366,9 +372,9 @@ def test_slots_beyond_2_to_the_31_elements():
     with ptxsim.emulate(arch="sm_90a"):
         cute_ssm.gated_delta_rule_replay(**far)
         cute_ssm.gated_delta_rule_replay(**near)
-    assert torch.equal(far["output"], near["output"])
+    equal(far["output"], near["output"])
     for name in ("initial_state", *RINGS):
-        assert torch.equal(torch.nan_to_num(far[name][4]), torch.nan_to_num(near[name][slot])), name
+        equal(torch.nan_to_num(far[name][4]), torch.nan_to_num(near[name][slot]), name)
         assert not far[name][0].any()
 
 
@@ -389,9 +395,9 @@ def test_default_output_is_fresh_and_the_default_window_fills_the_ring():
     one, _ = cute_ssm.gated_delta_rule_replay(**call)
     two, _ = cute_ssm.gated_delta_rule_replay(**twin, window=16)
     assert one.data_ptr() != two.data_ptr()
-    assert torch.equal(one, two)
+    equal(one, two)
     for name in ("initial_state", *RINGS):
-        assert torch.equal(storage(call[name]), storage(twin[name])), name
+        same_memory(call[name], twin[name], name)
 
 
 def test_empty_batch():
@@ -403,7 +409,7 @@ def test_empty_batch():
     with ptxsim.emulate(arch="sm_90a"):
         assert cute_ssm.gated_delta_rule_replay(**call)[0].shape == (0, 4, 2, 64)
     for name in ("initial_state", *RINGS):
-        assert torch.equal(storage(before[name]), storage(call[name])), name
+        same_memory(before[name], call[name], name)
 
 
 def test_pending_tokens_behind_the_count_have_no_effect():
@@ -412,7 +418,7 @@ def test_pending_tokens_behind_the_count_have_no_effect():
     pending = (k, torch.full((1, 1, 3, 4), float("inf")), *torch.full((2, 1, 1, 3), float("nan")))
     new = (torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 4), *torch.zeros(2, 1, 2, 1))
     out, folded = mathematics(state, pending, torch.tensor([0]), torch.randn(1, 2, 1, 8), new, 1.0, True)
-    assert torch.equal(folded, state)
+    equal(folded, state)
     assert out.isfinite().all()
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from gdn_cases import copy, odd_rows, storage, transposed
+from bits import same_memory
+from gdn_cases import odd_rows, transposed
+from memory import copy
 from replay_cases import Case, arguments
 
 import cute_ssm
@@ -114,7 +116,7 @@ def expect(call: dict, name: str, error: type, message: str, emulated: bool = Fa
             cute_ssm.gated_delta_rule_replay(**call)
     assert str(caught.value).startswith(f"{name}:"), str(caught.value)
     for n, tensor in tensors.items():
-        assert torch.equal(storage(tensor), storage(before[n])), f"{n} was written before the error"
+        same_memory(tensor, before[n], f"{n} was written before the error")
     if emulated:
         assert not session.launches
 

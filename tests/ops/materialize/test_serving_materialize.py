@@ -22,6 +22,7 @@ def test_reference(case):
         verify(case, seed)
 
 
+@pytest.mark.thin(8, "state", "out", "history")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_emulated(case):
     with emulated() as session:
@@ -29,12 +30,14 @@ def test_emulated(case):
     assert len(session.launches) == 1
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("case", [BASE, Case(state="i8", seeds="slots"), Case(state="f16", seeds="one")], ids=str)
 def test_emulated_for_blackwell(case):
     with emulated("sm_100a"):
         verify(case)
 
 
+@pytest.mark.thin(4, "emulate", "backend")
 @pytest.mark.parametrize("emulate", [contextlib.nullcontext, emulated], ids=["reference", "emulated"])
 @pytest.mark.parametrize("rate", [1.0, 100.0])
 @pytest.mark.parametrize(
@@ -73,6 +76,7 @@ def test_a_state_errs_like_one_rounding(state, rate, emulate):
         assert ratio <= (4.0 if state == "f32" else 1.1), f"{len(tokens[0])} tokens: {ratio:.3f} roundings"
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("warps", [1, 3, 8])
 def test_bits_do_not_depend_on_config_or_order(warps):
     """Nor on the place in the batch, nor on the run."""
@@ -88,6 +92,7 @@ def test_bits_do_not_depend_on_config_or_order(warps):
     each_same_bits(*results)
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("out", ["f16", "bf16", "i8", "i16", "f8"])
 @pytest.mark.parametrize("seeds", ["slots", None])
 def test_bits_are_those_of_the_reference(out, seeds):
@@ -111,6 +116,7 @@ SPECS = [
 ]
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.text())
 def test_nothing_spills(spec, arch):

@@ -8,9 +8,10 @@ import dataclasses
 import pytest
 import replay_cases
 import torch
-from bits import each_same_bits, same_bits
-from gdn_cases import NAN, storage
+from bits import each_same_bits, same_bits, same_memory
+from gdn_cases import NAN
 from materialize_gated_cases import BASE, FEW, MANY, SPEC, TAKEN, Case, arguments, emulated, fitted, verify
+from memory import copy, storage
 from pool_runs import LAYERS, Run, gated, memory, started
 
 import cute_ssm
@@ -43,11 +44,12 @@ def test_emulated_for_blackwell(case):
         verify(case)
 
 
+@pytest.mark.wide
 def test_bits_are_those_of_a_step_that_flushes_whatever_the_config_and_the_order():
     """The state that `gated_delta_rule_replay` stores, from the same slots."""
     case = Case(pending=(16, 14, 15), batch=3, pads=(), counts=None, V=128)
     made = replay_cases.arguments(case)
-    step = replay_cases.copy(made)
+    step = copy(made)
     with emulated():
         cute_ssm.gated_delta_rule_replay(**step)
         slots = made["initial_state_indices"]
@@ -75,6 +77,7 @@ SPILLS = [
 ]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("spec", "arch"), SPILLS, ids=str)
 def test_nothing_spills(spec, arch):
     target = archs.by_name(arch)
@@ -174,7 +177,7 @@ def test_registered_with_pytorch():
 
     step(call)
     serving.materialize_gated_delta(**eager)
-    same_bits(storage(call["initial_state"]), storage(eager["initial_state"]))
+    same_memory(call["initial_state"], eager["initial_state"])
 
 
 def test_what_engines_run_around_the_steps_is_warmed_up():

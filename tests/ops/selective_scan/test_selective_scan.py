@@ -8,19 +8,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from scan_cases import (
-    DECAYS,
-    NULL,
-    Case,
-    arguments,
-    copy,
-    expected,
-    scan,
-    segments,
-    storage,
-    verify,
-    within,
-)
+from bits import equal, same_memory
+from bounds import like_float32
+from cases import vary
+from memory import copy
+from scan_cases import DECAYS, NULL, Case, arguments, expected, scan, segments, verify
 
 import cute_ssm
 import ptxsim
@@ -30,13 +22,10 @@ BASE = Case()
 PREFIX = Case(varlen=True, lengths=(21, 5, 16, 40), computed=(0, 3, 8, 29), block_size=8, nulls=(1,), dim=24, ngroups=2)
 
 
-def vary(base=BASE, **factors):
-    return [dataclasses.replace(base, **{name: value}) for name, values in factors.items() for value in values]
-
-
 CASES = [
     BASE,
     *vary(
+        BASE,
         io=("f32", "f16"),
         state=("io", None),
         dim=(1, 32, 72),
@@ -80,20 +69,23 @@ def test_reference(case):
     verify(case)
 
 
+@pytest.mark.thin(10, "io", "state")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case):
     with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True):
         verify(case)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
-    "case", [BASE, PREFIX, *vary(io=("f32",), dstate=(64, 256)), Case(varlen=True, lengths=(5, 12, 30))], ids=str
+    "case", [BASE, PREFIX, *vary(BASE, io=("f32",), dstate=(64, 256)), Case(varlen=True, lengths=(5, 12, 30))], ids=str
 )
 def test_sm_100a(case):
     with ptxsim.emulate(arch="sm_100a", racecheck=True, initcheck=True):
         verify(case)
 
 
+@pytest.mark.thin(12)
 @pytest.mark.parametrize(
     "config", [{"lanes": 1, "warps": 2}, {"lanes": 2, "warps": 1, "tokens": 16}, {"lanes": 4, "warps": 4}], ids=str
 )
@@ -113,6 +105,7 @@ def close(got, wanted, backend):
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
+@pytest.mark.thin(5, "backend")
 @pytest.mark.parametrize("length", [1, 7, 128, 1024, 4096])
 @pytest.mark.parametrize("backend", ["reference", "emulate", "emulate-whole"])
 def test_lengths(length, backend):
@@ -187,8 +180,8 @@ def test_bits_do_not_depend_on_batch_tiling_or_repetition():
                 out = cute_ssm.selective_scan(**turn)
             results.append((out[3], turn["ssm_states"][slot]))
     for out, state in results[1:]:
-        assert torch.equal(out, results[0][0])
-        assert torch.equal(state, results[0][1])
+        equal(out, results[0][0])
+        equal(state, results[0][1])
 
 
 @pytest.mark.parametrize("backend", ["reference", "emulate"])
@@ -247,13 +240,14 @@ def test_null_destinations_are_not_written(backend):
     before = copy(call)
     with ptxsim.emulate(arch="sm_90a", racecheck=True) if backend == "emulate" else torch.no_grad():
         scan(case, call)
-    assert torch.equal(call["ssm_states"][NULL].isnan(), before["ssm_states"][NULL].isnan())
+    equal(call["ssm_states"][NULL].isnan(), before["ssm_states"][NULL].isnan())
     _, saved = expected(case, before, torch.float64)
     assert len(saved) == sum(len(ends) for *_, ends in sequences) - 1
     for slot, state in saved:
         torch.testing.assert_close(call["ssm_states"][slot].double(), state, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.thin(5, "backend")
 @pytest.mark.parametrize("backend", ["reference", "emulate"])
 @pytest.mark.parametrize("names", [("delta",), ("z",), ("delta", "z"), ("u",), ("B", "C", "u", "delta", "z")])
 def test_other_strides_receive_the_result(names, backend):
@@ -271,10 +265,10 @@ def test_other_strides_receive_the_result(names, backend):
         scan(case, plain)
     assert out is call["z"]
     for name in ("delta", "z"):
-        assert torch.equal(call[name], plain[name]), name
+        equal(call[name], plain[name], name)
         if name in names:
             assert call[name].as_strided((call[name].numel(),), (2,), 1).isnan().all()
-    assert torch.equal(call["u"], u)
+    equal(call["u"], u)
 
 
 @pytest.mark.parametrize("backend", ["reference", "emulate"])
@@ -286,7 +280,7 @@ def test_out_may_be_an_input(name, backend):
         wanted = scan(case, copy(call))
         got = scan(case, {**call, "out": call[name]})
     assert got is call[name]
-    assert torch.equal(got, wanted)
+    equal(got, wanted)
 
 
 @pytest.mark.parametrize("backend", ["reference", "emulate"])
@@ -298,8 +292,8 @@ def test_matrix_of_indices_uses_column_0(backend):
     with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else torch.no_grad():
         scan(case, call)
         scan(case, matrix)
-    assert torch.equal(storage(matrix["ssm_states"]), storage(call["ssm_states"]))
-    assert torch.equal(storage(matrix["z"]), storage(call["z"]))
+    same_memory(matrix["ssm_states"], call["ssm_states"])
+    same_memory(matrix["z"], call["z"])
 
 
 @pytest.mark.parametrize(
@@ -316,7 +310,7 @@ def test_nothing_to_do(change):
     scan(case, call)
     with ptxsim.emulate(arch="sm_90a"):
         assert scan(case, call).shape == call["u"].shape
-    assert torch.equal(storage(before["ssm_states"]), storage(call["ssm_states"]))
+    same_memory(before["ssm_states"], call["ssm_states"])
 
 
 def test_slots_beyond_2_to_the_31_elements():
@@ -335,8 +329,8 @@ def test_slots_beyond_2_to_the_31_elements():
     except RuntimeError as error:  # a machine that cannot map it
         pytest.skip(str(error))
     with ptxsim.emulate(arch="sm_90a"):
-        assert torch.equal(scan(case, far), scan(case, near))
-    assert torch.equal(states[4], near["ssm_states"][slot])
+        equal(scan(case, far), scan(case, near))
+    equal(states[4], near["ssm_states"][slot])
     assert not states[:4, :, 0].any()
 
 
@@ -350,6 +344,6 @@ def test_every_decay_regime_is_what_it_says():
 
 def test_bounds_reject_small_errors():
     want = torch.rand(1000, dtype=torch.float64) + 1
-    within([want.float()], [want.float()], [want], [want], "same")
+    like_float32([want.float()], [want.float()], [want], [want], ["same"])
     with pytest.raises(AssertionError, match="exceeds"):
-        within([want.float() * (1 + 2.0**-21)], [want.float()], [want], [want], "off")
+        like_float32([want.float() * (1 + 2.0**-21)], [want.float()], [want], [want], ["off"])

@@ -59,6 +59,7 @@ def resources(spec, work, arch):
     return config, compiled.kernels
 
 
+@pytest.mark.thin(12, "arch")
 @pytest.mark.parametrize(
     ("name", "work"),
     [
@@ -77,6 +78,7 @@ def test_no_spills_and_the_resident_ctas_fit(name, arch, work):
         assert config.ctas_per_sm * config.warps * WARP * registers <= 65536
 
 
+@pytest.mark.thin(6)
 @pytest.mark.parametrize("work", WORK[1:], ids=str)
 @pytest.mark.parametrize("name", ["base", "prefix"])
 def test_sm_103a(name, work):

@@ -6,7 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from scan_cases import NULL, Case, arguments, copy, expected, scan, segments, storage, verify
+from bits import equal, same_memory
+from cases import vary
+from memory import copy
+from scan_cases import NULL, Case, arguments, expected, scan, segments, verify
 
 import cute_ssm
 import ptxsim
@@ -32,13 +35,10 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", nan)
 
 
-def vary(base=BASE, **factors):
-    return [dataclasses.replace(base, **{name: value}) for name, values in factors.items() for value in values]
-
-
 CASES = [
     BASE,
     *vary(
+        BASE,
         io=("f32", "f16"),
         state=("io", None),
         dim=(1, 72),
@@ -67,6 +67,7 @@ CASES = [
 ]
 
 
+@pytest.mark.thin(18, "io", "state")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case):
     """Two launches against the oracle, with the bounds of one."""
@@ -75,12 +76,14 @@ def test_kernel(case):
     assert len(session.launches) == 2
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("case", [BASE, PREFIX, dataclasses.replace(BASE, dstate=64, io="f32")], ids=str)
 def test_sm_100a(case):
     with ptxsim.emulate(arch="sm_100a", racecheck=True, initcheck=True), tuning.override(splits=4):
         verify(case)
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("splits", [1, 3, 7, 32])
 @pytest.mark.parametrize("decay", ["slow", "typical", "fast"])
 def test_any_number_of_parts(decay, splits):
@@ -90,6 +93,7 @@ def test_any_number_of_parts(decay, splits):
         verify(case)
 
 
+@pytest.mark.thin(12)
 @pytest.mark.parametrize("config", [{"lanes": 1, "warps": 2}, {"lanes": 4, "warps": 1, "tokens": 16}], ids=str)
 @pytest.mark.parametrize("mode", [{}, {"async_mode": "late"}, {"schedule": 1}], ids=str)
 @pytest.mark.parametrize("case", [Case(dim=70, lengths=(70, 70)), dataclasses.replace(PREFIX, dim=70)], ids=str)
@@ -101,6 +105,7 @@ def test_persistent(case, config, mode):
         assert [launch.grid for launch in session.launches] == [(1, 1, 1)] * 2
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("io", ["f32", "bf16"])
 def test_parts_against_the_whole(io):
     """What splitting changes is the rounding of the states that parts start from."""
@@ -116,11 +121,12 @@ def test_parts_against_the_whole(io):
     tolerance = 2.0**-7 if io == "bf16" else 1e-5
     torch.testing.assert_close(parts["out"], whole["out"], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(parts["ssm_states"][slots], whole["ssm_states"][slots], rtol=1e-5, atol=1e-5)
-    assert torch.equal(parts["out"][..., :32], whole["out"][..., :32]), "the first part starts where the sequence does"
+    equal(parts["out"][..., :32], whole["out"][..., :32], "the first part starts where the sequence does")
     if io == "f32":
         assert not torch.equal(parts["out"], whole["out"]), "a scan that was not split proves nothing"
 
 
+@pytest.mark.wide
 def test_bits_do_not_depend_on_batch_tiling_or_repetition():
     """For a number of parts: nothing waits, nothing is added in the order of arrival."""
     call = arguments(Case(lengths=(75,) * 4, dim=40, nulls=(), in_place=False, dstate=12))
@@ -141,8 +147,8 @@ def test_bits_do_not_depend_on_batch_tiling_or_repetition():
                 out = cute_ssm.selective_scan(**turn)
             results.append((out[3], turn["ssm_states"][slot]))
     for out, state in results[1:]:
-        assert torch.equal(out, results[0][0])
-        assert torch.equal(state, results[0][1])
+        equal(out, results[0][0])
+        equal(state, results[0][1])
 
 
 def test_packed_sequences_are_those_of_single_calls():
@@ -158,10 +164,11 @@ def test_packed_sequences_are_those_of_single_calls():
             part |= {n: single[n][b : b + 1] for n in ("cache_indices", "has_initial_state")}
             scan(case, {**single, **part, "query_start_loc": torch.tensor([0, length])})
             begin += length
-    assert torch.equal(storage(single["out"]), storage(call["out"]))
-    assert torch.equal(storage(single["ssm_states"]), storage(call["ssm_states"]))
+    same_memory(single["out"], call["out"])
+    same_memory(single["ssm_states"], call["ssm_states"])
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", ["u", "delta", "z"])
 def test_out_may_be_an_input(name):
     """A part reads the tokens that are its own: what another has overwritten it has no use for."""
@@ -171,7 +178,7 @@ def test_out_may_be_an_input(name):
         wanted = scan(case, copy(call))
         got = scan(case, {**call, "out": call[name]})
     assert got is call[name]
-    assert torch.equal(got, wanted)
+    equal(got, wanted)
 
 
 def test_the_final_state_replaces_an_initial_one_that_all_parts_need():
@@ -189,6 +196,7 @@ def test_the_final_state_replaces_an_initial_one_that_all_parts_need():
     torch.testing.assert_close(call["z"], whole["z"], rtol=2.0**-7, atol=2.0**-7)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("block_size", [8, 13])
 def test_states_of_blocks_within_parts(block_size):
     """Every block's state is saved once, by the part that its last token is in, and null destinations by none."""
@@ -200,7 +208,7 @@ def test_states_of_blocks_within_parts(block_size):
     before = copy(call)
     with ptxsim.emulate(arch="sm_90a", racecheck=True), tuning.override(splits=3):
         scan(case, call)
-    assert torch.equal(call["ssm_states"][NULL].isnan(), before["ssm_states"][NULL].isnan())
+    equal(call["ssm_states"][NULL].isnan(), before["ssm_states"][NULL].isnan())
     _, saved = expected(case, before, torch.float64)
     assert len(saved) == sum(len(ends) for *_, ends in sequences) - 1
     for slot, state in saved:

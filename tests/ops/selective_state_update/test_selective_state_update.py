@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import mmap
 
 import pytest
 import torch
-from step_cases import DECAYS, Case, arguments, copy, expected, storage, verify
+from bits import equal, same_memory
+from cases import vary
+from memory import copy
+from step_cases import DECAYS, Case, arguments, expected, verify
 
 import cute_ssm
 import ptxsim
@@ -17,13 +19,10 @@ from cute_ssm import tuning
 BASE = Case()
 
 
-def vary(**factors):
-    return [dataclasses.replace(BASE, **{name: value}) for name, values in factors.items() for value in values]
-
-
 CASES = [
     BASE,
     *vary(
+        BASE,
         state=("f32", "bf16"),
         io=("f32", "f16"),
         dt=("bf16", "f16"),
@@ -58,6 +57,7 @@ def test_reference(case):
     verify(case)
 
 
+@pytest.mark.thin(6, "state", "io")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case):
     with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, shuffle_sync=False):
@@ -67,6 +67,7 @@ def test_kernel(case):
 PERSISTENT = {"stages": 3, "warps": 2, "ctas_per_sm": 1}
 
 
+@pytest.mark.thin(8)
 @pytest.mark.parametrize(
     "case",
     [
@@ -91,12 +92,14 @@ def test_persistent_ring(case, mode):
         assert session.launches[-1].grid == (1, 1, 1)
 
 
-@pytest.mark.parametrize("case", [BASE, *vary(state=("f32", "bf16"), layout=("dense",), dstate=(96,))], ids=str)
+@pytest.mark.thin(3)
+@pytest.mark.parametrize("case", [BASE, *vary(BASE, state=("f32", "bf16"), layout=("dense",), dstate=(96,))], ids=str)
 def test_sm_100a(case):
     with ptxsim.emulate(arch="sm_100a", racecheck=True, initcheck=True, shuffle_sync=False):
         verify(case)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("io", ["bf16", "f32"])
 def test_bits_do_not_depend_on_batch_tiling_or_repetition(io):
     """The same sequence gives the same bits alone, in any order of a batch, and whatever the config."""
@@ -115,8 +118,8 @@ def test_bits_do_not_depend_on_batch_tiling_or_repetition(io):
                 out = cute_ssm.selective_state_update(**turn)
             results.append((out[3], turn["state"][call["state_batch_indices"][3]]))
     for out, state in results[1:]:
-        assert torch.equal(out, results[0][0])
-        assert torch.equal(state, results[0][1])
+        equal(out, results[0][0])
+        equal(state, results[0][1])
 
 
 @pytest.mark.parametrize("backend", ["reference", "emulate"])
@@ -150,8 +153,8 @@ def test_headless_shorthand():
         wanted = cute_ssm.selective_state_update(**full)
         got = cute_ssm.selective_state_update(**short)
     assert got.shape == (3, 64)
-    assert torch.equal(torch.nan_to_num(got.float()), torch.nan_to_num(wanted[:, 0].float()))
-    assert torch.equal(storage(short["state"]), storage(full["state"]))
+    equal(torch.nan_to_num(got.float()), torch.nan_to_num(wanted[:, 0].float()))
+    same_memory(short["state"], full["state"])
 
 
 @pytest.mark.parametrize("backend", ["reference", "emulate"])
@@ -163,8 +166,8 @@ def test_two_dimensional_indices_use_column_0(backend):
     with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else contextlib.nullcontext():
         cute_ssm.selective_state_update(**call)
         cute_ssm.selective_state_update(**matrix)
-    assert torch.equal(storage(matrix["state"]), storage(call["state"]))
-    assert torch.equal(storage(matrix["out"]), storage(call["out"]))
+    same_memory(matrix["state"], call["state"])
+    same_memory(matrix["out"], call["out"])
 
 
 def test_slots_beyond_2_to_the_31_elements():
@@ -185,8 +188,8 @@ def test_slots_beyond_2_to_the_31_elements():
     with ptxsim.emulate(arch="sm_90a"):
         out = cute_ssm.selective_state_update(**far)
         wanted = cute_ssm.selective_state_update(**near)
-    assert torch.equal(out, wanted)
-    assert torch.equal(state[4], near["state"][slot])
+    equal(out, wanted)
+    equal(state[4], near["state"][slot])
     assert not state[:4, :, :, 0].any()
 
 
@@ -198,7 +201,7 @@ def test_empty_batch():
     cute_ssm.selective_state_update(**call)
     with ptxsim.emulate(arch="sm_90a"):
         assert cute_ssm.selective_state_update(**call).shape == (0, 4, 64)
-    assert torch.equal(storage(before["state"]), storage(call["state"]))
+    same_memory(before["state"], call["state"])
 
 
 def test_every_decay_regime_is_what_it_says():

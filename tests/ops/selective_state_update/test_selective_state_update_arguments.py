@@ -9,7 +9,9 @@ import pytest
 import step_cases
 import token_cases
 import torch
-from step_cases import Case, copy, storage
+from bits import same_memory
+from memory import copy
+from step_cases import Case
 from token_cases import Tokens
 
 import cute_ssm
@@ -293,7 +295,7 @@ def refuses(call: dict, name: str, error: type, message: str, emulated: bool) ->
             cute_ssm.selective_state_update(**call)
     assert re.match(rf"{name}: expected .+, got .", str(caught.value), re.DOTALL), str(caught.value)
     for n, tensor in tensors.items():
-        assert torch.equal(storage(tensor), storage(before[n])), f"{n} was written before the error"
+        same_memory(tensor, before[n], f"{n} was written before the error")
     assert not launches
 
 
@@ -414,4 +416,4 @@ def test_calls_without_tokens(form, emulated):
     else:
         out = cute_ssm.selective_state_update(**call)
     assert out is call["out"]
-    assert torch.equal(storage(call["state"]), storage(before["state"]))
+    same_memory(call["state"], before["state"])

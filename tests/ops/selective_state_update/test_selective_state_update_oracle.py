@@ -10,7 +10,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from token_cases import PAD, Oracle, Tokens, arguments, check, copy, numpy
+from bits import equal
+from memory import copy
+from token_cases import PAD, Oracle, Tokens, arguments, check, numpy
 
 import cute_ssm
 import ptxsim
@@ -86,8 +88,8 @@ def test_one_token_is_a_sequence_of_one(layout):
         out = cute_ssm.selective_state_update(**call)
         results.append((out.reshape(3, 4, 64), call["state"][call["state_batch_indices"].long()]))
     for out, state in results[1:]:
-        assert torch.equal(out, results[0][0])
-        assert torch.equal(state, results[0][1])
+        equal(out, results[0][0])
+        equal(state, results[0][1])
 
 
 @pytest.mark.parametrize("state", ["f32", "f16", "i8"])
@@ -104,7 +106,7 @@ def test_mathematics_in_float64(layout, groups, state):
     if state == "i8":
         h = h * call["state_scale"][slots[real]].double()[..., None]
     else:
-        assert torch.equal(h.float(), rounding.load(call["state"][slots[real]], None))
+        equal(h.float(), rounding.load(call["state"][slots[real]], None))
     for t in range(3):
         x, dt, B, C, z = (call[name][real, t] for name in ("x", "dt", "B", "C", "z"))
         y, h = mathematics(

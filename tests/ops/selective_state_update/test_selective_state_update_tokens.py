@@ -7,7 +7,10 @@ import random
 
 import pytest
 import torch
-from token_cases import LARGEST, Tokens, arguments, copy, storage, verify
+from bits import equal, same_memory
+from cases import vary
+from memory import copy
+from token_cases import LARGEST, Tokens, arguments, verify
 
 import cute_ssm
 import ptxsim
@@ -16,15 +19,12 @@ from cute_ssm import tuning
 BASE = Tokens()
 
 
-def vary(**factors):
-    return [dataclasses.replace(BASE, **{name: value}) for name, values in factors.items() for value in values]
-
-
 LOOP = {"matmul": 0, "lanes": 8}  # token by token where the choice would be products of few tokens
 PACKED = Tokens(packed=True, lengths=(3, 0, 1, 5), pads=(0,))
 CASES = [
     BASE,
     *vary(
+        BASE,
         state=("f32", "bf16", "i16", "i8", "f8"),
         io=("f32", "f16"),
         layout=("dense", "dense_A", "dense_dt"),
@@ -64,20 +64,27 @@ def test_reference(case):
     verify(case)
 
 
+@pytest.mark.thin(8, "state", "io", "destination")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case):
     with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, shuffle_sync=False):
         verify(case)
 
 
+@pytest.mark.thin(8)
 @pytest.mark.parametrize(
     "case",
     [
         BASE,
         dataclasses.replace(PACKED, cache_steps=6),
-        *vary(state=("bf16",), io=("f16",), decay=(1e-3, 400.0), dim=(80,), dstate=(96, 128), ngroups=(2,)),
+        *vary(BASE, state=("bf16",), io=("f16",), decay=(1e-3, 400.0), dim=(80,), dstate=(96, 128), ngroups=(2,)),
         *vary(
-            destination=("vector",), disabled=(True,), lengths=((8, 8), (1, 1), (2, 2)), rounds=(10,), has_z=(False,)
+            BASE,
+            destination=("vector",),
+            disabled=(True,),
+            lengths=((8, 8), (1, 1), (2, 2)),
+            rounds=(10,),
+            has_z=(False,),
         ),
     ],
     ids=str,
@@ -107,6 +114,7 @@ def test_sm_100a(case):
         verify(case)
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize(
     "mode", [{"async_mode": "late"}, {"schedule": 1}, {"schedule": 2, "async_mode": "late"}], ids=str
 )
@@ -125,6 +133,7 @@ def test_persistent_ring(case, mode):
             verify(case)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("state", ["f16", "bf16", "i16", "i8", "f8"])
 def test_random_bits_are_those_of_the_reference(state):
     """Kernel and reference draw the same bits: stored states agree but where float32 differs in its last bits."""
@@ -146,6 +155,7 @@ def test_random_bits_are_those_of_the_reference(state):
     assert agreement(call, other) < 0.9
 
 
+@pytest.mark.wide
 def test_bits_of_both_targets_agree_where_arithmetic_does():
     """Software rounding on sm_90a and cvt.rs on sm_100a: the same bits."""
     for state in ("f16", "bf16"):
@@ -155,9 +165,10 @@ def test_bits_of_both_targets_agree_where_arithmetic_does():
             cute_ssm.selective_state_update(**call)
         with ptxsim.emulate(arch="sm_100a"):
             cute_ssm.selective_state_update(**twin)
-        assert torch.equal(storage(call["state"]), storage(twin["state"]))
+        same_memory(call["state"], twin["state"])
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("io", ["bf16", "f32"])
 @pytest.mark.parametrize("state", ["f16", "i8"])
 def test_bits_do_not_depend_on_tiling_or_batch(state, io):
@@ -178,8 +189,8 @@ def test_bits_do_not_depend_on_tiling_or_batch(state, io):
                 out = cute_ssm.selective_state_update(**turn)
             results.append((out[order.index(2)], turn["state"][call["state_batch_indices"][2].long()]))
     for out, state_ in results[1:]:
-        assert torch.equal(out, results[0][0])
-        assert torch.equal(state_.float(), results[0][1].float())
+        equal(out, results[0][0])
+        equal(state_.float(), results[0][1].float())
 
 
 @pytest.mark.parametrize("config", [{}, LOOP], ids=["products", "loop"])
@@ -197,8 +208,8 @@ def test_packed_is_one_by_one(config):
             index = alone["state_batch_indices"][b : b + 1]
             single = {**alone, **part, "cu_seqlens": None, "state_batch_indices": index}
             got = cute_ssm.selective_state_update(**single)
-            assert torch.equal(got[0], out[rows]), b
-    assert torch.equal(storage(alone["state"]), storage(call["state"]))
+            equal(got[0], out[rows], b)
+    same_memory(alone["state"], call["state"])
 
 
 def sample(rng: random.Random) -> Tokens:
@@ -242,6 +253,7 @@ def test_random_configuration_of_the_reference(seed):
     verify(sample(random.Random(seed)), seed)
 
 
+@pytest.mark.thin(20)
 @pytest.mark.parametrize("seed", [pytest.param(s, marks=() if s < 40 else pytest.mark.slow) for s in range(300)])
 def test_random_configuration_of_the_kernel(seed):
     case = sample(random.Random(seed))

@@ -9,7 +9,9 @@ import pytest
 import step_cases
 import token_cases
 import torch
-from step_cases import Case, copy, storage
+from bits import equal, same_memory
+from memory import copy
+from step_cases import Case
 from token_cases import Tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -41,10 +43,6 @@ DEFAULTS = {
 
 def arguments(case) -> dict:
     return step_cases.arguments(case) if isinstance(case, Case) else token_cases.arguments(case)
-
-
-def same(got: torch.Tensor, want: torch.Tensor) -> bool:
-    return torch.equal(storage(got), storage(want))
 
 
 def canonical(call: dict) -> tuple:
@@ -85,10 +83,10 @@ def test_compiles_to_one_graph(form, give_out):
     wanted = cute_ssm.selective_state_update(**eager) + 1
     ends = call["cu_seqlens"][[0, -1]].tolist() if "cu_seqlens" in call else [0, len(got)]
     owned = slice(*ends)  # other rows of an allocated out are not written
-    assert torch.equal(torch.nan_to_num(got[owned]), torch.nan_to_num(wanted[owned]))
+    equal(torch.nan_to_num(got[owned]), torch.nan_to_num(wanted[owned]))
     for name, value in call.items():
         if isinstance(value, torch.Tensor):
-            assert same(value, eager[name]), name
+            same_memory(value, eager[name], name)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -99,7 +97,7 @@ def test_fake_tensors_have_the_result_of_shapes_alone(form):
         fake = {n: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for n, v in call.items()}
         out = cute_ssm.selective_state_update(**fake)
     assert (out.shape, out.dtype) == (call["x"].shape, call["x"].dtype)
-    assert same(call["state"], before["state"])
+    same_memory(call["state"], before["state"])
 
 
 class Recorder:
@@ -147,7 +145,7 @@ def test_steady_state_is_one_look_up_and_one_call(form, plans):
     for name, value in zip(TABLE.tensors, got):
         assert value is call.get(name), name
     assert got[-3:] == (-1, 7, 528)
-    assert same(call["state"], before["state"])
+    same_memory(call["state"], before["state"])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -160,8 +158,8 @@ def test_a_refusing_kernel_leads_to_the_full_check(form, plans):
     cute_ssm.selective_state_update(**call)
     module._path.plans = {}
     cute_ssm.selective_state_update(**twin)
-    assert same(call["state"], twin["state"])
-    assert same(call["out"], twin["out"])
+    same_memory(call["state"], twin["state"])
+    same_memory(call["out"], twin["out"])
 
 
 @pytest.mark.parametrize(
