@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from demo_models import arguments, small_model
-from demo_models import shipped as shipped
 
 import cute_ssm
 from cute_ssm.demo import cli, loop

@@ -111,7 +111,7 @@ def test_a_pool_that_is_pickled_in_a_process_goes_on_in_another(tmp_path):
     (tmp_path / "pool").write_bytes(pickle.dumps((pool, run.slots)))
     code = (
         "import os, pickle, sys, torch; sys.path[:0] = sys.argv[1].split(os.pathsep)\n"
-        "import test_serving_pool_state as t\n"
+        "import pool_runs as t\n"
         "pool, slots = pickle.load(open(sys.argv[2], 'rb'))\n"
         "torch.save([t.Run(pool, slots[:2].tolist()).step(number) for number in range(7, 12)], sys.argv[3])"
     )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-import pytest
 import torch
 
-from cute_ssm.demo import cli, weights
+from cute_ssm.demo import cli
 from cute_ssm.demo.model import LanguageModel, ModelConfig
 
 
@@ -20,11 +19,6 @@ def small_model(dtype=torch.float64, **sizes):
             if name.endswith(("norm", "conv_bias", "D")):
                 value.add_(0.3 * torch.randn_like(value))
     return model.to(dtype).eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    return weights.load()
 
 
 def arguments(*words):
