@@ -366,7 +366,7 @@ def pack_quantised(
     if dtype is Float8E4M3FN:
         scaled = [value * encode for value in values]
         if words is not None:
-            zero = encode * Float32(-0.0)  # keeps the sign of zeros; NaN if the row is NaN
+            zero = encode * Float32(-0.0)  # preserves the sign of zeros; NaN if the row is NaN
             grid = [_rebiased(value, words[i // 2], i % 2, dtype) for i, value in enumerate(scaled)]
             scaled = [cute.math.fma(pair.rounded, Float32(2.0**120), zero) for pair in grid]
         return [_pack_float8(scaled[i : i + 4]) for i in range(0, len(scaled), 4)]

@@ -395,7 +395,7 @@ class TokenChunk:
         """Return U, A U and the next tile; no zero of M or A is multiplied by NaN or infinity.
 
         Up to 4 tokens, both are products with X; with more, A U is a product with U, which is not finite wherever X is
-        not.  The next tile is loaded behind the branch: ptxas moves loads ahead of the branch up into the products,
+        not.  The next tile is loaded after the branch: ptxas moves loads ahead of the branch up into the products,
         which takes 197 registers in place of 144 (8 tokens, sm_90a, ptxas 13.0).
         """
         U = X if const_expr(self.shared_group) else self._triangular(X, coefficients.solution)

@@ -1,4 +1,4 @@
-"""Sizes of tiles and chunks, and what the kernels of the gated delta rule keep in shared memory."""
+"""Sizes of tiles and chunks, and the layout of shared memory in the kernels of the gated delta rule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def chunk_tokens(tokens: int) -> int:
 
 
 def zeros_offset(tokens: int, K: int) -> int:
-    """Return the offset of a row of zeros behind keys and queries, in floats: on the banks of row 3.
+    """Return the offset of a row of zeros after keys and queries, in floats: on the banks of row 3.
 
     Row 3 is absent whenever zeros are read in place of any row.
     """

@@ -1,7 +1,7 @@
 """`PendingTokens`: accepted tokens in rings, which are folded into tiles of the state, eight at a time.
 
-A token's chunk is prepared from the rings by one warp; a tile of the state, in registers as float32, then passes chunk
-by chunk.  The bits of the result depend on the pending tokens alone.
+One warp prepares the tables of a chunk from the rings; then every warp folds chunk by chunk into its tiles,
+which are in registers as float32.
 """
 
 from typing import NamedTuple
@@ -59,7 +59,7 @@ class PendingTokens:
     def stage(
         self, rings: Rings, shared: SharedMemory, unit: Unit, pending: Pending, used: Int32, thread: Int32
     ) -> None:
-        """Copy keys and values to shared memory, with zeros behind them up to row `used`, by the whole CTA."""
+        """Copy keys and values to shared memory, and zeros after them up to row `used`, by the whole CTA."""
         window, (start, count, length) = self.layout.sizes.pending_tokens, pending
 
         def key(t: Int32, c: Int32) -> cute.Pointer:

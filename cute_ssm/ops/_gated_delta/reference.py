@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 EPSILON = 1e-6  # added to sums of squares before the root
+
+
+class Tokens(NamedTuple):
+    """Keys, values, logarithms of decays, and step sizes of tokens; in rings, or of a batch.
+
+    Attributes
+    ----------
+    k : Tensor, (slots, heads, L, K) or (batch, tokens, heads, K)
+    v : Tensor, (slots, value_heads, L, V) or (batch, tokens, value_heads, V)
+    g, beta : Tensor, (slots, value_heads, L) or (batch, tokens, value_heads)
+    """
+
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
 
 
 def gates(

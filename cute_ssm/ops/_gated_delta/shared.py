@@ -64,7 +64,7 @@ class SharedMemory(NamedTuple):
 
 
 class SharedLayout:
-    """Where a CTA that works on `rows` rows of a state keeps what its warps share."""
+    """The shared memory of a CTA that works on `rows` rows of a state."""
 
     def __init__(self, sizes: Sizes, rows: int) -> None:
         self.sizes, self.rows = sizes, rows

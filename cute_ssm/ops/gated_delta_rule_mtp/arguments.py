@@ -1,4 +1,4 @@
-"""The arguments of `gated_delta_rule_mtp`: their table, what else they must be, and the spec of a call."""
+"""The arguments of `gated_delta_rule_mtp`: their table, further checks, and the spec of a call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`GatedDeltaRuleReplay`: new tokens of the gated delta rule, from a checkpoint and the pending tokens behind it.
+"""`GatedDeltaRuleReplay`: new tokens of the gated delta rule, from a checkpoint and pending tokens.
 
 Per (request, value head): a state S [V, K] of the pool, and rings with the keys, values, decays and steps of the tokens
 that were accepted since S was stored.  The pending tokens are folded into S in registers, eight at a time

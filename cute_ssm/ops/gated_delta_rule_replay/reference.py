@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cute_ssm.ops._gated_delta.reference import gates, recurrence
+from cute_ssm.ops._gated_delta.reference import Tokens, gates, recurrence
 from cute_ssm.reference.rounding import saturated
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def gated_delta_rule_replay(
     pending : k (batch, heads, window, K), v (batch, value_heads, window, V), g and beta (batch, value_heads, window)
         Rows of the rings, already gathered, with the oldest token first.
     counts : Tensor, (batch,)
-        Number of pending tokens of each request; rows behind them may hold anything.
+        Number of pending tokens of each request; later rows may hold anything.
     q : Tensor, (batch, tokens, heads, K)
     new : k (batch, tokens, heads, K), v (batch, tokens, value_heads, V), g and beta (batch, tokens, value_heads)
     scale, use_qk_l2norm, compute_dtype
@@ -52,11 +52,10 @@ def gated_delta_rule_replay(
     active = (torch.arange(window, device=counts.device) < counts[:, None])[:, :, None]
     rows = [x.transpose(1, 2) for x in pending]
     # a token with g = 0 and beta = 0 does not change the state
-    old_k, old_v, old_g, old_beta = (torch.where(active if x.dim() == 3 else active[..., None], x, 0) for x in rows)
-    _, states = recurrence(state, old_k, old_k, old_v, old_g, old_beta, 1.0, use_qk_l2norm, compute_dtype)
+    old = Tokens(*(torch.where(active if x.dim() == 3 else active[..., None], x, 0) for x in rows))
+    _, states = recurrence(state, old.k, *old, 1.0, use_qk_l2norm, compute_dtype)
     folded = states[:, -1]
-    k, v, g, beta = new
-    out, _ = recurrence(folded, q, k, v, g, beta, scale, use_qk_l2norm, compute_dtype)
+    out, _ = recurrence(folded, q, *Tokens(*new), scale, use_qk_l2norm, compute_dtype)
     return out, folded
 
 

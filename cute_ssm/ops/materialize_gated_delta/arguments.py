@@ -1,4 +1,4 @@
-"""The arguments of `materialize_gated_delta`: their table, what else they must be, and the spec of a call."""
+"""The arguments of `materialize_gated_delta`: their table, further checks, and the spec of a call."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def check(call: Arguments) -> MaterializeGatedDeltaSpec:
 
 
 def moves(call: Arguments) -> list[Move]:
-    """Return what a call on the CPU does; raise if a slot, cursor or number of tokens is out of range."""
+    """Return the moves of the active rows, on the CPU; raise if a slot, cursor or number of tokens is out of range."""
     src, dst = call.state_batch_indices, call.dst_state_batch_indices
     rows = SlotRows(
         call.initial_state, call.target, src, dst, call.num_tokens, call.prev_num_accepted_tokens, call.window,

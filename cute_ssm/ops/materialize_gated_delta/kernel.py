@@ -5,7 +5,7 @@ read, by `PendingTokens`, as in a step that flushes, so the bits are the same.  
 With j = 0, if both pools have the same type, the bytes of S are copied.
 
 A row of the batch is padding, and nothing is written for it, if a slot or cursor is out of range, or j exceeds the
-number of pending tokens.  Rows of the rings behind token j are not read.
+number of pending tokens.  Rows of the rings after token j are not read.
 """
 
 from typing import Any, NamedTuple, Optional

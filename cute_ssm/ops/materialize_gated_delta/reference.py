@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cute_ssm.ops._gated_delta.reference import recurrence
+from cute_ssm.ops._gated_delta.reference import Tokens, recurrence
 from cute_ssm.reference import rounding
 from cute_ssm.reference.history import Move
 
@@ -16,25 +16,9 @@ if TYPE_CHECKING:
     from cute_ssm.ops.materialize_gated_delta.arguments import Arguments
 
 
-class DeltaRings(NamedTuple):
-    """The history of a pool of states.
-
-    Attributes
-    ----------
-    k : Tensor, (slots, heads, L, K)
-    v : Tensor, (slots, value_heads, L, V)
-    g, beta : Tensor, (slots, value_heads, L)
-    """
-
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    beta: Tensor
-
-
 def materialize_gated_delta(
     state: Tensor,
-    rings: DeltaRings,
+    rings: Tokens,
     out: Tensor,
     rows: Sequence[Move],
     use_qk_l2norm: bool,
@@ -47,7 +31,8 @@ def materialize_gated_delta(
     ----------
     state, out : Tensor, (slots, value_heads, V, K)
         Pools that are read and **written**; they may be the same tensor.
-    rings : DeltaRings
+    rings : Tokens
+        The history of all slots.
     rows : sequence of Move
         What is read, what is written, and the pending tokens.  With no tokens, and if both pools have the same type,
         the bytes of the state are copied.
@@ -62,7 +47,7 @@ def materialize_gated_delta(
         result = state[source].clone()
         if count:
             positions = (start + torch.arange(count)) % rings.k.shape[2]
-            tokens = DeltaRings(*(ring[source][:, positions].transpose(0, 1)[None] for ring in rings))
+            tokens = Tokens(*(ring[source][:, positions].transpose(0, 1)[None] for ring in rings))
             _, states = recurrence(state[source][None], tokens.k, *tokens, 1.0, use_qk_l2norm, compute_dtype)
             result = states[0, -1]
         if saturate and (count or state.dtype != out.dtype):
@@ -74,5 +59,5 @@ def materialize_gated_delta(
 
 def run(call: Arguments, rows: Sequence[Move]) -> None:
     """Do to checked arguments what the operator documents."""
-    rings = DeltaRings(call.k_cache, call.v_cache, call.g_cache, call.beta_cache)
+    rings = Tokens(call.k_cache, call.v_cache, call.g_cache, call.beta_cache)
     materialize_gated_delta(call.initial_state, rings, call.target, rows, call.use_qk_l2norm, saturate=call.saturate)
