@@ -20,7 +20,7 @@ from cutlass.cutlass_dsl import T, dsl_user_op
 from cute_ssm.arch import Arch
 from cute_ssm.device.asm import pure, pure_floats
 
-DTYPES: dict[str, type[Numeric]] = {
+DTYPES: dict[Optional[str], type[Numeric]] = {
     "float32": Float32,
     "bfloat16": BFloat16,
     "float16": Float16,

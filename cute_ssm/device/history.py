@@ -1,12 +1,13 @@
 """`HistoryView`: addresses of the inputs of pending tokens in either kind of cache."""
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64
 
 from cute_ssm.device import memory
+from cute_ssm.device.types import Maybe
 
 
 class History(NamedTuple):
@@ -15,7 +16,7 @@ class History(NamedTuple):
     x: cute.Tensor
     B: cute.Tensor
     dt: cute.Tensor
-    sums: Optional[cute.Tensor]
+    sums: Maybe[cute.Tensor]
 
 
 class CacheShape(NamedTuple):

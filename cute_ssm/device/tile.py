@@ -400,10 +400,10 @@ class StateTile:
             for i in range(2)
             for half in range(2)
         ]
-        drawn: list[Optional[list[Int32]]] = [None] * 4
+        drawn: list[Any] = [None] * 4
         if bits is not None:  # row g + 8 takes the bits of row g in reverse
             drawn = [each for half in bits for each in (half, [_reversed_bits(word) for word in half])]
-        if self.scaled:
+        if encode is not None:
             return [convert.pack_quantised(rows[i], encode[i % 2], self.dtype, drawn[i])[0] for i in range(4)]
         if bits is None:
             return [convert.pack(row, self.dtype, self.saturate)[0] for row in rows]

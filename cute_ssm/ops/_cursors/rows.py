@@ -1,11 +1,12 @@
 """`CursorRows`: slot, new tokens and cursors of a row of a batch, checked before anything is read by them."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64, const_expr
 
 from cute_ssm.device.bounds import in_range
+from cute_ssm.device.types import Maybe
 from cute_ssm.ops._cursors.config import MOST_TOKENS
 from cute_ssm.ops._cursors.spec import CursorSpec
 
@@ -15,8 +16,8 @@ class CursorTensors(NamedTuple):
 
     prev_num_accepted_tokens: cute.Tensor
     cursor: cute.Tensor
-    state_batch_indices: Optional[cute.Tensor]
-    cu_seqlens: Optional[cute.Tensor]
+    state_batch_indices: Maybe[cute.Tensor]
+    cu_seqlens: Maybe[cute.Tensor]
 
 
 class CursorBounds(NamedTuple):

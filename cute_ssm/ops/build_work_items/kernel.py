@@ -6,7 +6,7 @@ pass, whose loads hit the cache, stores each row at its position in the list.  L
 `CommitCursors`.
 """
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -17,6 +17,7 @@ from cutlass.memory import SmemAllocator
 from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import memory
 from cute_ssm.device.fakes import Layout, of_table
+from cute_ssm.device.types import Maybe
 from cute_ssm.ops._cursors.config import CursorConfig
 from cute_ssm.ops._cursors.rows import CursorBounds, CursorRows, CursorTensors
 from cute_ssm.ops.build_work_items.arguments import TABLE
@@ -57,8 +58,8 @@ class BuildWorkItems:
         self,
         prev_num_accepted_tokens: cute.Tensor,
         cursor: cute.Tensor,
-        state_batch_indices: Optional[cute.Tensor],
-        cu_seqlens: Optional[cute.Tensor],
+        state_batch_indices: Maybe[cute.Tensor],
+        cu_seqlens: Maybe[cute.Tensor],
         work_items: cute.Tensor,
         num_writes: cute.Tensor,
         pad_slot_id: Int64,

@@ -4,7 +4,7 @@ For every tile a consumer computes the outputs (`TileOutputs`), and in steps tha
 (`StateFold`).
 """
 
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 import cutlass
 import cutlass.cute as cute
@@ -12,6 +12,7 @@ from cutlass import Boolean, Int32, Int64, Numeric, const_expr
 
 from cute_ssm.device import memory, philox
 from cute_ssm.device.tile import StateTile, TileCopy
+from cute_ssm.device.types import Maybe
 from cute_ssm.ops.checkpointing_ssu.config import ALL_UNITS, READ_UNITS, TOKENS, WRITE_UNITS, LaunchConfig, UnitLayout
 from cute_ssm.ops.checkpointing_ssu.outputs import TileOutputs, TokenBlock
 from cute_ssm.ops.checkpointing_ssu.spec import CheckpointingSSUSpec
@@ -163,7 +164,7 @@ class Consumer:
         header: UnitHeader,
         buffers: UnitBuffers,
         pipeline: TilePipeline,
-        block: Optional[TokenBlock],
+        block: Maybe[TokenBlock],
         lane: Int32,
     ) -> None:
         """Work on all tiles of this consumer in a unit whose state is not written."""
@@ -181,7 +182,7 @@ class Consumer:
         header: UnitHeader,
         buffers: UnitBuffers,
         pipeline: TilePipeline,
-        block: Optional[TokenBlock],
+        block: Maybe[TokenBlock],
         lane: Int32,
     ) -> None:
         stage = self._wait_tile(i, pipeline)
@@ -217,7 +218,7 @@ class Consumer:
         header: UnitHeader,
         buffers: UnitBuffers,
         pipeline: TilePipeline,
-        block: Optional[TokenBlock],
+        block: Maybe[TokenBlock],
         outputs: Outputs,
         store: TileCopy,
         lane: Int32,
@@ -258,7 +259,7 @@ class Consumer:
         if storing >= 0:
             self._release_stored(pipeline.empty, storing, lane)
 
-    def _random(self, slot: Int32, rand_seed: Optional[cute.Tensor]) -> Any:
+    def _random(self, slot: Int32, rand_seed: Maybe[cute.Tensor]) -> Any:
         """Return the seed of a slot, or round keys from it; None if states are rounded to nearest."""
         if self.tile.rounds == 0:
             return None

@@ -23,7 +23,7 @@ dependents.  x, dt, B, C and z, which the upstream kernel may write, the history
 Dependents are released after the wait, when everything is requested; they must wait before they read outputs.
 """
 
-from typing import Any, Optional
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -37,6 +37,7 @@ from cute_ssm.device import convert, launch, memory
 from cute_ssm.device.fakes import fake
 from cute_ssm.device.history import CacheShape, History, HistoryView
 from cute_ssm.device.tile import StateTile
+from cute_ssm.device.types import Maybe
 from cute_ssm.ops.checkpointing_ssu.config import FUSED, CheckpointingSSUConfig, LaunchConfig, Role, choose
 from cute_ssm.ops.checkpointing_ssu.consumer import Consumer
 from cute_ssm.ops.checkpointing_ssu.prep import Prep
@@ -88,7 +89,7 @@ class CheckpointingSSU:
         batch, total, slots, rows = (cute.sym_int32() for _ in range(4))
         heads, groups, dim, dstate = spec.heads, spec.groups, spec.dim, spec.dstate
 
-        def when(present: object, *args: Any) -> Optional[cute.Tensor]:
+        def when(present: object, *args: Any) -> Maybe[cute.Tensor]:
             return fake(*args) if present else None
 
         def cache(dtype: type[Numeric], shape: CacheShape, align: int) -> cute.Tensor:
@@ -139,7 +140,7 @@ class CheckpointingSSU:
         x_history: cute.Tensor,
         B_history: cute.Tensor,
         dt_history: cute.Tensor,
-        cum_history: Optional[cute.Tensor],
+        cum_history: Maybe[cute.Tensor],
         cursor: cute.Tensor,
         prev_num_accepted_tokens: cute.Tensor,
         x: cute.Tensor,
@@ -147,16 +148,16 @@ class CheckpointingSSU:
         A: cute.Tensor,
         B: cute.Tensor,
         C: cute.Tensor,
-        D: Optional[cute.Tensor],
-        z: Optional[cute.Tensor],
-        dt_bias: Optional[cute.Tensor],
+        D: Maybe[cute.Tensor],
+        z: Maybe[cute.Tensor],
+        dt_bias: Maybe[cute.Tensor],
         out: cute.Tensor,
-        state_scale: Optional[cute.Tensor],
-        state_batch_indices: Optional[cute.Tensor],
-        cu_seqlens: Optional[cute.Tensor],
-        rand_seed: Optional[cute.Tensor],
-        work_items: Optional[cute.Tensor],
-        num_writes: Optional[cute.Tensor],
+        state_scale: Maybe[cute.Tensor],
+        state_batch_indices: Maybe[cute.Tensor],
+        cu_seqlens: Maybe[cute.Tensor],
+        rand_seed: Maybe[cute.Tensor],
+        work_items: Maybe[cute.Tensor],
+        num_writes: Maybe[cute.Tensor],
         pad_slot_id: Int64,
         sm_count: Int32,
         stream: Any,

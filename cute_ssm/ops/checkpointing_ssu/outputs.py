@@ -10,7 +10,7 @@ scaled and masked (by select) for each head; D is added to their diagonal.  More
 at a time, and then the products are computed for every tile again.
 """
 
-from typing import NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Union
 
 import cutlass
 import cutlass.cute as cute
@@ -20,6 +20,7 @@ from cute_ssm.device import convert, math, memory, mma
 from cute_ssm.device.math import fast_silu, power_of_two
 from cute_ssm.device.tile import ROWS, Accumulators, Projection, StateTile
 from cute_ssm.device.tokens import TokenOperands
+from cute_ssm.device.types import Maybe
 from cute_ssm.ops.checkpointing_ssu.config import STEP, TOKENS, LaunchConfig, UnitLayout
 from cute_ssm.ops.checkpointing_ssu.rows import UnitRows, load_float
 from cute_ssm.ops.checkpointing_ssu.spec import CheckpointingSSUSpec
@@ -46,7 +47,7 @@ class _TokenDecays(NamedTuple):
     record: cute.Pointer
     sum: Float32  # of the token
     position: Int32  # of the token
-    skip: Optional[Float32]  # D
+    skip: Maybe[Float32]  # D
 
 
 class _XColumns(NamedTuple):
@@ -253,7 +254,7 @@ class TileOutputs:
         words = []
         for m in cutlass.range_constexpr(0, self.tile.blocks, 2):
             count = min(2, self.tile.blocks - m)
-            z = mma.load_matrices(gates + m * 32, 2 * count) if const_expr(self.spec.has_z) else None
+            z: Any = mma.load_matrices(gates + m * 32, 2 * count) if const_expr(self.spec.has_z) else None
             for part in cutlass.range_constexpr(2 * count):
                 c = sums[m + part // 2][part % 2 * 2 : part % 2 * 2 + 2]
                 if const_expr(self.spec.has_z):

@@ -3,7 +3,7 @@
 Half a warp works on 16 positions of one head, pending tokens first and then new ones; two heads at once.
 """
 
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -13,6 +13,7 @@ from cute_ssm.arch import WARP
 from cute_ssm.device import convert, math, memory
 from cute_ssm.device.history import History, HistoryView
 from cute_ssm.device.math import LOG2E, fast_softplus, power_of_two
+from cute_ssm.device.types import Maybe
 from cute_ssm.ops.checkpointing_ssu.config import READ_UNITS, STEP, LaunchConfig, UnitLayout
 from cute_ssm.ops.checkpointing_ssu.spec import EARLY_READS, CheckpointingSSUSpec
 from cute_ssm.ops.checkpointing_ssu.units import (
@@ -36,8 +37,8 @@ class DecayWords(NamedTuple):
     pending_dt: Words  # dt' of pending tokens, float32
     dt: Words
     A: Words
-    dt_bias: Optional[Words]
-    D: Optional[Words]
+    dt_bias: Maybe[Words]
+    D: Maybe[Words]
 
 
 class _Sums(NamedTuple):
@@ -137,7 +138,8 @@ class Prep:
         pointer = self.token_rows.address(dt, unit, at.token, first, 0)
         new_dt = self._load_pairs(pointer, dt.stride[2], spec.dt_dtype, at.side)
         rates = self._load_pairs(memory.address(A, first, 0, 0), A.stride[0], spec.A_dtype, at.side)
-        biases, skips = None, None
+        biases: Any = None
+        skips: Any = None
         if const_expr(dt_bias is not None):
             pointer = memory.address(dt_bias, first, 0)
             biases = self._load_pairs(pointer, dt_bias.stride[0], spec.dt_bias_dtype, at.side)
@@ -273,7 +275,7 @@ class Prep:
             token=cutlass.max(cutlass.min(j - pending, num_tokens - 1), 0),
         )
 
-    def _load_pairs(self, first: cute.Pointer, stride: Int64, kind: str, side: Int32) -> Words:
+    def _load_pairs(self, first: cute.Pointer, stride: Int64, kind: Optional[str], side: Int32) -> Words:
         """Load elements of all pairs of heads, which are `stride` elements apart, from the address of the first."""
         heads, pointers = self.layout.heads, [first]
         for _ in range(1, self.pairs):
@@ -283,7 +285,7 @@ class Prep:
         return [memory.load_words(pointer, 1, convert.DTYPES[kind].width)[0] for pointer in pointers]
 
     @staticmethod
-    def _floats(words: Words, kind: str) -> list[Float32]:
+    def _floats(words: Words, kind: Optional[str]) -> list[Float32]:
         return [convert.widen(word, convert.DTYPES[kind]) for word in words]
 
     # --------------------------------------------------------------------------------------------------------- history

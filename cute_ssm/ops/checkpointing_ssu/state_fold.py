@@ -10,6 +10,7 @@ from cute_ssm.device import convert, math, memory, mma, philox
 from cute_ssm.device.math import power_of_two
 from cute_ssm.device.tile import ROWS, Accumulators, StateTile
 from cute_ssm.device.tokens import TokenOperands
+from cute_ssm.device.types import Maybe
 from cute_ssm.ops.checkpointing_ssu.config import STEP, LaunchConfig, UnitLayout
 from cute_ssm.ops.checkpointing_ssu.rows import UnitRows, load_float
 from cute_ssm.ops.checkpointing_ssu.spec import CheckpointingSSUSpec
@@ -39,7 +40,7 @@ class _Fold(NamedTuple):
     pending: Int32
     slot: Int32
     head: Int32
-    state_scale: Optional[cute.Tensor]
+    state_scale: Maybe[cute.Tensor]
     random: Any  # seed of quantised states; round keys of others; None: round to nearest
 
 
@@ -89,7 +90,7 @@ class StateFold:
         buffers: UnitBuffers,
         pointers: list[cute.Pointer],
         columns: HistoryColumns,
-        state_scale: Optional[cute.Tensor],
+        state_scale: Maybe[cute.Tensor],
         random: Any,
         lane: Int32,
     ) -> None:
@@ -112,7 +113,8 @@ class StateFold:
         for m in cutlass.range_constexpr(self.tile.blocks):
             if const_expr(self.random_rows and m > 0):
                 cute.arch.sync_warp()  # stops ptxas starting the next rows before these are stored, and spilling
-            quant_step, inverse = None, None
+            quant_step: Any = None
+            inverse: Any = None
             if const_expr(self.tile.scaled):
                 # sums in units of the old scale, decayed: old elements are added as they are stored
                 quant_step = [load_float(scales + (m * ROWS * 4 + r * 32)) * decay for r in range(2)]

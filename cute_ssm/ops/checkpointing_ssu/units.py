@@ -1,6 +1,6 @@
 """Units of work of `CheckpointingSSU`: how a launch is divided into them, and what warps pass to each other."""
 
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple, Union
 
 import cutlass
 import cutlass.cute as cute
@@ -9,6 +9,7 @@ from cutlass import Boolean, Int32, Int64, Uint32, const_expr
 from cute_ssm.device import memory
 from cute_ssm.device.bounds import in_range
 from cute_ssm.device.history import HistoryView
+from cute_ssm.device.types import Maybe
 from cute_ssm.ops.checkpointing_ssu.config import READ_UNITS, WRITE_UNITS, LaunchConfig, UnitLayout
 from cute_ssm.ops.checkpointing_ssu.spec import CheckpointingSSUSpec
 
@@ -21,10 +22,10 @@ class Sequences(NamedTuple):
 
     cursor: cute.Tensor
     prev_num_accepted_tokens: cute.Tensor
-    state_batch_indices: Optional[cute.Tensor]
-    cu_seqlens: Optional[cute.Tensor]
-    work_items: Optional[cute.Tensor]
-    num_writes: Optional[cute.Tensor]
+    state_batch_indices: Maybe[cute.Tensor]
+    cu_seqlens: Maybe[cute.Tensor]
+    work_items: Maybe[cute.Tensor]
+    num_writes: Maybe[cute.Tensor]
 
 
 class Inputs(NamedTuple):
@@ -35,17 +36,17 @@ class Inputs(NamedTuple):
     A: cute.Tensor
     B: cute.Tensor
     C: cute.Tensor
-    D: Optional[cute.Tensor]
-    z: Optional[cute.Tensor]
-    dt_bias: Optional[cute.Tensor]
+    D: Maybe[cute.Tensor]
+    z: Maybe[cute.Tensor]
+    dt_bias: Maybe[cute.Tensor]
 
 
 class Outputs(NamedTuple):
     """Tensors that consumers write beside the state, and the seed that states are rounded with."""
 
     out: cute.Tensor
-    state_scale: Optional[cute.Tensor]
-    rand_seed: Optional[cute.Tensor]
+    state_scale: Maybe[cute.Tensor]
+    rand_seed: Maybe[cute.Tensor]
 
 
 class Work(NamedTuple):
@@ -118,7 +119,7 @@ class Scheduler:
         self.units_per_sequence = spec.heads * launch.d_split // launch.tiles
 
     @cute.jit
-    def units_of_cta(self, num_writes: Optional[cute.Tensor], batch: Int32) -> UnitRange:
+    def units_of_cta(self, num_writes: Maybe[cute.Tensor], batch: Int32) -> UnitRange:
         """Return the units of this CTA.  Work items whose steps write come first, `num_writes` of them."""
         first, last = Int32(0), batch
         if const_expr(self.launch.works_on == WRITE_UNITS):

@@ -5,7 +5,7 @@ stream order and does not release dependents early, because operators may read c
 before them.
 """
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -14,6 +14,7 @@ from cutlass.cute.runtime import make_fake_stream
 
 from cute_ssm.arch import WARP, Arch
 from cute_ssm.device.fakes import of_table
+from cute_ssm.device.types import Maybe
 from cute_ssm.ops._cursors.config import CursorConfig
 from cute_ssm.ops._cursors.rows import CursorBounds, CursorRows, CursorTensors
 from cute_ssm.ops.commit.arguments import TABLE
@@ -27,10 +28,10 @@ class CommitTensors(NamedTuple):
     prev_num_accepted_tokens: cute.Tensor
     cursor: cute.Tensor
     num_accepted_tokens: cute.Tensor
-    state_batch_indices: Optional[cute.Tensor]
-    cu_seqlens: Optional[cute.Tensor]
-    rand_seed: Optional[cute.Tensor]
-    unallocated: Optional[cute.Tensor]
+    state_batch_indices: Maybe[cute.Tensor]
+    cu_seqlens: Maybe[cute.Tensor]
+    rand_seed: Maybe[cute.Tensor]
+    unallocated: Maybe[cute.Tensor]
 
     def rows(self) -> CursorTensors:
         """Return those that describe rows."""
@@ -70,10 +71,10 @@ class CommitCursors:
         prev_num_accepted_tokens: cute.Tensor,
         cursor: cute.Tensor,
         num_accepted_tokens: cute.Tensor,
-        state_batch_indices: Optional[cute.Tensor],
-        cu_seqlens: Optional[cute.Tensor],
-        rand_seed: Optional[cute.Tensor],
-        unallocated: Optional[cute.Tensor],
+        state_batch_indices: Maybe[cute.Tensor],
+        cu_seqlens: Maybe[cute.Tensor],
+        rand_seed: Maybe[cute.Tensor],
+        unallocated: Maybe[cute.Tensor],
         pad_slot_id: Int64,
         num_tokens: Int32,
         window: Int32,

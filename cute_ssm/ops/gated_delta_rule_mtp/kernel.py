@@ -17,6 +17,7 @@ from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import convert, launch
 from cute_ssm.device.bounds import in_range
 from cute_ssm.device.fakes import of_table
+from cute_ssm.device.types import Maybe
 from cute_ssm.ops._gated_delta.config import GatedDeltaRuleConfig, choose
 from cute_ssm.ops._gated_delta.outputs import clear_outputs
 from cute_ssm.ops._gated_delta.shared import SharedMemory
@@ -89,10 +90,10 @@ class GatedDeltaRule:
         dt_bias: cute.Tensor,
         b: cute.Tensor,
         output: cute.Tensor,
-        intermediate_states_buffer: Optional[cute.Tensor],
-        ssm_state_indices: Optional[cute.Tensor],
-        output_state_indices: Optional[cute.Tensor],
-        accepted_steps: Optional[cute.Tensor],
+        intermediate_states_buffer: Maybe[cute.Tensor],
+        ssm_state_indices: Maybe[cute.Tensor],
+        output_state_indices: Maybe[cute.Tensor],
+        accepted_steps: Maybe[cute.Tensor],
         scale: Float32,
         stream: Any,
     ) -> None:

@@ -1,8 +1,10 @@
 """The arguments of the kernel, by name."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import cutlass.cute as cute
+
+from cute_ssm.device.types import Maybe
 
 
 class Tensors(NamedTuple):
@@ -18,7 +20,7 @@ class Tensors(NamedTuple):
     dt_bias: cute.Tensor
     b: cute.Tensor
     output: cute.Tensor
-    intermediate_states_buffer: Optional[cute.Tensor]
-    ssm_state_indices: Optional[cute.Tensor]
-    output_state_indices: Optional[cute.Tensor]
-    accepted_steps: Optional[cute.Tensor]
+    intermediate_states_buffer: Maybe[cute.Tensor]
+    ssm_state_indices: Maybe[cute.Tensor]
+    output_state_indices: Maybe[cute.Tensor]
+    accepted_steps: Maybe[cute.Tensor]

@@ -27,6 +27,7 @@ from cute_ssm.device import convert, math, memory, philox
 from cute_ssm.device.bounds import in_range
 from cute_ssm.device.fakes import Layout, of_table
 from cute_ssm.device.philox import RowRandom
+from cute_ssm.device.types import Maybe
 from cute_ssm.ops.materialize.arguments import B_AXES, DT_AXES, TABLE, X_AXES
 from cute_ssm.ops.materialize.config import MOST_PENDING, MaterializeConfig, choose_materialize
 from cute_ssm.ops.materialize.spec import MaterializeSpec
@@ -40,7 +41,7 @@ class Tensors(NamedTuple):
     """The tensors of a call; ``cursor`` is ``cache_buf_idx`` or ``ring_start``."""
 
     state: cute.Tensor
-    state_scale: Optional[cute.Tensor]
+    state_scale: Maybe[cute.Tensor]
     x_history: cute.Tensor
     B_history: cute.Tensor
     dt_history: cute.Tensor
@@ -48,11 +49,11 @@ class Tensors(NamedTuple):
     prev_num_accepted_tokens: cute.Tensor
     A: cute.Tensor
     out: cute.Tensor
-    out_scale: Optional[cute.Tensor]
+    out_scale: Maybe[cute.Tensor]
     state_batch_indices: cute.Tensor
     dst_state_batch_indices: cute.Tensor
-    num_tokens: Optional[cute.Tensor]
-    rand_seed: Optional[cute.Tensor]
+    num_tokens: Maybe[cute.Tensor]
+    rand_seed: Maybe[cute.Tensor]
 
 
 class Unit(NamedTuple):
@@ -131,7 +132,7 @@ class MaterializeState:
     def __call__(
         self,
         state: cute.Tensor,
-        state_scale: Optional[cute.Tensor],
+        state_scale: Maybe[cute.Tensor],
         x_history: cute.Tensor,
         B_history: cute.Tensor,
         dt_history: cute.Tensor,
@@ -139,11 +140,11 @@ class MaterializeState:
         prev_num_accepted_tokens: cute.Tensor,
         A: cute.Tensor,
         out: cute.Tensor,
-        out_scale: Optional[cute.Tensor],
+        out_scale: Maybe[cute.Tensor],
         state_batch_indices: cute.Tensor,
         dst_state_batch_indices: cute.Tensor,
-        num_tokens: Optional[cute.Tensor],
-        rand_seed: Optional[cute.Tensor],
+        num_tokens: Maybe[cute.Tensor],
+        rand_seed: Maybe[cute.Tensor],
         pad_slot_id: Int64,
         stream: Any,
     ) -> None:

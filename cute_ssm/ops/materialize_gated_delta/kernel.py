@@ -19,6 +19,7 @@ from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import convert, launch, memory
 from cute_ssm.device.bounds import in_range
 from cute_ssm.device.fakes import of_table
+from cute_ssm.device.types import Maybe
 from cute_ssm.ops._gated_delta.config import GatedDeltaRuleConfig, choose_untuned
 from cute_ssm.ops._gated_delta.layout import PENDING_CHUNK, TILE
 from cute_ssm.ops._gated_delta.pending import Pending, PendingTokens, Rings, chunk_count
@@ -42,7 +43,7 @@ class Tensors(NamedTuple):
     out: cute.Tensor
     state_batch_indices: cute.Tensor
     dst_state_batch_indices: cute.Tensor
-    num_tokens: Optional[cute.Tensor]
+    num_tokens: Maybe[cute.Tensor]
 
 
 class MaterializeGatedDelta:
@@ -93,7 +94,7 @@ class MaterializeGatedDelta:
         out: cute.Tensor,
         state_batch_indices: cute.Tensor,
         dst_state_batch_indices: cute.Tensor,
-        num_tokens: Optional[cute.Tensor],
+        num_tokens: Maybe[cute.Tensor],
         window: Int32,
         stream: Any,
     ) -> None:

@@ -14,7 +14,7 @@ Every lane reads its tokens of a row before it writes them, so outputs may be th
 PDL: everything is read and written after `griddepcontrol.wait`; dependents are released at once and wait likewise.
 """
 
-from typing import Any, Optional
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -26,6 +26,7 @@ from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import convert, launch, math, memory
 from cute_ssm.device.fakes import fake
 from cute_ssm.device.scan import TokenRange
+from cute_ssm.device.types import Maybe
 from cute_ssm.ops.selective_scan.config import QUAD, SelectiveScanConfig, carried_columns, choose
 from cute_ssm.ops.selective_scan.extents import Extents
 from cute_ssm.ops.selective_scan.operands import Channel, Rows, Sequence, Tensors, Unit
@@ -46,7 +47,7 @@ class SelectiveScan:
         config.check(spec, arch)
         self.spec, self.carry, self.splits = spec, carry, config.splits
         self.lanes, self.threads = config.lanes, WARP * config.warps
-        self.carry_pass = None
+        self.carry_pass: Maybe[SelectiveScan] = None  # type: ignore[assignment]
         if config.splits > 1 and not carry:
             self.carry_pass = SelectiveScan(spec, config, arch, carry=True)
         self.extents = Extents(spec)
@@ -72,11 +73,11 @@ class SelectiveScan:
         def rows_of(kind: Any, shape: tuple[Any, ...], align: int = 1) -> cute.Tensor:
             return fake(kind, shape, (1,), align)
 
-        def optional(wanted: bool, *args: Any) -> Optional[cute.Tensor]:
+        def optional(wanted: bool, *args: Any) -> Maybe[cute.Tensor]:
             return rows_of(*args) if wanted else None
 
-        def indices(wanted: bool) -> Optional[cute.Tensor]:
-            return fake(spec.cache_dtype, (sequences,)) if wanted else None
+        def indices(wanted: bool) -> Maybe[cute.Tensor]:
+            return fake(convert.DTYPES[spec.cache_dtype], (sequences,)) if wanted else None
 
         wide = 16 * 8 // dtype.width if spec.aligned else 1
         quad = QUAD if spec.aligned_states else 1
@@ -118,25 +119,25 @@ class SelectiveScan:
     def __call__(
         self,
         u: cute.Tensor,
-        ssm_states: Optional[cute.Tensor],
+        ssm_states: Maybe[cute.Tensor],
         delta: cute.Tensor,
         A: cute.Tensor,
         B: cute.Tensor,
         C: cute.Tensor,
-        D: Optional[cute.Tensor],
-        z: Optional[cute.Tensor],
-        delta_bias: Optional[cute.Tensor],
-        query_start_loc: Optional[cute.Tensor],
-        cache_indices: Optional[cute.Tensor],
-        has_initial_state: Optional[cute.Tensor],
-        block_idx_first_scheduled_token: Optional[cute.Tensor],
-        block_idx_last_scheduled_token: Optional[cute.Tensor],
-        initial_state_idx: Optional[cute.Tensor],
-        cu_chunk_seqlen: Optional[cute.Tensor],
-        last_chunk_indices: Optional[cute.Tensor],
+        D: Maybe[cute.Tensor],
+        z: Maybe[cute.Tensor],
+        delta_bias: Maybe[cute.Tensor],
+        query_start_loc: Maybe[cute.Tensor],
+        cache_indices: Maybe[cute.Tensor],
+        has_initial_state: Maybe[cute.Tensor],
+        block_idx_first_scheduled_token: Maybe[cute.Tensor],
+        block_idx_last_scheduled_token: Maybe[cute.Tensor],
+        initial_state_idx: Maybe[cute.Tensor],
+        cu_chunk_seqlen: Maybe[cute.Tensor],
+        last_chunk_indices: Maybe[cute.Tensor],
         out: cute.Tensor,
-        ungated: Optional[cute.Tensor],
-        carried: Optional[cute.Tensor],
+        ungated: Maybe[cute.Tensor],
+        carried: Maybe[cute.Tensor],
         null_block_id: Int64,
         block_size: Int32,
         sequences: Int32,

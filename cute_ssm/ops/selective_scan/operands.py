@@ -6,6 +6,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64
 
 from cute_ssm.device.scan import TokenRange
+from cute_ssm.device.types import Maybe
 
 
 class Tensors(NamedTuple):
@@ -16,25 +17,25 @@ class Tensors(NamedTuple):
     """
 
     u: cute.Tensor
-    ssm_states: Optional[cute.Tensor]
+    ssm_states: Maybe[cute.Tensor]
     delta: cute.Tensor
     A: cute.Tensor
     B: cute.Tensor
     C: cute.Tensor
-    D: Optional[cute.Tensor]
-    z: Optional[cute.Tensor]
-    delta_bias: Optional[cute.Tensor]
-    query_start_loc: Optional[cute.Tensor]
-    cache_indices: Optional[cute.Tensor]
-    has_initial_state: Optional[cute.Tensor]
-    block_idx_first_scheduled_token: Optional[cute.Tensor]
-    block_idx_last_scheduled_token: Optional[cute.Tensor]
-    initial_state_idx: Optional[cute.Tensor]
-    cu_chunk_seqlen: Optional[cute.Tensor]
-    last_chunk_indices: Optional[cute.Tensor]
+    D: Maybe[cute.Tensor]
+    z: Maybe[cute.Tensor]
+    delta_bias: Maybe[cute.Tensor]
+    query_start_loc: Maybe[cute.Tensor]
+    cache_indices: Maybe[cute.Tensor]
+    has_initial_state: Maybe[cute.Tensor]
+    block_idx_first_scheduled_token: Maybe[cute.Tensor]
+    block_idx_last_scheduled_token: Maybe[cute.Tensor]
+    initial_state_idx: Maybe[cute.Tensor]
+    cu_chunk_seqlen: Maybe[cute.Tensor]
+    last_chunk_indices: Maybe[cute.Tensor]
     out: cute.Tensor
-    ungated: Optional[cute.Tensor]
-    carried: Optional[cute.Tensor]
+    ungated: Maybe[cute.Tensor]
+    carried: Maybe[cute.Tensor]
 
 
 class Unit(NamedTuple):

@@ -13,7 +13,7 @@ The y of a token is summed in `chains` partial sums, whose states and order do n
 of the states is part of chain q modulo `chains`.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -165,7 +165,7 @@ class SegmentScan:
                 steps = [step if held else Float32(0.0) for step, held in zip(steps, inside)]
         gains = [step * value for step, value in zip(steps, inputs)]
         next_words = self.load_rows(channel, token + BLOCK, tokens, lane)
-        gates = None
+        gates: Any = None
         if const_expr(self.spec.has_z and not self.carry):
             gates = scan.load_pieces([rows.z], first, tokens, whole, active, share, aligned)
         h, sums = self.advance(channel.rates, h, steps, gains, columns + lane * QUAD)

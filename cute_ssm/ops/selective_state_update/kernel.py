@@ -18,7 +18,7 @@ PDL: everything is read and written after `griddepcontrol.wait`, because the sta
 kernel (the same layer's previous step); dependents are released at once, and must wait likewise before they read.
 """
 
-from typing import Any, Optional
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -31,6 +31,7 @@ from cute_ssm.device import convert, launch, memory
 from cute_ssm.device.bounds import in_range
 from cute_ssm.device.fakes import Layout, of_table
 from cute_ssm.device.state import StateView
+from cute_ssm.device.types import Maybe
 from cute_ssm.ops.selective_state_update.arguments import TABLE, TOKENS
 from cute_ssm.ops.selective_state_update.columns import StagedColumns
 from cute_ssm.ops.selective_state_update.config import SelectiveStepConfig, choose, staged_bytes, state_vector
@@ -132,19 +133,19 @@ class SelectiveStep:
         A: cute.Tensor,
         B: cute.Tensor,
         C: cute.Tensor,
-        D: Optional[cute.Tensor],
-        z: Optional[cute.Tensor],
-        dt_bias: Optional[cute.Tensor],
+        D: Maybe[cute.Tensor],
+        z: Maybe[cute.Tensor],
+        dt_bias: Maybe[cute.Tensor],
         out: cute.Tensor,
-        state_scale: Optional[cute.Tensor],
-        state_batch_indices: Optional[cute.Tensor],
-        dst_state_batch_indices: Optional[cute.Tensor],
-        num_accepted_tokens: Optional[cute.Tensor],
-        cu_seqlens: Optional[cute.Tensor],
-        intermediate_states_buffer: Optional[cute.Tensor],
-        intermediate_state_indices: Optional[cute.Tensor],
-        intermediate_state_scales: Optional[cute.Tensor],
-        rand_seed: Optional[cute.Tensor],
+        state_scale: Maybe[cute.Tensor],
+        state_batch_indices: Maybe[cute.Tensor],
+        dst_state_batch_indices: Maybe[cute.Tensor],
+        num_accepted_tokens: Maybe[cute.Tensor],
+        cu_seqlens: Maybe[cute.Tensor],
+        intermediate_states_buffer: Maybe[cute.Tensor],
+        intermediate_state_indices: Maybe[cute.Tensor],
+        intermediate_state_scales: Maybe[cute.Tensor],
+        rand_seed: Maybe[cute.Tensor],
         pad_slot_id: Int64,
         max_tokens: Int32,
         max_ctas: Int32,

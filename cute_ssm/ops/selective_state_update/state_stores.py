@@ -9,6 +9,7 @@ from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cute_ssm.device import memory, philox
 from cute_ssm.device.bounds import in_range
 from cute_ssm.device.state import Block, StateView
+from cute_ssm.device.types import Maybe
 from cute_ssm.ops.selective_state_update.spec import SelectiveStateUpdateSpec
 from cute_ssm.ops.selective_state_update.units import Scalars, Tensors, Unit
 
@@ -16,7 +17,7 @@ from cute_ssm.ops.selective_state_update.units import Scalars, Tensors, Unit
 class ScaleTarget(NamedTuple):
     """A scale: the tensor, and the coordinate of the lane's row in it.  Both are None if states have no scales."""
 
-    scales: Optional[cute.Tensor]
+    scales: Maybe[cute.Tensor]
     coordinate: tuple[Any, ...]
 
 

@@ -1,11 +1,12 @@
 """What the parts of `SelectiveStep` pass to each other: tensors, units of work, stages."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64
 
 from cute_ssm.device import memory
+from cute_ssm.device.types import Maybe
 
 
 class Tensors(NamedTuple):
@@ -17,19 +18,19 @@ class Tensors(NamedTuple):
     A: cute.Tensor
     B: cute.Tensor
     C: cute.Tensor
-    D: Optional[cute.Tensor]
-    z: Optional[cute.Tensor]
-    dt_bias: Optional[cute.Tensor]
+    D: Maybe[cute.Tensor]
+    z: Maybe[cute.Tensor]
+    dt_bias: Maybe[cute.Tensor]
     out: cute.Tensor
-    state_scale: Optional[cute.Tensor]
-    state_batch_indices: Optional[cute.Tensor]
-    dst_state_batch_indices: Optional[cute.Tensor]
-    num_accepted_tokens: Optional[cute.Tensor]
-    cu_seqlens: Optional[cute.Tensor]
-    intermediate_states_buffer: Optional[cute.Tensor]
-    intermediate_state_indices: Optional[cute.Tensor]
-    intermediate_state_scales: Optional[cute.Tensor]
-    rand_seed: Optional[cute.Tensor]
+    state_scale: Maybe[cute.Tensor]
+    state_batch_indices: Maybe[cute.Tensor]
+    dst_state_batch_indices: Maybe[cute.Tensor]
+    num_accepted_tokens: Maybe[cute.Tensor]
+    cu_seqlens: Maybe[cute.Tensor]
+    intermediate_states_buffer: Maybe[cute.Tensor]
+    intermediate_state_indices: Maybe[cute.Tensor]
+    intermediate_state_scales: Maybe[cute.Tensor]
+    rand_seed: Maybe[cute.Tensor]
 
 
 class Scalars(NamedTuple):
