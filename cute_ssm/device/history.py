@@ -1,6 +1,6 @@
 """`HistoryView`: addresses of the inputs of pending tokens in either kind of cache."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -17,13 +17,6 @@ class History(NamedTuple):
     B: cute.Tensor
     dt: cute.Tensor
     sums: Maybe[cute.Tensor]
-
-
-class CacheShape(NamedTuple):
-    """Sizes of a cache, and how many of its leading dimensions have free strides."""
-
-    sizes: tuple[Any, ...]
-    free: int
 
 
 class HistoryRow(NamedTuple):
@@ -45,17 +38,6 @@ class HistoryView:
         self.kind = kind
         self.ring = kind == "ring"
         self.dt_heads = 1 if self.ring else 2  # the mode of dt' that counts heads
-
-    def shapes(self, spec: Any, slots: Any, rows: Any) -> tuple[CacheShape, CacheShape, CacheShape]:
-        """Return the shapes of x, B and dt'."""
-        heads, groups, dim, dstate = spec.heads, spec.groups, spec.dim, spec.dstate
-        if self.ring:
-            x = CacheShape((slots, heads, rows, dim), 3)
-            return x, CacheShape((slots, groups, rows, dstate), 3), CacheShape((slots, heads, rows), 2)
-        x = CacheShape((slots, 2, rows, heads, dim), 3)
-        if self.kind == "double":
-            x = CacheShape((slots, rows, heads, dim), 2)
-        return x, CacheShape((slots, 2, rows, groups, dstate), 3), CacheShape((slots, 2, heads, rows), 3)
 
     def rows(self, dt: cute.Tensor) -> Int32:
         """Return the number of rows of each cache, from the shape of dt'."""

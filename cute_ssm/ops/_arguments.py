@@ -121,7 +121,7 @@ def check_contiguous(name: str, tensor: Tensor, count: int, axes: Sequence[str],
     if not good:
         expected = "stride 1 in its last dimension"
         if count > 1:
-            expected = f"contiguous rows of {axes[-1]} and heads of {' x '.join(axes[-count:])}"
+            expected = f"contiguous rows of {axes[-1]} in contiguous blocks of {' x '.join(axes[-count:])}"
         fix = allocation(tensor) if written or name in WRITTEN else f"pass {name}.contiguous()"
         raise ValueError(describe(name, expected, f"strides {tensor.stride()}", fix))
 

@@ -178,9 +178,9 @@ class Given(dict[str, Tensor]):
             arguments.check_shape(self.public(name), tensor, shape, spelled(_letters(arg, sizes)), arg.written)
 
     def check_dtypes(self) -> None:
-        """Raise unless all types are those of the table."""
-        for name, tensor in self.items():
-            arg = self.table.tensors[name]
+        """Raise unless all types are those of the table, those that others are compared with first."""
+        for name in sorted(self, key=lambda name: bool(self.table.tensors[name].like)):
+            tensor, arg = self[name], self.table.tensors[name]
             allowed, why = tuple(getattr(torch, dtype) for dtype in arg.dtypes), arg.why
             if arg.like:
                 allowed = (self[arg.like].dtype,)

@@ -17,8 +17,8 @@ FAULTS = [
     Fault(
         "a plan for narrow rows takes all",
         "cute_ssm/ops/checkpointing_ssu/operator.py",
-        "_path.loose_plans.remember((key, _layout(operands)), plan)",
-        "_path.plans.remember(key, plan)",
+        "strict=spec.aligned,",
+        "strict=True,",
         (VIEWS + "test_a_plan_is_used_for_rows_of_its_own_alignment_alone",),
     ),
     Fault(

@@ -7,6 +7,7 @@ that it was given, and its checks are those that spare the operator its own.
 from __future__ import annotations
 
 import functools
+from collections import namedtuple
 
 import checkpointing_cases
 import cutlass
@@ -118,7 +119,12 @@ def checkpointing_entry(report: cute.Tensor, tensors: list, pad: Int64, sm_count
 def compiled_checkpointing(case: checkpointing_cases.Case, monkeypatch):
     """(compiled entry, operands) of a step."""
     seen = {}
-    monkeypatch.setattr(checkpointing, "_run_on_cpu", lambda spec, operands, _: seen.update(spec=spec, o=operands))
+    tensors = namedtuple("tensors", checkpointing.TABLE.tensors)
+
+    def note(call):
+        seen.update(spec=call.spec, o=tensors._make(call.operands[:-1]))
+
+    monkeypatch.setattr(checkpointing._path, "_run_on_cpu", note)
     operator = checkpointing.checkpointing_ssu_ring if case.ring else checkpointing.checkpointing_ssu
     operator(**checkpointing_cases.arguments(case))
     on_cpu = functools.partial(make_fake_tensor, memspace=cute.AddressSpace.generic)

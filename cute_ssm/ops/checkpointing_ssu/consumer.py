@@ -20,7 +20,7 @@ from cute_ssm.ops.checkpointing_ssu.state_fold import StateFold
 from cute_ssm.ops.checkpointing_ssu.unaligned_rows import UnalignedRows
 from cute_ssm.ops.checkpointing_ssu.units import (
     Barriers,
-    Outputs,
+    OutputTensors,
     Pipelines,
     TilePipeline,
     TokenRows,
@@ -62,7 +62,7 @@ class Consumer:
         self,
         consumer: Int32,
         unit_range: UnitRange,
-        outputs: Outputs,
+        outputs: OutputTensors,
         store: TileCopy,
         tiles: cute.Pointer,
         units: cute.Pointer,
@@ -87,7 +87,7 @@ class Consumer:
         consumer: Int32,
         count: Int32,
         num_tiles: Int32,
-        outputs: Outputs,
+        outputs: OutputTensors,
         store: TileCopy,
         tile_pointers: list[cute.Pointer],
         units: cute.Pointer,
@@ -219,7 +219,7 @@ class Consumer:
         buffers: UnitBuffers,
         pipeline: TilePipeline,
         block: Maybe[TokenBlock],
-        outputs: Outputs,
+        outputs: OutputTensors,
         store: TileCopy,
         lane: Int32,
     ) -> None:

@@ -27,23 +27,31 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Numeric, const_expr
+from cutlass import Int32, Int64, Numeric, const_expr
 from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import convert, launch, memory
-from cute_ssm.device.fakes import fake
-from cute_ssm.device.history import CacheShape, History, HistoryView
+from cute_ssm.device.fakes import Layout, of_table
+from cute_ssm.device.history import History, HistoryView
 from cute_ssm.device.tile import StateTile
 from cute_ssm.device.types import Maybe
+from cute_ssm.ops.checkpointing_ssu.arguments import (
+    B_HISTORY,
+    DT_HISTORY,
+    ROW_BYTES,
+    TABLE,
+    TOKENS,
+    X_HISTORY,
+)
 from cute_ssm.ops.checkpointing_ssu.config import FUSED, CheckpointingSSUConfig, LaunchConfig, Role, choose
 from cute_ssm.ops.checkpointing_ssu.consumer import Consumer
 from cute_ssm.ops.checkpointing_ssu.prep import Prep
 from cute_ssm.ops.checkpointing_ssu.producer import Producer
 from cute_ssm.ops.checkpointing_ssu.spec import EARLY_READS, WAIT_FIRST, CheckpointingSSUSpec
-from cute_ssm.ops.checkpointing_ssu.units import Barriers, Inputs, Outputs, Scheduler, Sequences, Work
+from cute_ssm.ops.checkpointing_ssu.units import Barriers, InputTensors, OutputTensors, Scheduler, SequenceTensors, Work
 
 # Arguments that are read before the wait with "early_reads".
 READS_BEFORE_WAIT = (
@@ -85,53 +93,55 @@ class CheckpointingSSU:
     # ------------------------------------------------------------------------------------------------------------ host
     def fakes(self) -> tuple[Any, ...]:
         """Return the arguments of `__call__` as the compiler sees them: what is static, and which sizes are equal."""
-        spec = self.spec
-        batch, total, slots, rows = (cute.sym_int32() for _ in range(4))
-        heads, groups, dim, dstate = spec.heads, spec.groups, spec.dim, spec.dstate
-
-        def when(present: object, *args: Any) -> Maybe[cute.Tensor]:
-            return fake(*args) if present else None
-
-        def cache(dtype: type[Numeric], shape: CacheShape, align: int) -> cute.Tensor:
-            """Return a cache of the history, contiguous from the first dimension whose stride is not free on."""
-            inner = [1]
-            for size in reversed(shape.sizes[shape.free + 1 :]):
-                inner.insert(0, inner[0] * size)
-            return fake(dtype, shape.sizes, tuple(inner), align)
-
-        lead = (batch, spec.tokens) if spec.cu_dtype is None else (1, total)
-        align = spec.input_bytes // 2
-        row = (self.input_dtype, (*lead, heads, dim), (dim, 1), align)
-        column = (self.input_dtype, (*lead, groups, dstate), (dstate, 1), align)
-        x_shape, B_shape, dt_shape = self.history_view.shapes(spec, slots, rows)
-        per_head = (heads, dim)
-        return (
-            fake(self.tile.dtype, (slots, heads, dim, dstate), (dim * dstate, dstate, 1), 128 // self.tile.dtype.width),
-            cache(self.input_dtype, x_shape, 8),
-            cache(self.input_dtype, B_shape, 8),
-            cache(Float32, dt_shape, 1),
-            None if self.history_view.ring else cache(Float32, dt_shape, 1),
-            fake("int32", (slots,), (1,)),
-            fake("int32", (slots,), (1,)),
-            fake(*row),
-            fake(spec.dt_dtype, (*lead, heads, dim), (0,)),
-            fake(spec.A_dtype, (heads, dim, dstate), (0, 0)),
-            fake(*column),
-            fake(*column),
-            when(spec.D_dtype, spec.D_dtype, per_head, (0,)),
-            when(spec.has_z, *row),
-            when(spec.dt_bias_dtype, spec.dt_bias_dtype, per_head, (0,)),
-            fake(*row),
-            when(spec.scaled, "float32", (slots, heads, dim), (dim, 1), 4),
-            when(spec.src_dtype, spec.src_dtype, (batch,)),
-            when(spec.cu_dtype, spec.cu_dtype, (cute.sym_int32(),)),
-            when(spec.philox_rounds, "int64", (slots if spec.seed_per_slot else 1,), (1,)),
-            when(spec.work_items, "int32", (batch, 4), (4, 1), 4),
-            when(spec.work_items, "int32", (1,), (1,)),
-            Int64(0),
-            Int32(0),
-            make_fake_stream(use_tvm_ffi_env_stream=True),
+        spec, kind = self.spec, self.spec.history
+        column, head = Layout((spec.dstate, 1), spec.input_bytes // 2), Layout((0,))
+        row = Layout((spec.dim, 1), spec.input_bytes // 2)
+        caches = {}
+        if not self.history_view.ring:  # tokens are rows of all heads, or groups
+            align = ROW_BYTES // 2
+            caches = {"x_history": Layout((spec.dim, 1), align), "B_history": Layout((spec.dstate, 1), align)}
+        tensors = of_table(
+            TABLE,
+            dtypes={
+                "state": spec.state_dtype,
+                "x": spec.input_dtype,
+                "dt": spec.dt_dtype,
+                "A": spec.A_dtype,
+                "D": spec.D_dtype,
+                "z": spec.input_dtype if spec.has_z else None,
+                "dt_bias": spec.dt_bias_dtype,
+                "cum_history": None if self.history_view.ring else "float32",
+                "state_scale": "float32" if spec.scaled else None,
+                "state_batch_indices": spec.src_dtype,
+                "cu_seqlens": spec.cu_dtype,
+                "rand_seed": "int64" if spec.philox_rounds else None,
+                "work_items": "int32" if spec.work_items else None,
+                "num_writes": "int32" if spec.work_items else None,
+            },
+            sizes={
+                "nheads": spec.heads,
+                "ngroups": spec.groups,
+                "dim": spec.dim,
+                "dstate": spec.dstate,
+                "T": spec.tokens,
+                "seeds": "slots" if spec.seed_per_slot else 1,
+            },
+            axes={
+                "tokens": TOKENS[spec.cu_dtype is not None],
+                "x_history": X_HISTORY[kind],
+                "B_history": B_HISTORY[self.history_view.ring],
+                "dt_history": DT_HISTORY[self.history_view.ring],
+            },
+            layouts={
+                **{name: row for name in ("x", "z", "out")},
+                **{name: column for name in ("B", "C")},
+                **{name: head for name in ("dt", "D", "dt_bias")},
+                "A": Layout((0, 0)),
+                "work_items": Layout((4, 1), 4),
+                **caches,
+            },
         )
+        return (*tensors, Int64(0), Int32(0), make_fake_stream(use_tvm_ffi_env_stream=True))
 
     @cute.jit
     def __call__(
@@ -170,9 +180,11 @@ class CheckpointingSSU:
         load = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), view, one, box)
         store = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), view, one, box)
         history = History(x_history, B_history, dt_history, cum_history)
-        sequences = Sequences(cursor, prev_num_accepted_tokens, state_batch_indices, cu_seqlens, work_items, num_writes)
-        inputs = Inputs(x, dt, A, B, C, D, z, dt_bias)
-        outputs = Outputs(out, state_scale, rand_seed)
+        sequences = SequenceTensors(
+            cursor, prev_num_accepted_tokens, state_batch_indices, cu_seqlens, work_items, num_writes
+        )
+        inputs = InputTensors(x, dt, A, B, C, D, z, dt_bias)
+        outputs = OutputTensors(out, state_scale, rand_seed)
         for step_kernel in self.kernels:
             launch_config = step_kernel.launch
             units = batch * step_kernel.scheduler.units_per_sequence
@@ -219,9 +231,9 @@ class StepKernel:
         store_view: cute.Tensor,
         state: cute.Tensor,
         history: History,
-        sequences: Sequences,
-        inputs: Inputs,
-        outputs: Outputs,
+        sequences: SequenceTensors,
+        inputs: InputTensors,
+        outputs: OutputTensors,
         batch: Int32,
         pad_slot: Int64,
     ) -> None:

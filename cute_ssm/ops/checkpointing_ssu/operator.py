@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor, is_grad_enabled
+from torch import Tensor
 
-from cute_ssm import arch as archs
-from cute_ssm import runtime
+from cute_ssm.arch import Arch
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops import _library
 from cute_ssm.ops._arguments import first_of_batch, first_rows
-from cute_ssm.ops._calls import CallPath
-from cute_ssm.ops._library import transform_level
-from cute_ssm.ops._plans import REFUSALS
-from cute_ssm.ops.checkpointing_ssu import arguments as arguments
-from cute_ssm.ops.checkpointing_ssu import config as tuning
-from cute_ssm.ops.checkpointing_ssu.arguments import TIED, Operands, Settings
+from cute_ssm.ops._calls import CallPath, Checked, Plan
+from cute_ssm.ops.checkpointing_ssu import arguments, config
+from cute_ssm.ops.checkpointing_ssu.arguments import TABLE, TIED, Arguments
 from cute_ssm.ops.checkpointing_ssu.reference import update as reference
-from cute_ssm.ops.checkpointing_ssu.spec import CheckpointingSSUSpec
-from cute_ssm.tuning import overridden
 
-MOST_UNITS = 2**30  # the kernel counts in 32 bits, and one grid past the last
+MOST_UNITS = 2**30  # the kernel counts in 32 bits, and up to one grid further than the last unit
 NO_PAD = -1  # no sequence's number
 
 
@@ -199,10 +192,9 @@ def checkpointing_ssu(
         state, old_x, old_B, old_dt, old_cumAdt, cache_buf_idx, prev_num_accepted_tokens, x, dt, A, B, C, D, z, dt_bias,
         out, state_scale, state_batch_indices, cu_seqlens, rand_seed, work_items, num_writes,
     )  # fmt: skip
-    if type(x) is not Tensor or torch.compiler.is_compiling():
+    run = _REGISTERED.route(x)
+    if run is _REGISTERED.overload:
         run = _traced
-    else:
-        run = _eager if is_grad_enabled() or transform_level() is not None else _run
     run(*tensors, *settings)
     return out
 
@@ -296,35 +288,24 @@ def checkpointing_ssu_ring(
         state, x_cache, B_cache, dt_cache, None, ring_start, prev_num_accepted_tokens, x, dt, A, B, C, D, z, dt_bias,
         out, state_scale, state_batch_indices, cu_seqlens, rand_seed, work_items, num_writes,
     )  # fmt: skip
-    if type(x) is not Tensor or torch.compiler.is_compiling():
+    run = _REGISTERED.route(x)
+    if run is _REGISTERED.overload:
         run = _traced
-    else:
-        run = _eager if is_grad_enabled() or transform_level() is not None else _run
     run(*tensors, *settings)
     return out
 
 
-class _Plan(NamedTuple):
-    launch: Callable[..., None]
-    sm_count: int
-    input_bytes: int
-
-
-# Steady state: everything a kernel is chosen by, and what its own entry does not check before it launches.  The entry
-# checks types, strides, alignment, and the equality of sizes that several tensors have; if it refuses, the arguments
-# are examined one by one.  An entry for rows of 16 bytes refuses others, and is tried first.  One for rows that are
-# less aligned would take all, so it is remembered with the layout it was chosen for.
-_path = CallPath()
-
-
-def _layout(operands: Operands) -> tuple[object, ...] | None:
-    """All that `arguments.input_bytes` depends on."""
-    x, B, C, z, out = operands.x, operands.B, operands.C, operands.z, operands.out
+def _layout(operands: tuple[Any, ...]) -> tuple[object, ...] | None:
+    """Return all that `arguments.input_bytes` depends on."""
+    x, B, C, z, out = (operands[i] for i in (7, 10, 11, 13, 15))
     if not all(isinstance(tensor, Tensor) for tensor in (C, out, x if z is None else z)):
         return None
     bits = x.data_ptr() | B.data_ptr() | C.data_ptr() | out.data_ptr() | (0 if z is None else z.data_ptr())
     strides = (x.stride(), B.stride(), C.stride(), out.stride(), None if z is None else z.stride())
     return bits % arguments.ROW_BYTES, strides
+
+
+_path = CallPath(_layout)
 
 
 def _run(
@@ -384,115 +365,75 @@ def _run(
     except (AttributeError, IndexError):  # something is no tensor, or has no axes, which the checks will name
         key = None
         state_batch_indices, work_items = first_of_batch(x, cu_seqlens, state_batch_indices, work_items)
-    tensors = (
+    operands = (
         state, x_history, B_history, dt_history, cum_history, cursor, prev_num_accepted_tokens, x, dt, A, B, C, D, z,
-        dt_bias, out, state_scale, state_batch_indices, cu_seqlens, rand_seed, work_items, num_writes,
+        dt_bias, out, state_scale, state_batch_indices, cu_seqlens, rand_seed, work_items, num_writes, pad_slot_id,
     )  # fmt: skip
-    plan = _path.plans.get(key)
-    if plan is not None and not overridden():
-        try:
-            plan.launch(*tensors, pad_slot_id, plan.sm_count)
-            return
-        except REFUSALS:
-            pass  # other strides or alignment than last time, or a bad argument: the checks below tell
-    if _path.loose_plans and _run_loose(key, tensors, pad_slot_id):
+    if _path.run_plan(key, operands):
         return
-    settings = Settings(ring, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, window, pdl, saturate)
-    operands, spec = arguments.check(Operands._make(tensors), settings)
-    if not x.is_cuda:
-        with torch.no_grad():
-            _run_on_cpu(spec, operands, settings)
-    elif arguments.batch_of(operands) and x.numel():
-        arch = runtime.target(x.device)
-        sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
-        config = _config(spec, operands, settings, sm_count, arch)
-        plan = _Plan(runtime.get(spec, config, arch), sm_count, spec.input_bytes)
-        _remember(key, plan, operands)
-        plan.launch(*operands, pad_slot_id, plan.sm_count)
+    settings = (ring, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, window, pdl, saturate)
+    _path.run(key, _checked(Arguments(*operands[:-1], *settings)))
 
 
-def _run_loose(key: tuple[object, ...] | None, tensors: tuple[Any, ...], pad_slot_id: int) -> bool:
-    """Run a kernel for rows that are less aligned, if there is one for this layout and it takes the arguments."""
-    plan = None if key is None else _path.loose_plans.get((key, _layout(Operands._make(tensors))))
-    if plan is None or overridden():
-        return False
-    try:
-        plan.launch(*tensors, pad_slot_id, plan.sm_count)
-    except REFUSALS:
-        return False
-    return True
+def _checked(given: Arguments) -> Checked:
+    """Check the arguments of a call, and say how it runs."""
+    call, spec = arguments.check(given)
+    batch = arguments.batch_of(call)
 
+    def choose(arch: Arch, sm_count: int) -> config.CheckpointingSSUConfig:
+        units = batch * spec.heads * max(arguments.D_SPLITS)
+        if units >= MOST_UNITS:
+            fix = "split the batch"
+            raise UnsupportedSpecError(describe("x", f"fewer than {MOST_UNITS} tiles of the state", units, fix))
+        return config.choose(spec, arch, batch, sm_count, call.d_split)
 
-def _remember(key: tuple[object, ...] | None, plan: _Plan, operands: Operands) -> None:
-    if key is None:
-        return
-    if plan.input_bytes == arguments.ROW_BYTES:
-        _path.plans.remember(key, plan)
-    else:
-        _path.loose_plans.remember((key, _layout(operands)), plan)
+    def bind(kernel: Callable[..., None], chosen: config.CheckpointingSSUConfig, sm_count: int) -> Plan:
+        return Plan(kernel, (sm_count,))
 
-
-def _config(
-    spec: CheckpointingSSUSpec, operands: Operands, settings: Settings, sm_count: int, arch: archs.Arch
-) -> tuning.CheckpointingSSUConfig:
-    """Choose the config of a call, and see that the kernel can count its work."""
-    batch = arguments.batch_of(operands)
-    units = batch * spec.heads * max(arguments.D_SPLITS)
-    if units >= MOST_UNITS:
-        fix = "split the batch"
-        raise UnsupportedSpecError(describe("x", f"fewer than {MOST_UNITS} tiles of the state", units, fix))
-    return tuning.choose(spec, arch, batch, sm_count, settings.d_split)
-
-
-def _run_on_cpu(spec: CheckpointingSSUSpec, operands: Operands, settings: Settings) -> None:
-    """Run the compiled kernel if an emulator is open, else the reference."""
-    arguments.check_contents(operands, settings, spec)
-    emulator = runtime.emulator()
-    if emulator is None:
-        runtime.by_reference(spec, operands)
-        reference(operands, spec, settings.pad_slot_id)
-    elif arguments.batch_of(operands) and operands.x.numel():
-        arch = archs.by_name(emulator.arch)
-        sm_count = emulator.sm_count or arch.sm_count
-        config = _config(spec, operands, settings, sm_count, arch)
-        kernel = runtime.emulated(spec, config, arch)
-        kernel(*operands, settings.pad_slot_id, sm_count)
+    return Checked(
+        spec,
+        operands=(*call[: len(TABLE.tensors)], call.pad_slot_id),
+        units=batch if call.x.numel() else 0,
+        choose=choose,
+        check_contents=lambda: arguments.check_contents(call, spec),
+        reference=lambda: reference(call, spec),
+        bind=bind,
+        strict=spec.aligned,
+    )
 
 
 def _traced(*values: Any) -> None:
     """Call the operator that PyTorch knows.
 
-    It takes one value per head of dt, A, D and dt_bias as a tensor of its own, for whoever traces a call may copy
+    It takes one value per head of dt, A, D and dt_bias as a tensor of its own: whoever traces a call may copy
     arguments, and a copy has other strides.
     """
-    call = dict(zip((*Operands._fields, *Settings._fields), values))
-    if not isinstance(call["x"], Tensor):
-        raise TypeError(describe("x", "a torch.Tensor", type(call["x"]).__name__))
+    call = Arguments(*values)
+    if not isinstance(call.x, Tensor):
+        raise TypeError(describe("x", "a torch.Tensor", type(call.x).__name__))
+    tied = {}
     for name, inner in TIED.items():
-        if call[name] is not None:
-            arguments.check_tied(name, call[name], inner, call["state"])
-            call[name] = call[name][(..., *[0] * inner)]
-    _overload(*call.values())
+        tensor = getattr(call, name)
+        if tensor is not None:
+            arguments.check_tied(name, tensor, inner, call.state)
+            tied[name] = tensor[(..., *[0] * inner)]
+    _REGISTERED.overload(*call._replace(**tied))
 
 
 def _run_traced(*values: Any) -> None:
-    call = dict(zip((*Operands._fields, *Settings._fields), values))
+    call = Arguments(*values)
+    tied = {}
     for name, inner in TIED.items():
-        if call[name] is not None:
-            tied = call[name][(..., *[None] * inner)]
-            call[name] = tied.expand(*call[name].shape, *call["state"].shape[2 : 2 + inner])
-    _run(*call.values())
+        tensor = getattr(call, name)
+        if tensor is not None:
+            expanded = tensor[(..., *[None] * inner)]
+            tied[name] = expanded.expand(*tensor.shape, *call.state.shape[2 : 2 + inner])
+    _run(*call._replace(**tied))
 
 
-_eager, _overload, _ = _library.register(
-    "checkpointing_ssu(Tensor(a!) state, Tensor(b!) x_history, Tensor(c!) B_history, Tensor(d!) dt_history, "
-    "Tensor(e!)? cum_history, Tensor cursor, Tensor prev_num_accepted_tokens, Tensor x, Tensor dt, Tensor A, Tensor B, "
-    "Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor(f!) out, Tensor(g!)? state_scale, "
-    "Tensor? state_batch_indices, Tensor? cu_seqlens, Tensor? rand_seed, Tensor? work_items, Tensor? num_writes, "
-    "bool ring, bool dt_softplus, int pad_slot_id, int philox_rounds, int? d_split, int? max_seqlen, int? window, "
-    "str? pdl, bool saturate=False) -> ()",
+_REGISTERED = _library.register(
+    TABLE.schema("checkpointing_ssu"),
     _run_traced,
-    lambda *_: None,
     eager=_run,
     names=lambda call: arguments.RING if call["ring"] else arguments.DOUBLE,
 )

@@ -19,7 +19,7 @@ from cute_ssm.ops.checkpointing_ssu.spec import EARLY_READS, CheckpointingSSUSpe
 from cute_ssm.ops.checkpointing_ssu.units import (
     INACTIVE,
     Barriers,
-    Inputs,
+    InputTensors,
     Pipelines,
     Scheduler,
     TokenRows,
@@ -83,7 +83,7 @@ class Prep:
         unit_range: UnitRange,
         work: Work,
         history: History,
-        inputs: Inputs,
+        inputs: InputTensors,
         units: cute.Pointer,
         barriers: Barriers,
     ) -> None:
@@ -124,7 +124,9 @@ class Prep:
 
     # ---------------------------------------------------------------------------------------------------------- decays
     @cute.jit
-    def load(self, unit: Unit, history: History, inputs: Inputs, base: cutlass.Constexpr, lane: Int32) -> DecayWords:
+    def load(
+        self, unit: Unit, history: History, inputs: InputTensors, base: cutlass.Constexpr, lane: Int32
+    ) -> DecayWords:
         """Load what the decays at 16 positions from `base` on are computed from; nothing waits for the loads here."""
         spec = self.spec
         dt, A, D, dt_bias = inputs.dt, inputs.A, inputs.D, inputs.dt_bias
@@ -152,7 +154,7 @@ class Prep:
         self,
         unit: Unit,
         history: History,
-        inputs: Inputs,
+        inputs: InputTensors,
         words: DecayWords,
         buffer: cute.Pointer,
         lane: Int32,

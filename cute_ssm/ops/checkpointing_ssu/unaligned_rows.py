@@ -14,7 +14,7 @@ from cute_ssm.arch import WARP
 from cute_ssm.device import memory
 from cute_ssm.ops.checkpointing_ssu.config import ROW_PAD, UnitLayout
 from cute_ssm.ops.checkpointing_ssu.spec import CheckpointingSSUSpec
-from cute_ssm.ops.checkpointing_ssu.units import Inputs, TokenRows, Unit
+from cute_ssm.ops.checkpointing_ssu.units import InputTensors, TokenRows, Unit
 
 IN_FLIGHT = 2  # accesses of a lane to each tensor
 
@@ -42,7 +42,7 @@ class UnalignedRows:
         self.word = (1, 16) if spec.input_bytes == 2 else (spec.input_bytes // 4, 32)  # count, bits
 
     @cute.jit
-    def stage(self, unit: Unit, inputs: Inputs, buffer: cute.Pointer, bar: cute.Pointer, lane: Int32) -> None:
+    def stage(self, unit: Unit, inputs: InputTensors, buffer: cute.Pointer, bar: cute.Pointer, lane: Int32) -> None:
         """Copy a unit's new rows to its buffer, and arrive at `bar` on behalf of the producer."""
         layout, group = self.layout, unit.head // self.spec.heads_per_group
         sources = [

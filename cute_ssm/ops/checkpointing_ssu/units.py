@@ -17,7 +17,7 @@ INACTIVE = -1  # `UnitHeader.pending` of a unit without work
 
 
 # ------------------------------------------------------------------------------------------------------ global memory
-class Sequences(NamedTuple):
+class SequenceTensors(NamedTuple):
     """Tensors that give each sequence its slot, its cursors and its tokens."""
 
     cursor: cute.Tensor
@@ -28,7 +28,7 @@ class Sequences(NamedTuple):
     num_writes: Maybe[cute.Tensor]
 
 
-class Inputs(NamedTuple):
+class InputTensors(NamedTuple):
     """Inputs of the new tokens, and the parameters of the layer."""
 
     x: cute.Tensor
@@ -41,7 +41,7 @@ class Inputs(NamedTuple):
     dt_bias: Maybe[cute.Tensor]
 
 
-class Outputs(NamedTuple):
+class OutputTensors(NamedTuple):
     """Tensors that consumers write beside the state, and the seed that states are rounded with."""
 
     out: cute.Tensor
@@ -54,7 +54,7 @@ class Work(NamedTuple):
 
     state: cute.Tensor
     dt_history: cute.Tensor
-    sequences: Sequences
+    sequences: SequenceTensors
     batch: Int32
     total_tokens: Int32
     pad_slot: Int64

@@ -104,9 +104,9 @@ STATE = "expected dtype float32 or bfloat16 or float16 or int16 or int8 or float
 INTEGER = "expected dtype int32 or int64, got "
 TENSOR = "expected a torch.Tensor, got "
 SHARED = "expected elements that do not share memory, got strides .*; it is written, so allocate it as torch.zeros"
-ROWS = "expected an address, and strides but the last, of multiples of 16 bytes, got address .*; pad its rows or slots"
+ROWS = "expected an address and outer strides of multiples of 16 bytes, got address .*; pad (its rows|the slots)"
 LAST = "expected stride 1 in its last dimension, got strides"
-LAST_TWO = "expected its last 2 dimensions contiguous, got strides"
+LAST_TWO = "expected contiguous rows of .* in contiguous blocks of .* x .*, got strides"
 X_TYPE = "expected dtype bfloat16, got {}; the type of x; (cast it with {}.to|it is written, so allocate it)"
 
 # (base, argument [> argument that the message names], how it is broken, error, what the message says after the name)
@@ -185,7 +185,7 @@ BROKEN = [
     ("items", "work_items", always(None), ValueError, "expected a tensor with num_writes, got None; cute_ssm.serving."),
     ("items", "num_writes", always(None), ValueError, "expected a tensor with work_items, got None; cute_ssm.serving."),
     ("random", "rand_seed", lambda t: t.repeat(2), ValueError, r"expected shape \(1,\) or \(slots,\) = \(6,\), got \("),
-    ("random", "rand_seed", lambda t: t[0], ValueError, r"expected shape \(1,\) or \(slots,\), got \(\)"),
+    ("random", "rand_seed", lambda t: t[0], ValueError, r"expected shape \(1,\) or \(slots,\) = \(6,\), got \(\)"),
     ("quantised", "state_scale", lambda t: t[..., :1], ValueError, r"expected shape \(slots, nheads, dim\)"),
     # types
     ("double", "state", cast(torch.float64), TypeError, STATE + "float64"),
@@ -214,7 +214,7 @@ BROKEN = [
     ("double", "dt_bias", dense, ValueError, r"one value per head, .*; pass dt_bias\[..., :1\].expand\(dt_bias.shape"),
     *(("double", name, wide, ValueError, LAST_TWO) for name in ("x", "B", "C", "z", "out", "old_x", "old_B")),
     *(("double", name, every_other, ValueError, LAST_TWO) for name in ("x", "B", "C", "z", "out", "old_x", "old_B")),
-    ("double", "state", wide, ValueError, "its last 3 dimensions contiguous, got strides .*; it is written, so al"),
+    ("double", "state", wide, ValueError, "blocks of nheads x dim x dstate, got strides .*; it is written, so al"),
     ("quantised", "state_scale", wide, ValueError, LAST_TWO),
     *(("ring", name, every_other, ValueError, LAST) for name in ("x_cache", "B_cache", "dt_cache", "ring_start")),
     *(("double", name, every_other, ValueError, LAST) for name in (
@@ -233,7 +233,7 @@ BROKEN = [
     ("quantised", "state_scale", always(None), ValueError, "expected scales of a state of int8, got None"),
     ("double", "state_scale", always(torch.ones(6, 4, 64)), ValueError, "None with a state of float16, got a tensor"),
     ("random", "state > rand_seed", lambda t: t.float(), ValueError, "expected None with a float32 state, which is no"),
-    ("no_indices", "state > cache_buf_idx", lambda t: t[:2], ValueError, r"expected shape \(slots,\) = \(2,\), got \("),
+    ("no_indices", "state > old_x", lambda t: t[:2], ValueError, r"expected shape \(slots, W, nheads, dim\) = \(2, 16"),
     # contents
     ("double", "state_batch_indices", put(1, 6), ValueError, r"in \[0, 6\) or pad_slot_id = -1, got 6 at position 1"),
     ("double", "state_batch_indices", put(2, -2), ValueError, "got -2 at position 2"),

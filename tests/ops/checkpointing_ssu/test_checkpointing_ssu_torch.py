@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cute_ssm
 from cute_ssm.ops.checkpointing_ssu import operator as module
-from cute_ssm.ops.checkpointing_ssu.arguments import DOUBLE, RING, TIED, Operands, Settings
+from cute_ssm.ops.checkpointing_ssu.arguments import DOUBLE, RING, TABLE, TIED, Arguments
 
 BASE = Case(accepted=(7, 5, 14))
 PACKED = dataclasses.replace(BASE, batch=4, lengths=(3, 0, 1, 4), pads=())
@@ -39,7 +39,7 @@ def canonical(case: Case, call: dict) -> dict:
     """Arguments of the operator that PyTorch knows."""
     names = RING if case.ring else DOUBLE
     call = {**DEFAULTS, **call, "ring": case.ring}
-    named = {field: call.get(names.get(field, field)) for field in (*Operands._fields, *Settings._fields)}
+    named = {field: call.get(names.get(field, field)) for field in Arguments._fields}
     if case.indices is None and not case.items:
         named["pad_slot_id"] = -1
     return named
@@ -55,12 +55,12 @@ def test_opcheck(form):
     for name, inner in TIED.items():
         if named[name] is not None:
             named[name] = named[name][(..., *[0] * inner)]
-    torch.library.opcheck(module._overload, tuple(named.values()))
+    torch.library.opcheck(module._REGISTERED.overload, tuple(named.values()))
 
 
 def test_schema_names_what_is_written():
-    schema = {argument.name: argument for argument in module._overload._schema.arguments}
-    assert list(schema) == [*Operands._fields, *Settings._fields]
+    schema = {argument.name: argument for argument in module._REGISTERED.overload._schema.arguments}
+    assert list(schema) == list(Arguments._fields)
     written = {name for name, argument in schema.items() if argument.alias_info and argument.alias_info.is_write}
     assert written == WRITTEN
 
@@ -139,14 +139,14 @@ def test_steady_state_is_one_look_up_and_one_call(form, monkeypatch):
     case = FORMS[form]
     call = arguments(case)
     kernel = Recorder()
-    monkeypatch.setattr(module._path, "plans", {key_of(case, call, monkeypatch): module._Plan(kernel, 132, 16)})
+    monkeypatch.setattr(module._path, "plans", {key_of(case, call, monkeypatch): (kernel, (132,))})
     before = copy(call)
     assert call_of(case, call) is call["out"]
     (got,) = kernel.calls
     named = canonical(case, call)
-    for name, value in zip(Operands._fields, got):
+    for name, value in zip(TABLE.tensors, got):
         assert value is named[name], name
-    assert got[len(Operands._fields) :] == (-1, 132)
+    assert got[len(TABLE.tensors) :] == (-1, 132)
     same_memory(call["state"], before["state"])
 
 
@@ -156,7 +156,7 @@ def test_a_refusing_kernel_leads_to_the_full_check(form, monkeypatch):
     case = FORMS[form]
     call = arguments(case)
     twin = copy(call)
-    refusing = module._Plan(Recorder(refuse=True), 132, 16)
+    refusing = (Recorder(refuse=True), (132,))
     monkeypatch.setattr(module._path, "plans", {key_of(case, call, monkeypatch): refusing})
     call_of(case, call)
     monkeypatch.setattr(module._path, "plans", {})
@@ -167,7 +167,7 @@ def test_a_refusing_kernel_leads_to_the_full_check(form, monkeypatch):
 
 def test_plans_are_not_used_while_a_config_is_overridden(monkeypatch):
     call, kernel = arguments(BASE), Recorder()
-    monkeypatch.setattr(module._path, "plans", {key_of(BASE, call, monkeypatch): module._Plan(kernel, 132, 16)})
+    monkeypatch.setattr(module._path, "plans", {key_of(BASE, call, monkeypatch): (kernel, (132,))})
     with cute_ssm.tuning.override(depth=1):
         call_of(BASE, call)
     assert not kernel.calls

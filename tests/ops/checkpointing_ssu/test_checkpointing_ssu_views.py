@@ -86,17 +86,24 @@ def test_views_of_a_fused_projection_in_a_declared_workload():
     each_same_bits(separate, call.results())
 
 
-def operands(case, **changed):
+TENSORS = tuple(_checkpointing_arguments.TABLE.tensors)
+
+
+def given(case, **changed):
+    """Arguments of the operator that PyTorch knows."""
     call = arguments(case)
     named = {"x_history": "old_x", "B_history": "old_B", "dt_history": "old_dt", "cum_history": "old_cumAdt"}
     named["cursor"] = "cache_buf_idx"
-    fields = _checkpointing_arguments.Operands._fields
-    return _checkpointing_arguments.Operands(**{f: {**call, **changed}.get(named.get(f, f)) for f in fields})
+    tensors = {name: {**call, **changed}.get(named.get(name, name)) for name in TENSORS}
+    return _checkpointing_arguments.Arguments(
+        **tensors, ring=False, dt_softplus=True, pad_slot_id=-1, philox_rounds=10, d_split=None, max_seqlen=None,
+        window=None, pdl=None,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("shift", "expected"), [(0, 16), (1, 2), (2, 4), (3, 2), (4, 8), (6, 4), (8, 16)])
 def test_the_widest_access_that_all_rows_allow_is_a_part_of_the_spec(shift, expected):
-    assert _checkpointing_arguments.input_bytes(operands(dataclasses.replace(BASE, shift=shift))) == expected
+    assert _checkpointing_arguments.input_bytes(given(dataclasses.replace(BASE, shift=shift))) == expected
 
 
 @pytest.mark.parametrize("name", ["x", "B", "C", "z", "out"])
@@ -109,7 +116,7 @@ def test_an_address_or_a_stride_alone_decides(name):
 
     for offset, gap, expected in ((0, 0, 16), (1, 0, 2), (0, 1, 2), (4, 0, 8), (0, 4, 8), (8, 8, 16)):
         changed = {name: rows(arguments(BASE)[name], offset, gap)}
-        assert _checkpointing_arguments.input_bytes(operands(BASE, **changed)) == expected
+        assert _checkpointing_arguments.input_bytes(given(BASE, **changed)) == expected
 
 
 def test_a_plan_is_used_for_rows_of_its_own_alignment_alone(monkeypatch):
@@ -121,7 +128,7 @@ def test_a_plan_is_used_for_rows_of_its_own_alignment_alone(monkeypatch):
             self.name, self.accepted = name, accepted
 
         def __call__(self, *tensors):
-            found = _checkpointing_arguments.input_bytes(_checkpointing_arguments.Operands._make(tensors[:22]))
+            found = _checkpointing_arguments.input_bytes(given(BASE)._replace(**dict(zip(TENSORS, tensors))))
             if found not in self.accepted:
                 raise ValueError("Misaligned x")
             launched.append(self.name)
@@ -139,8 +146,9 @@ def test_a_plan_is_used_for_rows_of_its_own_alignment_alone(monkeypatch):
         for width in order:
             entry = Entry(width, *(wider for wider in (2, 4, 8, 16) if wider >= width))
             shift = {16: 0, 4: 2, 2: 1}[width]
-            tensors = operands(dataclasses.replace(BASE, shift=shift))
-            module._remember(seen[0], module._Plan(entry, 132, width), tensors)
+            checked = module._checked(given(dataclasses.replace(BASE, shift=shift)))
+            assert checked.strict == (width == 16)
+            module._path.remember(seen[0], checked, (entry, (132,)))
         launched.clear()
         for shift in (0, 1, 2, 0, 2, 1, 1):
             run(BASE, arguments(dataclasses.replace(BASE, shift=shift)))
@@ -151,16 +159,9 @@ def test_a_plan_is_used_for_rows_of_its_own_alignment_alone(monkeypatch):
 
 
 def test_a_width_that_no_access_has_is_refused():
-    spec = _checkpointing_arguments.check(operands(BASE), settings())[1]
+    spec = _checkpointing_arguments.check(given(BASE))[1]
     with pytest.raises(UnsupportedSpecError, match="input_bytes: expected 16 or 8 or 4 or 2, got 3"):
         dataclasses.replace(spec, input_bytes=3).check()
-
-
-def settings():
-    return _checkpointing_arguments.Settings(
-        ring=False, dt_softplus=True, pad_slot_id=-1, philox_rounds=10, d_split=None, max_seqlen=None, window=None,
-        pdl=None, saturate=False,
-    )  # fmt: skip
 
 
 @pytest.mark.wide
@@ -170,7 +171,7 @@ def settings():
 )
 @pytest.mark.parametrize("width", [8, pytest.param(2, marks=pytest.mark.slow)])
 def test_no_spills(state, batch, width):
-    base = _checkpointing_arguments.check(operands(BASE), settings())[1]
+    base = _checkpointing_arguments.check(given(BASE))[1]
     spec = dataclasses.replace(
         base, state_dtype=str(STATES[state]).removeprefix("torch."), heads=12, groups=1,
         dim=64, dstate=128, tokens=6, window=16, input_bytes=width,
