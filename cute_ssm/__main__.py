@@ -22,11 +22,17 @@ SCRIPT = "cute-ssm"  # that pip installs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code: 2 for bad input, 141 if the reader of its output closed the pipe."""
     options = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int | None] = options.run
     try:
-        return run(options) or 0
+        code = run(options) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # without this the interpreter reports an error when it flushes stdout at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (CuteSsmError, ValueError) as error:
         print(f"{program()}: {error}", file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -46,3 +47,12 @@ def test_messages_name_the_program_as_it_was_called(called, name, monkeypatch, c
     assert help_of(capsys).startswith(f"usage: {name} ")
     assert cli.main(["warmup", "--arch", "sm_90a", "--jobs", "0"]) == 2
     assert capsys.readouterr().err.startswith(f"{name}: --jobs: expected")
+
+
+def test_reader_that_closes_the_pipe_is_no_error():
+    """The output is short enough to be written at exit only, where nothing can catch the error."""
+    command = [sys.executable, "-m", "cute_ssm", "cache", "ls"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

@@ -10,7 +10,6 @@ import argparse
 import codecs
 import contextlib
 import io
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,17 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the demo and return its exit code: 0, 2 for an error, 130 after an interrupt, 141 for a closed pipe."""
+    """Run the demo and return its exit code: 0, 2 for an error, 130 after an interrupt."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the model may generate what the terminal cannot encode
     try:
         return _run(args)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # the reader closed the pipe; without this the interpreter reports an error when it flushes stdout at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except (ValueError, ImportError, CuteSsmError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
