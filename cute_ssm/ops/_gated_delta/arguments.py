@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cute_ssm.errors import describe
@@ -104,8 +103,3 @@ def check_slots(name: str, indices: Tensor, slots: int) -> None:
     """Raise if an index on the CPU exceeds the pool; negative indices are padding."""
     if bool((indices >= slots).any()):
         raise ValueError(describe(name, f"slots below {slots}, or negative entries for padding", int(indices.max())))
-
-
-def positions(per_request: Tensor) -> Tensor:
-    """Return the positions of requests in the batch."""
-    return torch.arange(per_request.numel(), device=per_request.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, NamedTuple
 
+import torch
 from torch import Tensor
 
 from cute_ssm.errors import describe
@@ -126,7 +127,7 @@ def check_contents(call: Arguments) -> None:
 def _check_races(name: str, written: Tensor, src: Tensor, active: Tensor) -> None:
     """Raise if two requests write one slot, or one writes a slot that another reads."""
     per_token = written.dim() == 2
-    requests = shared.positions(src)
+    requests = torch.arange(src.numel())
     request = requests[:, None].expand(written.shape) if per_token else requests
     used = (written >= 0) & (active[:, None] if per_token else active)
     targets, writers = written[used].long(), request[used]
