@@ -53,7 +53,7 @@ def test_messages_name_the_program_as_it_was_called(called, name, monkeypatch, c
 def test_reader_that_closes_the_pipe_is_no_error():
     """The output is short enough to be written at exit only, where nothing can catch the error."""
     command = [sys.executable, "-m", "cute_ssm", "cache", "ls"]
-    environment = {**os.environ, "CUTE_SSM_CACHE": "0"}
+    environment = {**os.environ, "CUTE_SSM_CACHE": "0", "PYTHONUNBUFFERED": ""}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
