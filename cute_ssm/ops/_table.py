@@ -19,7 +19,7 @@ the tensors as the compiler sees them (`cute_ssm.device.fakes.of_table`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import torch
@@ -84,6 +84,10 @@ class Table:
     call : type
         NamedTuple of all arguments in the order of the schema: tensors annotated with `Arg`, then or between them
         flags and numbers.
+    written : tuple of str
+        Tensors that the operator writes although their `Arg` does not say so.
+    without : tuple of str
+        Arguments that the operator does not have.  With `written`, a second operator shares `call`.
 
     Attributes
     ----------
@@ -93,13 +97,15 @@ class Table:
         Names of those that may be None; of those that the operator writes.
     """
 
-    def __init__(self, call: type[Any]):
+    def __init__(self, call: type[Any], written: tuple[str, ...] = (), without: tuple[str, ...] = ()):
         self.call = call
         self.tensors: dict[str, Arg] = {}
         self._schema: list[str] = []
         optional: list[str] = []
         defaults = call._field_defaults
         for name, hint in get_type_hints(call, include_extras=True).items():
+            if name in without:
+                continue
             arg, spelling = None, name
             if get_origin(hint) is Annotated:
                 hint, *notes = get_args(hint)
@@ -112,6 +118,7 @@ class Table:
             if arg is None:
                 self._schema.append(f"{SCALARS[hint]}{'?' * absent} {spelling}{default}")
                 continue
+            arg = replace(arg, written=True) if name in written else arg
             self.tensors[name] = arg
             if absent:
                 optional.append(name)

@@ -18,15 +18,16 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, Uint8, const_expr
 from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 
 from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import convert, launch, math, memory
-from cute_ssm.device.fakes import fake
+from cute_ssm.device.fakes import Layout, fake, of_table
 from cute_ssm.device.scan import TokenRange
 from cute_ssm.device.types import Maybe
+from cute_ssm.ops.selective_scan.arguments import TABLE
 from cute_ssm.ops.selective_scan.config import QUAD, SelectiveScanConfig, carried_columns, choose
 from cute_ssm.ops.selective_scan.extents import Extents
 from cute_ssm.ops.selective_scan.operands import Channel, Rows, Sequence, Tensors, Unit
@@ -66,54 +67,45 @@ class SelectiveScan:
         """Return the arguments of `__call__` that the kernel is compiled for."""
         spec = self.spec
         dtype, state_dtype = convert.DTYPES[spec.input_dtype], convert.DTYPES.get(spec.state_dtype)
-        dim, groups, slots, length = (cute.sym_int32() for _ in range(4))
-        rows = cute.sym_int32()  # of u: sequences, or 1 if they are packed
-        sequences = rows if spec.query_dtype is None else cute.sym_int32()
-
-        def rows_of(kind: Any, shape: tuple[Any, ...], align: int = 1) -> cute.Tensor:
-            return fake(kind, shape, (1,), align)
-
-        def optional(wanted: bool, *args: Any) -> Maybe[cute.Tensor]:
-            return rows_of(*args) if wanted else None
-
-        def indices(wanted: bool) -> Maybe[cute.Tensor]:
-            return fake(convert.DTYPES[spec.cache_dtype], (sequences,)) if wanted else None
-
-        wide = 16 * 8 // dtype.width if spec.aligned else 1
-        quad = QUAD if spec.aligned_states else 1
-        channels, columns = (rows, dim, length), (rows, groups, spec.dstate, length)
-        cache = indices(spec.cache_dtype is not None and not spec.blocks)
-        query = None if spec.query_dtype is None else rows_of(spec.query_dtype, (cute.sym_int32(),))
+        block = spec.cache_dtype if spec.blocks else None
+        chunk = spec.cache_dtype if spec.chunks else None
+        dtypes = {
+            "u": dtype,
+            "ssm_states": state_dtype,
+            "D": Float32 if spec.has_D else None,
+            "z": dtype if spec.has_z else None,
+            "delta_bias": Float32 if spec.has_bias else None,
+            "query_start_loc": spec.query_dtype,
+            "cache_indices": spec.cache_dtype,
+            "has_initial_state": Uint8 if spec.has_initial else None,
+            "block_idx_first_scheduled_token": block,
+            "block_idx_last_scheduled_token": block,
+            "initial_state_idx": block,
+            "cu_chunk_seqlen": chunk,
+            "last_chunk_indices": chunk,
+        }
+        sizes: dict[str, int | str] = {"dstate": spec.dstate}
+        if spec.query_dtype is None:
+            sizes["rows"] = "batch"  # packed tensors have one row
+        axes = {
+            "channels": ("rows", "dim", "length"),
+            "columns": ("rows", "ngroups", "dstate", "length"),
+            "cache": ("batch", "n") if spec.blocks else ("batch",),
+        }
+        wide = Layout((1,), 16 * 8 // dtype.width if spec.aligned else 1)
+        quads = Layout((1,), QUAD if spec.aligned_states else 1)
+        layouts = dict.fromkeys(("u", "delta", "B", "C", "z", "out"), wide) | {"ssm_states": quads, "A": quads}
         if spec.blocks:
-            cache = rows_of(spec.cache_dtype, (sequences, cute.sym_int32()))
-        ends = optional(spec.chunks, spec.cache_dtype, (cute.sym_int32(),))
-        return (
-            rows_of(dtype, channels, wide),
-            optional(spec.state_dtype is not None, state_dtype, (slots, dim, spec.dstate), quad),
-            rows_of(dtype, channels, wide),
-            rows_of(Float32, (dim, spec.dstate), quad),
-            rows_of(dtype, columns, wide),
-            rows_of(dtype, columns, wide),
-            fake(Float32, (dim,)) if spec.has_D else None,
-            optional(spec.has_z, dtype, channels, wide),
-            fake(Float32, (dim,)) if spec.has_bias else None,
-            query,
-            cache,
-            fake(cutlass.Uint8, (sequences,)) if spec.has_initial else None,
-            indices(spec.blocks),
-            indices(spec.blocks),
-            indices(spec.blocks),
-            ends,
-            indices(spec.chunks),
-            rows_of(dtype, channels, wide),
-            optional(spec.ungated, dtype, channels, wide),
-            optional(self.splits > 1, Float32, (sequences, self.splits, dim, carried_columns(spec)), QUAD),
-            Int64(0),
-            Int32(0),
-            Int32(0),
-            Int32(0),
-            make_fake_stream(use_tvm_ffi_env_stream=True),
-        )
+            layouts["cache_indices"] = Layout((1,))
+        tensors = of_table(TABLE, dtypes, sizes, axes, layouts)
+        u = tensors[0]
+        ungated = fake(dtype, u.shape, *wide) if spec.ungated else None
+        carried = None
+        if self.splits > 1:
+            shape = (cute.sym_int32(), self.splits, u.shape[1], carried_columns(spec))
+            carried = fake(Float32, shape, (1,), QUAD)
+        scalars = (Int64(0), Int32(0), Int32(0), Int32(0))
+        return *tensors, ungated, carried, *scalars, make_fake_stream(use_tvm_ffi_env_stream=True)
 
     @cute.jit
     def __call__(

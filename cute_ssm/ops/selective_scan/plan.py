@@ -1,41 +1,22 @@
-"""What the metadata of a scan say, read on the CPU: which tokens, from which slot, to which slots."""
+"""The sequences of a call: views of its tensors, and on the CPU their tokens and slots from the index tensors."""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from cute_ssm.errors import describe
 from cute_ssm.ops._arguments import first_rows
 
+if TYPE_CHECKING:
+    from cute_ssm.ops.selective_scan.arguments import Arguments
+
 
 class Metadata(NamedTuple):
-    """The index tensors of a scan, in the order of the kernel's arguments."""
+    """The index tensors of a scan."""
 
-    query_start_loc: Tensor | None
-    cache_indices: Tensor | None
-    has_initial_state: Tensor | None
-    block_idx_first_scheduled_token: Tensor | None
-    block_idx_last_scheduled_token: Tensor | None
-    initial_state_idx: Tensor | None
-    cu_chunk_seqlen: Tensor | None
-    last_chunk_indices: Tensor | None
-
-
-class Tensors(NamedTuple):
-    """The tensors of a call but its outputs, in the order of the signatures."""
-
-    u: Tensor
-    ssm_states: Tensor | None
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    delta_bias: Tensor | None
     query_start_loc: Tensor | None
     cache_indices: Tensor | None
     has_initial_state: Tensor | None
@@ -47,7 +28,7 @@ class Tensors(NamedTuple):
 
 
 class Sequence(NamedTuple):
-    """One sequence that is not null: tokens from ``begin``, and where each segment ends and saves its state."""
+    """A sequence that is not skipped: its first token, and where each segment ends and saves its state."""
 
     row: int
     begin: int
@@ -55,63 +36,79 @@ class Sequence(NamedTuple):
     ends: list[tuple[int, int | None]]
 
 
-QUERY_START_LOC = 9  # its place among the arguments of a scan, of which Metadata are the last
-ACCESS_BYTES = 16  # widest access to a row
 PER_SEQUENCE = (
     "cache_indices", "has_initial_state", "block_idx_first_scheduled_token", "block_idx_last_scheduled_token",
     "initial_state_idx", "last_chunk_indices",
 )  # fmt: skip
 
 
-def aligned(tensor: Tensor | None, n_bytes: int) -> bool:
-    """Whether the address and the strides that matter, but for the last, are multiples of `n_bytes`."""
-    if tensor is None:
-        return True
-    outer = zip(tensor.shape[:-1], tensor.stride()[:-1])
-    size = tensor.element_size()
-    return tensor.data_ptr() % n_bytes == 0 and all(n == 1 or s * size % n_bytes == 0 for n, s in outer)
-
-
-def layout(tensors: Tensors, out: Any, ungated: Any) -> tuple[object, ...]:
-    """What alignment depends on: a kernel for rows at any address would take aligned ones too, slowly."""
-    named = (getattr(tensors, name) for name in ("u", "delta", "B", "C", "z", "A", "ssm_states"))
-    given = [tensor for tensor in (*named, out, ungated) if isinstance(tensor, Tensor)]
-    return tuple((tensor.stride(), tensor.data_ptr() % ACCESS_BYTES) for tensor in given)
-
-
-def unit_strides(named: dict[str, Tensor | None]) -> dict[int, Tensor]:
-    """Contiguous copies, by identity, of the tensors with tokens whose last stride is not 1."""
+def unit_strides(call: Arguments, ungated: Tensor | None) -> dict[int, Tensor]:
+    """Return contiguous copies, by identity, of the tensors with tokens whose last stride is not 1."""
     copies: dict[int, Tensor] = {}
-    for name in ("u", "delta", "B", "C", "z", "out", "ungated"):
-        tensor = named[name]
+    for tensor in (call.u, call.delta, call.B, call.C, call.z, call.out, ungated):
         if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             copies.setdefault(id(tensor), tensor.contiguous())
     return copies
 
 
-def of_batch(tensors: Tensors) -> Tensors:
-    """The same named tuple of tensors, of those with a row for each sequence the first rows."""
-    counted = tensors.u if tensors.query_start_loc is None else tensors.query_start_loc
+def of_batch(call: Arguments) -> Arguments:
+    """Return the same call with the first rows of tensors that have more rows than there are sequences."""
+    counted = call.u if call.query_start_loc is None else call.query_start_loc
     if not isinstance(counted, Tensor) or not counted.dim():
-        return tensors
-    batch = counted.shape[0] - (counted is tensors.query_start_loc)
-    _, cache, initial, first, last, column, _, chunk = tensors[QUERY_START_LOC:]
-    for tensor in (cache, initial, first, last, column, chunk):
+        return call
+    batch = counted.shape[0] - (counted is call.query_start_loc)
+    for tensor in (
+        call.cache_indices, call.has_initial_state, call.block_idx_first_scheduled_token,
+        call.block_idx_last_scheduled_token, call.initial_state_idx, call.last_chunk_indices,
+    ):  # fmt: skip
         if isinstance(tensor, Tensor) and (shape := tensor.shape) and shape[0] > batch:
-            named = ((name, getattr(tensors, name)) for name in PER_SEQUENCE)
-            return tensors._replace(**{name: first_rows(batch, tensor)[0] for name, tensor in named})
-    return tensors
+            named = ((name, getattr(call, name)) for name in PER_SEQUENCE)
+            return call._replace(**{name: first_rows(batch, tensor)[0] for name, tensor in named})
+    return call
+
+
+def num_sequences(call: Arguments) -> int:
+    """Return the number of sequences."""
+    return call.u.shape[0] if call.query_start_loc is None else call.query_start_loc.shape[0] - 1
+
+
+def channel_rows(call: Arguments, tensor: Tensor) -> Tensor:
+    """Return a tensor of channels as (batch, dim, length), or (1, dim, total) if it is packed."""
+    return tensor if call.query_start_loc is None else tensor.unsqueeze(0)
+
+
+def column_rows(call: Arguments, tensor: Tensor) -> Tensor:
+    """Return B or C as (batch, ngroups, dstate, length), or (1, ngroups, dstate, total) if it is packed."""
+    varlen = call.query_start_loc is not None
+    if tensor.dim() == (2 if varlen else 3):
+        tensor = tensor.unsqueeze(-3)
+    return tensor.unsqueeze(0) if varlen else tensor
+
+
+def slots_or_blocks(call: Arguments) -> Tensor | None:
+    """Return ``cache_indices`` as the kernel reads it: without prefix caching, column 0 of a matrix."""
+    cache = call.cache_indices
+    matrix = cache is not None and cache.dim() == 2 and call.block_idx_first_scheduled_token is None
+    return cache[:, 0] if cache is not None and matrix else cache
+
+
+def metadata_of(call: Arguments) -> Metadata:
+    """Return the index tensors of a call."""
+    return Metadata(
+        call.query_start_loc, slots_or_blocks(call), call.has_initial_state, call.block_idx_first_scheduled_token,
+        call.block_idx_last_scheduled_token, call.initial_state_idx, call.cu_chunk_seqlen, call.last_chunk_indices,
+    )  # fmt: skip
 
 
 def plan_on_cpu(
     metadata: Metadata, sequences: int, length: int, slots: int | None, null_block_id: int, block_size: int
 ) -> list[Sequence]:
-    """Return the sequences to scan; raise if an index leads outside, before anything is written.
+    """Return the sequences to scan; raise if an index is out of range, before anything is written.
 
     Parameters
     ----------
     metadata : Metadata
-        As the kernel gets them.
+        With ``cache_indices`` as the kernel reads it.
     sequences, length : int
         Number of sequences; tokens of a row.
     slots : int or None
@@ -143,7 +140,7 @@ def plan_on_cpu(
 
 
 def _slot(lists: Metadata, b: int, column: int, name: str, slots: int | None, null_block_id: int) -> int:
-    """The slot in a column of a sequence's blocks, or its only one; `name` is the argument that names the column."""
+    """Return the slot in a column of a sequence's blocks, or its only slot; `name` is the argument with the column."""
     entry = lists.cache_indices[b]  # type: ignore[index]
     if isinstance(entry, list):
         if not 0 <= column < len(entry):
@@ -160,7 +157,7 @@ def _slot(lists: Metadata, b: int, column: int, name: str, slots: int | None, nu
 def _ends(
     lists: Metadata, b: int, begin: int, end: int, slots: int | None, null_block_id: int, block_size: int
 ) -> list[tuple[int, int | None]]:
-    """Ends of a sequence's blocks or chunks, each with the slot that its state goes to, or None."""
+    """Return the ends of a sequence's blocks or chunks, each with the slot that its state is saved in, or None."""
     first_block: int = lists.block_idx_first_scheduled_token[b]  # type: ignore
     last_block: int = lists.block_idx_last_scheduled_token[b]  # type: ignore
     if lists.cu_chunk_seqlen is None:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from cute_ssm.ops.selective_scan import plan
+from cute_ssm.reference.rounding import saturated
+
+if TYPE_CHECKING:
+    from cute_ssm.ops.selective_scan.arguments import Arguments
 
 _WEIGHTS = (2, 5, 7)  # positions of A, D and delta_bias among the tensors of a scan, which have no axis of tokens
 
@@ -139,3 +145,37 @@ def selective_scan_gradients(
                 (total if i in _WEIGHTS else total[..., part]).add_(next(grads))
         carry = next(grads)
     return found
+
+
+def scan_sequences(call: Arguments, ungated: Tensor | None, sequences: Sequence[plan.Sequence]) -> None:
+    """Run a checked call, one sequence and segment after another in float32.
+
+    Parameters
+    ----------
+    call : Arguments
+        ``out`` and ``ssm_states`` are **written**.
+    ungated : Tensor, like ``out``, optional
+        **Written**: the outputs before the gate.
+    sequences : sequence of plan.Sequence
+    """
+
+    def channels(tensor: Tensor) -> Tensor:
+        return plan.channel_rows(call, tensor)
+
+    u, delta, out, states = channels(call.u), channels(call.delta), channels(call.out), call.ssm_states
+    B, C = plan.column_rows(call, call.B), plan.column_rows(call, call.C)
+    for sequence in sequences:
+        state = None if sequence.source is None or states is None else states[sequence.source][None]
+        begin, row = sequence.begin, slice(sequence.row, sequence.row + 1)
+        for stop, target in sequence.ends:
+            part = (row, ..., slice(begin, stop))
+            z = None if call.z is None else channels(call.z)[part]
+            y, gated, state = selective_scan(
+                u[part], delta[part], call.A, B[part], C[part], call.D, z, call.delta_bias, call.delta_softplus, state
+            )
+            if ungated is not None:
+                channels(ungated)[part] = y.to(ungated.dtype)
+            out[part] = gated.to(out.dtype)
+            if target is not None and states is not None:
+                states[target] = (saturated(state[0]) if call.saturate else state[0]).to(states.dtype)
+            begin = stop

@@ -86,7 +86,7 @@ BROKEN = [
         "ssm_states",
         lambda t: t[:, :4],
         ValueError,
-        r"\(slots, dim, dstate\) = \(slots, 8, 16\), got \(7, 4, 16\)",
+        r"\(slots, dim, dstate\) = \(7, 8, 16\), got \(7, 4, 16\)",
     ),
     (DENSE, "ssm_states", lambda t: t[0], ValueError, r"expected shape \(slots, dim, dstate\)"),
     (

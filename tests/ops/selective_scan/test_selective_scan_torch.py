@@ -24,7 +24,7 @@ CASES = [
     PREFIX,
 ]
 NAMES = (
-    *module._Tensors._fields, "delta_softplus", "null_block_id", "block_size",
+    *(name for name in module.TABLE.tensors if name != "out"), "delta_softplus", "null_block_id", "block_size",
 )  # fmt: skip
 
 
@@ -40,9 +40,9 @@ def test_opcheck(case, in_place):
     if call["ssm_states"] is not None:  # opcheck compares with ==
         call["ssm_states"] = call["ssm_states"].nan_to_num(0.0).contiguous()
     if in_place:
-        torch.library.opcheck(module._overload_in_place, ordered(call))
+        torch.library.opcheck(module._REGISTERED_IN_PLACE.overload, ordered(call))
     else:
-        torch.library.opcheck(module._overload, (*ordered(call), torch.zeros_like(call["u"])))
+        torch.library.opcheck(module._REGISTERED.overload, (*ordered(call), torch.zeros_like(call["u"])))
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -76,7 +76,7 @@ def test_signatures_differ_in_out_alone():
     in_place, functional = (
         list(inspect.signature(f).parameters) for f in (cute_ssm.selective_scan_fn, cute_ssm.selective_scan)
     )
-    names = [*module._Tensors._fields[:9], "delta_softplus", *NAMES[9:12], *NAMES[18:20], *NAMES[12:17]]
+    names = [*NAMES[:9], "delta_softplus", *NAMES[9:12], *NAMES[18:20], *NAMES[12:17]]
     assert in_place == [*names, "saturate"]
     assert functional == [*names, "out", "saturate"]
 
@@ -116,7 +116,7 @@ def test_steady_state_is_one_look_up_and_one_call(case, plans):
     call = arguments(case)
     key = memorised(case, call)
     kernel = Recorder()
-    module._path.plans = {key: module._Plan(kernel, 528)}
+    module._path.plans = {key: (kernel, (528,))}
     out = scan(case, call)
     (got,) = kernel.calls
     sequences = len(case.lengths)
@@ -134,7 +134,7 @@ def test_parts_get_scratch_of_their_own(plans):
     call = arguments(SMALL)
     key = memorised(SMALL, call)
     kernel = Recorder()
-    module._path.plans = {key: module._Plan(kernel, 528, (3, 4, 8, 20))}
+    module._path.plans = {key: (module._with_scratch(kernel, (3, 4, 8, 20)), (528,))}
     scan(SMALL, call)
     scan(SMALL, call)
     for got in kernel.calls:
@@ -147,7 +147,7 @@ def test_a_refusing_kernel_leads_to_the_full_check(plans):
     call = arguments(SMALL)
     twin = copy(call)
     key = memorised(SMALL, copy(call))
-    module._path.plans = {key: module._Plan(Recorder(refuse=True), 528)}
+    module._path.plans = {key: (Recorder(refuse=True), (528,))}
     scan(SMALL, call)
     module._path.plans = {}
     scan(SMALL, twin)
