@@ -421,10 +421,7 @@ def test_calls_at_two_alignments_share_a_key_and_both_have_plans(name, kernel, m
     assert kinds[0] != kinds[1]
     monkeypatch.setattr(runtime, "get", lambda *_: pytest.fail("there is a plan"))
     assert [run(call) for call in (base, other, base, other)] == kinds * 2
-    if module._path.layout is not None:  # where the call path has been told of layouts
-        monkeypatch.setattr(module._path, "layout", lambda *_: pytest.fail("an aligned call has no need"))
-    else:
-        monkeypatch.setattr(module, "layout", lambda *_: pytest.fail("an aligned call has no need"))
+    monkeypatch.setattr(module._path, "layout", lambda *_: pytest.fail("an aligned call has no need"))
     assert run(base) == kinds[0]
 
 
