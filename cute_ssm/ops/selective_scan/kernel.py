@@ -98,7 +98,7 @@ class SelectiveScan:
         if spec.blocks:
             layouts["cache_indices"] = Layout((1,))
         tensors = of_table(TABLE, dtypes, sizes, axes, layouts)
-        u = tensors[0]
+        u: Any = tensors[0]
         ungated = fake(dtype, u.shape, *wide) if spec.ungated else None
         carried = None
         if self.splits > 1:
