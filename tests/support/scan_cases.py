@@ -202,7 +202,7 @@ def check(case: Case, before: dict, after: dict, out: torch.Tensor) -> None:
     tiny = torch.finfo(out.dtype).tiny
 
     def compare(tensor, column, what):
-        got = [tensor[part[0]] for part in outputs]
+        got = [tensor[part[0]].view(part[column].shape) for part in outputs]
         rounded = [part[column].to(tensor.dtype) for part in outputs32]
         want = [part[column] for part in outputs]
         names = [f"{what}, part {i}" for i in range(len(got))]
