@@ -52,42 +52,41 @@ def checkpointing_ssu(
     num_writes: Tensor | None = None,
     saturate: bool = False,
 ) -> Tensor:
-    """Return the outputs at T new tokens of every sequence, whose state may lag by up to W accepted tokens.
+    """Return the outputs at T new tokens of every sequence, from a state that lags by up to W pending tokens.
 
-    A slot holds a state, and the inputs of the k tokens that were accepted after it: its history.  A step computes the
-    outputs at n new tokens from both, and appends the new tokens to the history.  If they do not fit, ``k + n > W``,
-    it writes the state that the k tokens lead to, and starts the other buffer with the new tokens; otherwise the state
-    stays as it is, byte for byte.  Which of the new tokens are accepted is decided later, by the caller: the first
-    `a` of them, who then advances the cursors of the slot, which this function never does ::
+    A slot holds a state and a history: the inputs of the k pending tokens, which were accepted after the state was
+    stored.  A step computes the outputs at n new tokens from both, and appends the new tokens to the history.  If they
+    do not fit, ``k + n > W``, the step writes the state after the k pending tokens, and starts the other buffer with
+    the new tokens.  Otherwise the state does not change.  Later the caller accepts the first `a` of the new tokens and
+    advances the cursors of the slot, which this function never does ::
 
         step did not write:  prev_num_accepted_tokens += a
         step wrote:          prev_num_accepted_tokens  = a;  cache_buf_idx = 1 - cache_buf_idx
 
-    The next step overwrites what was not accepted.  `cute_ssm.serving.commit` does so on the device.  The mathematics
-    is in `cute_ssm.ops.checkpointing_ssu.reference`; an output does not depend on whether its step writes.  Tensors on
-    a GPU run the compiled kernel; tensors on the CPU run the PyTorch reference, or the same compiled kernel inside
-    ``ptxsim.emulate()``.
+    `cute_ssm.serving.commit` advances the cursors on the device.  The next step overwrites tokens that were not
+    accepted.  The mathematics is in `cute_ssm.ops.checkpointing_ssu.reference`; an output does not depend on whether
+    its step writes.  Tensors on a GPU run the compiled kernel; tensors on the CPU run the PyTorch reference, or the
+    same compiled kernel inside ``ptxsim.emulate()``.
 
-    An output, and a state that is written, depend on no value of a later token: not a bit of them changes where x, dt,
-    B, C or z of later tokens or of tokens that were not accepted, or rows of the history at or after k, hold NaN or
-    infinities.
+    An output, and a state that is written, depend on no value of a later token.  NaN or infinities in x, dt, B, C or z
+    of later tokens or of tokens that were not accepted, or in rows of the history from k on, do not change a bit.
 
     Parameters
     ----------
     state : Tensor, (slots, nheads, dim, dstate), float32/bfloat16/float16/int16/int8/float8_e4m3fn
         Pool of states, **updated in place** by steps that write.  The inner three dimensions are contiguous, the
-        stride of slots is free.  dim is a multiple of 16 up to 128, dstate 64, 96, 128 or 256.
+        stride of slots is free.  dim is a multiple of 16 up to 128; dstate is 64, 96, 128 or 256.
     old_x : Tensor, (slots, W, nheads, dim) or (slots, 2, W, nheads, dim), type of x
-        **Updated in place**: x of the history, and of the new tokens.  1 <= W <= 64, whatever T is.
+        **Updated in place**: x of pending and new tokens.  1 <= W <= 64, for any T.
     old_B : Tensor, (slots, 2, W, ngroups, dstate), type of x
         **Updated in place**: B of both buffers.
     old_dt, old_cumAdt : Tensor, (slots, 2, nheads, W), float32
-        **Updated in place**: processed step sizes dt', and their running sums A dt' since the start of the buffer,
-        which steps that do not write continue.  ``old_cumAdt`` is never read.  Stride 1 in the last dimension.
+        **Updated in place**: processed step sizes dt', and the running sums of A dt' since the start of the buffer.
+        ``old_cumAdt`` is never read.  Stride 1 in the last dimension.
     cache_buf_idx : Tensor, (slots,), int32
         Active buffer of each slot, 0 or 1.
     prev_num_accepted_tokens : Tensor, (slots,), int32
-        k of each slot, 0 to W.  Rows of the history at or after it are never read, nor is the other buffer.
+        k of each slot, 0 to W.  Rows of the history from k on, and the other buffer, are never read.
     x : Tensor, (batch, T, nheads, dim), bfloat16/float16
         Input at the new tokens, 1 <= T <= 64.  With ``cu_seqlens``, (1, total, nheads, dim), and so below.  Of tokens
         beyond W only outputs are computed; no more than W may be accepted.
@@ -117,26 +116,26 @@ def checkpointing_ssu(
     philox_rounds : int
         Rounds of the Philox generator.
     d_split : {None, 1, 2, 4}
-        Parts that the rows of a head are computed in, multiples of 16 rows.  None: by the amount of work.  It changes
-        no bit.
+        Number of parts that the rows of a head are divided into, multiples of 16 rows.  None: chosen by the amount of
+        work.  Results do not depend on it.
     cu_seqlens : Tensor, (batch + 1,), int32/int64, optional
-        Sequence b owns the packed tokens cu_seqlens[b] to cu_seqlens[b + 1]; it may own none, and is then like padding.
+        Sequence b has the packed tokens cu_seqlens[b] to cu_seqlens[b + 1].  One without tokens is padding.
     max_seqlen : int, optional
-        With ``cu_seqlens``, the most tokens of a sequence.  None: W.
+        With ``cu_seqlens``, the largest number of tokens of a sequence.  None: W.
     enable_pdl : bool or "early_reads"
-        True: launch before the kernel that came before on the stream has ended (programmatic dependent launch), and
-        wait for its end before anything is read or written.  "early_reads": read ``state``, slots, cursors,
-        ``cu_seqlens``, ``work_items`` and ``num_writes`` before that end; see Notes for what this asks of the kernels
-        before.  It changes no bit.
+        True: launch before the previous kernel on the stream has ended (programmatic dependent launch), and wait for
+        its end before any read or write.  "early_reads": read ``state``, slots, cursors, ``cu_seqlens``,
+        ``work_items`` and ``num_writes`` before its end; see Notes for what this requires of earlier kernels.  Results
+        do not depend on it.
     work_items : Tensor, (batch, 4), int32, contiguous, optional
-        Position in the batch, slot, k, and active buffer of every sequence, those that write their state first, as
-        `cute_ssm.serving.build_work_items` makes them.  Slots and cursors are then taken from here; padding and
-        sequences without tokens have the slot ``pad_slot_id``.
+        Position in the batch, slot, k and active buffer of every sequence, in place of ``state_batch_indices`` and the
+        cursors.  Sequences that write their state come first.  Padding and sequences without tokens have the slot
+        ``pad_slot_id``.  `cute_ssm.serving.build_work_items` makes such a list.
     num_writes : Tensor, (1,), int32
         Number of work items that write.
     saturate : bool
-        Of new float16 states, make +-65504 what would round to an infinity, infinite sums included.  NaN stays NaN.
-        An error with states of other types.
+        Store +-65504 in place of infinities in new float16 states, infinite sums included.  NaN stays NaN.  An error
+        with states of other types.
 
     Returns
     -------
@@ -146,45 +145,46 @@ def checkpointing_ssu(
     Raises
     ------
     ValueError, TypeError
-        A shape, type, stride, device, index or cursor is not as described above.  Nothing has been written.  Written
-        tensors whose elements share memory are looked for on the first call of a kind.
+        A shape, type, stride, device, index or cursor is not as described above.  Nothing has been written.  Whether
+        elements of a written tensor share memory is checked on the first call of a kind.
     UnsupportedSpecError
-        A legal call that this version has no kernel for.
+        This version has no kernel for the call.
     UnsupportedArchError
         The tensors are on a GPU that the kernels are not compiled for.
     GradientError
-        Grad mode is on, and an argument requires grad.  Weights that do are taken as constants, with one warning.
+        Grad mode is on, and an argument requires grad.  Weights that require grad are used as constants, with one
+        warning.
 
     Notes
     -----
-    Index tensors may have more rows than the batch, as buffers of CUDA graphs do: the first ones count.
+    Index tensors may have more rows than the batch, as buffers of CUDA graphs do; further rows are ignored.
 
     The address, and all strides but the last, of state, state_scale, old_x and old_B are multiples of 16 bytes; the
     last two dimensions of x, B, C, z, out, old_x and old_B are contiguous.  If addresses and strides of x, B, C, z and
     out are multiples of 16 bytes too, their rows are copied in bulk.  Otherwise, as for most views of a fused
-    projection, another kernel copies them by accesses of 8, 4 or 2 bytes, whatever all of them allow: the same bits,
-    for about 12 %, 20 % and 60 % more instructions (6 tokens of 4 to 12 heads of 64 x 128).
+    projection, another kernel copies them by the widest accesses that all of them allow: 8, 4 or 2 bytes.  Results are
+    the same, for about 12 %, 20 % and 60 % more instructions (6 tokens of 4 to 12 heads of 64 x 128).
 
-    With ``enable_pdl="early_reads"`` the kernel before on the stream may have computed x, dt, B, C and z, and nothing
-    else that is read here; whatever wrote the tensors that are read early must be complete when that kernel starts.
-    So every kernel upstream that is itself launched programmatically has to wait (``griddepcontrol.wait``) before it
-    releases its dependents, as those of this package do, and `cute_ssm.serving.build_work_items` or ``commit`` must not
-    be the kernel directly before.
+    With ``enable_pdl="early_reads"`` the previous kernel on the stream may write x, dt, B, C and z, but nothing else
+    that is read here.  Kernels that write the tensors that are read early must be complete when that kernel starts.
+    So every upstream kernel that is itself launched as a dependent must wait (``griddepcontrol.wait``) before it
+    releases its dependents, as those of this package do, and the previous kernel must not be
+    `cute_ssm.serving.build_work_items` or ``commit``.
 
-    The contents of tensors on a GPU are never read by the host.  A sequence whose slot, k, active buffer or length is
-    out of range is skipped there; on the CPU it is an error.
+    The host never reads the contents of tensors on a GPU.  There, a sequence whose slot, k, active buffer or length is
+    out of range is skipped; on the CPU it is an error.
 
-    The kernel multiplies by tensor core and sums in float32.  Coefficients of outputs are sums of two bfloat16, or for
-    float16 inputs of two numbers of 11 bits.  So are those of new states, but sums of three where states are float32,
-    and single numbers where their error is lost in the rounding: float8, and bfloat16 or int8 with float16 inputs.
-    Outputs read a float32 state as numbers of 11 bits.  Everything else is float32.
+    The kernel multiplies on tensor cores and sums in float32.  Coefficients of outputs are sums of two bfloat16, or for
+    float16 inputs of two numbers of 11 bits.  Coefficients of new states are too, with two exceptions: sums of three
+    for float32 states, and single numbers where rounding the state adds a larger error (float8, and bfloat16 or int8
+    with float16 inputs).  Outputs read a float32 state as numbers of 11 bits.  Everything else is float32.
 
-    In root mean square, a new state of every type but float32 errs at most 1.1 times as much as the right state rounded
-    once, whatever the decay.  A float32 state errs at most 1.1 times as much as float32 PyTorch that sums the exponents
-    of the decays from the last token on: by 1.2 to 3 roundings.
+    The root mean square error of a new state of any type but float32 is at most 1.1 times that of the exact state
+    rounded once, for any decay.  That of a float32 state is at most 1.1 times that of float32 PyTorch which sums the
+    exponents of the decays from the last token on: 1.2 to 3 roundings.
 
-    The signature follows ``flashinfer.mamba.checkpointing_ssu`` of FlashInfer 0.6; there, the kernel starts running
-    sums anew where a step appends to a history.  The recurrence is that of Dao and Gu, "Transformers are SSMs" (2024).
+    The signature follows ``flashinfer.mamba.checkpointing_ssu`` of FlashInfer 0.6, whose kernel restarts the running
+    sums where a step appends to a history.  The recurrence is that of Dao and Gu, "Transformers are SSMs" (2024).
     """
     pdl = None if enable_pdl is False else arguments.pdl_of(enable_pdl)
     settings = (False, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, None, pdl, saturate)
@@ -231,16 +231,16 @@ def checkpointing_ssu_ring(
     num_writes: Tensor | None = None,
     saturate: bool = False,
 ) -> Tensor:
-    """Do what `checkpointing_ssu` does, with the history in a ring of L rows per slot.
+    """Run `checkpointing_ssu` with the history in a ring of L rows per slot.
 
-    The k accepted tokens are in the rows ``(ring_start + j) mod L``, oldest first, and new token t goes to the row
-    ``(ring_start + k + t) mod L`` whether or not the step writes the state.  The caller advances the cursors, as
+    The k pending tokens are in the rows ``(ring_start + j) mod L``, oldest first.  New token t is stored in the row
+    ``(ring_start + k + t) mod L``, whether or not the step writes the state.  The caller advances the cursors, as
     `cute_ssm.serving.commit` does on the device ::
 
         step did not write:  prev_num_accepted_tokens += a
         step wrote:          ring_start = (ring_start + prev_num_accepted_tokens) mod L;  prev_num_accepted_tokens = a
 
-    As there, an output, and a state that is written, depend on no value of a later token.
+    As in `checkpointing_ssu`, an output, and a state that is written, depend on no value of a later token.
 
     Parameters
     ----------
@@ -253,19 +253,19 @@ def checkpointing_ssu_ring(
     dt_cache : Tensor, (slots, nheads, L), float32
         **Updated in place**: processed step sizes.  Stride 1 in the last dimension.
     ring_start : Tensor, (slots,), int32
-        Row of the oldest accepted token, 0 to L - 1.
+        Row of the oldest pending token, 0 to L - 1.
     prev_num_accepted_tokens, x, dt, A, B, C, out, D, z, dt_bias, dt_softplus, state_batch_indices, pad_slot_id
         As for `checkpointing_ssu`.
     state_scale, rand_seed, philox_rounds, d_split, cu_seqlens, enable_pdl, num_writes
-        As there.
+        As for `checkpointing_ssu`.
     max_seqlen : int, optional
-        The most tokens of a sequence.  Needed with ``cu_seqlens``, and None without.
+        The largest number of tokens of a sequence.  Required with ``cu_seqlens``; None without.
     window : int, optional
         W.  None: L - T, where T is ``max_seqlen`` with ``cu_seqlens``.
     work_items : Tensor, (batch, 4), int32, contiguous, optional
-        As there, with ``ring_start`` in place of the active buffer.
+        As for `checkpointing_ssu`, with ``ring_start`` in place of the active buffer.
     saturate : bool
-        As there.
+        As for `checkpointing_ssu`.
 
     Returns
     -------
@@ -280,7 +280,7 @@ def checkpointing_ssu_ring(
     Notes
     -----
     The signature follows ``flashinfer.mamba.checkpointing_ssu`` of FlashInfer's development branch, without its scratch
-    buffers: `cute_ssm.compat.flashinfer.mamba.checkpointing_ssu_ring` takes those too.
+    buffers, which `cute_ssm.compat.flashinfer.mamba.checkpointing_ssu_ring` accepts.
     """
     pdl = None if enable_pdl is False else arguments.pdl_of(enable_pdl)
     settings = (True, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, window, pdl, saturate)
@@ -346,10 +346,12 @@ def _run(
     key: tuple[object, ...] | None
     try:
         # the total of packed tokens is left out: the entry compares it among the tensors that have it
-        sizes: tuple[Any, ...] = (x.shape, x_history.shape, B.shape, state.shape)
+        shape = x.shape
+        sizes: tuple[object, ...] = (shape, x_history.shape, B.shape, state.shape)
+        batch = shape[0]
         if cu_seqlens is not None:
-            sizes = (x.shape[2:], x_history.shape, B.shape[2:], state.shape, cu_seqlens.shape, cu_seqlens.dtype)
-        batch = sizes[0][0] if cu_seqlens is None else sizes[4][0] - 1
+            batch = cu_seqlens.shape[0] - 1
+            sizes = (shape[2:], x_history.shape, B.shape[2:], state.shape, cu_seqlens.shape, cu_seqlens.dtype)
         slots_shape = None if state_batch_indices is None else state_batch_indices.shape
         items_shape = None if work_items is None else work_items.shape
         if (slots_shape and slots_shape[0] > batch) or (items_shape and items_shape[0] > batch):

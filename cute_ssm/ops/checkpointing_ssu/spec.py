@@ -29,9 +29,9 @@ class CheckpointingSSUSpec(Spec):
     tokens : int
         Largest number of new tokens per sequence, T.
     window : int
-        Largest number of tokens that are accepted but not yet in the state, W.
+        Largest number of pending tokens, W: accepted tokens that are not in the state yet.
     history : {"double", "double_x", "ring"}
-        Two buffers per slot of B, dt' and their sums, and one of x; two of x also; or one ring of rows of all.
+        Two buffers per slot of B, dt' and sums, with one buffer of x, or with two; or one ring of rows of x, B and dt'.
     has_z, dt_softplus : bool
         Gate by silu(z); apply softplus to dt.
     src_dtype : str or None
@@ -45,13 +45,13 @@ class CheckpointingSSUSpec(Spec):
     seed_per_slot : bool
         ``rand_seed`` holds one seed per slot.
     pdl : {None, "wait_first", "early_reads"}
-        Launch without waiting for the end of the kernel before (programmatic dependent launch): not at all, with all
-        memory used after the wait for it, or with states, slots and cursors read before.
+        Programmatic dependent launch: none; all reads and writes after the wait for the previous kernel; or reads of
+        states, slots and cursors before it.
     input_bytes : {16, 8, 4, 2}
-        What the addresses and strides of rows of ``x, B, C, z, out`` are multiples of.  16: they are copied in bulk;
-        less: by accesses of so many bytes.
+        Bytes that the addresses and strides of rows of ``x, B, C, z, out`` are multiples of.  16: rows are copied in
+        bulk; less: by accesses of that many bytes.
     saturate : bool
-        New float16 states beyond +-65504 become that instead of infinite.
+        Store +-65504 in place of infinities in new float16 states.
     """
 
     state_dtype: str

@@ -18,12 +18,12 @@ def build(
     ngroups: int = 1, state_dtype: str = "float16", input_dtype: str = "bfloat16", pnat: str = "mixture",
     rounding: str = "nearest", z: int = 0, items: int = 0, fused: int = 0,
 ) -> Call:  # fmt: skip
-    """T new tokens for each sequence, beside a history of W rows; slots are a random permutation of a pool.
+    """Make a call with T new tokens for each sequence and a history of W rows.
 
-    A unit is one (sequence, head).  pnat: accepted tokens that a slot's state lacks, a number for all, or "mixture":
-    the stationary distribution of `workloads.phases`, as in service.  rounding: nearest or stochastic (10 rounds of
-    Philox).  z: gate by silu(z).  items: with a list of work.
-    fused: z, x, B, C and dt are views of one projection's rows, which may be no multiples of 16 bytes apart.
+    Slots are a random permutation of a pool; a unit is one (sequence, head).  pnat: pending tokens, a number for all
+    slots, or "mixture": the stationary distribution of `workloads.phases`, as in service.  rounding: nearest or
+    stochastic (10 rounds of Philox).  z: gate by silu(z).  items: with a list of work.  fused: z, x, B, C and dt are
+    views of the rows of one projection, which need not be multiples of 16 bytes apart.
     """
     inputs, states = dtype(input_dtype), dtype(state_dtype)
     slots, scaled = 2 * batch, state_dtype in LARGEST
@@ -79,8 +79,8 @@ def build(
     state_bytes = nheads * dim * (dstate * states.itemsize + 4 * scaled)
     row = (nheads * dim + ngroups * dstate) * inputs.itemsize + nheads * 4  # of a history: x, B, dt'
     writes = int((drawn + T > W).sum())
-    read, kept = int(drawn.sum()), batch * min(T, W)
-    floor += (batch + writes) * state_bytes + (read + kept) * row + kept * nheads * 4 + 8 * batch
+    read, appended = int(drawn.sum()), batch * min(T, W)
+    floor += (batch + writes) * state_bytes + (read + appended) * row + appended * nheads * 4 + 8 * batch
     if items:
         listed = sorted(range(batch), key=lambda i: int(drawn[i]) + T <= W)
         rows = [[i, int(order[i]), int(drawn[i]), int(buffers[order[i]])] for i in listed]
