@@ -75,11 +75,13 @@ class HistoryView:
         row = (slot, at.row) if self.kind == "double" else (slot, at.buffer, at.row)
         return memory.address(tensor, *row, head, column)
 
-    def B(self, tensor: cute.Tensor, slot: Int64, at: HistoryRow, group: Int32) -> cute.Pointer:
-        """Return the address of a row of B."""
+    def B(
+        self, tensor: cute.Tensor, slot: Int64, at: HistoryRow, group: Int32, column: Int32 | int = 0
+    ) -> cute.Pointer:
+        """Return the address of a row of B, from `column` on."""
         if self.ring:
-            return memory.address(tensor, slot, group, at.row, 0)
-        return memory.address(tensor, slot, at.buffer, at.row, group, 0)
+            return memory.address(tensor, slot, group, at.row, column)
+        return memory.address(tensor, slot, at.buffer, at.row, group, column)
 
     def dt(self, tensor: cute.Tensor, slot: Int64, at: HistoryRow, head: Int32) -> cute.Pointer:
         """Return the address of dt', or of the running sum."""

@@ -26,6 +26,7 @@ from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import convert, math, memory, philox
 from cute_ssm.device.bounds import in_range
 from cute_ssm.device.fakes import Layout, of_table
+from cute_ssm.device.history import HistoryView
 from cute_ssm.device.philox import RowRandom
 from cute_ssm.device.types import Maybe
 from cute_ssm.ops.materialize.arguments import B_AXES, DT_AXES, TABLE, X_AXES
@@ -92,7 +93,7 @@ class MaterializeState:
         self.state_dtype, self.out_dtype = convert.DTYPES[spec.state_dtype], convert.DTYPES[spec.out_dtype]
         self.input_dtype, self.A_dtype = convert.DTYPES[spec.input_dtype], convert.DTYPES[spec.A_dtype]
         self.scaled, self.out_scaled = spec.state_dtype in QUANTISED, spec.out_dtype in QUANTISED
-        self.ring = spec.history == "ring"
+        self.history = HistoryView(spec.history)
         self.lanes = 1 << (spec.dstate // COLUMNS - 1).bit_length()  # of a segment
         self.vector = 4 if "float32" in (spec.state_dtype, spec.out_dtype) else COLUMNS
         self.vectors = COLUMNS // self.vector  # of a lane
@@ -153,7 +154,7 @@ class MaterializeState:
             state, state_scale, x_history, B_history, dt_history, cursor, prev_num_accepted_tokens, A, out, out_scale,
             state_batch_indices, dst_state_batch_indices, num_tokens, rand_seed,
         )  # fmt: skip
-        nheads, groups = state.shape[1], B_history.shape[1] if const_expr(self.ring) else B_history.shape[3]
+        nheads, groups = state.shape[1], B_history.shape[1] if const_expr(self.history.ring) else B_history.shape[3]
         units = state_batch_indices.shape[0] * nheads * self.chunks
         heads, per_group = cute.FastDivmodDivisorV2(nheads), cute.FastDivmodDivisorV2(nheads // groups)
         self.kernel(tensors, pad_slot_id, units, heads, per_group).launch(
@@ -183,8 +184,8 @@ class MaterializeState:
                 count = Int64(pending)
                 if const_expr(tensors.num_tokens is not None):
                     count = Int64(tensors.num_tokens[b])
-                history_rows = tensors.dt_history.shape[len(tensors.dt_history.shape) - 1]
-                num_cursors = history_rows if const_expr(self.ring) else Int32(2)
+                history_rows = self.history.rows(tensors.dt_history)
+                num_cursors = history_rows if const_expr(self.history.ring) else Int32(2)
                 active = pending <= cutlass.min(history_rows, MOST_PENDING) and in_range(cursor, num_cursors)
                 if active and count >= 0 and count <= pending:  # pending is then not negative either
                     row = (index - pair * self.chunks) * self.unit_rows + lane // self.lanes * ROWS
@@ -237,36 +238,6 @@ class MaterializeState:
                             memory.store_words(memory.address(tensors.out_scale, target, head, row), word)
 
     @cute.jit
-    def history_row(self, pending: Pending, token: Int32) -> Int32:
-        """Return the row of the history that holds a pending token."""
-        row = token
-        if const_expr(self.ring):
-            row += pending.cursor
-            row = row - pending.history_rows if row >= pending.history_rows else row
-        return row
-
-    def step_at(self, tensors: Tensors, unit: Unit, pending: Pending, row: Int32) -> cute.Pointer:
-        """Return the address of dt' in a row of the history."""
-        if self.ring:
-            return memory.address(tensors.dt_history, unit.src_slot, unit.head, row)
-        return memory.address(tensors.dt_history, unit.src_slot, pending.cursor, unit.head, row)
-
-    def x_at(self, tensors: Tensors, unit: Unit, pending: Pending, row: Int32, first: Int32) -> cute.Pointer:
-        """Return the address of x in a row of the history, from row `first` of the state on."""
-        x = tensors.x_history
-        if self.ring:
-            return memory.address(x, unit.src_slot, unit.head, row, first)
-        if self.spec.history == "double_x":
-            return memory.address(x, unit.src_slot, pending.cursor, row, unit.head, first)
-        return memory.address(x, unit.src_slot, row, unit.head, first)
-
-    def B_at(self, tensors: Tensors, unit: Unit, pending: Pending, row: Int32, column: Int32) -> cute.Pointer:
-        """Return the address of B in a row of the history, from a column on."""
-        if self.ring:
-            return memory.address(tensors.B_history, unit.src_slot, pending.group, row, column)
-        return memory.address(tensors.B_history, unit.src_slot, pending.cursor, row, pending.group, column)
-
-    @cute.jit
     def weights(self, tensors: Tensors, unit: Unit, pending: Pending, rate: Float32, lane: Int32) -> Weights:
         """Return e^{c_{j-1}}, and e^{c_{j-1} - c_i} dt'_i of the tokens `lane` and `lane + 32`.
 
@@ -277,8 +248,9 @@ class MaterializeState:
             step = Float32(0.0)
             token = lane + k * WARP
             if token < pending.num_tokens:
-                row = self.history_row(pending, token)
-                step = memory.load_scalar(self.step_at(tensors, unit, pending, row), Float32)
+                row = self.history.pending_row(pending.cursor, token, pending.history_rows)
+                pointer = self.history.dt(tensors.dt_history, unit.src_slot, row, unit.head)
+                step = memory.load_scalar(pointer, Float32)
             steps.append(step)
             products.append(rate * step)
             sums.append(Float32(0.0))
@@ -314,9 +286,10 @@ class MaterializeState:
         for token in cutlass.range(pending.num_tokens, unroll=2):
             chosen = weights.low if token < WARP else weights.high
             weight = cute.arch.shuffle_sync(chosen, token & (WARP - 1))
-            row = self.history_row(pending, token)
-            x = memory.load(self.x_at(tensors, unit, pending, row, first), self.input_dtype, ROWS, MOST_BYTES)
-            B = self.load([self.B_at(tensors, unit, pending, row, column) for column in columns])
+            row = self.history.pending_row(pending.cursor, token, pending.history_rows)
+            gX = self.history.x(tensors.x_history, source, row, head, first)
+            x = memory.load(gX, self.input_dtype, ROWS, MOST_BYTES)
+            B = self.load([self.history.B(tensors.B_history, source, row, pending.group, column) for column in columns])
             for r in cutlass.range_constexpr(ROWS):
                 gain = weight * x[r]
                 for c in cutlass.range_constexpr(COLUMNS):
