@@ -57,6 +57,10 @@ def gated_delta_rule_replay(
     The next step overwrites the rows of tokens that were not accepted.  So a state is written once in about ``window``
     accepted tokens, and states after single tokens are never written.
 
+    The kernel decides for each request whether it flushes, so there are no ``work_items`` to pass, unlike
+    `checkpointing_ssu`.  A step writes one state for every request of the batch with p > 0 and ``p + tokens > window``,
+    which may be none or all.
+
     Tensors on a GPU run the compiled kernel.  Tensors on the CPU run the PyTorch reference or, inside
     ``ptxsim.emulate()``, the compiled kernel in the emulator.  The kernel folds eight pending
     tokens at a time, and then computes all new ones at once, on tensor cores; its error is like that of float32.

@@ -79,7 +79,8 @@ def selective_state_update(
         Step size before bias and softplus.  Stride 0 in the last dimension means one value per head.
     A : Tensor, (nheads, dim, dstate), float32/bfloat16/float16
         Decay rates.  Strides 0 in the last two dimensions mean one value per head (Mamba-2); otherwise the last
-        dimension is contiguous (Mamba-1).  Negate before expanding: ``-torch.exp(log).expand(...)`` is a dense tensor.
+        dimension is contiguous (Mamba-1).  Compute A, then expand it: ``(-torch.exp(A_log)).expand(...)``.  Without
+        the outer parentheses, the expanded tensor is negated, which makes a dense one.
     B, C : Tensor, (batch[, T], ngroups, dstate), type of x
         Input and output projections; nheads is a multiple of ngroups.
     D : Tensor, (nheads, dim), float32/bfloat16/float16, optional
