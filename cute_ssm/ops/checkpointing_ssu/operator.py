@@ -177,8 +177,8 @@ def checkpointing_ssu(
     The kernel multiplies on tensor cores and sums in float32.  Coefficients of outputs are sums of two bfloat16, or for
     float16 inputs of two numbers of 11 bits.  Coefficients of new states are too, with two exceptions: sums of three
     for float32 states, and single numbers where rounding the state adds a larger error (float8, and bfloat16 or int8
-    with float16 inputs).  Everything else is float32, except that outputs read a float32 state as numbers of 11 bits: an
-    output is then off by up to 2^-11 of the terms that it sums over the state, before it is rounded to the type of x.
+    with float16 inputs).  Outputs read a float32 state as numbers of 11 bits, and are then off by up to 2^-11 of the
+    terms that they sum over the state, before they are rounded to the type of x.  Everything else is float32.
 
     The root mean square error of a new state of any type but float32 is at most 1.1 times that of the exact state
     rounded once, for any decay.  That of a float32 state is at most 1.1 times that of float32 PyTorch which sums the
