@@ -157,11 +157,11 @@ def _check_shapes(given: Given, layout: str) -> None:
     most = MOST_PENDING * (2 if ring else 1)  # a ring also has rows for new tokens
     if rows > most:
         raise ValueError(describe("x_history", f"at most {most} rows of a slot", rows))
-    known = {"slots": slots, "nheads": nheads, "ngroups": ngroups, "dim": dim, "dstate": dstate}
-    known |= {"W": rows, "L": rows, "2": 2}
-    histories = {name: {letter: known[letter] for letter in letters} for name, letters in axes.items()}
+    sizes = {"slots": slots, "nheads": nheads, "ngroups": ngroups, "dim": dim, "dstate": dstate}
+    sizes |= {"W": rows, "L": rows, "2": 2}
+    histories = {name: {letter: sizes[letter] for letter in letters} for name, letters in axes.items()}
     batch, out_slots = given["state_batch_indices"].shape[0], given["out"].shape[0]
-    given.check_shapes({**known, **histories, "out_slots": out_slots, "batch": batch})
+    given.check_shapes({**sizes, **histories, "out_slots": out_slots, "batch": batch})
     seed = given.get("rand_seed")
     if seed is not None and seed.shape[0] not in (1, slots):
         raise ValueError(describe("rand_seed", f"shape (1,) or (slots,) = ({slots},)", tuple(seed.shape)))

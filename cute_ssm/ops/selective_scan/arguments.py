@@ -170,7 +170,7 @@ def _check_shapes(given: Given) -> None:
         raise ValueError(describe("B", f"ngroups that divides dim = {dim}", f"ngroups = {ngroups}"))
     if B.dim() < len(columns):
         columns = tuple(name for name in columns if name != "ngroups")
-    known = dict(zip(channels, u.shape)) | {"ngroups": ngroups, "dstate": dstate}
+    sizes = dict(zip(channels, u.shape)) | {"ngroups": ngroups, "dstate": dstate}
     cache = given.get("cache_indices")
     if cache is not None:
         if cache.dim() not in (1, 2) or cache.shape[0] != batch or (cache.dim() == 2 and not cache.shape[1]):
@@ -178,8 +178,8 @@ def _check_shapes(given: Given) -> None:
             raise ValueError(describe("cache_indices", expected, tuple(cache.shape)))
     states = given.get("ssm_states")
     given.check_shapes({
-        "channels": {name: known[name] for name in channels},
-        "columns": {name: known[name] for name in columns},
+        "channels": {name: sizes[name] for name in channels},
+        "columns": {name: sizes[name] for name in columns},
         "cache": {} if cache is None else dict(zip(("batch", "n"), cache.shape)),
         "batch": batch,
         "dim": dim,

@@ -251,8 +251,8 @@ class SegmentScan:
         """Return the scalar of token t, from the lane that owns it; t is dynamic only if lanes own one token each."""
         if self.lanes == 1:
             return values[t]
-        owner = first_lane(self.lanes) + t // self.lane_tokens
-        return cute.arch.shuffle_sync(values[t % self.lane_tokens if self.lane_tokens > 1 else 0], owner)
+        source_lane = first_lane(self.lanes) + t // self.lane_tokens
+        return cute.arch.shuffle_sync(values[t % self.lane_tokens if self.lane_tokens > 1 else 0], source_lane)
 
 
 def first_lane(lanes: int) -> Int32:
