@@ -16,17 +16,20 @@ def stored(tensor: torch.Tensor) -> torch.Tensor:
 
 def equal(got: torch.Tensor, want: torch.Tensor, what: object = "") -> None:
     """Assert that two tensors have the same shape and values; as for ``torch.equal``, a NaN equals nothing."""
+    __tracebackhide__ = True
     _at_first_difference(got, want, got.detach() != want.detach() if got.shape == want.shape else None, what)
 
 
 def same_bits(got: torch.Tensor, want: torch.Tensor, what: object = "") -> None:
     """Assert that two tensors have the same type, shape and bits."""
+    __tracebackhide__ = True
     alike = got.dtype == want.dtype and got.shape == want.shape
     _at_first_difference(got, want, stored(got) != stored(want) if alike else None, what)
 
 
 def each_same_bits(got: Mapping[str, torch.Tensor] | Sequence[torch.Tensor], want: object, what: object = "") -> None:
     """Do so for every tensor of `want`, a mapping or a sequence like `got`."""
+    __tracebackhide__ = True
     if isinstance(want, Mapping):
         for name, tensor in want.items():
             same_bits(got[name], tensor, f"{what}: {name}" if what else name)
@@ -37,6 +40,7 @@ def each_same_bits(got: Mapping[str, torch.Tensor] | Sequence[torch.Tensor], wan
 
 def same_memory(got: torch.Tensor, want: torch.Tensor, what: object = "") -> None:
     """Assert that all bytes of the memory behind two tensors are equal, those between their elements included."""
+    __tracebackhide__ = True
     one, other = storage(got).cpu(), storage(want).cpu()
     if torch.equal(one, other):
         return
@@ -52,6 +56,7 @@ def same_memory(got: torch.Tensor, want: torch.Tensor, what: object = "") -> Non
 
 
 def _at_first_difference(got: torch.Tensor, want: torch.Tensor, wrong: torch.Tensor | None, what: object) -> None:
+    __tracebackhide__ = True
     name = f"{what}: " if str(what) else ""
     if wrong is None:
         raise AssertionError(f"{name}{got.dtype} {tuple(got.shape)}, wanted {want.dtype} {tuple(want.shape)}")

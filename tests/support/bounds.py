@@ -1,4 +1,7 @@
-"""Comparison of values within bounds.  A failure names the first index out of bounds, got, wanted and bound."""
+"""Comparison of values within bounds.  A failure names the first index out of bounds, got, wanted and bound.
+
+Tracebacks end in the test, or in the function that called these (``__tracebackhide__``); ``--full-trace`` shows all.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ def within(got: object, want: object, bound: object, what: str) -> None:
     what : str
         Name of what is compared.
     """
+    __tracebackhide__ = True
     got, want = double(got), double(want)
     assert got.shape == want.shape, f"{what}: shape {got.shape}, wanted {want.shape}"
     bound = np.broadcast_to(double(bound), got.shape)
@@ -36,6 +40,7 @@ def within(got: object, want: object, bound: object, what: str) -> None:
 
 def rms_within(error: float, bound: float, what: str) -> None:
     """Assert that the root mean square of errors is within its bound."""
+    __tracebackhide__ = True
     assert error <= bound, (
         f"{what}: each element is within its bound, but the rms error {error:.3g} exceeds {bound:.3g}"
     )
@@ -60,6 +65,7 @@ def like_float32(got: list, rounded: list, want: list, unit: list, what: list[st
     what : list of str
         Names of the parts.
     """
+    __tracebackhide__ = True
     parts = [tuple(double(t) for t in part) for part in zip(got, rounded, want, unit, strict=True)]
     allowed = np.concatenate([(np.abs(r - w) / u).ravel() for _, r, w, u in parts])
     mean = np.sqrt(np.mean(np.square(allowed)))

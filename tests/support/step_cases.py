@@ -140,7 +140,7 @@ def check(before: dict, after: dict, out: torch.Tensor) -> None:
 
     if real.any():
         tiny = torch.finfo(out.dtype).tiny
-        like_float32([out[real]], [y32[real].to(out.dtype)], [y[real]], [y_size[real] + tiny], ["out[real rows]"])
+        like_float32([out[real]], [y32[real].to(out.dtype)], [y[real]], [y_size[real] + tiny], ["out[active rows]"])
     kept = real & (dst != PAD)
     if not before["disable_state_update"] and kept.any():
         state, tiny = after["state"], torch.finfo(after["state"].dtype).tiny
