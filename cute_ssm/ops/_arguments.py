@@ -1,4 +1,4 @@
-"""Checks that operators share; each error names the argument, what was expected, what came, and the way out."""
+"""Checks that operators share; each error has the form of `errors.describe`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,8 @@ from torch import Tensor
 
 from cute_ssm.errors import describe
 
-DTYPE_NAMES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.int32: "int32",
-    torch.int64: "int64",
-}
-
-
-# Arguments that some function writes: for them the way out is never a copy, which would take the results.
+# Arguments that some operator writes.  Errors about them never suggest a copy, which would receive the results in place
+# of the caller's tensor, not even where an operator only reads them: they belong to a pool that others write.
 WRITTEN = frozenset((
     "out", "output", "state", "state_scale", "out_scale", "initial_state", "ssm_states",
     "intermediate_states_buffer", "intermediate_state_scales", "old_x", "old_B", "old_dt", "old_cumAdt",
@@ -34,7 +26,7 @@ PER_HEAD = {"dt": 1, "A": 2, "D": 1, "dt_bias": 1}
 def allocation(
     tensor: Tensor, shape: Iterable[int] | None = None, dtype: torch.dtype | None = None, device: object = None
 ) -> str:
-    """Return the way out for a tensor that is written: how to allocate it, like it is but for what is given."""
+    """Return the suggested fix for a tensor that is written: allocate one like it, except for what is given."""
     sizes = tuple(tensor.shape if shape is None else shape)
     made = f"torch.zeros({sizes}, dtype={dtype or tensor.dtype}, device={str(device or tensor.device)!r})"
     return f"it is written, so allocate it as {made}"
@@ -79,7 +71,7 @@ def check_tensors(
 def check_dtype(
     name: str, tensor: Tensor, allowed: Iterable[torch.dtype], why: str = "", cast: bool = False, written: bool = False
 ) -> None:
-    """Raise unless the tensor has one of the types.  `cast`: a cast is the way out, but of a tensor that is written."""
+    """Raise unless the tensor has one of the types.  `cast`: suggest a cast, unless the tensor is written."""
     allowed = tuple(allowed)
     if tensor.dtype not in allowed:
         if written or name in WRITTEN:
@@ -97,7 +89,7 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], letters: str,
 
 
 def _of_shape(name: str, tensor: Tensor, shape: tuple[int, ...], written: bool) -> str:
-    """The way out for a tensor of another shape."""
+    """Return the suggested fix for a tensor of another shape."""
     if written or name in WRITTEN:
         return allocation(tensor, shape)
     axes = PER_HEAD.get(name.partition("[")[0], 0)  # A[1]: that of a layer
@@ -215,8 +207,8 @@ def check_slots(name: str, indices: Tensor, used: Tensor, slots: int, pad_slot_i
     if bool(outside.any()):
         at = tuple(outside.nonzero()[0].tolist())
         expected = f"indices in [0, {slots})" + ("" if pad_slot_id is None else f" or pad_slot_id = {pad_slot_id}")
-        place = at[0] if len(at) == 1 else at
-        raise ValueError(describe(name, expected, f"{int(indices[at])} at position {place}"))
+        position = at[0] if len(at) == 1 else at
+        raise ValueError(describe(name, expected, f"{int(indices[at])} at position {position}"))
 
 
 def check_allocated(name: str, slots: Tensor, unallocated: Tensor, rows: Tensor, pad_slot_id: int) -> None:

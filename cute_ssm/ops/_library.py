@@ -30,19 +30,19 @@ def refuse_batched(names: Sequence[str], values: Sequence[Any]) -> None:
 
 
 class Registered(NamedTuple):
-    """Ways to call an operator; `eager` and `overload` keep to the policy of `_gradients`."""
+    """Ways to call an operator; both keep to the policy of `_gradients`.
 
-    eager: Callable[..., None]
-    """Straight to the implementation: for plain tensors that nothing traces.
-
-    With grad mode off, and outside of transforms of ``torch.func`` (see `transform_level`), this is the implementation
-    and nothing else, which operators then call themselves.
+    Attributes
+    ----------
+    overload : callable
+        Calls through PyTorch's dispatcher: ``torch.ops.cute_ssm.name.default``.
+    route : callable
+        Of one of the tensors of a call, what to call: `overload` where something traces the tensor; else the
+        implementation, behind checks for gradients in grad mode and inside transforms of ``torch.func``.
     """
+
     overload: Callable[..., None]
-    """Through PyTorch's dispatcher: ``torch.ops.cute_ssm.name.default``."""
     route: Callable[[object], Callable[..., None]]
-    """Of one of the tensors of a call, the way that it takes: through the dispatcher where something traces it, by
-    `eager` where gradients are a question, and else straight to the implementation."""
 
 
 def register(
@@ -111,4 +111,4 @@ def register(
             return overload  # type: ignore[no-any-return]
         return run_eagerly if is_grad_enabled() or transform_level() is not None else run
 
-    return Registered(run_eagerly, overload, route)
+    return Registered(overload, route)
