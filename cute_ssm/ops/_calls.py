@@ -72,7 +72,8 @@ class CallPath:
     Parameters
     ----------
     layout : callable, optional
-        Of the operands, what alignment depends on, or None if one is no tensor.  Needed where calls are not `strict`.
+        Of the operands, what alignment depends on.  Needed where calls are not `strict`.  It may raise AttributeError
+        for an operand that is no tensor.
     """
 
     def __init__(self, layout: Callable[[tuple[Any, ...]], Hashable] | None = None):
@@ -91,18 +92,23 @@ class CallPath:
         """
         plan = self.plans.get(key)
         if plan is not None and not (tuning.overrides_open and overridden()):
+            launch, scalars = plan
             try:
-                plan[0](*(operands + plan[1]))
+                launch(*(operands + scalars))
                 return True
             except REFUSALS:
                 pass
         if not self.loose_plans or key is None or self.layout is None:
             return False
-        plan = self.loose_plans.get((key, self.layout(operands)))
+        try:
+            plan = self.loose_plans.get((key, self.layout(operands)))
+        except AttributeError:  # an operand is no tensor, which the checks name
+            return False
         if plan is None or overridden():
             return False
+        launch, scalars = plan
         try:
-            plan[0](*operands, *plan[1])
+            launch(*operands, *scalars)
         except REFUSALS:
             return False
         return True

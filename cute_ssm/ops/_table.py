@@ -18,8 +18,9 @@ the tensors as the compiler sees them (`cute_ssm.device.fakes.of_table`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import torch
@@ -126,6 +127,11 @@ class Table:
             self._schema.append(f"Tensor{mark}{'?' * absent} {spelling}")
         self.optional = tuple(optional)
         self.written = tuple(name for name, arg in self.tensors.items() if arg.written)
+
+    def getter(self, *names: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+        """Return a function that takes tensors, two at least, out of a tuple that has all in the order of the table."""
+        order = list(self.tensors)
+        return itemgetter(*map(order.index, names))
 
     def schema(self, name: str) -> str:
         """Return the schema of the operator `name` for PyTorch."""

@@ -91,11 +91,9 @@ def input_bytes(q: Tensor, k: Tensor, v: Tensor) -> int:
     return ROW_BYTES if keys == QUAD * q.element_size() and values == ROW_BYTES else min(keys, values)
 
 
-def layout(operands: tuple[Any, ...]) -> tuple[object, ...] | None:
+def layout(operands: tuple[Any, ...]) -> tuple[object, ...]:
     """Return what `input_bytes` depends on, of operands that start with q, k and v."""
     q, k, v = operands[:3]
-    if not isinstance(k, Tensor):
-        return None
     return q.stride(), k.stride(), v.stride(), (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ROW_BYTES
 
 

@@ -98,6 +98,7 @@ def _batch(batch: int | None, src: Tensor | None, cu_seqlens: Tensor | None) -> 
         return len(cu_seqlens) - 1
     if isinstance(src, Tensor) and src.dim():
         return len(src)
+    check_tensors({"state_batch_indices": src, "cu_seqlens": cu_seqlens}, ("state_batch_indices", "cu_seqlens"))
     raise ValueError(describe("batch", "a number of rows", None, "no other argument determines it"))
 
 

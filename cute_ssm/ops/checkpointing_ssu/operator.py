@@ -296,14 +296,16 @@ def checkpointing_ssu_ring(
     return out
 
 
-def _layout(operands: tuple[Any, ...]) -> tuple[object, ...] | None:
+_rows = TABLE.getter("x", "B", "C", "out", "z")
+
+
+def _layout(operands: tuple[Any, ...]) -> tuple[object, ...]:
     """Return all that `arguments.input_bytes` depends on."""
-    x, B, C, z, out = (operands[i] for i in (7, 10, 11, 13, 15))
-    if not all(isinstance(tensor, Tensor) for tensor in (C, out, x if z is None else z)):
-        return None
-    bits = x.data_ptr() | B.data_ptr() | C.data_ptr() | out.data_ptr() | (0 if z is None else z.data_ptr())
-    strides = (x.stride(), B.stride(), C.stride(), out.stride(), None if z is None else z.stride())
-    return bits % arguments.ROW_BYTES, strides
+    bits, strides = 0, []
+    for tensor in _rows(operands):
+        bits |= 0 if tensor is None else tensor.data_ptr()
+        strides.append(None if tensor is None else tensor.stride())
+    return bits % arguments.ROW_BYTES, *strides
 
 
 _path = CallPath(_layout)

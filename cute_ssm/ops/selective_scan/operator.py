@@ -228,9 +228,12 @@ def selective_scan_fn(
     return delta if z is None else z
 
 
+_rows = TABLE.getter("u", "ssm_states", "delta", "A", "B", "C", "z", "out")
+
+
 def _layout(operands: tuple[Any, ...]) -> tuple[object, ...]:
-    """Strides and alignment that a kernel for rows at any address does not check."""
-    tensors = [operands[i] for i in (0, 1, 2, 3, 4, 5, 7, _OUT, _OUT + 1)]
+    """Return the strides and the alignment that a kernel for rows at any address does not check."""
+    tensors = (*_rows(operands), operands[_OUT + 1])  # the last: outputs before the gate
     return tuple([(t.stride(), t.data_ptr() % arguments.ACCESS_BYTES) for t in tensors if t is not None])
 
 
@@ -280,7 +283,7 @@ def _scan(table: Table, call: Arguments, ungated: Tensor | None) -> None:
     call = of_batch(call)
     try:
         key, operands = _key(call, ungated), _operands(call, ungated)
-    except (AttributeError, IndexError):  # something is no tensor, or has no axes, which the checks will name
+    except (AttributeError, IndexError, TypeError):  # no tensor, or without axes: the checks name the argument
         key, operands = None, ()
     if key is not None and _path.run_plan(key, operands):
         return

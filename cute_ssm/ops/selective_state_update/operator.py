@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -223,25 +222,17 @@ def _is_matrix(name: str, indices: Tensor) -> bool:
     return indices.dim() == 2 and indices.shape[1] > 0
 
 
-def _getter(*names: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """Return a function that takes the tensors of these names out of a kernel's operands."""
-    order = list(TABLE.tensors)
-    return itemgetter(*(order.index(name) for name in names))
+_free_strides, _optional_free_strides = TABLE.getter("dt", "A", "B", "C", "out"), TABLE.getter("D", "dt_bias")
+_free_alignment = TABLE.getter("A", "B", "C")
 
 
-_free_strides, _optional_free_strides = _getter("dt", "A", "B", "C", "out"), _getter("D", "dt_bias")
-_free_alignment = _getter("A", "B", "C")
-
-
-def _layout(operands: tuple[Any, ...]) -> tuple[object, ...] | None:
+def _layout(operands: tuple[Any, ...]) -> tuple[object, ...]:
     """Return the strides and the alignment that a kernel for free strides does not check."""
-    required = _free_strides(operands)
-    if not all(isinstance(tensor, Tensor) for tensor in required):
-        return None
-    optional = tuple(None if t is None else t.stride() for t in _optional_free_strides(operands))
+    required = [tensor.stride() for tensor in _free_strides(operands)]
+    optional = [None if tensor is None else tensor.stride() for tensor in _optional_free_strides(operands)]
     A, B, C = _free_alignment(operands)
     aligned = (A.data_ptr() | B.data_ptr() | C.data_ptr()) & 15
-    return (*(tensor.stride() for tensor in required), *optional, aligned)
+    return (*required, *optional, aligned)
 
 
 _path = CallPath(_layout)
