@@ -1,4 +1,4 @@
-"""Plans: what calls run by, kept by all that the choice depends on, so that a steady state decides nothing again."""
+"""Plans: how calls run, by everything that the choice depends on, so that a repeated call makes no choice again."""
 
 from __future__ import annotations
 

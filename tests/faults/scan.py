@@ -51,7 +51,7 @@ FAULTS = [
         (BASE,),
     ),
     Fault(
-        "a part hands on the states of its own beginning",
+        "a part stores the states of its own beginning",
         PARTS,
         "row = memory.address(carried, b, unit.part + 1, unit.channel, 0)",
         "row = memory.address(carried, b, unit.part, unit.channel, 0)",

@@ -1,4 +1,4 @@
-"""`CheckpointingSSU`: several tokens on a state that lags behind by up to a window of accepted ones, in one launch.
+"""`CheckpointingSSU`: several tokens from a state with up to a window of pending ones, in one launch.
 
 Per (sequence, head), with k pending tokens since the state S0 was stored, n new ones, and c_j the running sum of A dt'
 over both, the equations of `cute_ssm.ops.checkpointing_ssu.reference`:

@@ -52,7 +52,7 @@ def checkpointing_ssu(
     num_writes: Tensor | None = None,
     saturate: bool = False,
 ) -> Tensor:
-    """Return the outputs at T new tokens of every sequence, from a state that lags by up to W pending tokens.
+    """Return the outputs at T new tokens of every sequence, from a state with up to W pending tokens.
 
     A slot holds a state and a history: the inputs of the k pending tokens, which were accepted after the state was
     stored.  A step computes the outputs at n new tokens from both, and appends the new tokens to the history.  If they

@@ -1,4 +1,4 @@
-"""Tokens of a recurrence whose state lags: the mathematics, and which rows of the history it reads and writes.
+"""Tokens of a recurrence that defers state writes: the mathematics, and which rows of the history it reads and writes.
 
 For every sequence the pool holds a state S0 and the inputs of its ``k`` pending tokens, at most W: those that were
 accepted after S0 was stored.  With dt' the processed step sizes, and one running sum over pending and new tokens ::
