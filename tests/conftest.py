@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 
+import backends
 import pytest
 import slices
 
@@ -14,6 +16,11 @@ from cute_ssm.runtime.store import Store
 
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="run on the GPU what runs in the emulator otherwise")
+
+
+def pytest_configure(config):
+    config.add_cleanup(functools.partial(setattr, backends, "gpu", backends.gpu))  # pytest may run within pytest
+    backends.gpu = config.getoption("--gpu")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
@@ -49,13 +56,10 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-@pytest.fixture(autouse=True)
-def _way(request, monkeypatch):
-    """Put the GPU in the emulator's place if asked for."""
-    if request.config.getoption("--gpu"):
-        import hardware
-
-        hardware.install(monkeypatch)
+@pytest.fixture
+def backend(request):
+    """Open the way that kernels run: ``with backend("sm_100a", sm_count=1): ...``; see `backends`."""
+    return backends.BACKENDS[getattr(request, "param", "kernel")]
 
 
 def _forget() -> None:

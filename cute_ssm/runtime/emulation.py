@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cute_ssm.spec import Config, Spec
 
 _memory: dict[tuple[Spec, Config | None, str], Any] = {}
-_local = threading.local()  # .plan: the open plan of this thread
+_local = threading.local()  # .plan and .session: what this thread has open, by `planned` and `opened`
 
 
 @dataclass
@@ -60,11 +60,32 @@ def planned(arch: Arch, sm_count: int | None = None) -> Iterator[Plan]:
         _local.plan = before
 
 
+@contextmanager
+def opened(session: Any) -> Iterator[Any]:
+    """Make operators on CPU tensors run their kernels through `session`, as inside ``ptxsim.emulate()``.
+
+    The tests use it to run on a GPU what runs in the emulator otherwise.  Applies to the current thread.
+
+    Parameters
+    ----------
+    session : object
+        `arch` and `sm_count` as of a session of the emulator; ``kernel(spec, config, arch)`` returns a kernel that
+        takes CPU tensors.
+    """
+    before = _local.__dict__.get("session")
+    _local.session = session
+    try:
+        yield session
+    finally:
+        _local.session = before
+
+
 def emulator() -> Any | None:
-    """Return the open emulator session or `Plan` of this thread, or None."""
-    plan = _local.__dict__.get("plan")
-    if plan is not None:
-        return plan
+    """Return the open `Plan` or session of this thread, or None."""
+    for name in ("plan", "session"):
+        found = _local.__dict__.get(name)
+        if found is not None:
+            return found
     module = sys.modules.get("ptxsim")
     return module.current() if module is not None else None
 
@@ -93,6 +114,9 @@ def emulated(spec: Spec, config: Config | None = None, arch: Arch | None = None)
     if plan is not None:
         plan.kernels.append((spec, config if config is not None else registry.default_config(spec, arch), arch))
         return _nothing
+    session = _local.__dict__.get("session")
+    if session is not None:
+        return session.kernel(spec, config if config is not None else registry.default_config(spec, arch), arch)
     kernel = _memory.get((spec, config, arch.name))
     if kernel is not None:
         return kernel

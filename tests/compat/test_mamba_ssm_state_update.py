@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 
+import backends
 import numpy as np
 import pytest
 import torch
 from bits import same_bits
 from step_oracle import at_row, close, states, token, tokens, wide
 
-import ptxsim
 from cute_ssm.compat.mamba_ssm import selective_state_update
 
 ORDER = "state x dt A B C D z dt_bias dt_softplus state_batch_indices".split()
@@ -28,7 +28,7 @@ def test_a_dense_state_is_updated_in_place(tied, emulate):
     state, call = states(3), tokens(3, tied=tied)
     before = state.clone()
     if emulate:
-        with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True):
+        with backends.kernel():
             out = selective_state_update(state, **call)
     else:
         out = selective_state_update(state, **call)

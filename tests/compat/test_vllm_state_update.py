@@ -6,13 +6,13 @@ import contextlib
 import dataclasses
 import inspect
 
+import backends
 import numpy as np
 import pytest
 import torch
 from bits import same_bits
 from step_oracle import at_row, close, states, token, tokens, wide
 
-import ptxsim
 from cute_ssm import tuning
 from cute_ssm.compat import vllm
 from cute_ssm.compat.vllm import configs as vllm_configs
@@ -26,11 +26,7 @@ ORDER = (
 
 
 def on(backend):
-    return (
-        ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True)
-        if backend == "kernel"
-        else contextlib.nullcontext()
-    )
+    return backends.kernel() if backend == "kernel" else contextlib.nullcontext()
 
 
 def loop(state, call, src, dst=None, accepted=None, cu=None):
@@ -262,12 +258,12 @@ def test_rounds_are_checked():
 
 
 @pytest.mark.parametrize("config", [(4, 1), (64, 4), (256, 8)])
-def test_tuned_configs_change_tiles_and_no_result(config, monkeypatch):
+def test_tuned_configs_change_tiles_and_no_result(config, monkeypatch, backend):
     seen = []
 
     def run():
         state, out = states(4), torch.empty(3, 4, 64)
-        with ptxsim.emulate(arch="sm_90a"):
+        with backend(checks=False):
             vllm.selective_state_update(state, **tokens(3), out=out, state_batch_indices=torch.tensor([1, 2, 3]))
         return state, out
 

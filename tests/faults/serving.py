@@ -73,14 +73,14 @@ FAULTS = [
         STATE,
         "second = total if lane + WARP == token else second",
         "second = total if lane == token else second",
-        (STATES + "test_a_state_errs_like_one_rounding[bf16-1.0-emulated]",),
+        (STATES + "test_a_state_errs_like_one_rounding[bf16-1.0-kernel]",),
     ),
     Fault(
         "states decay by half of the window",
         STATE,
         "product = low if token < WARP else high",
         "product = low",
-        (STATES + "test_a_state_errs_like_one_rounding[bf16-1.0-emulated]",),
+        (STATES + "test_a_state_errs_like_one_rounding[bf16-1.0-kernel]",),
     ),
     Fault(
         "random bits of the slot that is read",

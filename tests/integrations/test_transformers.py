@@ -12,7 +12,6 @@ import torch
 from bits import equal
 
 import cute_ssm
-import ptxsim
 from cute_ssm import tuning
 from cute_ssm.compat import mamba_ssm
 from cute_ssm.errors import CuteSsmError
@@ -111,10 +110,10 @@ def test_the_same_tokens(name, seed, calls, scans):
 
 
 @pytest.mark.parametrize("name", ["mamba2", "mamba"])
-def test_the_same_tokens_from_the_kernel(name, calls):
+def test_the_same_tokens_from_the_kernel(name, calls, backend):
     model = build(name)
     want = generate(model, 4)
-    with integration.patch(), ptxsim.emulate(arch="sm_90a") as session:
+    with integration.patch(), backend(checks=False) as session:
         got = generate(model, 4)
     assert len(calls) == 2 * 3
     equal(got, want)
@@ -146,11 +145,11 @@ def test_logits_of_a_prefill(name, length, use_cache, scans):
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-def test_logits_of_a_prefill_by_the_kernel(splits):
+def test_logits_of_a_prefill_by_the_kernel(splits, backend):
     model = build("mamba")
     with torch.no_grad():
         want = model(tokens(40)).logits
-        with integration.patch(), ptxsim.emulate(arch="sm_90a") as session, tuning.override(splits=splits):
+        with integration.patch(), backend(checks=False) as session, tuning.override(splits=splits):
             got = model(tokens(40)).logits
     assert len(session.launches) == 2 * min(splits, 2)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.std().item())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 
+import backends
 import checkpointing_cases
 import gdn_cases
 import pytest
@@ -12,6 +12,7 @@ import replay_cases
 import scan_cases
 import step_cases
 import torch
+from backends import both
 from bits import equal
 from memory import copy
 from torch.autograd import forward_ad
@@ -24,7 +25,6 @@ from cute_ssm.ops import _gradients
 from cute_ssm.ops.selective_scan.reference import selective_scan as mathematics
 from cute_ssm.ops.selective_scan.reference import selective_scan_gradients
 
-ptxsim = pytest.importorskip("ptxsim")
 WEIGHTS = ("A", "A_log", "D", "dt_bias", "delta_bias")  # all else is refused
 CASE = checkpointing_cases.Case(batch=2, pads=())
 SCAN = scan_cases.Case(lengths=(3, 3), give_out=False, nulls=(), in_place=False)
@@ -105,7 +105,8 @@ SHARED = ("checkpointing_ssu_ring", "selective_scan_fn", "materialize")  # what 
 @pytest.mark.parametrize(
     ("name", "backend"),
     [(n, "reference") for n in CALLS]
-    + [pytest.param(n, "emulate", marks=[pytest.mark.slow] if n in SHARED else []) for n in CALLS],
+    + [pytest.param(n, "kernel", marks=[pytest.mark.slow] if n in SHARED else []) for n in CALLS],
+    indirect=["backend"],
 )
 def test_weights_that_are_parameters_are_constants_with_one_warning(name, backend, monkeypatch):
     monkeypatch.setattr(_gradients, "_warned", set())
@@ -115,7 +116,7 @@ def test_weights_that_are_parameters_are_constants_with_one_warning(name, backen
     for argument in weights:
         call[argument] = call[argument].detach().requires_grad_()
     plain = copied(call)
-    with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else contextlib.nullcontext():
+    with backend(checks=False):
         with pytest.warns(UserWarning, match=r"takes weights as constants") as caught:
             result = operator(name)(**call)
     assert len(caught) == 1 and all(argument in str(caught[0].message) for argument in weights)
@@ -123,7 +124,7 @@ def test_weights_that_are_parameters_are_constants_with_one_warning(name, backen
     results = result if isinstance(result, tuple) else (result,)
     assert not any(value.requires_grad for value in results)
     assert [n for n, v in call.items() if isinstance(v, torch.Tensor) and v.requires_grad] == weights
-    if backend == "reference":
+    if backend is backends.reference:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("error")
             operator(name)(**plain)
@@ -234,13 +235,13 @@ def test_gradcheck_of_the_recomputation_in_segments(segment):
     assert torch.autograd.gradcheck(lambda *t: Exact.apply(segment, *t), tensors)
 
 
-@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@both
 def test_the_scan_of_mamba_ssm_has_gradients_on_every_path(backend):
     """The outputs are the bits of the operator, and the gradients of all arguments those of float64."""
     tensors = [t.requires_grad_() for t in scan_inputs(length=9)]
     exact = [t.detach().double().requires_grad_() for t in tensors]
     g = torch.Generator().manual_seed(4)
-    with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else contextlib.nullcontext():
+    with backend(checks=False):
         out, state = mamba_ssm.selective_scan_fn(*tensors, delta_softplus=True, return_last_state=True)
         with torch.no_grad():
             plain, plain_state = mamba_ssm.selective_scan_fn(*tensors, delta_softplus=True, return_last_state=True)
@@ -253,11 +254,11 @@ def test_the_scan_of_mamba_ssm_has_gradients_on_every_path(backend):
         assert (one.double() - other).abs().max() <= 1e-5 * other.abs().max(), name
 
 
-@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@both
 def test_gradcheck_of_the_scan_of_mamba_ssm(backend):
     """By differences of the operator's own outputs, in float32."""
     tensors = [t.requires_grad_() for t in scan_inputs(length=3)]
-    with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else contextlib.nullcontext(), warnings.catch_warnings():
+    with backend(checks=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that gradcheck wants float64
         assert torch.autograd.gradcheck(
             lambda *t: mamba_ssm.selective_scan_fn(*t, delta_softplus=True), tensors, eps=1e-2, atol=2e-3, rtol=2e-3,

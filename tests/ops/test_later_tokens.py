@@ -19,7 +19,6 @@ from bits import same_bits
 from memory import copy
 
 import cute_ssm
-import ptxsim
 from cute_ssm import serving, tuning
 
 VALUES = ("nan", "inf", "-inf", "largest", "-largest")
@@ -61,10 +60,6 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 def same(clean: torch.Tensor, poisoned: torch.Tensor, what) -> None:
     assert torch.isfinite(clean.float()).all(), f"{what}: not finite without the poison"
     same_bits(poisoned, clean, what)
-
-
-def emulate(arch="sm_90a"):
-    return ptxsim.emulate(arch=arch, initcheck=True)
 
 
 # --------------------------------------------------------------------------------------------------- checkpointing_ssu
@@ -182,20 +177,20 @@ def test_checkpointing_reference(case):
     ],
     ids=str,
 )
-def test_checkpointing_kernel(case, arch):
-    with emulate(arch):
+def test_checkpointing_kernel(case, arch, backend):
+    with backend(arch, racecheck=False):
         check_checkpointing(case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["FUSED", "DYNAMIC", "PAIR"])
 @pytest.mark.parametrize("state", ["f16", "i8"])
-def test_forms_of_the_checkpointing_kernel(form, state):
+def test_forms_of_the_checkpointing_kernel(form, state, backend):
     """Where a stage is given back before the outputs are complete, and where it is not."""
     from cute_ssm.ops.checkpointing_ssu import config as forms
 
     case = dataclasses.replace(STEP, state=state, nheads=4, dstate=64)
-    with ptxsim.emulate(arch="sm_90a", sm_count=1), tuning.override(form=getattr(forms, form)):
+    with backend(checks=False, sm_count=1), tuning.override(form=getattr(forms, form)):
         check_checkpointing(case)
 
 
@@ -284,8 +279,8 @@ def test_step_reference(case):
     ],
     ids=str,
 )
-def test_step_kernel(case, arch):
-    with emulate(arch):
+def test_step_kernel(case, arch, backend):
+    with backend(arch, racecheck=False):
         check_step(case)
 
 
@@ -356,8 +351,8 @@ def test_scan_reference(case, knobs):
     ("case", "knobs"), [pytest.param(*scan, marks=() if scan in SOME_SCANS else pytest.mark.slow) for scan in SCANS],
     ids=str,
 )  # fmt: skip
-def test_scan_kernel(case, knobs):
-    with emulate(), tuning.override(**knobs):
+def test_scan_kernel(case, knobs, backend):
+    with backend(racecheck=False), tuning.override(**knobs):
         check_scan(case, (1, 7, 8, 15, 16, 17, 27))
 
 
@@ -422,6 +417,6 @@ def test_materialize_reference(history):
 @pytest.mark.parametrize(
     "history", [pytest.param(kind, marks=pytest.mark.slow) for kind in ("double", "double_x")] + ["ring"]
 )
-def test_materialize_kernel(history):
-    with emulate():
+def test_materialize_kernel(history, backend):
+    with backend(racecheck=False):
         check_materialize(history)

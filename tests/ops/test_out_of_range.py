@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import backends
 import checkpointing_cases
 import gdn_cases
 import out_of_range
@@ -24,7 +25,6 @@ import cute_ssm
 from cute_ssm.ops.checkpointing_ssu.config import PAIR
 from cute_ssm.ops.selective_scan import operator as selective_scan
 
-ptxsim = pytest.importorskip("ptxsim")
 ROWS = 13  # of a batch: more than there are numbers in `outside`
 ARCHES = ("sm_90a", pytest.param("sm_100a", marks=pytest.mark.slow))
 SLOW = pytest.mark.slow
@@ -42,7 +42,7 @@ def run(request):
 
     def of(operator):
         def one(call):
-            with ptxsim.emulate(arch=request.param):
+            with backends.kernel(request.param, checks=False):
                 return operator(**call)
 
         return one
@@ -418,7 +418,7 @@ def test_blocks_and_chunks_of_a_scan(chunks, indices, run):
 
 
 @pytest.mark.parametrize("tokens", [8, 2**31 - 1])
-def test_blocks_of_as_many_tokens_as_32_bits_hold(tokens):
+def test_blocks_of_as_many_tokens_as_32_bits_hold(tokens, backend):
     """The first of three chunks completes a block, and the second is in the next one."""
     case = scan_cases.Case(
         lengths=(11,), varlen=True, dim=8, nulls=(), in_place=False, block_size=8, computed=(8,), chunks=True
@@ -434,6 +434,6 @@ def test_blocks_of_as_many_tokens_as_32_bits_hold(tokens):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selective_scan, "plan_on_cpu", PLAN)
         cute_ssm.selective_scan(**wanted)
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         cute_ssm.selective_scan(**call)
     assert torch.allclose(call["ssm_states"][saved], wanted["ssm_states"][saved], rtol=1e-5, atol=1e-6)

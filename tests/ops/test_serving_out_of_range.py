@@ -6,6 +6,7 @@ all others are right; see `out_of_range`.
 
 from __future__ import annotations
 
+import backends
 import cursor_cases as cursors
 import materialize_cases as materialize
 import materialize_gated_cases as gated
@@ -18,7 +19,6 @@ from out_of_range import check, outside
 
 from cute_ssm import serving
 
-ptxsim = pytest.importorskip("ptxsim")
 SLOW = pytest.mark.slow
 ROWS = 40
 
@@ -30,7 +30,7 @@ def _unchecked(monkeypatch):
 
 def run(operator):
     def one(call):
-        with ptxsim.emulate(arch="sm_90a"):
+        with backends.kernel(checks=False):
             return operator(**call)
 
     return one

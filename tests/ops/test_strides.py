@@ -27,7 +27,6 @@ from cute_ssm import serving
 from cute_ssm.device import fakes as fakes_of_kernels
 from cute_ssm.runtime import emulation, registry
 
-ptxsim = pytest.importorskip("ptxsim")
 SLOW = pytest.mark.slow
 # vectors without a free stride; of the two cursors only where checkpointing_ssu reads them, and accepted_steps where no
 # state is written and they are ignored
@@ -247,7 +246,7 @@ def test_the_entry_of_a_kernel_takes_strides_of_each_tensor_alone(name, monkeypa
 
 @pytest.mark.parametrize("name", [name if name in FEW else pytest.param(name, marks=SLOW) for name in EVERY])
 @pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_100a", marks=SLOW)])
-def test_each_tensor_strided_alone_gives_the_bits_of_contiguous_ones(name, arch, monkeypatch):
+def test_each_tensor_strided_alone_gives_the_bits_of_contiguous_ones(name, arch, monkeypatch, backend):
     operator, call = OPERATORS[name][0], call_of(name)
     spec, config, args = planned(name, monkeypatch, call)
     given = {
@@ -258,7 +257,7 @@ def test_each_tensor_strided_alone_gives_the_bits_of_contiguous_ones(name, arch,
     }
 
     def ran(call):
-        with ptxsim.emulate(arch=arch):
+        with backend(arch, checks=False):
             operator(**call)
         return call
 

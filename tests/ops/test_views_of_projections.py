@@ -10,7 +10,6 @@ from bits import equal
 from memory import copy
 
 import cute_ssm
-import ptxsim
 from cute_ssm import arch as archs
 from cute_ssm import runtime
 from cute_ssm.errors import UnsupportedSpecError
@@ -90,11 +89,11 @@ QUICK = [("selective_scan", 1), ("gated_delta_rule_mtp", 1),
         for shift in (1, 2, 4)
     ],
 )
-def test_results_at_any_alignment_are_those_of_contiguous_rows(name, shift):
+def test_results_at_any_alignment_are_those_of_contiguous_rows(name, shift, backend):
     op, given, rows = arguments(name)
     views = copy(given) | {n: view(given[n], inner, shift) for n, inner in rows.items()}
     operator = getattr(cute_ssm, op)
-    with ptxsim.emulate(racecheck=True, initcheck=True):
+    with backend():
         expected, got = operator(**given), operator(**views)
     for one, other in zip(expected, got):  # of a tensor, its sequences
         equal(one, other)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 
+import backends
 import numpy as np
 import pytest
 import torch
 from checkpointing_cases import LARGEST, STATES, Case, Sequence, arguments, numpy, place, run, slots_of, stored_state
 from memory import copy
 
-import ptxsim
 from cute_ssm.reference import rounding
 
 MOST = 1.1
@@ -66,7 +66,7 @@ def measured(case, seed, of_burst, emulated, arch="sm_90a"):
     if of_burst:
         burst(case, call)
     before = copy(call)
-    with ptxsim.emulate(arch=arch) if emulated else contextlib.nullcontext():
+    with backends.kernel(arch, checks=False) if emulated else contextlib.nullcontext():
         run(case, call)
     A, errors = numpy(before["A"])[:, 0, 0], {}
     for slot, count, cursor in slots_of(case, before):

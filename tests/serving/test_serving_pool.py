@@ -15,7 +15,6 @@ import cute_ssm
 from cute_ssm import serving
 from cute_ssm.reference import rounding
 
-ptxsim = pytest.importorskip("ptxsim")
 NAN = float("nan")
 LAYERS, HEADS, GROUPS, DIM, DSTATE, WINDOW, TOKENS = 2, 2, 1, 16, 64, 8, 4
 CHANNELS, WIDTH = 3, 4
@@ -216,8 +215,8 @@ def test_forty_steps_of_narrow_states(state, bound, seed):
 
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("history", ["double", "ring"])
-def test_steps_through_the_compiled_kernels(history):
-    with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, async_mode="late") as session:
+def test_steps_through_the_compiled_kernels(history, backend):
+    with backend(async_mode="late") as session:
         loop = Loop(history, False, True, seed=3, bound=1e-2)
         loop.play(12)
     names = {launch.program.kernel.name.partition("_object_at")[0].rpartition("_")[2] for launch in session.launches}

@@ -8,10 +8,12 @@ import pickle
 import subprocess
 import sys
 
+import backends
 import out_of_range
 import pytest
 import torch
 import torch.autograd.forward_ad as fwad
+from backends import both
 from bits import each_same_bits, same_bits
 from paths import SUPPORT
 from pool_runs import CHANNELS, CONV, LAYERS, TOKENS, WIDTH, WINDOW, Run, gated, memory, rates, started
@@ -21,7 +23,6 @@ import cute_ssm
 from cute_ssm import serving
 from cute_ssm.errors import UnsupportedSpecError
 
-ptxsim = pytest.importorskip("ptxsim")
 NAN = float("nan")
 
 
@@ -303,7 +304,7 @@ def test_operators_take_every_pool_that_can_be_made(window, tokens):
 
 
 # ---------------------------------------------------------------------------------------------- slots nobody allocated
-@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@both
 @pytest.mark.parametrize("make", [mamba2, gated])
 def test_a_commit_of_an_unallocated_slot_is_refused_by_name(make, backend):
     """One that never was, one that is free again, the reserved one of a gated-delta pool; padding is no slot."""
@@ -317,7 +318,7 @@ def test_a_commit_of_an_unallocated_slot_is_refused_by_name(make, backend):
         pool.commit(torch.tensor(slots), options.pop("accepted", ones), **options)
 
     wrong = [free, pool._free[0], *([5] if pool.kind == "gated_delta" else [])]
-    with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else torch.no_grad():
+    with backend(checks=False):
         for slot in wrong:
             message = f"state_batch_indices: expected allocated slots, got slot {slot} at position 1;"
             with pytest.raises(ValueError, match=message):
@@ -350,7 +351,7 @@ class Ops(TorchDispatchMode):
 def as_on_a_gpu(monkeypatch):
     """Emulated calls whose contents the host does not look at."""
     out_of_range.unchecked(monkeypatch)
-    with ptxsim.emulate(arch="sm_90a") as session:
+    with backends.kernel(checks=False) as session:
         yield session
 
 

@@ -9,12 +9,7 @@ import torch
 from checkpointing_cases import Case
 from memory import storage
 
-import ptxsim
-
-
-def emulate(arch="sm_90a", **options):
-    options = {"racecheck": True, "initcheck": True, "shuffle_sync": False, "async_mode": "late", **options}
-    return ptxsim.emulate(arch=arch, **options)
+LATE = {"shuffle_sync": False, "async_mode": "late"}  # options of the emulator: copies land as late as they may
 
 
 def digest(call):

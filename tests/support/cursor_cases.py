@@ -5,20 +5,13 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-import pytest
 import torch
 from bits import same_bits
 
 from cute_ssm import serving
 
-ptxsim = pytest.importorskip("ptxsim")
 LAYERS = 3
 GARBAGE = -77
-
-
-def emulated(arch="sm_90a", **options):
-    options = {"racecheck": True, "initcheck": True, **options}
-    return ptxsim.emulate(arch=arch, **options)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pytest
 import torch
 from bits import same_bits
 from bounds import within
@@ -13,16 +12,11 @@ from cases import vary
 from cute_ssm import serving
 from cute_ssm.reference import rounding
 
-ptxsim = pytest.importorskip("ptxsim")
 NAN = float("nan")
 DTYPES = {
     "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "i16": torch.int16, "i8": torch.int8,
     "f8": torch.float8_e4m3fn,
 }  # fmt: skip
-
-
-def emulated(arch="sm_90a", **options):
-    return ptxsim.emulate(arch=arch, **{"racecheck": True, "initcheck": True, **options})
 
 
 @dataclass(frozen=True)

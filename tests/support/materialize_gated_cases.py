@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-import pytest
 import replay_cases
 import torch
 from bits import same_bits, same_memory
@@ -16,13 +15,8 @@ from memory import copy
 from cute_ssm import serving
 from cute_ssm.ops.materialize_gated_delta.spec import MaterializeGatedDeltaSpec
 
-ptxsim = pytest.importorskip("ptxsim")
 RINGS = ("k_cache", "v_cache", "g_cache", "beta_cache")
 TAKEN = ("initial_state", *RINGS, "ring_start", "prev_num_accepted_tokens", "use_qk_l2norm", "window")
-
-
-def emulated(arch="sm_90a", **options):
-    return ptxsim.emulate(arch=arch, **{"racecheck": True, "initcheck": True, **options})
 
 
 @dataclass(frozen=True)

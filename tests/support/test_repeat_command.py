@@ -60,7 +60,7 @@ def test_every_failure_names_a_command_that_repeats_it(pytester):
 
 def test_the_command_goes_to_the_gpu_if_the_run_did(pytester):
     pytester.makeini(CONFIG)
-    pytester.makeconftest(CONFTEST.read_text() + "\n\n@pytest.fixture(autouse=True)\ndef _way():\n    pass\n")
+    pytester.makeconftest(CONFTEST.read_text())
     pytester.makepyfile(test_some="def test_fails():\n    assert False\n")
     result = pytester.runpytest_inprocess("--gpu", "-p", "no:cacheprovider")
     assert commands(result.outlines) == ["pytest test_some.py::test_fails --gpu"]

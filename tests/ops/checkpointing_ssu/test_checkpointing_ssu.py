@@ -10,16 +10,12 @@ import torch
 from bits import equal, same_bits, same_memory
 from cases import vary
 from checkpointing_cases import COARSE, Case, Sequence, arguments, check, run, slots_of, verify
-from checkpointing_runs import WRITES, digest, emulate
+from checkpointing_runs import LATE, WRITES, digest
 from memory import copy, storage
 
-import ptxsim
 from cute_ssm import tuning
 from cute_ssm.ops.checkpointing_ssu.config import DYNAMIC, FUSED, PAIR
-from cute_ssm.ops.checkpointing_ssu.spec import CheckpointingSSUSpec
-from cute_ssm.runtime.registry import KERNELS
 
-kernel = pytest.mark.skipif(CheckpointingSSUSpec not in KERNELS, reason="no kernel is registered")
 ARCHS = ("sm_90a", "sm_100a")
 HISTORIES = ("double", "double_x", "ring")
 
@@ -112,7 +108,6 @@ def slow_unless(condition):
 
 
 @pytest.mark.thin(8, "state", "history", "arch")
-@kernel
 @pytest.mark.parametrize(
     ("arch", "case"),
     [
@@ -122,8 +117,8 @@ def slow_unless(condition):
     ],
     ids=str,
 )
-def test_kernel(case, arch):
-    with emulate(arch):
+def test_kernel(case, arch, backend):
+    with backend(arch, **LATE):
         verify(case)
 
 
@@ -140,32 +135,29 @@ def test_every_number_of_accepted_tokens(case):
     verify(case)
 
 
-@kernel
 @pytest.mark.slow
 @pytest.mark.parametrize("history", HISTORIES)
 @pytest.mark.parametrize(("tokens", "window"), [(4, 16), (6, 4)])
-def test_every_number_of_accepted_tokens_of_the_kernel(tokens, window, history):
+def test_every_number_of_accepted_tokens_of_the_kernel(tokens, window, history, backend):
     """All at once: a sequence for each."""
     numbers = tuple(range(window + 1))
     case = Case(batch=window + 1, tokens=tokens, window=window, accepted=numbers, history=history, pads=(), nheads=1)
-    with emulate():
+    with backend(**LATE):
         verify(case)
 
 
-@kernel
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [{"schedule": 1, "async_mode": "early"}, {"schedule": 2}], ids=str)
 @pytest.mark.parametrize("form", [FUSED, DYNAMIC, PAIR], ids=["fused", "dynamic", "pair"])
 @pytest.mark.parametrize("history", HISTORIES)
-def test_forms_on_one_multiprocessor(form, history, mode):
+def test_forms_on_one_multiprocessor(form, history, mode, backend):
     """Persistent CTAs take every stage of their rings more than once."""
     case = Case(batch=6, nheads=6, ngroups=2, history=history, accepted=(16, 2, 13, 9, 14, 0), pads=(3,), items=True)
-    with emulate(sm_count=1, **mode), tuning.override(form=form):
+    with backend(sm_count=1, **{**LATE, **mode}), tuning.override(form=form):
         verify(case)
 
 
 @pytest.mark.thin(3)
-@kernel
 @pytest.mark.parametrize(
     "knobs",
     [
@@ -175,11 +167,11 @@ def test_forms_on_one_multiprocessor(form, history, mode):
     ],
     ids=str,
 )
-def test_units_of_three_heads(knobs):
+def test_units_of_three_heads(knobs, backend):
     """With stages that are used again in a unit, and without."""
     case = dataclasses.replace(BASE, nheads=6, ngroups=2)
     config = {"form": FUSED, "d_split": 1, "unit_stages": 1, "ctas_per_sm": 1, **knobs}
-    with emulate(), tuning.override(**config):
+    with backend(**LATE), tuning.override(**config):
         verify(case)
 
 
@@ -204,10 +196,9 @@ def test_any_size_of_C(state):
 
 
 @pytest.mark.thin(2)
-@kernel
 @pytest.mark.parametrize("state", ["f16", pytest.param("i16", marks=pytest.mark.slow), "i8"])
-def test_any_size_of_C_in_the_kernel(state):
-    with emulate():
+def test_any_size_of_C_in_the_kernel(state, backend):
+    with backend(**LATE):
         check_any_size_of_C(state)
 
 
@@ -243,12 +234,11 @@ def test_what_is_not_read_does_not_matter(case):
     check_what_is_not_read_does_not_matter(case)
 
 
-@kernel
 @pytest.mark.parametrize(
     "case", [CONTRACTS[0], *(pytest.param(c, marks=pytest.mark.slow) for c in CONTRACTS[1:])], ids=str
 )
-def test_what_the_kernel_does_not_read_does_not_matter(case):
-    with emulate():
+def test_what_the_kernel_does_not_read_does_not_matter(case, backend):
+    with backend(**LATE):
         check_what_is_not_read_does_not_matter(case)
 
 
@@ -274,7 +264,6 @@ def test_outputs_do_not_depend_on_writing(state, io):
 
 
 @pytest.mark.thin(2)
-@kernel
 @pytest.mark.parametrize(
     ("state", "io"),
     [
@@ -283,8 +272,8 @@ def test_outputs_do_not_depend_on_writing(state, io):
         for io in ("bf16", "f16")
     ],
 )
-def test_outputs_of_the_kernel_do_not_depend_on_writing(state, io):
-    with emulate():
+def test_outputs_of_the_kernel_do_not_depend_on_writing(state, io, backend):
+    with backend(**LATE):
         check_outputs_do_not_depend_on_writing(state, io)
 
 
@@ -307,13 +296,12 @@ def test_five_runs_of_the_reference_have_the_same_bits(history):
 
 
 @pytest.mark.thin(2)
-@kernel
 @pytest.mark.parametrize("case", [WRITES, dataclasses.replace(WRITES, state="i8", history="ring")], ids=str)
-def test_five_runs_of_the_kernel_have_the_same_bits(case):
+def test_five_runs_of_the_kernel_have_the_same_bits(case, backend):
     digests = set()
     for schedule in range(5):
         call = arguments(case)
-        with ptxsim.emulate(arch="sm_90a", schedule=schedule):
+        with backend(checks=False, schedule=schedule):
             run(case, call)
         digests.add(digest(call))
     assert len(digests) == 1
@@ -354,15 +342,13 @@ def test_bits_do_not_depend_on_the_order_of_the_batch(case):
 
 
 @pytest.mark.thin(2)
-@kernel
 @pytest.mark.parametrize("case", ORDERED, ids=str)
-def test_bits_of_the_kernel_do_not_depend_on_the_order_of_the_batch(case):
-    with ptxsim.emulate(arch="sm_90a"):
+def test_bits_of_the_kernel_do_not_depend_on_the_order_of_the_batch(case, backend):
+    with backend(checks=False):
         check_bits_do_not_depend_on_order(case)
 
 
 @pytest.mark.wide
-@kernel
 @pytest.mark.parametrize(
     ("history", "state"),
     [
@@ -371,7 +357,7 @@ def test_bits_of_the_kernel_do_not_depend_on_the_order_of_the_batch(case):
         for s in ("f32", "f16", "i8")
     ],
 )
-def test_forms_splits_and_launches_have_the_same_bits(history, state):
+def test_forms_splits_and_launches_have_the_same_bits(history, state, backend):
     """Fused, dynamic and a pair of kernels; parts of a head; programmatic launches: one result."""
     rounds = 0 if state == "f32" else 10
     case = dataclasses.replace(WRITES, history=history, state=state, rounds=rounds, items=True)
@@ -387,51 +373,48 @@ def test_forms_splits_and_launches_have_the_same_bits(history, state):
     ):
         call = arguments(case)
         call |= {"d_split": d_split, "enable_pdl": pdl}
-        with ptxsim.emulate(arch="sm_90a"), tuning.override(form=form):
+        with backend(checks=False), tuning.override(form=form):
             run(case, call)
         digests[form, d_split, pdl] = digest(call)
     assert len(set(digests.values())) == 1, digests
 
 
 @pytest.mark.wide
-@kernel
 @pytest.mark.parametrize("history", [pytest.param(h, marks=slow_unless(h == "ring")) for h in HISTORIES])
-def test_work_items_change_no_bit(history):
+def test_work_items_change_no_bit(history, backend):
     case = dataclasses.replace(WRITES, history=history)
     names = ("out", "state", *(name for name in case.names[:4] if name))
     calls = [arguments(case), arguments(dataclasses.replace(case, items=True))]
     for call in calls:
-        with ptxsim.emulate(arch="sm_90a"):
+        with backend(checks=False):
             run(case, call)
     assert all(torch.equal(storage(calls[0][name]), storage(calls[1][name])) for name in names)
 
 
 @pytest.mark.wide
-@kernel
 @pytest.mark.parametrize("state", [pytest.param(s, marks=slow_unless(s == "f8")) for s in ("f16", "i8", "f8")])
-def test_both_targets_have_the_same_bits(state):
+def test_both_targets_have_the_same_bits(state, backend):
     """Software rounding on sm_90a and cvt.rs on sm_100a included."""
     case = dataclasses.replace(WRITES, state=state)
     digests = set()
     for arch in ARCHS:
         call = arguments(case)
-        with ptxsim.emulate(arch=arch):
+        with backend(arch, checks=False):
             run(case, call)
         digests.add(digest(call))
     assert len(digests) == 1
 
 
 @pytest.mark.wide
-@kernel
 @pytest.mark.parametrize("history", [pytest.param(h, marks=slow_unless(h == "ring")) for h in ("double", "ring")])
-def test_packed_sequences_have_the_bits_of_equally_long_ones(history):
+def test_packed_sequences_have_the_bits_of_equally_long_ones(history, backend):
     packed = Case(batch=3, lengths=(4, 4, 4), accepted=(15, 3, 13), pads=(), history=history)
     first = arguments(packed)
     dense = copy(first)
     for name in ("x", "z", "B", "C", "out", "dt"):
         dense[name] = dense[name][:, 1:13].unflatten(1, (3, 4))[0]
     del dense["cu_seqlens"], dense["max_seqlen"]
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         run(packed, first)
         run(packed, dense)
     same_memory(first["out"], dense["out"])
@@ -439,11 +422,10 @@ def test_packed_sequences_have_the_bits_of_equally_long_ones(history):
 
 
 @pytest.mark.thin(2)
-@kernel
 @pytest.mark.parametrize(
     "state", [pytest.param(s, marks=slow_unless(s in ("f16", "i8"))) for s in ("f16", "bf16", "i16", "i8", "f8")]
 )
-def test_random_bits_are_those_of_the_reference(state):
+def test_random_bits_are_those_of_the_reference(state, backend):
     """Kernel and reference draw the same bits: stored states agree but where float32 differs in its last bits."""
     case = Case(state=state, rounds=10, dstate=128, accepted=(14, 16, 15), pads=(), seed_per_slot=True)
     call = arguments(case)
@@ -454,7 +436,7 @@ def test_random_bits_are_those_of_the_reference(state):
             call["state_scale"].fill_(2.0**-6)
     twin, other = copy(call), copy(call)
     other["rand_seed"] += 1
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         run(case, call)
     for reference in (twin, other):
         run(case, reference)
@@ -516,9 +498,8 @@ def test_random_configuration_of_the_reference(seed):
 
 
 @pytest.mark.wide
-@kernel
 @pytest.mark.parametrize("seed", [pytest.param(s, marks=slow_unless(s < 6)) for s in range(200)])
-def test_random_configuration_of_the_kernel(seed):
+def test_random_configuration_of_the_kernel(seed, backend):
     case = sample(random.Random(seed))
-    with emulate(("sm_90a", "sm_100a")[seed % 4 == 3]):
+    with backend(("sm_90a", "sm_100a")[seed % 4 == 3], **LATE):
         verify(case, seed)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from bits import each_same_bits, same_bits
 from checkpointing_cases import STATES, Case, arguments, run, verify
-from checkpointing_runs import emulate
+from checkpointing_runs import LATE
 from memory import copy
 
 from cute_ssm import arch as archs
@@ -52,10 +52,10 @@ def test_reference(form, shift):
         for shift in (1, 2, 4, 8)
     ],
 )
-def test_results_at_any_alignment_are_those_of_aligned_rows(form, shift):
+def test_results_at_any_alignment_are_those_of_aligned_rows(form, shift, backend):
     """Against the oracle, and bit for bit against contiguous arguments; a grid of one SM uses each buffer again."""
     case, kind = FORMS[form]
-    with emulate(sm_count=1), tuning.override(form=kind):
+    with backend(sm_count=1, **LATE), tuning.override(form=kind):
         views = verify(dataclasses.replace(case, shift=shift))
         aligned = arguments(case)
         run(case, aligned)
@@ -65,22 +65,22 @@ def test_results_at_any_alignment_are_those_of_aligned_rows(form, shift):
 
 
 @pytest.mark.parametrize("name", ["x", "B", "C", "z", "out"])
-def test_one_unaligned_tensor_is_enough(name):
+def test_one_unaligned_tensor_is_enough(name, backend):
     aligned, shifted = arguments(BASE), arguments(dataclasses.replace(BASE, shift=1))
     call = {**copy(aligned), name: shifted[name]}
-    with emulate():
+    with backend(**LATE):
         run(BASE, aligned)
         run(BASE, call)
     for name in ("state", "old_x", "old_B", "out"):
         same_bits(call[name], aligned[name], name)
 
 
-def test_views_of_a_fused_projection_in_a_declared_workload():
+def test_views_of_a_fused_projection_in_a_declared_workload(backend):
     call = build("checkpointing_ssu", {"batch": 2, "T": 2, "nheads": 12, "dstate": 64, "z": 1, "fused": 1})
     rows = call.arguments
     assert rows["z"].stride(1) == rows["x"].stride(1) == rows["B"].stride(1) == rows["dt"].stride(1)
     separate = {n: v.contiguous() if n in ("x", "z", "B", "C") else v for n, v in copy(rows).items()}
-    with emulate(racecheck=False, initcheck=False):
+    with backend(checks=False, **LATE):
         call.run()
         module.checkpointing_ssu(**separate)
     each_same_bits(separate, call.results())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
+from backends import both
 from bits import each_same_bits
-from cursor_cases import CASES, GARBAGE, Case, arguments, emulated, verify
+from cursor_cases import CASES, GARBAGE, Case, arguments, verify
 
 from cute_ssm import arch as archs
 from cute_ssm import runtime, serving, tuning
@@ -23,8 +22,8 @@ def test_reference(case):
 
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_emulated(case):
-    with emulated() as session:
+def test_emulated(case, backend):
+    with backend() as session:
         verify(case)
     assert len(session.launches) == 2
 
@@ -32,20 +31,20 @@ def test_emulated(case):
 @pytest.mark.thin(5)
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize("batch", [31, 32, 33, 127, 128, 129, 1000, 1024, 1025, 2100])
-def test_emulated_sizes(batch, arch):
-    with emulated(arch):
+def test_emulated_sizes(batch, arch, backend):
+    with backend(arch):
         verify(Case(batch=batch, ring=batch % 2 == 0), batch)
 
 
 @pytest.mark.wide
-def test_a_large_batch():
-    with emulated():
+def test_a_large_batch(backend):
+    with backend():
         verify(Case(batch=8192))
 
 
 @pytest.mark.parametrize("warps", [1, 2, 32])
-def test_bits_do_not_depend_on_the_config(warps):
-    with emulated(schedule=warps), tuning.override(warps=warps):
+def test_bits_do_not_depend_on_the_config(warps, backend):
+    with backend(schedule=warps), tuning.override(warps=warps):
         verify(Case(batch=200))
 
 
@@ -72,10 +71,10 @@ def test_results_are_written_where_they_are_wanted():
     assert got[0] is items and got[1] is count and not (items == GARBAGE).any() and count.item() >= 0
 
 
-@pytest.mark.parametrize("emulate", [False, True])
-def test_an_empty_batch(emulate):
+@both
+def test_an_empty_batch(backend):
     call, _ = arguments(Case(batch=0))
-    with emulated() if emulate else contextlib.nullcontext():
+    with backend():
         items, count = serving.build_work_items(**call)
         serving.commit(num_accepted_tokens=torch.zeros(0, dtype=torch.int32), **call)
     assert items.shape == (0, 4) and count.tolist() == [0]

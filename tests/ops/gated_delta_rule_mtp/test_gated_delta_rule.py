@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import mmap
 import random
 
 import pytest
 import torch
+from backends import both
 from bits import equal, same_memory
 from cases import vary
 from gdn_cases import DTYPES, MODES, REGIMES, Case, arguments, expected, verify, within
 from memory import copy
 
 import cute_ssm
-import ptxsim
 from cute_ssm import tuning
 from cute_ssm.ops.gated_delta_rule_mtp.reference import gated_delta_rule, gated_delta_rule_products
 
@@ -66,10 +65,6 @@ SIZES = [
 ]
 
 
-def emulated(**options):
-    return ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, **options)
-
-
 @pytest.mark.parametrize("case", CASES + SIZES, ids=str)
 def test_reference(case):
     verify(case)
@@ -77,16 +72,16 @@ def test_reference(case):
 
 @pytest.mark.thin(10, "mode", "state", "io", "out")
 @pytest.mark.parametrize("case", CASES + SIZES, ids=str)
-def test_kernel(case):
-    with emulated():
+def test_kernel(case, backend):
+    with backend():
         verify(case)
 
 
 @pytest.mark.thin(4)
 @pytest.mark.parametrize("mode", ["verify", "accepted_split", "buffer_update", "scatter"])
-def test_one_token_after_the_other(mode):
+def test_one_token_after_the_other(mode, backend):
     """Two tokens in the form that is chosen for one, and one in that of more."""
-    with emulated():
+    with backend():
         with tuning.override(sequential=1):
             verify(Case(tokens=2, mode=mode))
         with tuning.override(sequential=0):
@@ -94,8 +89,8 @@ def test_one_token_after_the_other(mode):
 
 
 @pytest.mark.parametrize("tokens", [4, 8])
-def test_sm_100a(tokens):
-    with ptxsim.emulate(arch="sm_100a", racecheck=True, initcheck=True):
+def test_sm_100a(tokens, backend):
+    with backend("sm_100a"):
         verify(Case(tokens=tokens, mode="buffer_update", batch=2))
 
 
@@ -103,8 +98,8 @@ def test_sm_100a(tokens):
 @pytest.mark.parametrize(
     "mode", [{"async_mode": "late"}, {"schedule": 1}, {"schedule": 2, "async_mode": "late"}], ids=str
 )
-def test_schedules(mode):
-    with emulated(**mode):
+def test_schedules(mode, backend):
+    with backend(**mode):
         verify(Case(mode="split", out=None))
         verify(Case(tokens=8))
 
@@ -123,11 +118,11 @@ def test_products_are_the_recurrence(tokens, regime):
 @pytest.mark.thin(7, "backend")
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("tokens", [1, 4, 8])
-def test_error_is_that_of_sequential_float32(tokens, regime):
+def test_error_is_that_of_sequential_float32(tokens, regime, backend):
     """Average errors over many heads, without the allowance that `within` makes."""
     call = arguments(Case(tokens=tokens, regime=regime, pads=(), batch=4, heads=16, ratio=1))
     (want, states), (want32, states32) = (expected(call, dtype) for dtype in (torch.float64, torch.float32))
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         out, pool = cute_ssm.gated_delta_rule_mtp(**call)
     state = pool[call["initial_state_indices"].long()]
     for got, single, exact, dims in (
@@ -141,12 +136,12 @@ def test_error_is_that_of_sequential_float32(tokens, regime):
 
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("tokens", [1, 3, 8])
-def test_bits_do_not_depend_on_batch_tiling_or_repetition(tokens):
+def test_bits_do_not_depend_on_batch_tiling_or_repetition(tokens, backend):
     """A request gives the same bits alone, in any order of a batch, in any slot, and whatever the config."""
     call = arguments(Case(tokens=tokens, batch=4, K=64, pads=(), out=None))
     rows = ("q", "k", "v", "a", "b", "initial_state_indices")
     results = []
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         for order in ([0, 1, 2, 3], [0, 1, 2, 3], [2, 0, 3, 1], [3]):
             turn = copy(call)
             turn.update({name: turn[name][order] for name in rows})
@@ -168,14 +163,14 @@ def test_bits_do_not_depend_on_batch_tiling_or_repetition(tokens):
 
 
 @pytest.mark.parametrize("tokens", [4, 6])
-def test_stored_states_are_the_final_states_of_prefixes(tokens):
+def test_stored_states_are_the_final_states_of_prefixes(tokens, backend):
     """Bit for bit: the buffer, the scattered states, the accepted prefixes and the final state."""
     base = Case(tokens=tokens, pads=(), batch=1, K=64, mode="buffer_update")
     call = arguments(base)
     other = arguments(dataclasses.replace(base, mode="scatter"))
     other["ssm_state_indices"][0] = torch.arange(tokens)
     slot = int(call["initial_state_indices"][0])
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         first = copy(call)
         cute_ssm.gated_delta_rule_mtp(**call)
         cute_ssm.gated_delta_rule_mtp(**other)
@@ -190,11 +185,11 @@ def test_stored_states_are_the_final_states_of_prefixes(tokens):
             equal(turn["initial_state"][slot], buffer[0, t])
 
 
-def test_invariants():
+def test_invariants(backend):
     """What must hold exactly: beta = 0 without decay, doubled values and states, and interpolation."""
     call = arguments(Case(pads=(), batch=1, regime="slow", io="f16"))
     slot = int(call["initial_state_indices"][0])
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         idle = copy(call)
         idle["A_log"].fill_(-60)
         idle["b"].fill_(-200)
@@ -215,11 +210,11 @@ def test_invariants():
         assert (held - exact["v"][0, -1].double()).abs().max() < 3e-6
 
 
-def test_two_calls_are_one():
+def test_two_calls_are_one(backend):
     whole = arguments(Case(tokens=7, pads=(), mode="update", batch=2))
     parts = copy(whole)
     names = ("q", "k", "v", "a", "b", "output")
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         cute_ssm.gated_delta_rule_mtp(**whole)
         for piece in (slice(0, 3), slice(3, 7)):
             cute_ssm.gated_delta_rule_mtp(**{**parts, **{n: parts[n][:, piece] for n in names}})
@@ -228,7 +223,7 @@ def test_two_calls_are_one():
     assert (parts["initial_state"][rows] - whole["initial_state"][rows]).abs().max() < 4e-6
 
 
-@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@both
 def test_decode_of_many_steps(backend):
     """Forty verifications, of which a varying number of tokens is accepted."""
     case = Case(batch=2, K=64, pads=(), mode="accepted", ratio=1)
@@ -238,7 +233,7 @@ def test_decode_of_many_steps(backend):
     exact = call["initial_state"].double()
     single = call["initial_state"].clone()
     outputs = []
-    with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else contextlib.nullcontext():
+    with backend(checks=False):
         for step in range(40):
             fresh = arguments(case, seed=step)
             call.update({name: fresh[name] for name in ("q", "k", "v", "a", "b")})
@@ -253,30 +248,30 @@ def test_decode_of_many_steps(backend):
     within(call["initial_state"][rows], single[rows], exact[rows], (-2, -1), "state")
 
 
-def test_number_of_tokens_scale_and_strides_need_no_compile():
-    with ptxsim.emulate(arch="sm_90a") as session:
+def test_number_of_tokens_scale_and_strides_need_no_compile(backend):
+    with backend(checks=False) as session:
         for tokens, scale, strided, batch in ((5, 0.1, False, 3), (8, 2.0, True, 2), (6, None, True, 4)):
             verify(Case(tokens=tokens, scale=scale, strided=strided, batch=batch))
     assert len({id(function) for function in session.functions}) == 1
 
 
-def test_default_output_is_fresh():
+def test_default_output_is_fresh(backend):
     call = arguments(Case(out=None, mode="verify"))
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         one, _ = cute_ssm.gated_delta_rule_mtp(**call)
         two, _ = cute_ssm.gated_delta_rule_mtp(**call)
     assert one.data_ptr() != two.data_ptr()
     equal(one, two)
 
 
-def test_padding_rows_keep_a_sentinel_and_nan_inputs_of_others_stay_away():
+def test_padding_rows_keep_a_sentinel_and_nan_inputs_of_others_stay_away(backend):
     """Padding of the oracle's cases, and requests beside one full of NaN."""
     call = arguments(Case(out="bf16"))
     call["output"].fill_(42)
     for name in ("q", "k", "v", "a", "b"):
         call[name][1] = float("nan")
     clean = arguments(Case(out="bf16"))
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         cute_ssm.gated_delta_rule_mtp(**call)
         cute_ssm.gated_delta_rule_mtp(**clean)
     assert (call["output"][1] == 42).all()
@@ -285,7 +280,7 @@ def test_padding_rows_keep_a_sentinel_and_nan_inputs_of_others_stay_away():
     same_memory(call["initial_state"], clean["initial_state"])
 
 
-def test_slots_beyond_2_to_the_31_elements():
+def test_slots_beyond_2_to_the_31_elements(backend):
     """A pool of 2^33 elements, mapped but never touched except in its last slot: offsets are 64 bits wide."""
     stride, K, V = 2**31, 64, 64
     no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -299,7 +294,7 @@ def test_slots_beyond_2_to_the_31_elements():
         state[4] = near["initial_state"][slot]
     except RuntimeError as error:  # a machine that cannot map it
         pytest.skip(str(error))
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         cute_ssm.gated_delta_rule_mtp(**far)
         cute_ssm.gated_delta_rule_mtp(**near)
     equal(far["output"], near["output"])
@@ -307,13 +302,13 @@ def test_slots_beyond_2_to_the_31_elements():
     assert not state[:4].any()
 
 
-def test_empty_batch():
+def test_empty_batch(backend):
     call = arguments(Case(batch=1, pads=()))
     for name in ("q", "k", "v", "a", "b", "output", "initial_state_indices"):
         call[name] = call[name][:0]
     before = copy(call)
     cute_ssm.gated_delta_rule_mtp(**call)
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         assert cute_ssm.gated_delta_rule_mtp(**call)[0].shape == (0, 4, 2, 64)
     same_memory(before["initial_state"], call["initial_state"])
 
@@ -345,9 +340,9 @@ def random_case(seed: int) -> Case:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(200))
-def test_random_configurations(seed):
+def test_random_configurations(seed, backend):
     case = random_case(seed)
     if not case.l2norm:  # keys of norm 1 by construction would need it; keep the recurrence a contraction otherwise
         case = dataclasses.replace(case, regime="fast")
-    with ptxsim.emulate(arch=("sm_90a", "sm_100a")[seed % 2], racecheck=True, initcheck=True):
+    with backend(("sm_90a", "sm_100a")[seed % 2]):
         verify(case, seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import backends
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,6 @@ from gdn_cases import Case, arguments, odd_rows, transposed
 from memory import copy
 
 import cute_ssm
-import ptxsim
 from cute_ssm.errors import UnsupportedSpecError
 from cute_ssm.ops.gated_delta_rule_mtp import operator as module
 
@@ -103,7 +103,7 @@ def expect(call: dict, name: str, error: type, message: str, emulated: bool = Fa
     before = copy(tensors)
     with pytest.raises(error, match=message) as caught:
         if emulated:
-            with ptxsim.emulate(arch="sm_90a") as session:
+            with backends.kernel(checks=False) as session:
                 cute_ssm.gated_delta_rule_mtp(**call)
         else:
             cute_ssm.gated_delta_rule_mtp(**call)

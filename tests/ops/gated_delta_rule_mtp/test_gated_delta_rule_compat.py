@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
+from backends import both
 from bits import equal, same_memory
 from gdn_cases import Case, arguments, check
 from memory import copy
 
 import cute_ssm
-import ptxsim
 from cute_ssm.compat.fla import fused_recurrent_gated_delta_rule
 from cute_ssm.compat.flashinfer.gdn_decode import gated_delta_rule_mtp
 from cute_ssm.errors import UnsupportedSpecError
@@ -57,7 +55,7 @@ def recurrence(q, k, v, g, beta, scale, state, l2norm):
     return torch.stack(outs, 1), state
 
 
-@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@both
 @pytest.mark.parametrize(("tokens", "l2norm"), [(1, True), (3, False)])
 def test_fla(tokens, l2norm, backend):
     torch.manual_seed(0)
@@ -71,7 +69,7 @@ def test_fla(tokens, l2norm, backend):
     state = torch.randn(batch, value_heads, K, V)
     want, final = recurrence(q, k, v, g, beta, 0.25, state, l2norm)
     options = {"scale": 0.25, "initial_state": state, "use_qk_l2norm_in_kernel": l2norm}
-    with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else contextlib.nullcontext():
+    with backend(checks=False):
         out, got = fused_recurrent_gated_delta_rule(q, k, v, g, beta=beta, output_final_state=True, **options)
         again, none = fused_recurrent_gated_delta_rule(q, k, v, g, beta=beta, **options)
         bare, _ = fused_recurrent_gated_delta_rule(q, k, v, use_qk_l2norm_in_kernel=l2norm)
@@ -84,7 +82,7 @@ def test_fla(tokens, l2norm, backend):
     assert (bare - want).abs().max() < 2**-8 * want.abs().max()
 
 
-@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@both
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_fla_gates_that_no_logits_have(tokens, backend):
     """Decays above 1, steps above 1 (negative eigenvalues) and below 0; NaN stays NaN, from its token on."""
@@ -95,7 +93,7 @@ def test_fla_gates_that_no_logits_have(tokens, backend):
     beta[0, 0], g[0, 0] = torch.tensor([2.0, 1.5]), torch.tensor([0.75, -0.25])
     want, final = recurrence(q, k, v, g, beta, 0.25, state, False)
     options = {"scale": 0.25, "initial_state": state, "output_final_state": True}
-    with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else contextlib.nullcontext():
+    with backend(checks=False):
         out, got = fused_recurrent_gated_delta_rule(q, k, v, g, beta=beta, **options)
         poisoned = g.clone()
         poisoned[0, -1] = float("nan")

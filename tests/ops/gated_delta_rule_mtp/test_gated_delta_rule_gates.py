@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import backends
 import gdn_cases
 import pytest
 import replay_cases
@@ -11,25 +12,24 @@ from memory import copy
 import cute_ssm
 from cute_ssm import tuning
 
-ptxsim = pytest.importorskip("ptxsim")
 NAN = float("nan")
 SLOW = pytest.mark.slow
 
 
-def emulated(operator, call):
+def by_kernel(operator, call):
     call = copy(call)
-    with ptxsim.emulate(arch="sm_90a", racecheck=True):
+    with backends.kernel(initcheck=False):
         out, state = operator(**call)
     return out, state
 
 
 def check(operator, call, name, token, accepted=None):
     """NaN at a token of the first request; `accepted` of its tokens are in the state that is written, or all."""
-    before = emulated(operator, call)
+    before = by_kernel(operator, call)
     slots = call["initial_state_indices"].tolist()
     spoilt = copy(call)
     spoilt[name][0, token] = NAN
-    out, state = emulated(operator, spoilt)
+    out, state = by_kernel(operator, spoilt)
     want, _ = operator(**copy(spoilt))
     equal(out.isnan(), want.isnan(), "NaN is where the reference has it")
     assert not out[0, :token].isnan().any()
@@ -79,11 +79,11 @@ def test_gates_of_new_tokens_behind_pending_ones(name):
 def test_a_pending_token_that_is_no_number_makes_all_new_outputs_nan(cache):
     fields = {"batch": 2, "tokens": 2, "K": 64, "window": 8, "heads": 1, "ratio": 1, "pads": ()}
     call = replay_cases.arguments(replay_cases.Case(pending=(8, 3), **fields))
-    before, _ = emulated(cute_ssm.gated_delta_rule_replay, call)
+    before, _ = by_kernel(cute_ssm.gated_delta_rule_replay, call)
     slots = call["initial_state_indices"].tolist()
     row = (int(call["ring_start"][slots[0]]) + 7) % call["k_cache"].shape[2]
     call[cache][slots[0], 0, row] = NAN
-    out, state = emulated(cute_ssm.gated_delta_rule_replay, call)
+    out, state = by_kernel(cute_ssm.gated_delta_rule_replay, call)
     assert out[0].isnan().all()
     assert state[slots[0]].isnan().all()
     equal(out[1], before[1])

@@ -12,6 +12,7 @@ import itertools
 import random
 from typing import NamedTuple
 
+import backends
 import gdn_cases
 import pytest
 import replay_cases
@@ -20,7 +21,6 @@ from bits import equal
 from memory import copy
 
 import cute_ssm
-import ptxsim
 from cute_ssm import tuning
 from cute_ssm.ops.gated_delta_rule_mtp.reference import gated_delta_rule_products
 from cute_ssm.serving import commit
@@ -78,7 +78,7 @@ def check_rows(got: torch.Tensor, want: torch.Tensor, poison: Poison, what: str)
 def run(backend: str, operator, call: dict, **config) -> torch.Tensor:
     with contextlib.ExitStack() as stack:
         if backend != "reference":
-            stack.enter_context(ptxsim.emulate(arch=backend))
+            stack.enter_context(backends.kernel(backend, checks=False))
             stack.enter_context(tuning.override(**config))
         return operator(**call)[0]
 

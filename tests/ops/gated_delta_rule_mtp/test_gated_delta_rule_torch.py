@@ -13,7 +13,6 @@ from memory import copy
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cute_ssm
-import ptxsim
 from cute_ssm import arch as archs
 from cute_ssm import runtime, tuning
 from cute_ssm.errors import UnsupportedSpecError
@@ -221,11 +220,11 @@ def test_configs_fit():
 
 
 @pytest.mark.parametrize(("tokens", "most"), [(4, 3030), (8, 4300)])
-def test_issue_slots_and_bytes(tokens, most):
+def test_issue_slots_and_bytes(tokens, most, backend):
     """Verification of float32 states: two tokens' worth of what a sequential kernel would need, and each byte once."""
     call = arguments(Case(tokens=tokens, V=128, batch=2, pads=(), mode="verify", out=None))
     floor = 2 * 2 * 128 * 128 * 4
-    with ptxsim.emulate(arch="sm_90a", counters=True) as session, tuning.override(rows=128, warps=4):
+    with backend(checks=False, counters=True) as session, tuning.override(rows=128, warps=4):
         out, _ = cute_ssm.gated_delta_rule_mtp(**call)
     counters = session.launches[-1].counters.as_dict()
     assert counters["instructions"]["total"] / 4 <= most

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import mmap
 import random
 
 import pytest
 import torch
+from backends import both
 from bits import equal, same_memory
 from cases import vary
 from gdn_cases import DTYPES, REGIMES, within
@@ -16,7 +16,6 @@ from memory import copy
 from replay_cases import RINGS, Case, arguments, check, expected, verify
 
 import cute_ssm
-import ptxsim
 from cute_ssm import tuning
 from cute_ssm.ops._gated_delta.reference import gates, recurrence
 from cute_ssm.ops.gated_delta_rule_replay import arguments as call_arguments
@@ -65,10 +64,6 @@ SIZES = [
 ]
 
 
-def emulated(**options):
-    return ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, **options)
-
-
 @pytest.mark.parametrize("case", CASES + SIZES, ids=str)
 def test_reference(case):
     verify(case)
@@ -76,15 +71,15 @@ def test_reference(case):
 
 @pytest.mark.thin(10, "state", "io", "out")
 @pytest.mark.parametrize("case", CASES + SIZES, ids=str)
-def test_kernel(case):
-    with emulated():
+def test_kernel(case, backend):
+    with backend():
         verify(case)
 
 
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("tokens", [4, 8])
-def test_sm_100a(tokens):
-    with ptxsim.emulate(arch="sm_100a", racecheck=True, initcheck=True):
+def test_sm_100a(tokens, backend):
+    with backend("sm_100a"):
         verify(Case(tokens=tokens, batch=2, pads=()))
 
 
@@ -92,8 +87,8 @@ def test_sm_100a(tokens):
 @pytest.mark.parametrize(
     "mode", [{"async_mode": "late"}, {"schedule": 1}, {"schedule": 2, "async_mode": "late"}], ids=str
 )
-def test_schedules(mode):
-    with emulated(**mode):
+def test_schedules(mode, backend):
+    with backend(**mode):
         verify(Case(out=None))
         verify(Case(tokens=8, window=32, pending=(32, 25), K=64))
 
@@ -122,11 +117,11 @@ def test_the_mathematics_is_the_recurrence_over_pending_and_new_tokens(regime):
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_error_is_that_of_sequential_float32(regime):
+def test_error_is_that_of_sequential_float32(regime, backend):
     """Average errors over many heads, without the allowance that `within` makes."""
     call = arguments(Case(tokens=4, regime=regime, pads=(), heads=16, ratio=1, pending=(13, 14, 16, 15)))
     (want, folded), (want32, folded32) = (expected(call, dtype) for dtype in (torch.float64, torch.float32))
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         out, pool = cute_ssm.gated_delta_rule_replay(**call)
     state = pool[call["initial_state_indices"].long()]
     for got, single, exact, dims in ((out, want32, want, (-1,)), (state, folded32, folded, (-2, -1))):
@@ -137,7 +132,7 @@ def test_error_is_that_of_sequential_float32(regime):
 
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("tokens", [3, 8])
-def test_bits_do_not_depend_on_batch_tiling_window_flush_or_place_in_the_ring(tokens):
+def test_bits_do_not_depend_on_batch_tiling_window_flush_or_place_in_the_ring(tokens, backend):
     """A request gives the same outputs alone, in any order of a batch, in a longer ring, turned, flushing or not."""
     rows = ("q", "k", "v", "a", "b", "initial_state_indices")
     results = []
@@ -149,7 +144,7 @@ def test_bits_do_not_depend_on_batch_tiling_window_flush_or_place_in_the_ring(to
         out, pool = cute_ssm.gated_delta_rule_replay(**turn)
         results.append((out[at], pool[slot].clone()))
 
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         for order in ([0, 1, 2, 3], [0, 1, 2, 3], [2, 0, 3, 1], [3]):
             turn = copy(call)
             turn.update({name: turn[name][order] for name in rows})
@@ -176,7 +171,7 @@ def test_bits_do_not_depend_on_batch_tiling_window_flush_or_place_in_the_ring(to
 @pytest.mark.thin(6)
 @pytest.mark.parametrize("state", ["f32", "bf16"])
 @pytest.mark.parametrize("pending", [0, 5, 8])
-def test_bits_are_those_of_mtp(pending, state):
+def test_bits_are_those_of_mtp(pending, state, backend):
     """Behind no token, those of verification; and up to eight tokens are folded as an update by them would do.
 
     With A_log = 0 the logarithms of the decays are exact.
@@ -187,7 +182,7 @@ def test_bits_are_those_of_mtp(pending, state):
     same = ("q", "k", "v", "initial_state_indices", "A_log", "a", "dt_bias", "b", "use_qk_l2norm", "scale")
     first = {name: call[name] for name in same}
     rows = 3 + torch.arange(pending)
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         pool = call["initial_state"].clone()
         if pending:
             past = {name: torch.randn(4, pending, 2).to(call["a"].dtype) for name in ("a", "b")}
@@ -213,11 +208,11 @@ def test_bits_are_those_of_mtp(pending, state):
     equal(call["initial_state"][src.long()], pool[src.long()])
 
 
-@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@both
 def test_every_accepted_prefix_is_what_the_next_flush_folds(backend):
     """After a step of T tokens of which n are accepted, the state that is stored next is that of n tokens in turn."""
     T, start = 5, Case(pads=(), pending=(0,), batch=6, tokens=5, window=5, K=64)
-    with emulated() if backend == "emulate" else contextlib.nullcontext():
+    with backend():
         call = arguments(start)
         first = call["initial_state"].clone()
         src = call["initial_state_indices"]
@@ -254,7 +249,7 @@ def advance(call, accepted):
 
 @pytest.mark.thin(4, "backend")
 @pytest.mark.parametrize(("state", "window"), [("f32", 16), ("bf16", 7)])
-@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@both
 def test_forty_steps(backend, state, window):
     """Random numbers of tokens and of accepted ones: every step by itself, and all of them as one sequence."""
     case = Case(pads=(1,), pending=(0,), tokens=8, window=window, K=64, state=state, spare=1)
@@ -273,7 +268,7 @@ def test_forty_steps(backend, state, window):
             call[name] = torch.randn(shape, generator=dice).to(call[name].dtype)
         call["output"] = torch.full((4, tokens, 2, case.V), float("nan"))
         before = copy(call)
-        with emulated() if backend == "emulate" else contextlib.nullcontext():
+        with backend():
             out, _ = cute_ssm.gated_delta_rule_replay(**call)
             check(before, copy(call), out)
             counts = torch.tensor([pick.randint(0, min(tokens, window)) for _ in range(4)], dtype=torch.int32)
@@ -307,8 +302,8 @@ def test_forty_steps(backend, state, window):
     assert min(flushes, wraps, lost) >= 3, (flushes, wraps, lost)
 
 
-def test_number_of_tokens_window_scale_and_strides_need_no_compile():
-    with ptxsim.emulate(arch="sm_90a") as session:
+def test_number_of_tokens_window_scale_and_strides_need_no_compile(backend):
+    with backend(checks=False) as session:
         for tokens, window, strided, batch in ((5, 16, False, 3), (8, 9, True, 2), (6, 12, True, 4)):
             verify(
                 Case(tokens=tokens, window=window, pending=(5, 9, 0), scale=0.1 * tokens, strided=strided, batch=batch)
@@ -316,7 +311,7 @@ def test_number_of_tokens_window_scale_and_strides_need_no_compile():
     assert len({id(function) for function in session.functions}) == 1
 
 
-def test_cursors_out_of_range_are_padding_to_the_kernel(monkeypatch):
+def test_cursors_out_of_range_are_padding_to_the_kernel(monkeypatch, backend):
     """What is not looked at on a GPU: a request with such a slot or cursor writes nothing, and the others are right."""
     monkeypatch.setattr(call_arguments, "check_contents", lambda *_: None)
     for name, value in (
@@ -328,7 +323,7 @@ def test_cursors_out_of_range_are_padding_to_the_kernel(monkeypatch):
         row = 1 if name == "initial_state_indices" else int(call["initial_state_indices"][1])
         call[name][row] = value
         before = copy(call)
-        with emulated():
+        with backend():
             cute_ssm.gated_delta_rule_replay(**call)
         assert call["output"][1].isnan().all(), (name, value)
         want["initial_state_indices"][1] = -1
@@ -340,12 +335,12 @@ def test_cursors_out_of_range_are_padding_to_the_kernel(monkeypatch):
             same_memory(call[cache][slot].clone(), before[cache][slot].clone(), cache)
 
 
-def test_padding_rows_keep_a_sentinel_and_nan_inputs_of_others_stay_away():
+def test_padding_rows_keep_a_sentinel_and_nan_inputs_of_others_stay_away(backend):
     call, clean = arguments(Case(out="bf16")), arguments(Case(out="bf16"))
     call["output"].fill_(42)
     for name in ("q", "k", "v", "a", "b"):
         call[name][1] = float("nan")
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         cute_ssm.gated_delta_rule_replay(**call)
         cute_ssm.gated_delta_rule_replay(**clean)
     assert (call["output"][1] == 42).all()
@@ -355,7 +350,7 @@ def test_padding_rows_keep_a_sentinel_and_nan_inputs_of_others_stay_away():
         same_memory(call[name], clean[name], name)
 
 
-def test_slots_beyond_2_to_the_31_elements():
+def test_slots_beyond_2_to_the_31_elements(backend):
     """Pool and rings of 2^33 elements, mapped but never touched except in the last slot: offsets are 64 bits wide."""
     K = V = 64
     near = arguments(Case(batch=1, K=K, V=V, ratio=1, state="bf16", pads=(), pending=(13,)))
@@ -369,7 +364,7 @@ def test_slots_beyond_2_to_the_31_elements():
             far[name][4] = near[name][slot]
     except (OSError, RuntimeError) as error:  # a machine that cannot map it
         pytest.skip(str(error))
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         cute_ssm.gated_delta_rule_replay(**far)
         cute_ssm.gated_delta_rule_replay(**near)
     equal(far["output"], near["output"])
@@ -400,13 +395,13 @@ def test_default_output_is_fresh_and_the_default_window_fills_the_ring():
         same_memory(call[name], twin[name], name)
 
 
-def test_empty_batch():
+def test_empty_batch(backend):
     call = arguments(Case(batch=1, pads=()))
     for name in ("q", "k", "v", "a", "b", "output", "initial_state_indices"):
         call[name] = call[name][:0]
     before = copy(call)
     cute_ssm.gated_delta_rule_replay(**call)
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         assert cute_ssm.gated_delta_rule_replay(**call)[0].shape == (0, 4, 2, 64)
     for name in ("initial_state", *RINGS):
         same_memory(before[name], call[name], name)
@@ -451,9 +446,9 @@ def random_case(seed: int) -> Case:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(200))
-def test_random_configurations(seed):
+def test_random_configurations(seed, backend):
     case = random_case(seed)
     if not case.l2norm:  # keys of norm 1 by construction would need it; keep the recurrence a contraction otherwise
         case = dataclasses.replace(case, regime="fast")
-    with ptxsim.emulate(arch=("sm_90a", "sm_100a")[seed % 2], racecheck=True, initcheck=True):
+    with backend(("sm_90a", "sm_100a")[seed % 2]):
         verify(case, seed)

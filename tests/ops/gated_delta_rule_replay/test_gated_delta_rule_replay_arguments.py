@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import backends
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,6 @@ from memory import copy
 from replay_cases import Case, arguments
 
 import cute_ssm
-import ptxsim
 from cute_ssm.errors import UnsupportedSpecError
 
 ANY_FLOAT = "expected dtype float32 or bfloat16 or float16, got "
@@ -110,7 +110,7 @@ def expect(call: dict, name: str, error: type, message: str, emulated: bool = Fa
     before = copy(tensors)
     with pytest.raises(error, match=message) as caught:
         if emulated:
-            with ptxsim.emulate(arch="sm_90a") as session:
+            with backends.kernel(checks=False) as session:
                 cute_ssm.gated_delta_rule_replay(**call)
         else:
             cute_ssm.gated_delta_rule_replay(**call)

@@ -7,8 +7,9 @@ import mmap
 
 import pytest
 import torch
+from backends import both
 from bits import each_same_bits, same_bits
-from materialize_cases import BASE, CASES, Case, emulated, fold, random, verify
+from materialize_cases import BASE, CASES, Case, fold, random, verify
 
 from cute_ssm import arch as archs
 from cute_ssm import runtime, serving, tuning
@@ -24,26 +25,26 @@ def test_reference(case):
 
 @pytest.mark.thin(8, "state", "out", "history")
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_emulated(case):
-    with emulated() as session:
+def test_emulated(case, backend):
+    with backend() as session:
         verify(case)
     assert len(session.launches) == 1
 
 
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("case", [BASE, Case(state="i8", seeds="slots"), Case(state="f16", seeds="one")], ids=str)
-def test_emulated_for_blackwell(case):
-    with emulated("sm_100a"):
+def test_emulated_for_blackwell(case, backend):
+    with backend("sm_100a"):
         verify(case)
 
 
-@pytest.mark.thin(4, "emulate", "backend")
-@pytest.mark.parametrize("emulate", [contextlib.nullcontext, emulated], ids=["reference", "emulated"])
+@pytest.mark.thin(4, "backend")
+@both
 @pytest.mark.parametrize("rate", [1.0, 100.0])
 @pytest.mark.parametrize(
     "state", ["bf16", "f16", *(pytest.param(s, marks=pytest.mark.slow) for s in ("f32", "i16", "i8", "f8"))]
 )
-def test_a_state_errs_like_one_rounding(state, rate, emulate):
+def test_a_state_errs_like_one_rounding(state, rate, backend):
     """In root mean square, at most 1.1 times as much as the right state rounded once; float32, as a few roundings.
 
     All tokens but the last three decay by far more than those: exponents of their sums would cancel.
@@ -55,7 +56,7 @@ def test_a_state_errs_like_one_rounding(state, rate, emulate):
         step[:count] *= 300.0
         call["dt_history"][slot, call["cache_buf_idx"][slot], :, :count] *= 300.0
     before = call["state"].clone(), call["state_scale"].clone() if "state_scale" in call else None
-    with emulate():
+    with backend():
         serving.materialize(**call)
     for b, tokens in enumerate(made["tokens"]):
         source, to = (int(call[name][b]) for name in ("state_batch_indices", "dst_state_batch_indices"))
@@ -78,7 +79,7 @@ def test_a_state_errs_like_one_rounding(state, rate, emulate):
 
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("warps", [1, 3, 8])
-def test_bits_do_not_depend_on_config_or_order(warps):
+def test_bits_do_not_depend_on_config_or_order(warps, backend):
     """Nor on the place in the batch, nor on the run."""
     results = []
     for flip in (False, True):
@@ -86,7 +87,7 @@ def test_bits_do_not_depend_on_config_or_order(warps):
         if flip:
             for name in ("state_batch_indices", "dst_state_batch_indices", "num_tokens"):
                 call[name] = call[name].flip(0)
-        with emulated(schedule=warps) if flip else emulated(), tuning.override(warps=warps if flip else 4):
+        with backend(schedule=warps) if flip else backend(), tuning.override(warps=warps if flip else 4):
             serving.materialize(**call)
         results.append((call["out"], call["out_scale"]))
     each_same_bits(*results)
@@ -95,10 +96,10 @@ def test_bits_do_not_depend_on_config_or_order(warps):
 @pytest.mark.thin(5)
 @pytest.mark.parametrize("out", ["f16", "bf16", "i8", "i16", "f8"])
 @pytest.mark.parametrize("seeds", ["slots", None])
-def test_bits_are_those_of_the_reference(out, seeds):
+def test_bits_are_those_of_the_reference(out, seeds, backend):
     """Where no sum is rounded, kernel and reference agree in every bit, random ones included."""
     results = []
-    for context in (contextlib.nullcontext(), emulated()):
+    for context in (contextlib.nullcontext(), backend()):
         call = random(Case(out=out, counts=False, seeds=seeds, rate=0.0), 3)["call"]
         for name in ("state", "x_history", "B_history", "dt_history"):
             call[name].copy_(call[name].float().nan_to_num().mul(8).round().clamp(-16, 16).div(8))
@@ -190,18 +191,18 @@ def test_bad_arguments(message):
     each_same_bits(call, before)
 
 
-def test_an_empty_batch():
+def test_an_empty_batch(backend):
     call = random(BASE, 0)["call"]
     for name in ("state_batch_indices", "dst_state_batch_indices", "num_tokens"):
         call[name] = call[name][:0]
     state = call["state"].clone()
-    for context in (contextlib.nullcontext(), emulated()):
+    for context in (contextlib.nullcontext(), backend()):
         with context:
             serving.materialize(**call)
     same_bits(call["state"], state)
 
 
-def test_slots_beyond_31_bits():
+def test_slots_beyond_31_bits(backend):
     """Offsets in elements of the pool and of the history pass 2^31."""
     small = random(Case(counts=False, history="ring"), 0)["call"]
     call = random(Case(counts=False, history="ring"), 0)["call"]
@@ -212,7 +213,7 @@ def test_slots_beyond_31_bits():
         memory = mapped(size).view(value.dtype)
         far = memory.as_strided(value.shape, (stride, *value.stride()[1:]))
         call[name] = far.copy_(value)
-    with emulated(racecheck=False, initcheck=False):
+    with backend(checks=False):
         serving.materialize(**call)
         serving.materialize(**small)
     same_bits(call["state"], small["state"])

@@ -8,9 +8,10 @@ import dataclasses
 import pytest
 import replay_cases
 import torch
+from backends import both
 from bits import each_same_bits, same_bits, same_memory
 from gdn_cases import NAN
-from materialize_gated_cases import BASE, FEW, MANY, SPEC, TAKEN, Case, arguments, emulated, fitted, verify
+from materialize_gated_cases import BASE, FEW, MANY, SPEC, TAKEN, Case, arguments, fitted, verify
 from memory import copy, storage
 from pool_runs import LAYERS, Run, gated, memory, started
 
@@ -31,26 +32,26 @@ def test_reference(case):
 @pytest.mark.parametrize(
     "case", [*FEW, *(pytest.param(fitted(case), marks=pytest.mark.slow) for case in MANY)], ids=str
 )
-def test_emulated(case):
-    with emulated(async_mode="late") as session:
+def test_emulated(case, backend):
+    with backend(async_mode="late") as session:
         verify(case)
     assert len(session.launches) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", FEW, ids=str)
-def test_emulated_for_blackwell(case):
-    with emulated("sm_100a"):
+def test_emulated_for_blackwell(case, backend):
+    with backend("sm_100a"):
         verify(case)
 
 
 @pytest.mark.wide
-def test_bits_are_those_of_a_step_that_flushes_whatever_the_config_and_the_order():
+def test_bits_are_those_of_a_step_that_flushes_whatever_the_config_and_the_order(backend):
     """The state that `gated_delta_rule_replay` stores, from the same slots."""
     case = Case(pending=(16, 14, 15), batch=3, pads=(), counts=None, V=128)
     made = replay_cases.arguments(case)
     step = copy(made)
-    with emulated():
+    with backend():
         cute_ssm.gated_delta_rule_replay(**step)
         slots = made["initial_state_indices"]
         call = {name: made[name] for name in TAKEN} | {"state_batch_indices": slots}
@@ -153,14 +154,14 @@ def test_bad_arguments(message):
     each_same_bits(call, before)
 
 
-def test_an_empty_batch_and_gradients():
+def test_an_empty_batch_and_gradients(backend):
     call = arguments(BASE)
     with pytest.raises(GradientError, match=r"^initial_state: "):
         serving.materialize_gated_delta(**{**call, "initial_state": call["initial_state"].clone().requires_grad_()})
     for name in ("state_batch_indices", "dst_state_batch_indices", "num_tokens"):
         call[name] = call[name][:0]
     state = call["initial_state"].clone()
-    for context in (contextlib.nullcontext(), emulated()):
+    for context in (contextlib.nullcontext(), backend()):
         with context:
             serving.materialize_gated_delta(**call)
     same_bits(storage(call["initial_state"]).clone(), storage(call["initial_state"]))
@@ -220,10 +221,10 @@ def test_pools_of_gated_delta_nets_materialize_into_slots_and_other_pools_alike(
         pool.materialize([torch.zeros(1)] * LAYERS, source, here)
 
 
-@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@both
 def test_a_sequence_goes_on_from_a_materialized_state_as_from_its_own(backend):
     """Where the pending tokens fill their chunks, and states are float32, bit for bit, in another pool."""
-    with emulated() if backend == "emulate" else contextlib.nullcontext():
+    with backend():
         pool, other = gated(window=16), gated(window=16)
         slots = [pool.allocate(), pool.allocate()]
         run = Run(pool, slots)

@@ -6,8 +6,10 @@ import dataclasses
 import mmap
 from contextlib import nullcontext
 
+import backends
 import pytest
 import torch
+from backends import both
 from bits import equal, same_memory
 from bounds import like_float32
 from cases import vary
@@ -15,7 +17,6 @@ from memory import copy
 from scan_cases import DECAYS, NULL, Case, arguments, expected, scan, segments, verify
 
 import cute_ssm
-import ptxsim
 from cute_ssm import tuning
 
 BASE = Case()
@@ -71,8 +72,8 @@ def test_reference(case):
 
 @pytest.mark.thin(10, "io", "state")
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernel(case):
-    with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True):
+def test_kernel(case, backend):
+    with backend():
         verify(case)
 
 
@@ -80,8 +81,8 @@ def test_kernel(case):
 @pytest.mark.parametrize(
     "case", [BASE, PREFIX, *vary(BASE, io=("f32",), dstate=(64, 256)), Case(varlen=True, lengths=(5, 12, 30))], ids=str
 )
-def test_sm_100a(case):
-    with ptxsim.emulate(arch="sm_100a", racecheck=True, initcheck=True):
+def test_sm_100a(case, backend):
+    with backend("sm_100a"):
         verify(case)
 
 
@@ -91,9 +92,9 @@ def test_sm_100a(case):
 )
 @pytest.mark.parametrize("mode", [{}, {"async_mode": "late"}, {"schedule": 1}, {"schedule": 2}], ids=str)
 @pytest.mark.parametrize("case", [Case(dim=130, lengths=(70, 70)), dataclasses.replace(PREFIX, dim=70)], ids=str)
-def test_persistent(case, config, mode):
+def test_persistent(case, config, mode, backend):
     """Several tiles and sequences one after another in a CTA, under other interleavings of its warps."""
-    with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, sm_count=1, **mode) as session:
+    with backend(sm_count=1, **mode) as session:
         with tuning.override(ctas_per_sm=1, **config):
             verify(case)
         assert session.launches[-1].grid == (1, 1, 1)
@@ -101,33 +102,33 @@ def test_persistent(case, config, mode):
 
 def close(got, wanted, backend):
     """The kernel's bits are the same; PyTorch's functions depend on the size of a tensor in the last bit."""
-    tolerance = 0.0 if backend == "emulate" else 2.0**-7 if got.dtype != torch.float32 else 1e-5
+    tolerance = 0.0 if backend is backends.kernel else 2.0**-7 if got.dtype != torch.float32 else 1e-5
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-@pytest.mark.thin(5, "backend")
+@pytest.mark.thin(5, "way")
 @pytest.mark.parametrize("length", [1, 7, 128, 1024, 4096])
-@pytest.mark.parametrize("backend", ["reference", "emulate", "emulate-whole"])
-def test_lengths(length, backend):
+@pytest.mark.parametrize("way", ["reference", "kernel", "kernel-whole"])
+def test_lengths(length, way, backend):
     """So few channels are scanned in parts from 512 tokens on, unless that is forbidden."""
     case = Case(lengths=(length,), dim=8, io="bf16", layout="packed" if length % 8 == 0 else "pitched", nulls=())
-    if backend == "reference":
+    if way == "reference":
         verify(case)
         return
-    whole = tuning.override(splits=1) if backend == "emulate-whole" else nullcontext()
-    with ptxsim.emulate(arch="sm_90a") as session, whole:
+    whole = tuning.override(splits=1) if way == "kernel-whole" else nullcontext()
+    with backend(checks=False) as session, whole:
         verify(case)
-    assert len(session.launches) == (2 if backend == "emulate" and length >= 512 else 1)
+    assert len(session.launches) == (2 if way == "kernel" and length >= 512 else 1)
 
 
-@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@both
 @pytest.mark.parametrize("state", ["f32", "bf16"])
 def test_chunks_carry_the_state(backend, state):
     """Three calls that carry the state give what one does: the same bits, if the state is float32."""
     case = Case(lengths=(96, 96), io="bf16", state=state, nulls=(), in_place=False)
     call = arguments(case)
     whole = copy(call)
-    with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else torch.no_grad():
+    with backend(checks=False):
         scan(case, whole)
         for begin, end in ((0, 41), (41, 48), (48, 96)):
             part = {n: call[n][..., begin:end] for n in ("u", "delta", "B", "C", "z", "out")}
@@ -144,13 +145,13 @@ def test_chunks_carry_the_state(backend, state):
         torch.testing.assert_close(call["ssm_states"][slots], whole["ssm_states"][slots], rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@both
 def test_packed_sequences_are_those_of_single_calls(backend):
     """Every sequence of a packed batch has the result it has alone, wherever it begins; slots are permuted."""
     case = Case(varlen=True, lengths=(5, 9, 32, 1, 30), nulls=(), in_place=False)
     call = arguments(case)
     single = copy(call)
-    with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else torch.no_grad():
+    with backend(checks=False):
         scan(case, call)
         begin = 0
         for b, length in enumerate(case.lengths):
@@ -162,12 +163,12 @@ def test_packed_sequences_are_those_of_single_calls(backend):
     close(single["ssm_states"], call["ssm_states"], backend)
 
 
-def test_bits_do_not_depend_on_batch_tiling_or_repetition():
+def test_bits_do_not_depend_on_batch_tiling_or_repetition(backend):
     call = arguments(Case(lengths=(45,) * 4, dim=40, nulls=(), in_place=False, dstate=12))
     names = ("u", "delta", "B", "C", "z", "cache_indices", "has_initial_state")
     slot = int(call["cache_indices"][3])
     results = []
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         for order in ([0, 1, 2, 3], [0, 1, 2, 3], [2, 0, 3, 1], [3]):
             turn = copy(call)
             turn.update({name: turn[name][order] for name in names})
@@ -184,13 +185,13 @@ def test_bits_do_not_depend_on_batch_tiling_or_repetition():
         equal(state, results[0][1])
 
 
-@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@both
 def test_prefix_caching_saves_the_states_at_boundaries(backend):
     """The state in a block's slot is the final state of a call that ends there, the same bits in the kernel."""
     case = dataclasses.replace(PREFIX, nulls=(), in_place=False)
     call = arguments(case)
     before = copy(call)
-    with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else torch.no_grad():
+    with backend(checks=False):
         scan(case, call)
         for _, begin, slot, ends in segments(case, before):
             for end, target in ends:
@@ -205,7 +206,7 @@ def test_prefix_caching_saves_the_states_at_boundaries(backend):
                 close(call["ssm_states"][target], states[0], backend)
 
 
-@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@both
 @pytest.mark.parametrize(("ends", "columns"), [([0, 4, 8, 12], [0, 1, 2]), ([0, 8, 12, 14], [0, 1, 2])], ids=str)
 def test_a_short_first_chunk_completes_a_block(ends, columns, backend):
     """Columns count from the end of a block, if the first of several chunks is shorter, whatever the others are."""
@@ -220,7 +221,7 @@ def test_a_short_first_chunk_completes_a_block(ends, columns, backend):
         last_chunk_indices=torch.tensor([2], **index),
     )
     whole = copy(call)
-    with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else torch.no_grad():
+    with backend(checks=False):
         scan(case, call)
         for end, column in zip(ends[1:], columns):
             part = {n: whole[n][..., :end][None] for n in ("u", "delta", "B", "C", "z")}
@@ -230,7 +231,7 @@ def test_a_short_first_chunk_completes_a_block(ends, columns, backend):
             close(call["ssm_states"][1 + column], states[0], backend)
 
 
-@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@both
 def test_null_destinations_are_not_written(backend):
     """A block that the table maps to the null block keeps its state to itself; the null slot's bytes stay."""
     case = dataclasses.replace(PREFIX, nulls=(), in_place=False)
@@ -238,7 +239,7 @@ def test_null_destinations_are_not_written(backend):
     sequences = segments(case, call)
     call["cache_indices"][3, 4] = NULL  # tokens 32 to 39 of the last sequence
     before = copy(call)
-    with ptxsim.emulate(arch="sm_90a", racecheck=True) if backend == "emulate" else torch.no_grad():
+    with backend(initcheck=False):
         scan(case, call)
     equal(call["ssm_states"][NULL].isnan(), before["ssm_states"][NULL].isnan())
     _, saved = expected(case, before, torch.float64)
@@ -248,7 +249,7 @@ def test_null_destinations_are_not_written(backend):
 
 
 @pytest.mark.thin(5, "backend")
-@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@both
 @pytest.mark.parametrize("names", [("delta",), ("z",), ("delta", "z"), ("u",), ("B", "C", "u", "delta", "z")])
 def test_other_strides_receive_the_result(names, backend):
     """Results land in the caller's tensors whatever their strides, and the strides' gaps stay as they are."""
@@ -260,7 +261,7 @@ def test_other_strides_receive_the_result(names, backend):
         wide[..., 0] = call[name]
         call[name] = wide[..., 0]
     u = call["u"].clone()
-    with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else torch.no_grad():
+    with backend(checks=False):
         out = scan(case, call)
         scan(case, plain)
     assert out is call["z"]
@@ -271,25 +272,25 @@ def test_other_strides_receive_the_result(names, backend):
     equal(call["u"], u)
 
 
-@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@both
 @pytest.mark.parametrize("name", ["u", "delta", "z"])
 def test_out_may_be_an_input(name, backend):
     case = Case(in_place=False, give_out=False, nulls=())
     call = arguments(case)
-    with ptxsim.emulate(arch="sm_90a", racecheck=True) if backend == "emulate" else torch.no_grad():
+    with backend(initcheck=False):
         wanted = scan(case, copy(call))
         got = scan(case, {**call, "out": call[name]})
     assert got is call[name]
     equal(got, wanted)
 
 
-@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@both
 def test_matrix_of_indices_uses_column_0(backend):
     case = Case()
     call = arguments(case)
     matrix = copy(call)
     matrix["cache_indices"] = torch.stack([call["cache_indices"], torch.full_like(call["cache_indices"], 10**6)], 1)
-    with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else torch.no_grad():
+    with backend(checks=False):
         scan(case, call)
         scan(case, matrix)
     same_memory(matrix["ssm_states"], call["ssm_states"])
@@ -299,7 +300,7 @@ def test_matrix_of_indices_uses_column_0(backend):
 @pytest.mark.parametrize(
     "change", [{"lengths": ()}, {"lengths": (0, 0)}, {"varlen": True, "lengths": (0, 0, 0)}], ids=str
 )
-def test_nothing_to_do(change):
+def test_nothing_to_do(change, backend):
     case = dataclasses.replace(BASE, nulls=(), **change)
     if case.lengths:
         call = arguments(case)
@@ -308,12 +309,12 @@ def test_nothing_to_do(change):
         call.update({n: call[n][:0] for n in ("u", "delta", "B", "C", "z", "cache_indices", "has_initial_state")})
     before = copy(call)
     scan(case, call)
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         assert scan(case, call).shape == call["u"].shape
     same_memory(before["ssm_states"], call["ssm_states"])
 
 
-def test_slots_beyond_2_to_the_31_elements():
+def test_slots_beyond_2_to_the_31_elements(backend):
     """A pool of 2^33 elements, mapped but never touched except in its last slot: offsets are 64 bits wide."""
     dim, dstate, stride = 32, 16, 2**31
     no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -328,7 +329,7 @@ def test_slots_beyond_2_to_the_31_elements():
         states[4] = call["ssm_states"][slot]
     except RuntimeError as error:  # a machine that cannot map it
         pytest.skip(str(error))
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         equal(scan(case, far), scan(case, near))
     equal(states[4], near["ssm_states"][slot])
     assert not states[:4, :, 0].any()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import both
 from bits import equal
 from bounds import like_float32
 
-import ptxsim
 from cute_ssm.compat.mamba_ssm import selective_scan_fn
 from cute_ssm.errors import UnsupportedSpecError
 from cute_ssm.ops.selective_scan.reference import selective_scan as mathematics
@@ -26,12 +26,12 @@ def inputs(length=13, dtype=torch.bfloat16):
     return u, delta, A, B.transpose(1, 2), C.transpose(1, 2), D, z, bias
 
 
-@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@both
 @pytest.mark.parametrize("length", [1, 13, 40])
 def test_against_the_oracle(length, backend):
     args = inputs(length)
     before = [t.clone() for t in args]
-    with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True) if backend == "emulate" else torch.no_grad():
+    with backend():
         out, state = selective_scan_fn(*args, delta_softplus=True, return_last_state=True)
         alone = selective_scan_fn(*args, delta_softplus=True)
     assert out.dtype == torch.bfloat16

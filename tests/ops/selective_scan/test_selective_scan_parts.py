@@ -12,7 +12,6 @@ from memory import copy
 from scan_cases import NULL, Case, arguments, expected, scan, segments, verify
 
 import cute_ssm
-import ptxsim
 from cute_ssm import tuning
 from cute_ssm.arch import ARCHS, SM_90A
 from cute_ssm.ops.selective_scan import config as choices
@@ -69,27 +68,27 @@ CASES = [
 
 @pytest.mark.thin(18, "io", "state")
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernel(case):
+def test_kernel(case, backend):
     """Two launches against the oracle, with the bounds of one."""
-    with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True) as session, tuning.override(splits=3):
+    with backend() as session, tuning.override(splits=3):
         verify(case)
     assert len(session.launches) == 2
 
 
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("case", [BASE, PREFIX, dataclasses.replace(BASE, dstate=64, io="f32")], ids=str)
-def test_sm_100a(case):
-    with ptxsim.emulate(arch="sm_100a", racecheck=True, initcheck=True), tuning.override(splits=4):
+def test_sm_100a(case, backend):
+    with backend("sm_100a"), tuning.override(splits=4):
         verify(case)
 
 
 @pytest.mark.thin(4)
 @pytest.mark.parametrize("splits", [1, 3, 7, 32])
 @pytest.mark.parametrize("decay", ["slow", "typical", "fast"])
-def test_any_number_of_parts(decay, splits):
+def test_any_number_of_parts(decay, splits, backend):
     """More parts than there are blocks of 8 tokens, too; folds are as exact as the scan they replace."""
     case = Case(lengths=(200,), io="f32", decay=decay, dim=8, nulls=(), layout="packed")
-    with ptxsim.emulate(arch="sm_90a", racecheck=True), tuning.override(splits=splits):
+    with backend(initcheck=False), tuning.override(splits=splits):
         verify(case)
 
 
@@ -97,9 +96,9 @@ def test_any_number_of_parts(decay, splits):
 @pytest.mark.parametrize("config", [{"lanes": 1, "warps": 2}, {"lanes": 4, "warps": 1, "tokens": 16}], ids=str)
 @pytest.mark.parametrize("mode", [{}, {"async_mode": "late"}, {"schedule": 1}], ids=str)
 @pytest.mark.parametrize("case", [Case(dim=70, lengths=(70, 70)), dataclasses.replace(PREFIX, dim=70)], ids=str)
-def test_persistent(case, config, mode):
+def test_persistent(case, config, mode, backend):
     """All parts of all sequences one after another in one CTA, under other interleavings of its warps."""
-    with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, sm_count=1, **mode) as session:
+    with backend(sm_count=1, **mode) as session:
         with tuning.override(ctas_per_sm=1, splits=3, **config):
             verify(case)
         assert [launch.grid for launch in session.launches] == [(1, 1, 1)] * 2
@@ -107,12 +106,12 @@ def test_persistent(case, config, mode):
 
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("io", ["f32", "bf16"])
-def test_parts_against_the_whole(io):
+def test_parts_against_the_whole(io, backend):
     """What splitting changes is the rounding of the states that parts start from."""
     case = Case(lengths=(160,) * 2, io=io, in_place=False, nulls=())
     whole = arguments(case)
     parts = copy(whole)
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         with tuning.override(splits=1):
             scan(case, whole)
         with tuning.override(splits=5):
@@ -127,13 +126,13 @@ def test_parts_against_the_whole(io):
 
 
 @pytest.mark.wide
-def test_bits_do_not_depend_on_batch_tiling_or_repetition():
+def test_bits_do_not_depend_on_batch_tiling_or_repetition(backend):
     """For a number of parts: nothing waits, nothing is added in the order of arrival."""
     call = arguments(Case(lengths=(75,) * 4, dim=40, nulls=(), in_place=False, dstate=12))
     names = ("u", "delta", "B", "C", "z", "cache_indices", "has_initial_state")
     slot = int(call["cache_indices"][3])
     results = []
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         for order in ([0, 1, 2, 3], [0, 1, 2, 3], [2, 0, 3, 1], [3]):
             turn = copy(call)
             turn.update({name: turn[name][order] for name in names})
@@ -151,12 +150,12 @@ def test_bits_do_not_depend_on_batch_tiling_or_repetition():
         equal(state, results[0][1])
 
 
-def test_packed_sequences_are_those_of_single_calls():
+def test_packed_sequences_are_those_of_single_calls(backend):
     """Parts are cut, and sums over their tokens taken, from a sequence's beginning, wherever it lies."""
     case = Case(varlen=True, lengths=(5, 39, 64, 1, 50), nulls=(), in_place=False)
     call = arguments(case)
     single = copy(call)
-    with ptxsim.emulate(arch="sm_90a"), tuning.override(splits=3):
+    with backend(checks=False), tuning.override(splits=3):
         scan(case, call)
         begin = 0
         for b, length in enumerate(case.lengths):
@@ -170,23 +169,23 @@ def test_packed_sequences_are_those_of_single_calls():
 
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("name", ["u", "delta", "z"])
-def test_out_may_be_an_input(name):
+def test_out_may_be_an_input(name, backend):
     """A part reads the tokens that are its own: what another has overwritten it has no use for."""
     case = Case(lengths=(53,) * 2, in_place=False, give_out=False, nulls=())
     call = arguments(case)
-    with ptxsim.emulate(arch="sm_90a", racecheck=True, schedule=1), tuning.override(splits=3):
+    with backend(initcheck=False, schedule=1), tuning.override(splits=3):
         wanted = scan(case, copy(call))
         got = scan(case, {**call, "out": call[name]})
     assert got is call[name]
     equal(got, wanted)
 
 
-def test_the_final_state_replaces_an_initial_one_that_all_parts_need():
+def test_the_final_state_replaces_an_initial_one_that_all_parts_need(backend):
     """Parts run in any order: the last may have stored the slot's new state before the first begins."""
     case = Case(lengths=(53,), nulls=(), dim=8)
     call = arguments(case)
     whole = copy(call)
-    with ptxsim.emulate(arch="sm_90a", racecheck=True):
+    with backend(initcheck=False):
         with tuning.override(splits=4):
             scan(case, call)
         with tuning.override(splits=1):
@@ -198,7 +197,7 @@ def test_the_final_state_replaces_an_initial_one_that_all_parts_need():
 
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("block_size", [8, 13])
-def test_states_of_blocks_within_parts(block_size):
+def test_states_of_blocks_within_parts(block_size, backend):
     """Every block's state is saved once, by the part that its last token is in, and null destinations by none."""
     case = dataclasses.replace(PREFIX, nulls=(), in_place=False, block_size=block_size)
     call = arguments(case)
@@ -206,7 +205,7 @@ def test_states_of_blocks_within_parts(block_size):
     computed, length = case.computed[3], case.lengths[3]
     call["cache_indices"][3, (computed + length - 9) // block_size] = NULL  # a block in the middle of a sequence
     before = copy(call)
-    with ptxsim.emulate(arch="sm_90a", racecheck=True), tuning.override(splits=3):
+    with backend(initcheck=False), tuning.override(splits=3):
         scan(case, call)
     equal(call["ssm_states"][NULL].isnan(), before["ssm_states"][NULL].isnan())
     _, saved = expected(case, before, torch.float64)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 
 import pytest
 import torch
+from backends import both
 from bits import equal, same_memory
 from cases import vary
 from memory import copy
 from step_cases import DECAYS, Case, arguments, expected, verify
 
 import cute_ssm
-import ptxsim
 from cute_ssm import tuning
 
 BASE = Case()
@@ -59,8 +58,8 @@ def test_reference(case):
 
 @pytest.mark.thin(6, "state", "io")
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernel(case):
-    with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, shuffle_sync=False):
+def test_kernel(case, backend):
+    with backend(shuffle_sync=False):
         verify(case)
 
 
@@ -81,12 +80,10 @@ PERSISTENT = {"stages": 3, "warps": 2, "ctas_per_sm": 1}
 @pytest.mark.parametrize(
     "mode", [{}, {"async_mode": "late"}, {"schedule": 1}, {"schedule": 2, "async_mode": "late"}], ids=str
 )
-def test_persistent_ring(case, mode):
+def test_persistent_ring(case, mode, backend):
     """Several units per warp, so that stages are used again, under delayed copies and other interleavings."""
     rows = 16 if case.dim % 32 else 32
-    with ptxsim.emulate(
-        arch="sm_90a", racecheck=True, initcheck=True, shuffle_sync=False, sm_count=1, **mode
-    ) as session:
+    with backend(shuffle_sync=False, sm_count=1, **mode) as session:
         with tuning.override(rows=rows, **PERSISTENT):
             verify(case)
         assert session.launches[-1].grid == (1, 1, 1)
@@ -94,18 +91,18 @@ def test_persistent_ring(case, mode):
 
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("case", [BASE, *vary(BASE, state=("f32", "bf16"), layout=("dense",), dstate=(96,))], ids=str)
-def test_sm_100a(case):
-    with ptxsim.emulate(arch="sm_100a", racecheck=True, initcheck=True, shuffle_sync=False):
+def test_sm_100a(case, backend):
+    with backend("sm_100a", shuffle_sync=False):
         verify(case)
 
 
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("io", ["bf16", "f32"])
-def test_bits_do_not_depend_on_batch_tiling_or_repetition(io):
+def test_bits_do_not_depend_on_batch_tiling_or_repetition(io, backend):
     """The same sequence gives the same bits alone, in any order of a batch, and whatever the config."""
     call = arguments(Case(batch=4, nheads=2, pads=(), give_out=False, io=io))
     results = []
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         for order in ([0, 1, 2, 3], [0, 1, 2, 3], [2, 0, 3, 1], [3]):
             turn = copy(call)
             for name in ("x", "dt", "B", "C", "z", "state_batch_indices"):
@@ -122,14 +119,14 @@ def test_bits_do_not_depend_on_batch_tiling_or_repetition(io):
         equal(state, results[0][1])
 
 
-@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@both
 def test_decode_of_many_steps(backend):
     """Forty steps: errors of a stored float16 state stay what forty roundings explain."""
     case = Case(batch=2, nheads=2, ngroups=1, dim=32, dstate=32, pads=(), give_out=False)
     call = arguments(case)
     call["state"].nan_to_num_(0.0)
     exact = call["state"].double()
-    with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else contextlib.nullcontext():
+    with backend(checks=False):
         for step in range(40):
             fresh = arguments(case, seed=step)
             call.update({name: fresh[name] for name in ("x", "dt", "B", "C", "z")})
@@ -141,7 +138,7 @@ def test_decode_of_many_steps(backend):
     assert (call["state"][real].double() - exact[real]).abs().max() < 40 * 2**-11 * exact[real].abs().max()
 
 
-def test_headless_shorthand():
+def test_headless_shorthand(backend):
     """Leaving out the axis of a single head is the same as a single head, tensor by tensor."""
     full = arguments(Case(nheads=1, ngroups=1, layout="dense", strided=True))
     short = copy(full)
@@ -149,7 +146,7 @@ def test_headless_shorthand():
         short[name] = short[name][:, 0]
     for name in ("A", "D", "dt_bias"):
         short[name] = short[name][0]
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         wanted = cute_ssm.selective_state_update(**full)
         got = cute_ssm.selective_state_update(**short)
     assert got.shape == (3, 64)
@@ -157,20 +154,20 @@ def test_headless_shorthand():
     same_memory(short["state"], full["state"])
 
 
-@pytest.mark.parametrize("backend", ["reference", "emulate"])
+@both
 def test_two_dimensional_indices_use_column_0(backend):
     call = arguments(Case(separate=True))
     matrix = copy(call)
     for name in ("state_batch_indices", "dst_state_batch_indices"):
         matrix[name] = torch.stack([call[name], torch.full_like(call[name], 10**6)], 1)
-    with ptxsim.emulate(arch="sm_90a") if backend == "emulate" else contextlib.nullcontext():
+    with backend(checks=False):
         cute_ssm.selective_state_update(**call)
         cute_ssm.selective_state_update(**matrix)
     same_memory(matrix["state"], call["state"])
     same_memory(matrix["out"], call["out"])
 
 
-def test_slots_beyond_2_to_the_31_elements():
+def test_slots_beyond_2_to_the_31_elements(backend):
     """A pool of 2^33 elements, mapped but never touched except in its last slot: offsets are 64 bits wide."""
     heads, dim, dstate, stride = 1, 32, 16, 2**31
     no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -185,7 +182,7 @@ def test_slots_beyond_2_to_the_31_elements():
         state[4] = call["state"][slot]
     except RuntimeError as error:  # a machine that cannot map it
         pytest.skip(str(error))
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         out = cute_ssm.selective_state_update(**far)
         wanted = cute_ssm.selective_state_update(**near)
     equal(out, wanted)
@@ -193,13 +190,13 @@ def test_slots_beyond_2_to_the_31_elements():
     assert not state[:4, :, :, 0].any()
 
 
-def test_empty_batch():
+def test_empty_batch(backend):
     call = arguments(Case(batch=1, pads=()))
     for name in ("x", "dt", "B", "C", "z", "out", "state_batch_indices"):
         call[name] = call[name][:0]
     before = copy(call)
     cute_ssm.selective_state_update(**call)
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         assert cute_ssm.selective_state_update(**call).shape == (0, 4, 64)
     same_memory(before["state"], call["state"])
 

@@ -15,7 +15,6 @@ from memory import copy
 from token_cases import PAD, Oracle, Tokens, arguments, check, numpy
 
 import cute_ssm
-import ptxsim
 from cute_ssm.ops.selective_state_update.reference import selective_state_update as mathematics
 from cute_ssm.reference import rounding
 
@@ -66,8 +65,8 @@ def test_reference(case):
 
 
 @pytest.mark.parametrize("case", CASES[:12:5] + CASES[12::7], ids=str)
-def test_kernel(case):
-    with ptxsim.emulate(arch="sm_90a"):
+def test_kernel(case, backend):
+    with backend(checks=False):
         verify(case)
 
 

@@ -13,7 +13,6 @@ from memory import copy
 from token_cases import LARGEST, Tokens, arguments, verify
 
 import cute_ssm
-import ptxsim
 from cute_ssm import tuning
 
 BASE = Tokens()
@@ -66,8 +65,8 @@ def test_reference(case):
 
 @pytest.mark.thin(8, "state", "io", "destination")
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernel(case):
-    with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, shuffle_sync=False):
+def test_kernel(case, backend):
+    with backend(shuffle_sync=False):
         verify(case)
 
 
@@ -90,9 +89,9 @@ def test_kernel(case):
     ids=str,
 )
 @pytest.mark.parametrize("config", [{}, LOOP], ids=["products", "loop"])
-def test_products_and_loop(case, config):
+def test_products_and_loop(case, config, backend):
     """What a spec of 16-bit operands can be computed by, both ways."""
-    with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, shuffle_sync=False) as session:
+    with backend(shuffle_sync=False) as session:
         with tuning.override(**config):
             verify(case)
     multiplies = any("mma.sync" in function.ptx for function in session.functions)
@@ -109,8 +108,8 @@ def test_products_and_loop(case, config):
     ],
     ids=str,
 )
-def test_sm_100a(case):
-    with ptxsim.emulate(arch="sm_100a", racecheck=True, initcheck=True, shuffle_sync=False):
+def test_sm_100a(case, backend):
+    with backend("sm_100a", shuffle_sync=False):
         verify(case)
 
 
@@ -127,21 +126,21 @@ def test_sm_100a(case):
     ],
     ids=str,
 )
-def test_persistent_ring(case, mode):
-    with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, shuffle_sync=False, sm_count=1, **mode):
+def test_persistent_ring(case, mode, backend):
+    with backend(shuffle_sync=False, sm_count=1, **mode):
         with tuning.override(rows=32, stages=3, warps=2, ctas_per_sm=1):
             verify(case)
 
 
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("state", ["f16", "bf16", "i16", "i8", "f8"])
-def test_random_bits_are_those_of_the_reference(state):
+def test_random_bits_are_those_of_the_reference(state, backend):
     """Kernel and reference draw the same bits: stored states agree but where float32 differs in its last bits."""
     case = Tokens(state=state, rounds=10, dstate=128, destination="matrix", pads=())
     call = arguments(case)
     twin, other = copy(call), copy(call)
     other["rand_seed"] += 1
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         cute_ssm.selective_state_update(**call)
     for reference in (twin, other):
         cute_ssm.selective_state_update(**reference)
@@ -156,14 +155,14 @@ def test_random_bits_are_those_of_the_reference(state):
 
 
 @pytest.mark.wide
-def test_bits_of_both_targets_agree_where_arithmetic_does():
+def test_bits_of_both_targets_agree_where_arithmetic_does(backend):
     """Software rounding on sm_90a and cvt.rs on sm_100a: the same bits."""
     for state in ("f16", "bf16"):
         call = arguments(Tokens(state=state, rounds=10, dstate=128))
         twin = copy(call)
-        with ptxsim.emulate(arch="sm_90a"):
+        with backend(checks=False):
             cute_ssm.selective_state_update(**call)
-        with ptxsim.emulate(arch="sm_100a"):
+        with backend("sm_100a", checks=False):
             cute_ssm.selective_state_update(**twin)
         same_memory(call["state"], twin["state"])
 
@@ -171,12 +170,12 @@ def test_bits_of_both_targets_agree_where_arithmetic_does():
 @pytest.mark.thin(4)
 @pytest.mark.parametrize("io", ["bf16", "f32"])
 @pytest.mark.parametrize("state", ["f16", "i8"])
-def test_bits_do_not_depend_on_tiling_or_batch(state, io):
+def test_bits_do_not_depend_on_tiling_or_batch(state, io, backend):
     case = Tokens(lengths=(3, 3, 3), state=state, io=io, rounds=5, pads=(), give_out=False, has_z=False)
     call = arguments(case)
     names = ("x", "dt", "B", "C", "state_batch_indices")
     results = []
-    with ptxsim.emulate(arch="sm_90a"):
+    with backend(checks=False):
         for order, config in (
             ([0, 1, 2], {}),
             ([2, 0, 1], {}),
@@ -194,12 +193,12 @@ def test_bits_do_not_depend_on_tiling_or_batch(state, io):
 
 
 @pytest.mark.parametrize("config", [{}, LOOP], ids=["products", "loop"])
-def test_packed_is_one_by_one(config):
+def test_packed_is_one_by_one(config, backend):
     """A packed batch gives the bits of its sequences called alone."""
     case = Tokens(packed=True, lengths=(3, 2, 4), pads=(), give_out=False, cache_steps=8)
     call = arguments(case)
     alone = copy(call)
-    with ptxsim.emulate(arch="sm_90a"), tuning.override(**config):
+    with backend(checks=False), tuning.override(**config):
         out = cute_ssm.selective_state_update(**call)
         cu = alone["cu_seqlens"].tolist()
         for b in range(3):
@@ -255,7 +254,7 @@ def test_random_configuration_of_the_reference(seed):
 
 @pytest.mark.thin(20)
 @pytest.mark.parametrize("seed", [pytest.param(s, marks=() if s < 40 else pytest.mark.slow) for s in range(300)])
-def test_random_configuration_of_the_kernel(seed):
+def test_random_configuration_of_the_kernel(seed, backend):
     case = sample(random.Random(seed))
-    with ptxsim.emulate(arch="sm_90a", racecheck=True, initcheck=True, shuffle_sync=False):
+    with backend(shuffle_sync=False):
         verify(case, seed)

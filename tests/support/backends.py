@@ -1,0 +1,49 @@
+"""The ways that a call on CPU tensors runs: the reference, and the kernel in the emulator or, by ``--gpu``, on the GPU.
+
+Tests take the fixture `backend`::
+
+    def test_kernel(case, backend):
+        with backend("sm_100a"):
+            verify(case)
+
+    @both
+    def test_reference_and_kernel(case, backend): ...
+
+What needs an emulator, since only that counts or finds races, opens ``ptxsim.emulate`` itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import hardware
+import pytest
+
+gpu = False  # by conftest: the tests were started with --gpu
+
+
+def kernel(arch: str = "sm_90a", checks: bool = True, **options: Any) -> contextlib.AbstractContextManager[Any]:
+    """Run kernels in the emulator, or on the GPU.
+
+    Parameters
+    ----------
+    arch : str
+        Target; on a GPU that is another, the test is skipped.
+    checks : bool
+        Whether the emulator looks for races and for reads of what was never written.
+    **options
+        Of ``ptxsim.emulate``, such as `sm_count`, `schedule` and `async_mode`.  A GPU takes `sm_count` alone.
+    """
+    if gpu:
+        return hardware.session(arch, options.get("sm_count"))
+    return pytest.importorskip("ptxsim").emulate(arch=arch, **{"racecheck": checks, "initcheck": checks, **options})
+
+
+def reference(arch: str = "sm_90a", checks: bool = True, **options: Any) -> contextlib.AbstractContextManager[Any]:
+    """Run the reference, whatever the options are."""
+    return contextlib.nullcontext()
+
+
+BACKENDS = {"reference": reference, "kernel": kernel}
+both = pytest.mark.parametrize("backend", list(BACKENDS), indirect=True)
