@@ -5,16 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import subprocess
-import sys
-import time
 
 import pytest
 import step_cases
 import torch
 from bits import equal
-from paths import SUPPORT
+from processes import finish, wait_for
 from tiny_spec import TinyConfig, TinySpec
 
 import cute_ssm
@@ -23,7 +19,6 @@ from cute_ssm import arch, runtime
 from cute_ssm.__main__ import main
 from cute_ssm.runtime import store, toolchain
 
-DEADLINE_S = 120
 SOURCES_CHANGED = toolchain.sources_changed
 
 
@@ -189,15 +184,12 @@ def test_calls_are_logged_on_every_way(cache, settings, caplog):
 
 # ------------------------------------------------------------------------------------------------------- two processes
 PROCESS = """
-import hashlib, os, sys, time
+import hashlib, os, time
 from pathlib import Path
 import torch, ptxsim, step_cases, cute_ssm
 import cutlass.cute as cute
 from cute_ssm import runtime
-from cute_ssm.runtime import toolchain
-toolchain.sources_digest = lambda: sys.argv[2]  # the same for all, even if somebody edits the sources meanwhile
-toolchain.sources_changed = lambda: False
-folder, how = Path(sys.argv[1]), sys.argv[3]
+folder, how = Path(sys.argv[2]), sys.argv[3]
 if how == "never":
     def never(*_, **__):
         raise SystemExit("compiled although the kernel was on disk")
@@ -222,48 +214,14 @@ print(launch.grid, launch.block, launch.smem_total, session.functions[0].kernels
 """
 
 
-@pytest.fixture
-def spawn(settings, tmp_path, monkeypatch):
-    """Start a process on the cache of this test: ``spawn("normal" | "never" | "race")``."""
-    settings(CACHE_DIR=tmp_path / "cache")
-    sources = str(toolchain.description()["sources"])
-    running = []
-
-    def start(how):
-        path = os.pathsep.join([str(SUPPORT), *sys.path])
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(tmp_path), sources, how],
-            env={**os.environ, "PYTHONPATH": path, "CUTE_SSM_LOG": "compile"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        running.append(process)
-        return process
-
-    yield start
-    for process in running:
-        process.kill()
-        process.communicate()
-
-
-def finish(process):
-    out, err = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 0, err
-    return out, err
-
-
 def test_processes_that_race_compile_once_and_a_later_one_never(spawn, tmp_path):
-    racers = [spawn("race") for _ in range(2)]
-    deadline = time.monotonic() + DEADLINE_S
-    while len(list(tmp_path.glob("ready-*"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    racers = [spawn(PROCESS, tmp_path, "race") for _ in range(2)]
+    wait_for(tmp_path, "ready-*", 2)
     (tmp_path / "go").touch()
     (first, log), (second, other) = map(finish, racers)
     assert first == second, "launch, registers and results are the same"
     assert len(list(tmp_path.glob("compiling-*"))) == 1
     assert (log + other).count("loaded ") == 1
-    third, log = finish(spawn("never"))
+    third, log = finish(spawn(PROCESS, tmp_path, "never"))
     assert third == first
     assert "compiled" not in log and "loaded " in log
