@@ -22,9 +22,10 @@ TVM_FFI = "apache-tvm-ffi"
 TVM_FFI_RANGE = ((0, 1, 11), (0, 2))
 OPTIONS = "--enable-tvm-ffi --gpu-arch {arch}"
 
-# Everything that tracing a kernel may execute; the host files of operators are never traced.
-_SOURCES = ("arch.py", "device", "ops", "spec.py", "tuning")
-_HOST_FILES = ("arguments.py", "operator.py", "reference.py", "workload.py")
+# Everything that a kernel's module imports: what is traced, and the argument tables, whose alignments kernels are
+# compiled for, with what they import.
+_SOURCES = ("arch.py", "device", "ops", "reference", "spec.py", "tuning")
+_HOST_FILES = ("operator.py", "reference.py", "workload.py")
 
 Range = tuple[tuple[int, ...], tuple[int, ...]]
 
