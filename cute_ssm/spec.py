@@ -112,6 +112,6 @@ def __getattr__(name: str) -> type[Spec]:
     from cute_ssm.ops import operators
 
     for operator in operators():
-        if operator.spec.__name__ == name:
-            return operator.spec
+        if operator.spec == name:
+            return operator.spec_class
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

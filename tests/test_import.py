@@ -46,6 +46,11 @@ def test_the_package_loads_neither_torch_nor_compiler_and_reads_no_environment()
     run(SCRIPT, HEAVY + ",torch,numpy", "cute_ssm")
 
 
+def test_the_package_loads_descriptors_of_operators_alone():
+    run("import sys, cute_ssm; assert not {m for m in sys.modules if m.startswith('cute_ssm.') and m.count('.') > 2}")
+    run("import sys, cute_ssm; assert not {'cute_ssm.spec', 'cute_ssm.env', 'dataclasses'} & set(sys.modules)")
+
+
 def test_so_do_the_host_modules():
     modules = ("env", "arch", "spec", "errors", "ops", "runtime", "runtime.registry", "runtime.doctor", "__main__")
     run(SCRIPT, HEAVY + ",torch,numpy", *(f"cute_ssm.{name}" for name in modules))

@@ -29,5 +29,5 @@ OPERATORS = (
 
 @functools.cache
 def operators() -> tuple[Operator, ...]:
-    """Return the descriptors of all operators; imports neither torch nor the compiler."""
+    """Return the descriptors of all operators; imports nothing but them."""
     return tuple(import_module(f"{__name__}.{name}").OPERATOR for name in OPERATORS)

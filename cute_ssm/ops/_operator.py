@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cute_ssm.spec import Config, Spec
+if TYPE_CHECKING:
+    from cute_ssm.spec import Config, Spec
 
 
-@dataclass(frozen=True)
-class Operator:
+class Operator(NamedTuple):
     """One operator: a folder in `cute_ssm.ops`, whose ``__init__.py`` makes its descriptor, ``OPERATOR``.
 
     Registry, public names, warm-up, bundles, tuner, counters, benchmarks and the checks on a GPU read descriptors, so
-    that adding an operator adds a folder and one line in `cute_ssm.ops.OPERATORS`.  Making a descriptor imports its
-    spec and config alone; the other modules of the folder, and with them torch and the compiler, are imported when
-    they are asked for.
+    that adding an operator adds a folder and one line in `cute_ssm.ops.OPERATORS`.  Making a descriptor imports
+    nothing; the modules of the folder, and with them torch and the compiler, are imported when they are asked for.
 
     Attributes
     ----------
@@ -24,12 +22,9 @@ class Operator:
         The folder, as a module: ``cute_ssm.ops.<name>``.
     functions : tuple of str
         Public functions of the folder's ``operator.py``.
-    spec : type of Spec
-        What its kernel is specialised on.
-    config : type of Config
-        What may change the kernel's speed and nothing else.
-    kernel : str
-        Name of the kernel class in the folder's ``kernel.py``.
+    spec, config, kernel : str
+        Names of its classes in the folder's ``spec.py``, ``config.py`` and ``kernel.py``; or ``"module:Class"``, where
+        operators share one.
     home : str
         Module whose public names `functions` are.
     workload : bool
@@ -38,8 +33,8 @@ class Operator:
 
     package: str
     functions: tuple[str, ...]
-    spec: type[Spec]
-    config: type[Config]
+    spec: str
+    config: str
     kernel: str
     home: str = "cute_ssm"
     workload: bool = True
@@ -50,9 +45,21 @@ class Operator:
         return self.package.rpartition(".")[2]
 
     @property
+    def spec_class(self) -> type[Spec]:
+        """What its kernel is specialised on."""
+        found: type[Spec] = self._class("spec", self.spec)
+        return found
+
+    @property
+    def config_class(self) -> type[Config]:
+        """What may change the kernel's speed and nothing else."""
+        found: type[Config] = self._class("config", self.config)
+        return found
+
+    @property
     def kernel_path(self) -> str:
         """The kernel class as ``"module:Class"``."""
-        return f"{self.package}.kernel:{self.kernel}"
+        return self.kernel if ":" in self.kernel else f"{self.package}.kernel:{self.kernel}"
 
     def module(self, name: str) -> Any:
         """Import a module of the folder."""
@@ -61,3 +68,7 @@ class Operator:
     def function(self, name: str) -> Any:
         """Import a public function."""
         return getattr(self.module("operator"), name)
+
+    def _class(self, file: str, name: str) -> Any:
+        module, _, shared = name.partition(":")
+        return getattr(import_module(module), shared) if shared else getattr(self.module(file), name)

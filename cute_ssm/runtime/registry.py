@@ -33,7 +33,7 @@ class Kernel(Protocol):
     def __call__(self, *arguments: Any) -> None: ...
 
 
-KERNELS: dict[type[Spec], str] = {operator.spec: operator.kernel_path for operator in operators()}
+KERNELS: dict[type[Spec], str] = {operator.spec_class: operator.kernel_path for operator in operators()}
 _resolved: dict[str, type[Kernel]] = {}
 
 

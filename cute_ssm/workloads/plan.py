@@ -14,6 +14,7 @@ from cute_ssm import arch as archs
 from cute_ssm import runtime, workloads
 from cute_ssm.arch import Arch
 from cute_ssm.errors import UnsupportedArchError, UnsupportedSpecError, describe
+from cute_ssm.ops import operators
 from cute_ssm.runtime import registry
 from cute_ssm.spec import Config, Spec
 from cute_ssm.workloads import Keys, Workload
@@ -145,4 +146,5 @@ def _made(fields: dict[str, Any], kinds: dict[str, type[Any]]) -> Any:
 
 
 def _configs() -> dict[str, type[Config]]:
-    return {kind.__name__: kind for kind in Config.__subclasses__()}  # those of registered kernels, too
+    known = [operator.config_class for operator in operators()]
+    return {kind.__name__: kind for kind in (*known, *Config.__subclasses__())}  # those of registered kernels, too

@@ -28,10 +28,10 @@ ALLOWED = (
 def test_a_folder_holds_the_whole_operator(operator):
     folder = ROOT / "cute_ssm" / "ops" / operator.name
     assert operator.package == f"cute_ssm.ops.{operator.name}"
-    assert operator.spec.__module__.startswith("cute_ssm.ops.")
+    assert operator.spec_class.__module__.startswith("cute_ssm.ops.")
     for module in ("spec", "reference", "kernel", "operator", *["workload"] * operator.workload):
         assert (folder / f"{module}.py").exists(), module
-    assert registry.KERNELS[operator.spec] == operator.kernel_path
+    assert registry.KERNELS[operator.spec_class] == operator.kernel_path
     home = {"cute_ssm": cute_ssm, "cute_ssm.serving": serving}[operator.home]
     for name in operator.functions:
         assert getattr(home, name) is operator.function(name)

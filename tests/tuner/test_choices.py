@@ -117,9 +117,9 @@ def scan_spec():
 
 @pytest.mark.parametrize("operator", [op for op in operators() if op.workload], ids=lambda operator: operator.name)
 def test_free_fields_are_fields_of_the_config_and_the_space_is_of_them(operator):
-    config = operator.config
+    config = operator.config_class
     assert config.FREE and set(config.FREE) <= {field.name for field in dataclasses.fields(config)}
-    assert set(config.KEY) <= {field.name for field in dataclasses.fields(operator.spec)}
+    assert set(config.KEY) <= {field.name for field in dataclasses.fields(operator.spec_class)}
     if config is selective_scan.SelectiveScanConfig:
         assert set(config.space(scan_spec(), arch.SM_90A)) <= set(config.FREE)
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from cute_ssm.ops._operator import Operator
-from cute_ssm.ops.checkpointing_ssu.config import CheckpointingSSUConfig
-from cute_ssm.ops.checkpointing_ssu.spec import CheckpointingSSUSpec
 
 OPERATOR = Operator(
     package=__name__,
     functions=("checkpointing_ssu", "checkpointing_ssu_ring"),
-    spec=CheckpointingSSUSpec,
-    config=CheckpointingSSUConfig,
+    spec="CheckpointingSSUSpec",
+    config="CheckpointingSSUConfig",
     kernel="CheckpointingSSU",
 )

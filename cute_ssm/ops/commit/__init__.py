@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from cute_ssm.ops._cursors.config import CursorConfig
 from cute_ssm.ops._operator import Operator
-from cute_ssm.ops.commit.spec import CommitSpec
 
 OPERATOR = Operator(
     package=__name__,
     functions=("commit",),
-    spec=CommitSpec,
-    config=CursorConfig,
+    spec="CommitSpec",
+    config="CursorConfig",
     kernel="CommitCursors",
     home="cute_ssm.serving",
     workload=False,

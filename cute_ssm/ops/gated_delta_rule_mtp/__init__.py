@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from cute_ssm.ops._gated_delta.config import GatedDeltaRuleConfig
 from cute_ssm.ops._operator import Operator
-from cute_ssm.ops.gated_delta_rule_mtp.spec import GatedDeltaRuleSpec
 
 OPERATOR = Operator(
     package=__name__,
     functions=("gated_delta_rule_mtp",),
-    spec=GatedDeltaRuleSpec,
-    config=GatedDeltaRuleConfig,
+    spec="GatedDeltaRuleSpec",
+    config="cute_ssm.ops._gated_delta.config:GatedDeltaRuleConfig",
     kernel="GatedDeltaRule",
 )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from cute_ssm.ops._operator import Operator
-from cute_ssm.ops.materialize.config import MaterializeConfig
-from cute_ssm.ops.materialize.spec import MaterializeSpec
 
 OPERATOR = Operator(
     package=__name__,
     functions=("materialize",),
-    spec=MaterializeSpec,
-    config=MaterializeConfig,
+    spec="MaterializeSpec",
+    config="MaterializeConfig",
     kernel="MaterializeState",
     home="cute_ssm.serving",
     workload=False,

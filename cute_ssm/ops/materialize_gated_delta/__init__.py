@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from cute_ssm.ops._gated_delta.config import GatedDeltaRuleConfig
 from cute_ssm.ops._operator import Operator
-from cute_ssm.ops.materialize_gated_delta.spec import MaterializeGatedDeltaSpec
 
 OPERATOR = Operator(
     package=__name__,
     functions=("materialize_gated_delta",),
-    spec=MaterializeGatedDeltaSpec,
-    config=GatedDeltaRuleConfig,
+    spec="MaterializeGatedDeltaSpec",
+    config="cute_ssm.ops._gated_delta.config:GatedDeltaRuleConfig",
     kernel="MaterializeGatedDelta",
     home="cute_ssm.serving",
     workload=False,
