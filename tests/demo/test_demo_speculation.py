@@ -89,6 +89,7 @@ def repetitive_model():
     return small_model(torch.float32, **SPECULATIVE)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     ("prompt", "seed", "temperature"), [("The import statement", 0, 0.5), ("A class", 1, 0.0), ("If the\n\n  ", 2, 1.0)]
 )
@@ -103,6 +104,7 @@ def test_speculation_generates_the_text_of_the_token_by_token_decode(shipped, pr
     assert sum(step.accepted for step in runs[1].steps) == 36 and runs[1].writes > 0
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("state_dtype", "draft"), [(torch.float16, 1), (torch.float16, 15), (torch.bfloat16, 7)])
 def test_so_it_does_with_narrow_states_and_other_drafts(shipped, state_dtype, draft):
     model, tokenizer = shipped
@@ -229,6 +231,7 @@ def test_a_plot_of_the_steps_names_what_ran(draft, dtype, tmp_path, capsys, monk
         assert "MB saved compared with a write in every step" in capsys.readouterr().out
 
 
+@pytest.mark.wide
 def test_drafts_are_drawn_with_the_random_numbers_of_their_position(shipped):
     """With temperature: then what the model expects and what it chooses lean the same way, and more is accepted."""
     model, tokenizer = shipped

@@ -172,6 +172,7 @@ def test_load_and_store_by_any_access(name, access):
     same_bits(again[~values.isnan()], stored[~values.isnan()])
 
 
+@pytest.mark.thin(6)
 @pytest.mark.parametrize("count,dstate", [(1, 17), (2, 18), (4, 20), (8, 24), (16, 32), (2, 32)])
 @pytest.mark.parametrize("name", TYPES)
 def test_a_stored_state_does_not_depend_on_the_tiling(name, count, dstate):

@@ -157,7 +157,7 @@ def test_forms_on_one_multiprocessor(form, history, mode, backend):
         verify(case)
 
 
-@pytest.mark.thin(3)
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "knobs",
     [
@@ -295,7 +295,7 @@ def test_five_runs_of_the_reference_have_the_same_bits(history):
     assert len({digest(verify(case)) for _ in range(5)}) == 1
 
 
-@pytest.mark.thin(2)
+@pytest.mark.wide
 @pytest.mark.parametrize("case", [WRITES, dataclasses.replace(WRITES, state="i8", history="ring")], ids=str)
 def test_five_runs_of_the_kernel_have_the_same_bits(case, backend):
     digests = set()
@@ -492,6 +492,7 @@ def sample(rng: random.Random) -> Case:
     )
 
 
+@pytest.mark.thin(10)
 @pytest.mark.parametrize("seed", range(200))
 def test_random_configuration_of_the_reference(seed):
     verify(sample(random.Random(seed)), seed)

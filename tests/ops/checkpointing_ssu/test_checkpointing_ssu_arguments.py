@@ -368,6 +368,7 @@ LEGAL = [
 ]
 
 
+@pytest.mark.thin(4, "emulated")
 @EMULATED
 @pytest.mark.parametrize(("start", "changes"), LEGAL)
 def test_what_is_never_read_may_be_anything(start, changes, emulated):

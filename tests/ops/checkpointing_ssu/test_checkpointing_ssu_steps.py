@@ -15,7 +15,7 @@ FEW = [
 ]
 
 
-@pytest.mark.thin(6, "state", "history")
+@pytest.mark.thin(12, "history")
 @pytest.mark.parametrize("case", RUNS, ids=str)
 def test_reference(case):
     verify_many(case)

@@ -43,7 +43,7 @@ def test_reference(form, shift):
     verify(dataclasses.replace(FORMS[form][0], shift=shift))
 
 
-@pytest.mark.thin(2)
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("form", "shift"),
     [
@@ -64,6 +64,7 @@ def test_results_at_any_alignment_are_those_of_aligned_rows(form, shift, backend
             same_bits(value, views[name], name)
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("name", ["x", "B", "C", "z", "out"])
 def test_one_unaligned_tensor_is_enough(name, backend):
     aligned, shifted = arguments(BASE), arguments(dataclasses.replace(BASE, shift=1))
@@ -75,6 +76,7 @@ def test_one_unaligned_tensor_is_enough(name, backend):
         same_bits(call[name], aligned[name], name)
 
 
+@pytest.mark.wide
 def test_views_of_a_fused_projection_in_a_declared_workload(backend):
     call = build("checkpointing_ssu", {"batch": 2, "T": 2, "nheads": 12, "dstate": 64, "z": 1, "fused": 1})
     rows = call.arguments

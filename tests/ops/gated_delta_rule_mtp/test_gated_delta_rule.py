@@ -70,7 +70,7 @@ def test_reference(case):
     verify(case)
 
 
-@pytest.mark.thin(10, "mode", "state", "io", "out")
+@pytest.mark.thin(25, "mode", "state", "io", "out")
 @pytest.mark.parametrize("case", CASES + SIZES, ids=str)
 def test_kernel(case, backend):
     with backend():
@@ -162,6 +162,7 @@ def test_bits_do_not_depend_on_batch_tiling_or_repetition(tokens, backend):
         equal(state, results[0][1])
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("tokens", [4, 6])
 def test_stored_states_are_the_final_states_of_prefixes(tokens, backend):
     """Bit for bit: the buffer, the scattered states, the accepted prefixes and the final state."""

@@ -219,6 +219,7 @@ def test_configs_fit():
     assert choose(BASE, archs.SM_90A, 512, 132) == GatedDeltaRuleConfig(128, 4)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("tokens", "most"), [(4, 3030), (8, 4300)])
 def test_issue_slots_and_bytes(tokens, most, backend):
     """Verification of float32 states: two tokens' worth of what a sequential kernel would need, and each byte once."""

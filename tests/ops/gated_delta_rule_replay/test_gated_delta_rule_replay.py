@@ -69,7 +69,7 @@ def test_reference(case):
     verify(case)
 
 
-@pytest.mark.thin(10, "state", "io", "out")
+@pytest.mark.thin(25, "state", "io", "out")
 @pytest.mark.parametrize("case", CASES + SIZES, ids=str)
 def test_kernel(case, backend):
     with backend():
@@ -130,7 +130,7 @@ def test_error_is_that_of_sequential_float32(regime, backend):
         assert error <= 1.5 * allowed, error / allowed
 
 
-@pytest.mark.thin(2)
+@pytest.mark.wide
 @pytest.mark.parametrize("tokens", [3, 8])
 def test_bits_do_not_depend_on_batch_tiling_window_flush_or_place_in_the_ring(tokens, backend):
     """A request gives the same outputs alone, in any order of a batch, in a longer ring, turned, flushing or not."""
@@ -247,7 +247,7 @@ def advance(call, accepted):
     )  # fmt: skip
 
 
-@pytest.mark.thin(4, "backend")
+@pytest.mark.wide
 @pytest.mark.parametrize(("state", "window"), [("f32", 16), ("bf16", 7)])
 @both
 def test_forty_steps(backend, state, window):

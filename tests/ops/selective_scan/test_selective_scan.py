@@ -121,6 +121,7 @@ def test_lengths(length, way, backend):
     assert len(session.launches) == (2 if way == "kernel" and length >= 512 else 1)
 
 
+@pytest.mark.thin(2, "backend")
 @both
 @pytest.mark.parametrize("state", ["f32", "bf16"])
 def test_chunks_carry_the_state(backend, state):
@@ -163,6 +164,7 @@ def test_packed_sequences_are_those_of_single_calls(backend):
     close(single["ssm_states"], call["ssm_states"], backend)
 
 
+@pytest.mark.wide
 def test_bits_do_not_depend_on_batch_tiling_or_repetition(backend):
     call = arguments(Case(lengths=(45,) * 4, dim=40, nulls=(), in_place=False, dstate=12))
     names = ("u", "delta", "B", "C", "z", "cache_indices", "has_initial_state")

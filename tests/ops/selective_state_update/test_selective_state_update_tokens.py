@@ -247,6 +247,7 @@ def sample(rng: random.Random) -> Tokens:
     )
 
 
+@pytest.mark.thin(10)
 @pytest.mark.parametrize("seed", range(300))
 def test_random_configuration_of_the_reference(seed):
     verify(sample(random.Random(seed)), seed)
