@@ -242,9 +242,14 @@ class StatePool(PoolStorage):
         conv_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> StatePool:
-        """Make a pool for `gated_delta_rule_replay`; parameters as there and for `mamba2`.
+        """Make a pool for `gated_delta_rule_replay`, which treats negative slots as padding: `pad_slot_id` is -1.
 
-        `pad_slot_id` is -1, because that operator treats negative slots as padding.
+        Parameters
+        ----------
+        layers, slots, window, tokens, conv_shape, conv_dtype, device
+            As for `mamba2`.
+        heads, value_heads, K, V, state_dtype, input_dtype
+            Sizes of a layer, type of the states, and type of q, k and v, as for `gated_delta_rule_replay`.
         """
         check_sizes(heads=heads, value_heads=value_heads, K=K, V=V, window=window, tokens=tokens)
         check_heads("value_heads", heads, value_heads)
@@ -299,8 +304,9 @@ class StatePool(PoolStorage):
     ) -> tuple[Tensor, Tensor]:
         """Build the operator's list of work before a step: `serving.build_work_items` with the pool's cursors.
 
-        Call it once for all layers.  Each row has `tokens` new tokens, or those of ``cu_seqlens``; ``work_items`` may
-        have more rows than the batch.
+        Call it once for all layers.  ``state_batch_indices`` holds the slot of each row, or `pad_slot_id`.  Each row
+        has `tokens` new tokens, or those of ``cu_seqlens``.  ``work_items``, which may have more rows than the batch,
+        and ``num_writes`` are **written**, or allocated if None; both are returned.
         """
         return build_work_items(
             self.prev_num_accepted_tokens,
