@@ -280,7 +280,7 @@ def test_names_of_the_package_in_documents_exist(document):
             assert re.search(rf"^(?:def|class) {name}\b", modules[module], re.M), f"{module}.{name}"
 
 
-def test_no_tracked_file_names_a_place_of_one_machine():
+def test_no_tracked_file_names_a_path_of_one_machine():
     listed = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")

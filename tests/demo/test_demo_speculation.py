@@ -106,7 +106,7 @@ def test_speculation_generates_the_text_of_the_token_by_token_decode(shipped, pr
 
 @pytest.mark.thin(3)
 @pytest.mark.parametrize(("state_dtype", "draft"), [(torch.float16, 1), (torch.float16, 15), (torch.bfloat16, 7)])
-def test_so_it_does_with_narrow_states_and_other_drafts(shipped, state_dtype, draft):
+def test_speculation_with_narrow_states_and_other_drafts_generates_the_same_text(shipped, state_dtype, draft):
     model, tokenizer = shipped
     prompt, sampler = tokenizer.encode("The value of the class is the"), Sampler(0.3, 3)
     one = list(Generation(model, prompt, 30, sampler).run())

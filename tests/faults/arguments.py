@@ -33,7 +33,7 @@ FAULTS = [
         "cute_ssm/ops/_arguments.py",
         "t[:batch] if isinstance(t, Tensor)",
         "t if isinstance(t, Tensor)",
-        (LONGER + "test_rows_after_those_of_the_batch_are_not_looked_at[step]",),
+        (LONGER + "test_rows_beyond_the_batch_are_not_read[step]",),
     ),
     Fault(
         "counts of padding are checked",

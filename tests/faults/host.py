@@ -136,7 +136,7 @@ FAULTS = [
         "cute_ssm/compat/fla.py",
         "pool.copy_(initial_state.mT)",
         "pool.copy_(initial_state.reshape(pool.shape))",
-        ("tests/ops/gated_delta_rule_mtp/test_gated_delta_rule_compat.py::test_fla",),
+        ("tests/ops/gated_delta_rule_mtp/test_gated_delta_rule_mtp_compat.py::test_fla",),
     ),
     Fault(
         "half of the bandwidth of a copy",
@@ -157,7 +157,7 @@ FAULTS = [
         "cute_ssm/ops/build_work_items/config.py",
         "FEW_ROWS // WARP if batch <= FEW_ROWS else MOST_WARPS",
         "MOST_WARPS + 1 if batch <= FEW_ROWS else MOST_WARPS",
-        ("tests/ops/commit/test_serving_cursors.py::test_emulated_sizes",),
+        ("tests/ops/commit/test_commit_and_build_work_items.py::test_emulated_sizes",),
     ),
     Fault(
         "decoding by tokens for any number of them",

@@ -7,9 +7,9 @@ ROWS = "cute_ssm/ops/_cursors/rows.py"
 ITEMS = "cute_ssm/ops/build_work_items/kernel.py"
 STATE = "cute_ssm/ops/materialize/kernel.py"
 POOL = "cute_ssm/serving/pool.py"
-CURSORS = "tests/ops/commit/test_serving_cursors.py::test_emulated_sizes"
+CURSORS = "tests/ops/commit/test_commit_and_build_work_items.py::test_emulated_sizes"
 RANGE = "tests/ops/test_serving_out_of_range.py::"
-STATES = "tests/ops/materialize/test_serving_materialize.py::"
+STATES = "tests/ops/materialize/test_materialize.py::"
 
 FAULTS = [
     Fault(
@@ -24,21 +24,21 @@ FAULTS = [
         COMMIT,
         "cursor = pending - rest if pending >= rest else cursor + pending",
         "cursor = cursor + pending",
-        ("tests/ops/commit/test_serving_cursors.py::test_emulated",),
+        ("tests/ops/commit/test_commit_and_build_work_items.py::test_emulated",),
     ),
     Fault(
         "the buffer does not change",
         COMMIT,
         "cursor = 1 - cursor",
         "cursor = cursor",
-        ("tests/ops/commit/test_serving_cursors.py::test_emulated",),
+        ("tests/ops/commit/test_commit_and_build_work_items.py::test_emulated",),
     ),
     Fault(
         "seeds of the first layer alone",
         COMMIT,
         "cutlass.range(tensors.rand_seed.shape[0], unroll=4)",
         "cutlass.range(1, unroll=1)",
-        ("tests/ops/commit/test_serving_cursors.py::test_emulated",),
+        ("tests/ops/commit/test_commit_and_build_work_items.py::test_emulated",),
     ),
     Fault(
         "slots are compared with one bound",
@@ -59,14 +59,14 @@ FAULTS = [
         ITEMS,
         "rank = before + cute.arch.popc(ballot & Int32(below))",
         "rank = before",
-        ("tests/ops/commit/test_serving_cursors.py::test_emulated",),
+        ("tests/ops/commit/test_commit_and_build_work_items.py::test_emulated",),
     ),
     Fault(
         "no barrier between the two passes",
         ITEMS,
         "        cute.arch.sync_threads()\n        before, total",
         "        before, total",
-        ("tests/ops/commit/test_serving_cursors.py::test_emulated",),
+        ("tests/ops/commit/test_commit_and_build_work_items.py::test_emulated",),
     ),
     Fault(
         "weights of tokens by the wrong sum",
@@ -115,6 +115,6 @@ FAULTS = [
         "cute_ssm/ops/materialize_gated_delta/reference.py",
         "positions = (start + torch.arange(count)) % rings.k.shape[2]",
         "positions = torch.arange(count) % rings.k.shape[2]",
-        ("tests/ops/materialize_gated_delta/test_serving_materialize_gated.py::test_reference",),
+        ("tests/ops/materialize_gated_delta/test_materialize_gated_delta.py::test_reference",),
     ),
 ]

@@ -410,7 +410,7 @@ def test_gradients_run_as_before(calls, scans):
 
 
 @pytest.mark.parametrize("argument", ["state", "hidden_states", "dt", "A", "B", "C", "D", "dt_bias", "z"])
-def test_any_tensor_alone_that_requires_grad_makes_a_step_run_as_before(argument):
+def test_a_step_runs_unpatched_if_any_one_tensor_requires_grad(argument):
     """Also what no layer computes from activations, such as D."""
     ran = []
     step = integration._update(lambda *args, **kwargs: ran.append("original"))
@@ -424,7 +424,7 @@ def test_any_tensor_alone_that_requires_grad_makes_a_step_run_as_before(argument
 
 
 @pytest.mark.parametrize("argument", range(8))
-def test_any_tensor_alone_that_requires_grad_makes_a_scan_run_as_before(argument):
+def test_a_scan_runs_unpatched_if_any_one_tensor_requires_grad(argument):
     ran = []
     scan = integration._scan(lambda *args, **kwargs: ran.append("original"))
     tokens, columns = (1, 4, 3), (1, 2, 3)

@@ -281,7 +281,7 @@ def test_gradients_of_the_scan_have_the_types_and_shapes_of_the_arguments():
 
 
 @pytest.mark.parametrize("argument", NAMES)
-def test_one_argument_alone_that_requires_grad_gets_its_gradient(argument):
+def test_a_single_argument_that_requires_grad_gets_its_gradient(argument):
     tensors = dict(zip(NAMES, scan_inputs()))
     tensors[argument].requires_grad_()
     out = mamba_ssm.selective_scan_fn(**tensors)

@@ -31,7 +31,7 @@ def longer(tensor):
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_rows_after_those_of_the_batch_are_not_looked_at(call):
+def test_rows_beyond_the_batch_are_not_read(call):
     operator, make, names = CALLS[call]
     exact = make()
     long = copy(exact) | {name: longer(exact[name]) for name in names}

@@ -226,7 +226,7 @@ def entry(tensors: list, scalars: list):
 
 @pytest.mark.thin(5)
 @pytest.mark.parametrize("name", EVERY)
-def test_the_entry_of_a_kernel_takes_strides_of_each_tensor_alone(name, monkeypatch):
+def test_the_entry_of_a_kernel_takes_independent_strides_of_each_tensor(name, monkeypatch):
     spec, config, args = planned(name, monkeypatch)
     on_cpu = functools.partial(make_fake_tensor, memspace=cute.AddressSpace.generic)
     monkeypatch.setattr(fakes_of_kernels, "make_fake_tensor", on_cpu)

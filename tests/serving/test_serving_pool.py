@@ -325,7 +325,7 @@ def test_commit_advances_the_seeds_of_the_batch():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_inputs_of_convolutions_move_for_rows_alone_whose_cursors_do(packed):
+def test_commit_shifts_conv_state_of_committed_rows_only(packed):
     """Slots and counts that the host looks at only where it can: on a CPU, `commit` refuses them before."""
     pool = make()
     pool.conv_state.random_(1, 100)

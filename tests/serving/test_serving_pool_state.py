@@ -85,7 +85,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", POOLS)
-def test_a_copy_goes_on_like_the_pool_bit_for_bit_and_apart_from_it(kind, way):
+def test_a_copied_pool_continues_bit_for_bit_and_independently(kind, way):
     pool, run = started(POOLS[kind])
     twin = WAYS[way](pool)
     assert twin is not pool and same(pool, twin) and twin._free == pool._free and twin._free is not pool._free
@@ -197,7 +197,7 @@ def test_a_state_dict_with_wrong_contents_changes_nothing(message):
     same_bits(pool._unallocated, frozen._unallocated)
 
 
-def test_state_dicts_that_are_none_and_such_with_graphs():
+def test_wrong_state_dicts_are_refused_and_gradients_are_not_loaded():
     pool, _ = started(mamba2)
     for wrong in (None, 3, [1]):
         with pytest.raises(TypeError, match="state_dict: expected a dict that state_dict"):
@@ -466,7 +466,7 @@ def test_a_layer_that_cannot_be_folded_leaves_all_layers_as_they_are(message):
     assert same(pool, frozen)
 
 
-def test_decays_may_be_one_tensor_of_all_layers_and_are_no_iterator():
+def test_decays_are_a_sequence_or_one_tensor_of_all_layers_but_no_iterator():
     pool, run = started(mamba2)
     one, two = pool.allocate(), pool.allocate()
     A = torch.stack([rate[:, 0, 0] for rate in rates()])[..., None, None].expand(LAYERS, 2, 16, 64)
@@ -480,7 +480,7 @@ def test_decays_may_be_one_tensor_of_all_layers_and_are_no_iterator():
 
 # --------------------------------------------------------------------------------------------------------- other pools
 @pytest.mark.parametrize("kind", POOLS)
-def test_a_sequence_that_is_swapped_to_another_pool_and_back_goes_on_bit_for_bit(kind):
+def test_a_sequence_swapped_to_another_pool_and_back_continues_bit_for_bit(kind):
     """With other slots, after which the first ones are poisoned; seeds would stay with their pool."""
     make = POOLS[kind] if kind != "ring with seeds" else lambda: mamba2(state_dtype=torch.float16)
     pool, run = started(make)

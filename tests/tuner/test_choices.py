@@ -64,7 +64,7 @@ def step_specs():
 
 
 @pytest.mark.parametrize("target", arch.ARCHS.values(), ids=lambda target: target.name)
-def test_the_form_of_a_step_depends_on_the_spec_and_the_bound_of_tokens_alone(target):
+def test_the_form_of_a_step_depends_only_on_the_spec_and_the_bound_of_tokens(target):
     forms = set()
     for spec in step_specs():
         for few, bounds in {True: (2, 5, 8), False: (1, 9, 16) if spec.tokens != "one" else (1,)}.items():

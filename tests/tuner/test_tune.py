@@ -265,7 +265,7 @@ def test_options_that_mean_nothing_are_refused(options, message, tmp_path, capsy
 
 
 @pytest.mark.parametrize("where", ["variable", "home"])
-def test_without_out_the_table_has_a_place_that_is_said_first(where, tmp_path, settings, monkeypatch, capsys):
+def test_without_out_the_path_of_the_table_is_printed_first(where, tmp_path, settings, monkeypatch, capsys):
     """With no option but the operator's: the first line names the file, before anything is searched."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     folder = tmp_path / "config" / "cute_ssm" / "tuning"
@@ -285,7 +285,7 @@ def test_without_out_the_table_has_a_place_that_is_said_first(where, tmp_path, s
     assert not folder.exists(), "nothing is made before there is something to write"
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_the_search(tmp_path, capsys):
+def test_a_table_that_cannot_be_written_is_refused_before_the_search(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["tune", OP, "--objective", "counters", "--out", str(tmp_path / "file" / "t.json")]) == 2
     assert "--out: expected a file in a folder that can be written" in capsys.readouterr().err

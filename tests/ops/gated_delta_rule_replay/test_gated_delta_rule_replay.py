@@ -132,7 +132,7 @@ def test_error_is_that_of_sequential_float32(regime, backend):
 
 @pytest.mark.wide
 @pytest.mark.parametrize("tokens", [3, 8])
-def test_bits_do_not_depend_on_batch_tiling_window_flush_or_place_in_the_ring(tokens, backend):
+def test_bits_do_not_depend_on_batch_tiling_window_flush_or_ring_start(tokens, backend):
     """A request gives the same outputs alone, in any order of a batch, in a longer ring, turned, flushing or not."""
     rows = ("q", "k", "v", "a", "b", "initial_state_indices")
     results = []

@@ -158,7 +158,7 @@ def test_heads_must_divide_value_heads():
     expect(call, "v", ValueError, "expected value_heads that is a multiple of heads = 2, got value_heads = 3")
 
 
-def test_what_unused_slots_hold_is_not_looked_at():
+def test_contents_of_unused_slots_are_not_read():
     call = arguments(Case())
     unused = torch.ones(26, dtype=torch.bool)
     unused[call["initial_state_indices"][call["initial_state_indices"] >= 0].long()] = False
