@@ -18,7 +18,7 @@ REFUSALS = (TypeError, ValueError)
 
 
 class Plans(dict[Hashable, P]):
-    """Plans by key, `MOST_PLANS` at most: sizes come and go.
+    """Plans by key, at most `MOST_PLANS`, which bounds the memory that varying shapes take.
 
     A key holds everything that a kernel is chosen by, and what its own entry does not check before it launches.
     """

@@ -172,7 +172,7 @@ class Given(dict[str, Tensor]):
         Parameters
         ----------
         sizes : mapping
-            The axes that ``*name`` stands for; their sizes are of no matter.
+            The axes that ``*name`` stands for; their sizes are not used.
         only : iterable of str
             The tensors: those whose sizes are read before all shapes can be compared.
         """
@@ -186,8 +186,8 @@ class Given(dict[str, Tensor]):
         """Raise unless all shapes are those of the table; an axis without a size may have any."""
         for name, tensor in self.items():
             arg = self.table.tensors[name]
-            own = tensor.shape if tensor.dim() == len(_letters(arg, sizes)) else [0] * len(_letters(arg, sizes))
-            shape = tuple(size if known is None else known for known, size in zip(_numbers(arg, sizes), own))
+            given = tensor.shape if tensor.dim() == len(_letters(arg, sizes)) else [0] * len(_letters(arg, sizes))
+            shape = tuple(size if known is None else known for known, size in zip(_numbers(arg, sizes), given))
             arguments.check_shape(self.public(name), tensor, shape, spelled(_letters(arg, sizes)), arg.written)
 
     def check_dtypes(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from cute_ssm import tuning
 from cute_ssm.workloads import Call
 
-COARSE = 2.0**-5  # of the largest value: what no rounding explains is far above
+COARSE = 2.0**-5  # of the largest value; larger errors are not rounding
 
 
 class Gate:

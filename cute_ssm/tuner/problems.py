@@ -31,7 +31,7 @@ class Case:
         return " ".join([self.op, *(f"{key}={value}" for key, value in self.keys)])
 
     def digest(self) -> str:
-        """Twelve digits that stand for it."""
+        """Return a stable ID of twelve hexadecimal digits."""
         return digest(self)
 
 

@@ -109,7 +109,7 @@ def build(op: str, keys: Keys, device: torch.device | str = "cpu", fill: bool = 
     known = parameters(op)
     unknown = [key for key in keys if key not in known]
     if unknown:
-        raise ValueError(describe(unknown[0], f"one of {', '.join(known)}", "a key of no meaning"))
+        raise ValueError(describe(unknown[0], f"one of {', '.join(known)}", f"the unknown key {unknown[0]!r}"))
     values = {}
     for key, value in keys.items():
         try:

@@ -1,4 +1,4 @@
-"""Plans of calls on a GPU: bounded, whatever sizes come and go; a kernel that refuses leads to the checks.
+"""Plans of calls on a GPU: bounded under varying sizes; a kernel that refuses leads to the checks.
 
 The GPU is pretended: tensors that say they are on one, and kernels that note their calls.
 """

@@ -37,7 +37,7 @@ from cute_ssm.tuner import timing
 
 SAMPLES = {False: 40, True: 12}  # by --quick
 GATE_REQUESTS = 2
-COARSE = 2.0**-5  # of the largest value: what no rounding explains is far above
+COARSE = 2.0**-5  # of the largest value; larger errors are not rounding
 
 
 def versions() -> dict[str, str]:

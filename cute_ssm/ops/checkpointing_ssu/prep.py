@@ -255,8 +255,8 @@ class Prep:
                     step = memory.load_scalar(records[i] + (2 * cutlass.min(later, pending - 1) + 1), Float32)
                     sums = carry[i] + math.remaining_sum(rates[i] * step if later < pending else Float32(0.0))
                     carry[i] = cute.arch.shuffle_sync(sums, lane & 16)
-                    own = memory.load_scalar(records[i] + (2 * cutlass.min(base + j, pending - 1) + 1), Float32)
-                    weight = power_of_two(sums * LOG2E) * own if later <= pending else Float32(0.0)
+                    token_step = memory.load_scalar(records[i] + (2 * cutlass.min(base + j, pending - 1) + 1), Float32)
+                    weight = power_of_two(sums * LOG2E) * token_step if later <= pending else Float32(0.0)
                     if side == 0 or const_expr(2 * i + 1 < layout.heads):
                         memory.store_scalar(records[i] + (layout.weights // 4 + base + j), weight, Float32)
         for i in cutlass.range_constexpr(self.pairs):

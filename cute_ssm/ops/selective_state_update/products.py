@@ -186,10 +186,10 @@ class TokenProducts:
         lane = memory.pinned(lane)  # the compiler does not hoist what depends on it out of the branch
         results = sums
         for t in cutlass.range(count, unroll=1):
-            own = [lane % 4 * 2, lane % 4 * 2 + 1]  # the lane's two tokens
-            earlier = [cutlass.select_(own[i % 2] <= t, value, Float32(0.0)) for i, value in enumerate(x)]
+            lane_tokens = [lane % 4 * 2, lane % 4 * 2 + 1]
+            earlier = [cutlass.select_(lane_tokens[i % 2] <= t, value, Float32(0.0)) for i, value in enumerate(x)]
             alone = self.add_inputs(earlier, coefficients, sums)
-            results = [cutlass.select_(own[n % 2] == t, alone[n], results[n]) for n in range(4)]
+            results = [cutlass.select_(lane_tokens[n % 2] == t, alone[n], results[n]) for n in range(4)]
         return results
 
     @cute.jit

@@ -46,12 +46,12 @@ class SingleToken:
         cute.arch.mbarrier_wait(stage.full, phase)
         for i in cutlass.range(self.blocks, unroll=min(self.blocks, 2)):
             block = self.view.block_of(unit.first_row, stage.at, i, lane)
-            own = self.io.load_row(head, tensors, unit, 0, block.row)
+            row_scalars = self.io.load_row(head, tensors, unit, 0, block.row)
             scale = self.stores.load_scale(tensors, unit, block.row)
             rows, sums = [], []
             for s in cutlass.range_constexpr(self.view.steps):
-                gain = math.exchanged(own.gain, s)
-                decays = self.io.column_decays(tensors, unit, own.decay, block.first_row, s, lane)
+                gain = math.exchanged(row_scalars.gain, s)
+                decays = self.io.column_decays(tensors, unit, row_scalars.decay, block.first_row, s, lane)
                 values, total = self.view.load(block.at, lane, s, scale), Float32(0.0)
                 for k in cutlass.range_constexpr(self.view.columns):
                     values[k] = cute.math.fma(gain, B[k], values[k] * decays[k])
@@ -62,7 +62,7 @@ class SingleToken:
                     self.view.store(block, lane, s, values, None, random)
             y = math.sum_exchanged(sums, self.view.lanes)
             if self.view.owns_row(lane):
-                self.io.store_output(tensors, unit, 0, block.row, y, own.skip)
+                self.io.store_output(tensors, unit, 0, block.row, y, row_scalars.skip)
             if const_expr(self.spec.writes_last_state and self.view.scaled):
                 target = ScaleTarget(tensors.state_scale, (destination.slot, unit.head, block.row))
                 self.stores.store_rows(target, destination.active, rows, block, random, lane)

@@ -63,11 +63,11 @@ class StateStores:
         lane: Int32,
     ) -> None:
         """Quantise a block into shared memory, and write its scales to global memory if `active`."""
-        own = self.view.encode(rows)
+        row_scale = self.view.encode(rows)
         for s in cutlass.range_constexpr(self.view.steps):
-            self.view.store(block, lane, s, rows[s], own.encode, random)
+            self.view.store(block, lane, s, rows[s], row_scale.encode, random)
         if active and self.view.owns_row(lane):
-            memory.store_scalar(memory.address(scale_target.scales, *scale_target.coordinate), own.scale, Float32)
+            memory.store_scalar(memory.address(scale_target.scales, *scale_target.coordinate), row_scale.scale, Float32)
 
     @cute.jit
     def store_token_state(

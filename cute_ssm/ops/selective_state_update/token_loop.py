@@ -77,7 +77,7 @@ class TokenLoop:
                 head = HeadScalars(step, None, decay)
             elif const_expr(self.spec.A_tied or self.spec.dt_tied):
                 head = self.io.load_head(tensors, unit, t)
-            own = self.io.load_row(head, tensors, unit, t, block.row)
+            row_scalars = self.io.load_row(head, tensors, unit, t, block.row)
             if const_expr(self.staged.possible):
                 if t & (STAGED_TOKENS - 1) == 0 and (
                     i == 0 or count > STAGED_TOKENS
@@ -89,15 +89,15 @@ class TokenLoop:
                     self.io.load_columns(self.io.pointer(tensor, unit, t, group, 0), lane)
                     for tensor in (tensors.B, tensors.C)
                 )
-            own_gain = own.gain
+            row_gain = row_scalars.gain
             if const_expr(self.spec.decay_tied):
-                own_gain = own_gain * math.reciprocal(product)
+                row_gain = row_gain * math.reciprocal(product)
             sums = []
             for s in cutlass.range_constexpr(self.view.steps):
-                gain, total = math.exchanged(own_gain, s), Float32(0.0)
+                gain, total = math.exchanged(row_gain, s), Float32(0.0)
                 decays: list[Float32] = []
                 if const_expr(not self.spec.decay_tied):
-                    decays = self.io.column_decays(tensors, unit, own.decay, block.first_row, s, lane)
+                    decays = self.io.column_decays(tensors, unit, row_scalars.decay, block.first_row, s, lane)
                 for k in cutlass.range_constexpr(self.view.columns):
                     value = held[s * self.view.columns + k]
                     if const_expr(not self.spec.decay_tied):
@@ -110,7 +110,7 @@ class TokenLoop:
             if const_expr(self.spec.decay_tied):
                 y *= product
             if self.view.owns_row(lane):
-                self.io.store_output(tensors, unit, t, block.row, y, own.skip)
+                self.io.store_output(tensors, unit, t, block.row, y, row_scalars.skip)
             if const_expr(self.spec.writes_every_state):
                 rows = self.state_rows(held, product)
                 self.stores.store_token_state(tensors, scalars, unit, rows, block, t, lane)
