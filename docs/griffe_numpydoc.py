@@ -11,6 +11,8 @@ import cute_ssm
 
 FIELD = re.compile(r"^(\s*[\w*, \\`]+ : )(?=.*[,/])", re.M)  # "x : Tensor, (batch, dim), float32/float16"
 LITERAL = re.compile(r" ?::$", re.M)
+# Names that share a text, "x, z, out\n    As for ...": the parser would give all of them the type of the first.
+GROUP = re.compile(r"^( *)(\w+(?:, \w+)+)\n((?:\1 +\S.*(?:\n|\Z))+)", re.M)
 NOT_PYTHON = "\u2060"  # no width; types that are no Python are shown as they stand
 
 SERVING = ("StatePool", "build_work_items", "commit", "materialize", "materialize_gated_delta")
@@ -22,9 +24,18 @@ class Numpydoc(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite the docstring of a module, class or function."""
         if obj.docstring is not None:
-            text = FIELD.sub(rf"\1{NOT_PYTHON}", obj.docstring.value)
+            text = GROUP.sub(self._one_by_one, obj.docstring.value)
+            text = FIELD.sub(rf"\1{NOT_PYTHON}", text)
             text = LITERAL.sub(":", text)
             obj.docstring.value = re.sub(r"(?<!`)`((?:cute_ssm\.)?[\w.]+)`(?!`)", self._link, text)
+
+    @staticmethod
+    def _one_by_one(found: re.Match[str]) -> str:
+        """Give each of several names an entry, unless they are exceptions."""
+        indent, names, text = found.groups()
+        if "Error" in names:
+            return found[0]
+        return "".join(f"{indent}{name}\n{text.rstrip()}\n" for name in names.split(", "))
 
     @staticmethod
     def _link(found: re.Match[str]) -> str:

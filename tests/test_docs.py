@@ -107,6 +107,8 @@ def test_site_builds_and_has_every_public_function(tmp_path):
     assert all(f'id="cute_ssm.{name}"' in operators for name in cute_ssm.__all__ if name != "__version__")
     functions = (tmp_path / "api" / "serving" / "index.html").read_text()
     assert all(f'id="cute_ssm.serving.{name}"' in functions for name in serving.__all__)
+    words = re.sub(r"<[^>]+>|\s", "", operators.partition('id="cute_ssm.checkpointing_ssu_ring"')[2])
+    assert "dt_softplus(bool,default:False)" in words, "each of the names that share a text has its own type"
 
 
 def test_environment_table_is_that_of_the_code():

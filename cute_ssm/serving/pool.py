@@ -249,7 +249,7 @@ class StatePool(PoolStorage):
         layers, slots, window, tokens, conv_shape, conv_dtype, device
             As for `mamba2`.
         heads, value_heads, K, V, state_dtype, input_dtype
-            Sizes of a layer, type of the states, and type of q, k and v, as for `gated_delta_rule_replay`.
+            Sizes and types of a layer's tensors, as for `gated_delta_rule_replay`; inputs are q, k and v.
         """
         check_sizes(heads=heads, value_heads=value_heads, K=K, V=V, window=window, tokens=tokens)
         check_heads("value_heads", heads, value_heads)
