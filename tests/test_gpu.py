@@ -11,8 +11,7 @@ from cute_ssm.tuner.gate import Gate
 from cute_ssm.workloads.maker import moved
 
 pytestmark = pytest.mark.gpu
-SMALL = {"selective_scan": {"dim": 64, "length": 100, "batch": 2}}
-CALLS = [(op, SMALL.get(op, {workloads.batch_key(op): 3})) for op in workloads.OPERATORS]
+CALLS = [(op, {**workloads.small(op), workloads.batch_key(op): 3}) for op in workloads.OPERATORS]
 each_call = pytest.mark.parametrize(("op", "keys"), CALLS, ids=[op for op, _ in CALLS])
 
 
