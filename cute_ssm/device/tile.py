@@ -183,9 +183,9 @@ class StateTile:
 
     def global_view(self, state: cute.Tensor) -> cute.Tensor:
         """Return the pool [slots, heads, dim, dstate] in the order of `tensor_box`."""
-        slots, heads, dim, dstate = state.shape
+        slots, heads, dim = state.shape[:3]
         row = self.piece * 8 // self.dtype.width
-        shape, stride = (row, heads * dim, self.pieces, slots), (1, dstate, row, state.stride[0])
+        shape, stride = (row, heads * dim, self.pieces, slots), (1, state.shape[3], row, state.stride[0])
         return cute.make_tensor(state.iterator, cute.make_layout(shape, stride=stride))
 
     def partition(self, atom: cute.CopyAtom, view: cute.Tensor, tiles: cute.Tensor) -> TileCopy:

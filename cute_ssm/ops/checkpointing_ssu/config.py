@@ -9,7 +9,7 @@ import dataclasses
 import enum
 import functools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from cute_ssm.arch import WARP, Arch
 from cute_ssm.errors import UnsupportedSpecError
@@ -346,6 +346,15 @@ def _tuned(
     return config if d_split else tables.tuned(config, spec, arch, batch * spec.heads, CheckpointingSSUConfig.FREE)
 
 
+class _Candidate(NamedTuple):
+    """A config, its number of units, the heads of the busiest SM, and its rank among those of even work."""
+
+    config: CheckpointingSSUConfig
+    units: int
+    busiest: int
+    rank: tuple[int, bool, int, int, int]
+
+
 @functools.lru_cache(maxsize=4096)
 def _choose(
     spec: CheckpointingSSUSpec, arch: Arch, batch: int, sm_count: int, d_split: int | None
@@ -373,15 +382,15 @@ def _choose(
                 flight = ctas * consumers * config.depth * launch.layout(spec).tile_bytes
                 wanted = CONSUMERS if units > sm_count else min(FEW_CONSUMERS, heads)
                 lacking = abs(wanted - ctas * consumers)
-                order = (lacking, flight < FLIGHT and units > sm_count, -heads, split, -flight)
-                found.append((busiest, order, config, units))
+                rank = (lacking, flight < FLIGHT and units > sm_count, -heads, split, -flight)
+                found.append(_Candidate(config, units, busiest, rank))
     if not found:
         raise UnsupportedSpecError(f"no config fits {spec.text()} with d_split = {d_split} on {arch.name}")
-    even = min(busiest for busiest, _, _, _ in found) * UNEVEN
-    _, _, config, units = min((entry for entry in found if entry[0] <= even), key=lambda entry: entry[1])
-    if config.form == DYNAMIC and spec.work_items and units >= PAIR_UNITS * sm_count:
-        return dataclasses.replace(config, form=PAIR)
-    return config
+    even = min(candidate.busiest for candidate in found) * UNEVEN
+    best = min((candidate for candidate in found if candidate.busiest <= even), key=lambda candidate: candidate.rank)
+    if best.config.form == DYNAMIC and spec.work_items and best.units >= PAIR_UNITS * sm_count:
+        return dataclasses.replace(best.config, form=PAIR)
+    return best.config
 
 
 def _deepest_pipeline(

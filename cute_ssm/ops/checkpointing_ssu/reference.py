@@ -116,9 +116,9 @@ def update(call: Arguments, spec: CheckpointingSSUSpec) -> None:
         x, B, C, dt = (tensor[row.batch, row.tokens] for tensor in (o.x, o.B, o.C, o.dt))
         new_dt = step_sizes(dt[..., 0], dt_bias, spec.dt_softplus)
         state = rounding.load(o.state[row.slot], None if o.state_scale is None else o.state_scale[row.slot])
-        old = history.read(row.slot, row.cursor, row.pending)
-        every = torch.cat([old[0], x]), torch.cat([old[1], B]), torch.cat([old[2], new_dt], 1)
-        y = outputs(state, *every, A, C)
+        old_x, old_B, old_dt = history.read(row.slot, row.cursor, row.pending)
+        all_dt = torch.cat([old_dt, new_dt], 1)
+        y = outputs(state, torch.cat([old_x, x]), torch.cat([old_B, B]), all_dt, A, C)
         if D is not None:
             y = y + D[:, None] * x.float()
         if o.z is not None:
@@ -126,8 +126,8 @@ def update(call: Arguments, spec: CheckpointingSSUSpec) -> None:
         o.out[row.batch, row.tokens] = y.to(o.out.dtype)
         writes = row.pending + len(x) > spec.window
         if writes and row.pending:
-            _write(o, spec, row.slot, fold(state, *old, A))
-        sums = running_sums(A, new_dt if writes else every[2])[:, -len(x) :]
+            _write(o, spec, row.slot, fold(state, old_x, old_B, old_dt, A))
+        sums = running_sums(A, new_dt if writes else all_dt)[:, -len(x) :]
         history.append(row.slot, row.cursor, row.pending, writes, x, B, new_dt, sums)
 
 

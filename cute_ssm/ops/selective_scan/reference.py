@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,20 @@ from cute_ssm.reference.rounding import saturated
 if TYPE_CHECKING:
     from cute_ssm.ops.selective_scan.arguments import Arguments
 
-_WEIGHTS = (2, 5, 7)  # positions of A, D and delta_bias among the tensors of a scan, which have no axis of tokens
+_WEIGHTS = ("A", "D", "delta_bias")  # have no axis of tokens
+
+
+class _Inputs(NamedTuple):
+    """The tensors of a scan, or what belongs to each, in the order of `selective_scan`."""
+
+    u: Any
+    delta: Any
+    A: Any
+    B: Any
+    C: Any
+    D: Any
+    z: Any
+    delta_bias: Any
 
 
 def selective_scan(
@@ -112,39 +125,40 @@ def selective_scan_gradients(
     list of Tensor or None
         In the order, shapes and types of `tensors`.
     """
-    u, A = tensors[0], tensors[2]
-    if u is None or A is None:
-        raise ValueError("u and A are required")
-    batch, dim, length = u.shape
+    given = _Inputs(*tensors)
+    batch, dim, length = given.u.shape
     parts = [slice(begin, begin + segment) for begin in range(0, length, segment)]
 
-    def of(part: slice) -> list[Tensor | None]:
-        return [t if t is None or i in _WEIGHTS else t[..., part] for i, t in enumerate(tensors)]
+    def of(part: slice, values: _Inputs) -> _Inputs:
+        """Return those of some tokens."""
+        cut = {name: t if t is None or name in _WEIGHTS else t[..., part] for name, t in values._asdict().items()}
+        return _Inputs(**cut)
 
-    def scan(values: Sequence[Any], first: Tensor) -> tuple[Tensor, Tensor]:
-        u, delta, A, B, C, D, z, bias = values
-        return selective_scan(u, delta, A, B, C, D, z, bias, delta_softplus, first, compute_dtype)[1:]
+    def scan(values: _Inputs, first: Tensor) -> tuple[Tensor, Tensor]:
+        _, gated, state = selective_scan(*values, delta_softplus, first, compute_dtype)
+        return gated, state
 
-    carry = A.new_zeros(batch, dim, A.shape[1], dtype=compute_dtype)
+    carry = given.A.new_zeros(batch, dim, given.A.shape[1], dtype=compute_dtype)
     states = [carry]
     with torch.no_grad():
         for part in parts[:-1]:
-            states.append(scan(of(part), states[-1])[1])
+            _, state = scan(of(part, given), states[-1])
+            states.append(state)
     if grad_state is not None:
         carry = grad_state.to(compute_dtype)
-    found = [None if t is None else torch.zeros_like(t) for t in tensors]
+    found = _Inputs(*(None if t is None else torch.zeros_like(t) for t in given))
     for part, state in zip(reversed(parts), reversed(states)):
         with torch.enable_grad():
             first = state.detach().requires_grad_()
-            leaves = [None if t is None else t.detach().requires_grad_() for t in of(part)]
+            leaves = _Inputs(*(None if t is None else t.detach().requires_grad_() for t in of(part, given)))
             results = scan(leaves, first)
         wanted = [leaf for leaf in (*leaves, first) if leaf is not None]
         grads = iter(torch.autograd.grad(results, wanted, (grad_out[..., part].to(compute_dtype), carry)))
-        for i, total in enumerate(found):
+        for total in of(part, found):
             if total is not None:
-                (total if i in _WEIGHTS else total[..., part]).add_(next(grads))
+                total.add_(next(grads))
         carry = next(grads)
-    return found
+    return list(found)
 
 
 def scan_sequences(call: Arguments, ungated: Tensor | None, sequences: Sequence[plan.Sequence]) -> None:
