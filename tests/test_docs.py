@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -296,3 +297,15 @@ def test_no_tracked_file_names_a_path_of_one_machine():
             if place.search(line):
                 found.append(f"{name}:{number}: {line.strip()}")
     assert not found
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "cute_ssm").rglob("*.py")), ids=lambda f: str(f.relative_to(ROOT)))
+def test_files_and_functions_are_no_longer_than_the_rules_allow(file):
+    text = file.read_text(encoding="utf-8")
+    assert text.count("\n") <= 600
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+            assert lines <= 150, node.name
