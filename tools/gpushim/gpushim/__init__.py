@@ -1,0 +1,87 @@
+"""CUDA devices for a process on a machine without a GPU.
+
+    import gpushim
+
+    driver = gpushim.install([gpushim.Device("sm_90a", 132)], ".gpushim")   # before torch.cuda or cutlass is used
+    x = torch.randn(4, device="cuda")
+    kernel(x)                             # an object compiled by CuTe DSL: its own host code launches it
+    driver.launches[-1].grid, driver.refusals, driver.problems
+
+The machine code that CuTe DSL compiles for the host checks arguments, loads the binary, sets attributes and launches, as
+on a GPU.  What it calls is NVIDIA's own runtime wrappers, over functions of this package: they check each call as a
+driver would, and run the kernel's PTX in `ptxsim`, on host memory.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .checks import Attribute, Device, Error, Refusal
+from .driver import Driver, Launch
+
+__version__ = "0.1.0"
+__all__ = ["Attribute", "Device", "Driver", "Error", "Launch", "Refusal", "bundle_runtime", "driver", "install"]
+
+_installed: Driver | None = None
+
+
+def install(devices: Sequence[Device], folder: str | Path, **options: Any) -> Driver:
+    """Give this process CUDA devices, for its whole life.
+
+    Parameters
+    ----------
+    devices : sequence of Device
+        One at least.
+    folder : str or Path
+        Keeps the runtime library, and the PTX of what is compiled.  An object that was compiled elsewhere cannot run:
+        keep caches of objects beside it.
+    options
+        Options of ``ptxsim.emulate``, such as ``racecheck=True``.
+
+    Returns
+    -------
+    Driver
+
+    Raises
+    ------
+    RuntimeError
+        If it is too late, or PyTorch has CUDA or internals that this package does not know.
+    """
+    global _installed
+    if _installed is not None:
+        raise RuntimeError("gpushim is installed already")
+    if "cutlass" in sys.modules:
+        raise RuntimeError("install gpushim before cutlass is imported: it reads CUTE_DSL_LIBS then")
+    if not devices:
+        raise ValueError("devices: expected one at least, got none")
+    folder = Path(folder).absolute()
+    made = Driver(devices, folder / "lib", **options)
+    from . import build
+
+    # The loader of compiled objects looks symbols up in these libraries, in this order.
+    os.environ["CUTE_DSL_LIBS"] = f"{made.library}:{build.installed(build.RUNTIME)}"
+    from . import cutedsl
+    from . import devices as torch_devices
+
+    made.tensors = torch_devices.install(made)
+    cutedsl.install(made, folder / "ptx")
+    _installed = made
+    return made
+
+
+def driver() -> Driver:
+    """Return the driver of this process; raises `RuntimeError` if none is installed."""
+    if _installed is None:
+        raise RuntimeError("gpushim is not installed in this process")
+    return _installed
+
+
+def bundle_runtime(folder: str | Path) -> Path:
+    """Return a library to put in a bundle of ahead-of-time compiled kernels as its ``libcute_dsl_runtime.so``."""
+    from . import build
+
+    return build.bundle_runtime(Path(folder).absolute() / "lib")

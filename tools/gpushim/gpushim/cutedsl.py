@@ -1,0 +1,53 @@
+"""The PTX of compiled objects, which hold machine code alone: kept when they are compiled, by the digest of that code."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from . import cubin
+from .driver import Driver
+
+
+class Compiler:
+    """Stands for ``cutlass.cute.compile``; what it returns writes the PTX to a folder when it is exported.
+
+    With PTX kept, an object is byte for byte what it is without.
+    """
+
+    def __init__(self, real: Any, driver: Driver, folder: Path):
+        self._real, self._driver, self._folder = real, driver, folder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def __getitem__(self, options: Any) -> Compiler:
+        return Compiler(self._real[options], self._driver, self._folder)
+
+    def __call__(self, *arguments: Any, options: str | None = None, **keywords: Any) -> Any:
+        with tempfile.TemporaryDirectory() as dump:
+            keep = f"{options or ''} --keep-ptx --dump-dir {dump}"
+            compiled = self._real(*arguments, options=keep, **keywords)
+        export, ptx = compiled.export_to_c, compiled.__ptx__
+
+        def exported(*arguments: Any, **keywords: Any) -> Any:
+            result = export(*arguments, **keywords)
+            path = Path(arguments[0] if arguments else keywords["object_file_path"])
+            name = cubin.digest(cubin.of_object(path.read_bytes()))
+            (self._folder / name).write_text(ptx)
+            self._driver.ptx[name] = ptx
+            return result
+
+        compiled.export_to_c = exported
+        return compiled
+
+
+def install(driver: Driver, folder: Path) -> None:
+    """Let every compile of this process tell the driver its PTX, and the driver know what earlier processes compiled."""
+    import cutlass.cute as cute
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        driver.ptx[path.name] = path.read_text()
+    cute.compile = Compiler(cute.compile, driver, folder)

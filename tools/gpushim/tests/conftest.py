@@ -1,0 +1,19 @@
+"""This process gets two GPUs: run these tests alone, ``pytest tools/gpushim/tests``."""
+
+import gpushim
+import pytest
+
+
+def pytest_configure(config):
+    folder = config.cache.mkdir("gpushim")
+    gpushim.install([gpushim.Device("sm_90a", 132), gpushim.Device("sm_100a", 148)], folder)
+
+
+@pytest.fixture
+def driver():
+    """The driver, with nothing noted and device 0 current."""
+    driver = gpushim.driver()
+    driver.device, driver.execute, driver.reported_shared = 0, True, 0
+    for notes in (driver.launches, driver.refusals, driver.problems, driver.faults):
+        notes.clear()
+    return driver
