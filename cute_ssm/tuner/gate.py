@@ -73,7 +73,8 @@ def _far(name: str, got: torch.Tensor, want: torch.Tensor) -> str:
         return f"{name} is NaN where the reference is not, or the other way round"
     a, b = a.nan_to_num(), b.nan_to_num()
     distance, largest = float((a - b).abs().max()), float(b.abs().max())
-    allowed = COARSE * largest + (1.0 if not got.is_floating_point() else 0.0)
+    step = torch.finfo(got.dtype).eps if got.is_floating_point() else 0.0  # of float8 more than COARSE
+    allowed = max(COARSE, step) * largest + (1.0 if not got.is_floating_point() else 0.0)
     return "" if distance <= allowed else f"{name} differs from the reference by {distance:.3g} of {largest:.3g}"
 
 
