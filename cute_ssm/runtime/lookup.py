@@ -173,10 +173,26 @@ def _miss(spec: Spec, config: Config | None, arch: Arch) -> Function:
         function = _memory.get((spec, chosen, arch.name))
         if function is None:
             key = Key(spec, chosen, arch)
+            _refuse_capture(key)
             function = _logged(key, bundles.find(key) or _find(key))
             _memory[spec, chosen, arch.name] = function
         _memory[spec, config, arch.name] = function
     return function
+
+
+def _refuse_capture(key: Key) -> None:
+    """Raise `CuteSsmError` if the current stream is being captured: CUDA loads no kernels then."""
+    import torch
+
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+        raise CuteSsmError(
+            describe(
+                "CUDA graph",
+                "a capture of calls whose kernels are loaded",
+                f"a first call, whose kernel {key.name} must be loaded",
+                "make each call once before the capture: docs/guides/cuda-graphs.md",
+            )
+        )
 
 
 def _find(key: Key) -> Function:

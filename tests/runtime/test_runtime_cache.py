@@ -407,6 +407,21 @@ def test_a_wrong_compiler_is_named_with_the_command_that_mends_it(cache, monkeyp
         runtime.get(TinySpec(), arch=SM_90A)
 
 
+def test_a_first_call_during_a_capture_is_refused_before_anything_is_compiled(cache, compiled, monkeypatch):
+    """A kernel that is in memory is used: CUDA has loaded it."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(CuteSsmError, match=r"CUDA graph: .*make each call once before the capture"):
+        runtime.get(TinySpec(), TinyConfig(), arch.SM_90A)
+    assert compiled == []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    function = runtime.get(TinySpec(), TinyConfig(), arch.SM_90A)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert runtime.get(TinySpec(), TinyConfig(), arch.SM_90A) is function
+
+
 def test_the_target(settings, monkeypatch):
     import torch
 
