@@ -16,6 +16,14 @@ from cute_ssm.runtime.store import Store
 
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="run on the GPU what runs in the emulator otherwise")
+    parser.addoption("--shim", metavar="TARGET,...", help="give this process such GPUs, which are not there: gpushim")
+
+
+def pytest_configure(config):
+    if config.getoption("--shim"):
+        import shim
+
+        shim.install(config)
 
 
 def pytest_configure(config):
@@ -28,6 +36,11 @@ def pytest_collection_modifyitems(config, items):
     import torch
 
     slices.mark(items)
+    if config.getoption("--shim"):
+        skip = pytest.mark.skip(reason="times a GPU")
+        for item in items:
+            if "timed" in item.keywords:
+                item.add_marker(skip)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a GPU")
         for item in items:
@@ -40,6 +53,8 @@ def repeat_command(item: pytest.Item) -> str:
     words = ["pytest", item.nodeid]
     if item.config.getoption("--gpu"):
         words.append("--gpu")
+    if item.config.getoption("--shim"):
+        words += ["--shim", item.config.getoption("--shim")]
     for marker in ("slow", "wide"):  # a plain run leaves them out
         if item.get_closest_marker(marker):
             words += ["-m", marker]
@@ -60,6 +75,18 @@ def pytest_runtest_makereport(item, call):
 def backend(request):
     """Open the way that kernels run: ``with backend("sm_100a", sm_count=1): ...``; see `backends`."""
     return backends.BACKENDS[getattr(request, "param", "kernel")]
+
+
+@pytest.fixture(autouse=True)
+def _driver(request):
+    """Where GPUs are those of gpushim, fail a test whose launches a driver accepts, and that are wrong all the same."""
+    if request.config.getoption("--shim"):
+        import shim
+
+        with shim.watched():
+            yield
+    else:
+        yield
 
 
 def _forget() -> None:

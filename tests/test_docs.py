@@ -27,7 +27,12 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 SITE = sorted(DOCS.rglob("*.md"))
-OTHERS = ("CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", "tools/ptxsim/README.md", "tools/gpumodel/README.md")
+OTHERS = (
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "examples/README.md",
+    *(f"tools/{name}/README.md" for name in ("ptxsim", "gpumodel", "gpushim")),
+)
 DOCUMENTS = [README, *(ROOT / name for name in OTHERS), *SITE]
 SOURCES = "https://github.com/cute-ssm/cute_ssm/"
 

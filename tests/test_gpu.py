@@ -75,6 +75,7 @@ def test_a_call_in_steady_state_does_not_synchronise(op, keys):
     assert there.results()
 
 
+@pytest.mark.timed
 def test_times_of_configs_are_measured():
     from cute_ssm import runtime
     from cute_ssm.tuner import problems

@@ -31,6 +31,7 @@ def test_bits_are_compared_as_bytes():
 
 
 @pytest.mark.gpu
+@pytest.mark.timed
 @pytest.mark.parametrize("op", workloads.OPERATORS)
 def test_graph_and_compiled_calls_have_the_bits_of_plain_ones(op):
     if not torch.cuda.is_available():

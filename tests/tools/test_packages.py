@@ -1,4 +1,4 @@
-"""The three packages of this repository: what their wheels hold, and which of them may import which."""
+"""The packages of this repository: what their wheels hold, and which of them may import which."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import cute_ssm
 
 tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
 ROOT = Path(__file__).parents[2]
-FOLDERS = {"cute-ssm": ROOT, "ptxsim": ROOT / "tools/ptxsim", "gpumodel": ROOT / "tools/gpumodel"}
+TOOLS = ("ptxsim", "gpumodel", "gpushim")
+FOLDERS = {"cute-ssm": ROOT, **{name: ROOT / "tools" / name for name in TOOLS}}
 OWN = {
     "ptxsim": {"numpy", "torch", "cutlass", "triton", "ptxsim"},
     "gpumodel": {"numpy", "ptxsim", "matplotlib", "gpumodel"},
+    "gpushim": {"numpy", "torch", "cutlass", "ptxsim", "gpushim"},
 }
 
 

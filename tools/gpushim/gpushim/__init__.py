@@ -7,8 +7,8 @@
     kernel(x)                             # an object compiled by CuTe DSL: its own host code launches it
     driver.launches[-1].grid, driver.refusals, driver.problems
 
-The machine code that CuTe DSL compiles for the host checks arguments, loads the binary, sets attributes and launches, as
-on a GPU.  What it calls is NVIDIA's own runtime wrappers, over functions of this package: they check each call as a
+The machine code that CuTe DSL compiles for the host checks arguments, loads the binary, sets attributes and launches,
+as on a GPU.  What it calls is NVIDIA's own runtime wrappers, over functions of this package: they check each call as a
 driver would, and run the kernel's PTX in `ptxsim`, on host memory.
 """
 
@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import build, cutedsl
+from . import devices as torch_devices
 from .checks import Attribute, Device, Error, Refusal
 from .driver import Driver, Launch
 
@@ -58,17 +60,12 @@ def install(devices: Sequence[Device], folder: str | Path, **options: Any) -> Dr
         raise RuntimeError("install gpushim before cutlass is imported: it reads CUTE_DSL_LIBS then")
     if not devices:
         raise ValueError("devices: expected one at least, got none")
-    folder = Path(folder).absolute()
-    made = Driver(devices, folder / "lib", **options)
-    from . import build
+    made = Driver(devices, Path(folder).absolute(), **options)
 
     # The loader of compiled objects looks symbols up in these libraries, in this order.
     os.environ["CUTE_DSL_LIBS"] = f"{made.library}:{build.installed(build.RUNTIME)}"
-    from . import cutedsl
-    from . import devices as torch_devices
-
     made.tensors = torch_devices.install(made)
-    cutedsl.install(made, folder / "ptx")
+    cutedsl.install(made)
     _installed = made
     return made
 
@@ -82,6 +79,4 @@ def driver() -> Driver:
 
 def bundle_runtime(folder: str | Path) -> Path:
     """Return a library to put in a bundle of ahead-of-time compiled kernels as its ``libcute_dsl_runtime.so``."""
-    from . import build
-
     return build.bundle_runtime(Path(folder).absolute() / "lib")

@@ -1,4 +1,4 @@
-"""The shared libraries of this package, built by the C compiler at hand and kept by the digest of what they are made of."""
+"""The shared libraries of this package, built by the C compiler at hand and kept by the digest of their sources."""
 
 from __future__ import annotations
 

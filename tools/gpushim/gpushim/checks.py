@@ -86,7 +86,7 @@ class Device(NamedTuple):
 
 @dataclass(frozen=True)
 class Config:
-    """The configuration of one launch; ``attributes`` are the 64 bytes of each value by its number."""
+    """The configuration of one launch; ``attributes`` are the bytes of each value by its number."""
 
     grid: Dims
     block: Dims
@@ -99,7 +99,9 @@ class Config:
         """Return what 56 bytes of ``cudaLaunchConfig_t`` and its attributes say."""
         values = struct.unpack_from("<6I", raw)
         shared, stream = struct.unpack_from("<QQ", raw, 24)
-        return cls(values[:3], values[3:], shared, stream, attributes)
+        sizes = {Attribute.CLUSTER: 12}  # of the 64 bytes of any value; the others are not written
+        known = {number: value[: sizes.get(number, 4)] for number, value in attributes.items()}
+        return cls(values[:3], values[3:], shared, stream, known)
 
     def integer(self, attribute: Attribute) -> int:
         """Return the value of an attribute that is a number; 0 if it is not set."""

@@ -82,7 +82,10 @@ def _entries(fatbin: bytes) -> Iterator[tuple[int, int, bytes]]:
     end = start + size
     while start < end:
         kind, _, header, padded = struct.unpack_from("<HHIQ", fatbin, start)
-        arch, unpacked = struct.unpack_from("<I", fatbin, start + 28)[0], struct.unpack_from("<Q", fatbin, start + 56)[0]
+        arch, unpacked = (
+            struct.unpack_from("<I", fatbin, start + 28)[0],
+            struct.unpack_from("<Q", fatbin, start + 56)[0],
+        )
         if unpacked:
             raise ValueError("the fat binary has a compressed image")
         yield kind, arch, fatbin[start + header : start + header + padded]

@@ -1,7 +1,8 @@
-"""The PTX of compiled objects, which hold machine code alone: kept when they are compiled, by the digest of that code."""
+"""The PTX of compiled objects, which hold machine code alone: kept at compilation, by the digest of that code."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ class Compiler:
     With PTX kept, an object is byte for byte what it is without.
     """
 
-    def __init__(self, real: Any, driver: Driver, folder: Path):
-        self._real, self._driver, self._folder = real, driver, folder
+    def __init__(self, real: Any, folder: Path):
+        self._real, self._folder = real, folder
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
     def __getitem__(self, options: Any) -> Compiler:
-        return Compiler(self._real[options], self._driver, self._folder)
+        return Compiler(self._real[options], self._folder)
 
     def __call__(self, *arguments: Any, options: str | None = None, **keywords: Any) -> Any:
         with tempfile.TemporaryDirectory() as dump:
@@ -35,19 +36,17 @@ class Compiler:
             result = export(*arguments, **keywords)
             path = Path(arguments[0] if arguments else keywords["object_file_path"])
             name = cubin.digest(cubin.of_object(path.read_bytes()))
-            (self._folder / name).write_text(ptx)
-            self._driver.ptx[name] = ptx
+            draft = self._folder / f"{name}.{os.getpid()}"  # other processes read the folder
+            draft.write_text(ptx)
+            os.replace(draft, self._folder / name)
             return result
 
         compiled.export_to_c = exported
         return compiled
 
 
-def install(driver: Driver, folder: Path) -> None:
-    """Let every compile of this process tell the driver its PTX, and the driver know what earlier processes compiled."""
+def install(driver: Driver) -> None:
+    """Let every compile of this process tell the driver its PTX."""
     import cutlass.cute as cute
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        driver.ptx[path.name] = path.read_text()
-    cute.compile = Compiler(cute.compile, driver, folder)
+    cute.compile = Compiler(cute.compile, driver.ptx)

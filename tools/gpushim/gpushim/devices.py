@@ -116,7 +116,9 @@ def _on(stream: Stream | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _graph(graph: CUDAGraph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global") -> Iterator[None]:
+def _graph(
+    graph: CUDAGraph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
+) -> Iterator[None]:
     stream = stream or Stream()
     with _on(stream), Stream.driver.capturing(stream.cuda_stream, graph.nodes):
         yield

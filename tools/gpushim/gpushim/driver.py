@@ -122,7 +122,7 @@ class Driver:
     ----------
     devices : sequence of Device
     folder : Path
-        Where shared libraries are built and kept.
+        Keeps shared libraries, and the PTX of compiled kernels.
     options
         Options of the emulator, such as ``racecheck``.
 
@@ -136,8 +136,8 @@ class Driver:
         What no driver refuses, and is wrong all the same.
     faults : list of Exception
         Errors of the emulator, whose caller got an error code.
-    ptx : dict
-        PTX by the digest of the fat binary that was assembled from it.
+    ptx : Path
+        Folder with the PTX of compiled kernels, by the digest of the fat binary that was assembled from it.
     execute : bool
         False: launches are checked and not run.
     reported_shared : int
@@ -151,7 +151,8 @@ class Driver:
         self.refusals: list[str] = []
         self.problems: list[str] = []
         self.faults: list[BaseException] = []
-        self.ptx: dict[str, str] = {}
+        self.ptx = folder / "ptx"
+        self.ptx.mkdir(parents=True, exist_ok=True)
         self.execute, self.reported_shared = True, 0
         self._allocations: dict[int, Allocation] = {}
         self.collect: Callable[[], None] = lambda: None  # forgets allocations that PyTorch has freed
@@ -163,7 +164,7 @@ class Driver:
         self._handles = itertools.count(0x7F00_0000_0010, 16)
         self._thread, self._lock = threading.local(), threading.RLock()
         self._failing: Error | None = None
-        self.library = build.runtime(folder)
+        self.library = build.runtime(folder / "lib")
         self.runtime = ctypes.CDLL(str(self.library))
         self._fill(self.runtime)
 
@@ -182,9 +183,7 @@ class Driver:
         other = ctypes.create_string_buffer(b"cudaErrorUnknown")
         addresses = {int(code): ctypes.addressof(text) for code, text in words.items()}
         self._keep += [words, other]
-        self._hook(
-            library, "cudaGetErrorName", _P, (_I,), lambda code: addresses.get(code, ctypes.addressof(other))
-        )
+        self._hook(library, "cudaGetErrorName", _P, (_I,), lambda code: addresses.get(code, ctypes.addressof(other)))
 
     def _hook(self, library: ctypes.CDLL, name: str, result: Any, types: tuple[Any, ...], function: Any) -> None:
         callback = ctypes.CFUNCTYPE(result, *types)(function)
@@ -288,8 +287,8 @@ class Driver:
         if self.capture is not None:
             raise Refusal(Error.cudaErrorStreamCaptureUnsupported, "a library is loaded while a stream is captured")
         data = cubin.at(code)
-        ptx, handle = self.ptx.get(cubin.digest(data)), self.new_handle()
-        self.libraries[handle] = cubin.images(data), load(ptx) if ptx is not None else None
+        ptx, handle = self.ptx / cubin.digest(data), self.new_handle()
+        self.libraries[handle] = cubin.images(data), load(ptx.read_text()) if ptx.exists() else None
         _write(out, handle, ctypes.c_uint64)
 
     def _cudaLibraryGetKernel(self, out: int, library: int, name: int) -> None:
@@ -366,9 +365,7 @@ class Driver:
         pointers = (_P * len(kernel.kernel.params)).from_address(arguments)
         values = [ctypes.string_at(at, param.size) for param, at in zip(kernel.kernel.params, pointers)]
         captured = self.capture is not None and config.stream == self.capture.stream
-        made = Launch(
-            kernel.kernel.name, device, config, config.cluster(kernel.kernel), b"".join(values), captured
-        )
+        made = Launch(kernel.kernel.name, device, config, config.cluster(kernel.kernel), b"".join(values), captured)
         self._note_problems(kernel, made, values)
         params = self._params(kernel, values)
         self.launches.append(made)

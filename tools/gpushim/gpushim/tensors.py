@@ -29,7 +29,8 @@ _VIEWS = (
 )  # fmt: skip
 # Operators with kernels for any device, before which the fallback would not be asked.
 _DIRECT = (
-    "convolution", "copy_", "_local_scalar_dense", "equal", "is_pinned", "_copy_from", "_copy_from_and_resize", "_fft_c2c",
+    "convolution", "copy_", "_local_scalar_dense", "equal", "is_pinned", "_copy_from", "_copy_from_and_resize",
+    "_fft_c2c",
 )  # fmt: skip
 _WAITING = {"_local_scalar_dense", "equal", "nonzero", "unique_dim", "_unique2", "masked_select", "is_nonzero"}
 

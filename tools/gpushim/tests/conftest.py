@@ -1,7 +1,8 @@
 """This process gets two GPUs: run these tests alone, ``pytest tools/gpushim/tests``."""
 
-import gpushim
 import pytest
+
+import gpushim
 
 
 def pytest_configure(config):

@@ -4,6 +4,7 @@ import dataclasses
 import struct
 
 import pytest
+
 from gpushim.checks import Attribute, Config, Device, Error, Function, Refusal, check_launch, problems_of_maps
 from gpushim.cubin import Kernel, Param
 from ptxsim import tensormap

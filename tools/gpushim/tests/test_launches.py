@@ -2,13 +2,14 @@
 
 import threading
 
-import gpushim
 import pytest
 import torch
 from cutlass.cutlass_dsl.tvm_ffi_provider import CUDADialectError
+from small_kernels import LoadTile, Shift, built, loaded
+
+import gpushim
 from gpushim import cubin
 from gpushim.checks import Function
-from small_kernels import LoadTile, Shift, built, loaded
 
 
 def vectors(n=300, device="cuda"):
@@ -199,8 +200,8 @@ def test_error_of_a_launch(driver, shift, code):
     assert len(driver.launches) == 1
 
 
-def test_unknown_ptx(driver, monkeypatch):
-    monkeypatch.setattr(driver, "ptx", {})
+def test_unknown_ptx(driver, monkeypatch, tmp_path):
+    monkeypatch.setattr(driver, "ptx", tmp_path)
     x, out = vectors()
     with pytest.raises(CUDADialectError):
         loaded(Shift)(x, out, 0)
