@@ -390,7 +390,7 @@ class StatePool(PoolStorage):
             raise ValueError(describe("slots", "a free slot", f"{self.slots - 1} in use", "free a slot first"))
         slot = self._free.pop()
         self.reset_slot(slot)
-        self._unallocated[slot] = False
+        self._unallocated[slot].fill_(False)  # an assignment would copy from the host, and wait
         return slot
 
     def free(self, slot: int) -> None:
@@ -405,7 +405,7 @@ class StatePool(PoolStorage):
         if not 0 <= slot < self.slots - 1 or slot in self._free:
             raise ValueError(describe("slot", "an allocated slot", slot))
         self._free.append(slot)
-        self._unallocated[slot] = True
+        self._unallocated[slot].fill_(True)
 
     def reset_slot(self, slots: int | Tensor) -> None:
         """Reset slots for new sequences: zero states, convolution inputs and cursors, and draw new seeds.
