@@ -118,13 +118,17 @@ class Tensors:
         place = (flat.untyped_storage(), tensor.storage_offset(), list(tensor.shape), list(tensor.stride()))
         return _SET.redispatch(_CPU_KEYS, self._empty(tensor.dtype, device), *place)
 
-    def alias(self, tensor: torch.Tensor, copy: bool = False) -> torch.Tensor:
-        """Return a CPU tensor over a CUDA tensor's memory, or over a copy of all of it."""
+    def alias(self, tensor: torch.Tensor, zeros: bool = False) -> torch.Tensor:
+        """Return a CPU tensor over a CUDA tensor's memory, or over as many zeros."""
         memory = tensor.untyped_storage()
         if memory.nbytes() == 0:  # an operator may resize it
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-        flat = self.imported(tensor, memory.data_ptr(), memory.nbytes(), _CPU, 0)
-        flat = flat.clone() if copy else flat
+        nbytes = memory.nbytes()
+        flat = (
+            torch.zeros(nbytes, dtype=torch.uint8)
+            if zeros
+            else self.imported(tensor, memory.data_ptr(), nbytes, _CPU, 0)
+        )
         out = torch.empty(0, dtype=tensor.dtype)
         return out.set_(flat.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
@@ -141,7 +145,11 @@ class Tensors:
         return results
 
     def _run(self, op: Any, args: Any, kwargs: Any, dry: bool = False) -> Any:
-        """Run an operator on aliases; ``dry``: what it writes is a copy."""
+        """Run an operator on aliases.
+
+        ``dry``: only for the shapes of its results.  What it reads may come from operators that have not run, and is
+        zero, a good index; the shapes of operators that may be captured depend on no value.
+        """
         given: list[tuple[torch.Tensor, torch.Tensor]] = []
         devices: list[int] = []
 
@@ -151,7 +159,7 @@ class Tensors:
                 for cpu, gpu in given:
                     if gpu is value:
                         return cpu
-                given.append((self.alias(value, copy=dry), value))
+                given.append((self.alias(value, zeros=dry), value))
                 return given[-1][0]
             if isinstance(value, torch.device) and value.type == "cuda":
                 devices.append(self._number(value))
@@ -191,7 +199,8 @@ class Tensors:
             return
         kept, new = ([r] if isinstance(r, torch.Tensor) else list(r) for r in (results, fresh))
         for to, value in zip(kept, new):
-            self.alias(to).copy_(self.alias(value))
+            if to.shape == value.shape:  # else a later operator resized it, as its `out`
+                self.alias(to).copy_(self.alias(value))
 
     def _check_waiting(self, op: Any, args: Any) -> None:
         """Raise for an operator that waits for the device, where that is not allowed."""
