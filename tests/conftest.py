@@ -24,9 +24,6 @@ def pytest_configure(config):
         import shim
 
         shim.install(config)
-
-
-def pytest_configure(config):
     config.add_cleanup(functools.partial(setattr, backends, "gpu", backends.gpu))  # pytest may run within pytest
     backends.gpu = config.getoption("--gpu")
 

@@ -74,15 +74,16 @@ class Tensors:
         self._living: dict[int, tuple[Any, ...]] = {}
         self._serial = itertools.count(1)
         self._deleter = ctypes.cast(driver.runtime.gpushim_free, ctypes.c_void_p).value
-        self._freed, self._numbers = driver.runtime.gpushim_freed, (ctypes.c_uint64 * 1024)()
+        self._freed = driver.runtime.gpushim_freed
         self._freed.restype, self._freed.argtypes = ctypes.c_size_t, [ctypes.c_void_p, ctypes.c_size_t]
         driver.collect = self.collect
 
     def collect(self) -> None:
         """Let go of the memory of tensors that PyTorch has freed."""
-        gone = []
-        while n := self._freed(self._numbers, len(self._numbers)):
-            gone += self._numbers[:n]
+        gone: list[int] = []
+        numbers = (ctypes.c_uint64 * 256)()  # not shared with other threads
+        while n := self._freed(numbers, len(numbers)):
+            gone += numbers[:n]
         owners = [self._living.pop(number) for number in gone]
         for *_, base in owners:
             if base is not None:

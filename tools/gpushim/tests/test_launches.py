@@ -219,7 +219,7 @@ def test_parameters_of_another_binary(driver, monkeypatch):
     assert "has parameters" in str(driver.faults[0])
 
 
-def test_first_calls_from_two_threads(driver):
+def test_first_calls_from_several_threads(driver):
     function, results = loaded(Shift), []
 
     def call():
@@ -227,9 +227,9 @@ def test_first_calls_from_two_threads(driver):
         function(x, out, 0)
         results.append(torch.equal(out.cpu(), torch.arange(300.0) + 1))
 
-    threads = [threading.Thread(target=call) for _ in range(4)]
+    threads = [threading.Thread(target=call) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert results == [True] * 4
+    assert results == [True] * 8
