@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Search, merge every row as it is found, and print a table; 1 if a call could not be searched."""
+    from cute_ssm import workloads
     from cute_ssm.runtime import toolchain
     from cute_ssm.spec import digest
     from cute_ssm.tuner import engines, objectives, tune
@@ -60,6 +61,7 @@ def main(options: argparse.Namespace) -> int:
 
     if options.gpus < 1:
         raise ValueError(describe("--gpus", "a positive number", options.gpus))
+    workloads.registered(options.op)  # refuses an unknown operator before anything is printed
     objective = objectives.create(options.objective)
     on = objective.on()
     out = table_path(options)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from cute_ssm.errors import describe
 from cute_ssm.spec import Config
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -48,5 +49,9 @@ def overridden() -> bool:
 def apply_override(config: ConfigT) -> ConfigT:
     """Return the config with the fields of all open overrides replaced."""
     for fields in _local.__dict__.get("overrides", ()):
+        known = [field.name for field in dataclasses.fields(config)]
+        if unknown := [name for name in fields if name not in known]:
+            expected = f"fields of {type(config).__name__} ({', '.join(known)})"
+            raise TypeError(describe("override", expected, ", ".join(unknown)))
         config = dataclasses.replace(config, **fields)
     return config

@@ -31,7 +31,7 @@ SPACE = {"rows": (16, 32), "warps": (1, 2)}
 def small(settings, monkeypatch):
     """Four configs, so that few kernels are compiled."""
     settings()
-    monkeypatch.setattr(selective_step, "space", lambda spec, target: dict(SPACE))
+    monkeypatch.setattr(selective_step.SelectiveStepConfig, "space", lambda spec, target: dict(SPACE))
     tables.forget()
     yield
     tables.forget()
@@ -88,10 +88,12 @@ def test_fields_that_mean_nothing_stay_as_they_are(problem):
 
 
 def test_an_operator_that_cannot_be_tuned_is_named(monkeypatch):
-    monkeypatch.delattr(selective_step, "space")
-    with pytest.raises(ValueError, match="configs have a space"):
-        problems.problem(OP, KEYS, arch.SM_90A)
-    monkeypatch.setattr(selective_step, "space", lambda *_: {"lanes": (4, 8)}, raising=False)
+    config = selective_step.SelectiveStepConfig
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "FREE", ())
+        with pytest.raises(ValueError, match=r"op: expected an operator whose config has fields .* has none"):
+            problems.problem(OP, KEYS, arch.SM_90A)
+    monkeypatch.setattr(config, "space", lambda *_: {"lanes": (4, 8)})
     with pytest.raises(ValueError, match="expected fields of FREE, got lanes"):
         problems.problem(OP, KEYS, arch.SM_90A)
 
@@ -283,6 +285,12 @@ def test_without_out_the_path_of_the_table_is_printed_first(where, tmp_path, set
     reader = "" if where == "variable" else f" if CUTE_SSM_TUNING_DIR={folder} is set"
     assert printed == f"better configs go into {folder / f'{OP}.json'}; operators read them there{reader}\n"
     assert not folder.exists(), "nothing is made before there is something to write"
+
+
+def test_an_unknown_operator_is_refused_before_a_path_of_its_table_is_printed(capsys):
+    assert main(["tune", "convolution"]) == 2
+    printed, error = capsys.readouterr()
+    assert not printed and "op: expected one of selective_state_update, " in error
 
 
 def test_a_table_that_cannot_be_written_is_refused_before_the_search(tmp_path, capsys):

@@ -8,7 +8,7 @@ import logging
 
 import pytest
 
-from cute_ssm import arch
+from cute_ssm import arch, tuning
 from cute_ssm.compat.vllm import configs as vllm_configs
 from cute_ssm.ops.selective_state_update import config as selective_step
 from cute_ssm.tuning import tables
@@ -138,3 +138,14 @@ def test_the_space_of_the_step_holds_what_the_rule_chooses():
         assert set(space) == set(selective_step.SelectiveStepConfig.FREE)
         bounded = {"ctas_per_sm"}  # by what fits, for which the rule may have any value
         assert all(getattr(config, name) in values for name, values in space.items() if name not in bounded)
+
+
+def test_an_override_of_an_unknown_field_is_refused_with_the_known_ones():
+    config = selective_step._choose(SPEC, arch.SM_90A, 16, 132, False)
+    with tuning.override(warps=config.warps + 1):
+        assert tuning.apply_override(config).warps == config.warps + 1
+    with (
+        tuning.override(wraps=3),
+        pytest.raises(TypeError, match=r"override: expected fields of SelectiveStepConfig \(.*warps.*\), got wraps"),
+    ):
+        tuning.apply_override(config)
