@@ -58,7 +58,7 @@ FAULTS = [
     Fault(
         "a slot that is freed stays allocated on the device",
         POOL,
-        "        self._unallocated[slot] = True\n",
+        "        self._unallocated[slot].fill_(True)\n",
         "",
         (POOLS + "test_a_commit_of_an_unallocated_slot_is_refused_by_name[mamba2-reference]",),
     ),
