@@ -6,7 +6,7 @@ import functools
 import os
 import shlex
 
-import backends
+import kernel_backends
 import pytest
 import slices
 
@@ -24,8 +24,9 @@ def pytest_configure(config):
         import shim
 
         shim.install(config)
-    config.add_cleanup(functools.partial(setattr, backends, "gpu", backends.gpu))  # pytest may run within pytest
-    backends.gpu = config.getoption("--gpu")
+    restore = functools.partial(setattr, kernel_backends, "gpu", kernel_backends.gpu)
+    config.add_cleanup(restore)  # of the pytest that this one may run within
+    kernel_backends.gpu = config.getoption("--gpu")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
@@ -70,8 +71,8 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture
 def backend(request):
-    """Open the way that kernels run: ``with backend("sm_100a", sm_count=1): ...``; see `backends`."""
-    return backends.BACKENDS[getattr(request, "param", "kernel")]
+    """Open the way that kernels run: ``with backend("sm_100a", sm_count=1): ...``; see `kernel_backends`."""
+    return kernel_backends.BACKENDS[getattr(request, "param", "kernel")]
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 
-import backends
+import kernel_backends
 import pytest
 import torch
 from bits import equal, same_bits
@@ -65,7 +65,7 @@ def test_destinations_longer_than_the_batch(columns, emulate):
         slots, to = (torch.stack([t, t * 0 + 99], 1) for t in (slots, to))
     options = {"state_batch_indices": slots, "dst_state_batch_indices": to}
     if emulate:
-        with backends.kernel(checks=False):
+        with kernel_backends.kernel(checks=False):
             out = selective_state_update(state, **call, **options)
     else:
         out = selective_state_update(state, **call, **options)
@@ -128,7 +128,7 @@ def test_cache_steps_insert_an_axis_of_tokens(emulate):
     before, saved = state.clone(), torch.zeros(3, 2, 4, 64, 32)
     extra = {"cache_steps": 2, "intermediate_states_buffer": saved, "disable_state_update": True}
     if emulate:
-        with backends.kernel(checks=False):
+        with kernel_backends.kernel(checks=False):
             out = selective_state_update(state, **call, **extra)
     else:
         out = selective_state_update(state, **call, **extra)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 
-import backends
+import kernel_backends
 import numpy as np
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_a_dense_state_is_updated_in_place(tied, emulate):
     state, call = states(3), tokens(3, tied=tied)
     before = state.clone()
     if emulate:
-        with backends.kernel():
+        with kernel_backends.kernel():
             out = selective_state_update(state, **call)
     else:
         out = selective_state_update(state, **call)

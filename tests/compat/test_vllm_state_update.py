@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 
-import backends
+import kernel_backends
 import numpy as np
 import pytest
 import torch
@@ -26,7 +26,7 @@ ORDER = (
 
 
 def on(backend):
-    return backends.kernel() if backend == "kernel" else contextlib.nullcontext()
+    return kernel_backends.kernel() if backend == "kernel" else contextlib.nullcontext()
 
 
 def loop(state, call, src, dst=None, accepted=None, cu=None):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import warnings
 
-import backends
 import checkpointing_cases
 import gdn_cases
+import kernel_backends
 import pytest
 import replay_cases
 import scan_cases
 import step_cases
 import torch
-from backends import both
 from bits import equal
+from kernel_backends import both
 from memory import copy
 from torch.autograd import forward_ad
 
@@ -124,7 +124,7 @@ def test_weights_that_are_parameters_are_constants_with_one_warning(name, backen
     results = result if isinstance(result, tuple) else (result,)
     assert not any(value.requires_grad for value in results)
     assert [n for n, v in call.items() if isinstance(v, torch.Tensor) and v.requires_grad] == weights
-    if backend is backends.reference:
+    if backend is kernel_backends.reference:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("error")
             operator(name)(**plain)

@@ -69,7 +69,7 @@ def test_a_kernel_without_its_wait_is_refused(op, no_wait):
     results = {"selective_scan": "out", "selective_state_update": "out"}.get(op, "output")
     assert results in touched(found, "write")
     inputs = {"selective_state_update": {"state", "x", "dt", "A", "B", "C"}, "selective_scan": {"u", "delta", "A", "B"}}
-    assert touched(found, "read") >= inputs.get(op, {"q", "k", "v", "state", "a", "b", "A_log"})
+    assert touched(found, "read") >= inputs.get(op, {"q", "k", "v", "initial_state", "a", "b", "A_log"})
 
 
 CASE = Case(batch=3, nheads=1, dim=16, accepted=(7, 5, 14), pads=(0,), lengths=(4, 2, 3), pdl="early_reads")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import backends
 import checkpointing_cases
 import gdn_cases
+import kernel_backends
 import out_of_range
 import pytest
 import replay_cases
@@ -42,7 +42,7 @@ def run(request):
 
     def of(operator):
         def one(call):
-            with backends.kernel(request.param, checks=False):
+            with kernel_backends.kernel(request.param, checks=False):
                 return operator(**call)
 
         return one

@@ -6,8 +6,8 @@ all others are right; see `out_of_range`.
 
 from __future__ import annotations
 
-import backends
 import cursor_cases as cursors
+import kernel_backends
 import materialize_cases as materialize
 import materialize_gated_cases as gated
 import out_of_range
@@ -30,7 +30,7 @@ def _unchecked(monkeypatch):
 
 def run(operator):
     def one(call):
-        with backends.kernel(checks=False):
+        with kernel_backends.kernel(checks=False):
             return operator(**call)
 
     return one

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 
-import backends
+import kernel_backends
 import numpy as np
 import pytest
 import torch
@@ -66,7 +66,7 @@ def measured(case, seed, of_burst, emulated, arch="sm_90a"):
     if of_burst:
         burst(case, call)
     before = copy(call)
-    with backends.kernel(arch, checks=False) if emulated else contextlib.nullcontext():
+    with kernel_backends.kernel(arch, checks=False) if emulated else contextlib.nullcontext():
         run(case, call)
     A, errors = numpy(before["A"])[:, 0, 0], {}
     for slot, count, cursor in slots_of(case, before):

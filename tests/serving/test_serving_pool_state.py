@@ -8,13 +8,13 @@ import pickle
 import subprocess
 import sys
 
-import backends
+import kernel_backends
 import out_of_range
 import pytest
 import torch
 import torch.autograd.forward_ad as fwad
-from backends import both
 from bits import each_same_bits, same_bits
+from kernel_backends import both
 from paths import SUPPORT
 from pool_runs import CHANNELS, CONV, LAYERS, TOKENS, WIDTH, WINDOW, Run, gated, memory, rates, started
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -351,7 +351,7 @@ class Ops(TorchDispatchMode):
 def as_on_a_gpu(monkeypatch):
     """Emulated calls whose contents the host does not look at."""
     out_of_range.unchecked(monkeypatch)
-    with backends.kernel(checks=False) as session:
+    with kernel_backends.kernel(checks=False) as session:
         yield session
 
 

@@ -1,4 +1,4 @@
-"""Kernels of CPU tensors on the GPU, for ``pytest --gpu``: see `backends`.
+"""Kernels of CPU tensors on the GPU, for ``pytest --gpu``: see `kernel_backends`.
 
 Inside `session` an operator validates and chooses as in the emulator, and its kernel, compiled for this GPU, gets
 copies on the GPU of the whole memory behind every argument, gaps included, which come back when it has run.  A test of

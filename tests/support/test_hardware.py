@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import backends
 import hardware
+import kernel_backends
 import pytest
 import scan_cases
 import step_cases
@@ -24,13 +24,13 @@ def pretended(monkeypatch):
     monkeypatch.setattr(runtime, "get", lambda *key: lambda *arguments: calls.append((key, arguments)))
     real = hardware.round_trip
     monkeypatch.setattr(hardware, "round_trip", lambda f, a, _: real(f, a, torch.device("cpu")))
-    monkeypatch.setattr(backends, "gpu", True)
+    monkeypatch.setattr(kernel_backends, "gpu", True)
     return calls
 
 
 def test_kernels_get_copies_of_all_memory_with_its_layout(pretended):
     call = step_cases.arguments(step_cases.Case(strided=True, layout="tied"))
-    with backends.kernel() as session:
+    with kernel_backends.kernel() as session:
         step_cases.cute_ssm.selective_state_update(**call)
         assert len(session.launches) == 1
         assert session.sm_count == 7
@@ -58,9 +58,9 @@ def test_results_come_back(pretended):
 
 
 def test_what_only_an_emulator_can_do_is_skipped(pretended):
-    with pytest.raises(pytest.skip.Exception, match="the test for sm_100a"), backends.kernel("sm_100a"):
+    with pytest.raises(pytest.skip.Exception, match="the test for sm_100a"), kernel_backends.kernel("sm_100a"):
         pass
-    with backends.kernel() as session, pytest.raises(pytest.skip.Exception, match="counters"):
+    with kernel_backends.kernel() as session, pytest.raises(pytest.skip.Exception, match="counters"):
         assert session.counters
     assert runtime.emulator() is None
 
@@ -68,7 +68,7 @@ def test_what_only_an_emulator_can_do_is_skipped(pretended):
 def test_plans_are_plans_still(pretended):
     from cute_ssm.workloads import plan
 
-    with backends.kernel() as session:
+    with kernel_backends.kernel() as session:
         assert len(plan.of_call("selective_state_update", {"batch": 2}, arch.SM_90A)) == 1
         assert session.launches == []
 
@@ -76,7 +76,7 @@ def test_plans_are_plans_still(pretended):
 @pytest.mark.parametrize("splits", [1, 2])
 def test_a_session_counts_the_kernels_of_a_call(pretended, splits):
     call = scan_cases.arguments(scan_cases.Case(lengths=(64,), nulls=()))
-    with backends.kernel() as session, tuning.override(splits=splits):
+    with kernel_backends.kernel() as session, tuning.override(splits=splits):
         step_cases.cute_ssm.selective_scan(**call)
         assert len(session.launches) == splits
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-import backends
+import kernel_backends
 import pytest
 import torch
 from bits import same_memory
@@ -265,7 +265,7 @@ def refuses(case: Case, call: dict, name: str, error: type, message: str, emulat
     launches = []
     with pytest.raises(error, match=message) as caught:
         if emulated:
-            with backends.kernel(checks=False) as session:
+            with kernel_backends.kernel(checks=False) as session:
                 launches = session.launches
                 call_of(case, call)
         else:
@@ -352,7 +352,7 @@ def test_a_tensor_on_neither_gpu_nor_cpu():
 # ---------------------------------------------------------------------------------- what looks broken, and is not
 def run(case: Case, call: dict, emulated: bool) -> None:
     if emulated:
-        with backends.kernel(checks=False):
+        with kernel_backends.kernel(checks=False):
             call_of(case, call)
     else:
         call_of(case, call)

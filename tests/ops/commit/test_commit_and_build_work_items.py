@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends import both
 from bits import each_same_bits
 from cursor_cases import CASES, GARBAGE, Case, arguments, verify
+from kernel_backends import both
 
 from cute_ssm import arch as archs
 from cute_ssm import runtime, serving, tuning

@@ -8,10 +8,10 @@ import random
 
 import pytest
 import torch
-from backends import both
 from bits import equal, same_memory
 from cases import vary
 from gdn_cases import DTYPES, MODES, REGIMES, Case, arguments, expected, verify, within
+from kernel_backends import both
 from memory import copy
 
 import cute_ssm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-import backends
+import kernel_backends
 import numpy as np
 import pytest
 import torch
@@ -103,7 +103,7 @@ def expect(call: dict, name: str, error: type, message: str, emulated: bool = Fa
     before = copy(tensors)
     with pytest.raises(error, match=message) as caught:
         if emulated:
-            with backends.kernel(checks=False) as session:
+            with kernel_backends.kernel(checks=False) as session:
                 cute_ssm.gated_delta_rule_mtp(**call)
         else:
             cute_ssm.gated_delta_rule_mtp(**call)

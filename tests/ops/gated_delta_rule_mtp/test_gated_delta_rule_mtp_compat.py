@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends import both
 from bits import equal, same_memory
 from gdn_cases import Case, arguments, check
+from kernel_backends import both
 from memory import copy
 
 import cute_ssm

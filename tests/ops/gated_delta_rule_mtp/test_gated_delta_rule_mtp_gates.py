@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import backends
 import gdn_cases
+import kernel_backends
 import pytest
 import replay_cases
 from bits import equal
@@ -18,7 +18,7 @@ SLOW = pytest.mark.slow
 
 def by_kernel(operator, call):
     call = copy(call)
-    with backends.kernel(initcheck=False):
+    with kernel_backends.kernel(initcheck=False):
         out, state = operator(**call)
     return out, state
 

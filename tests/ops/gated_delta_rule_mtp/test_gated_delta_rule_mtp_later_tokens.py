@@ -12,8 +12,8 @@ import itertools
 import random
 from typing import NamedTuple
 
-import backends
 import gdn_cases
+import kernel_backends
 import pytest
 import replay_cases
 import torch
@@ -78,7 +78,7 @@ def check_rows(got: torch.Tensor, want: torch.Tensor, poison: Poison, what: str)
 def run(backend: str, operator, call: dict, **config) -> torch.Tensor:
     with contextlib.ExitStack() as stack:
         if backend != "reference":
-            stack.enter_context(backends.kernel(backend, checks=False))
+            stack.enter_context(kernel_backends.kernel(backend, checks=False))
             stack.enter_context(tuning.override(**config))
         return operator(**call)[0]
 

@@ -8,10 +8,10 @@ import random
 
 import pytest
 import torch
-from backends import both
 from bits import equal, same_memory
 from cases import vary
 from gdn_cases import DTYPES, REGIMES, within
+from kernel_backends import both
 from memory import copy
 from replay_cases import RINGS, Case, arguments, check, expected, verify
 

@@ -7,8 +7,8 @@ import mmap
 
 import pytest
 import torch
-from backends import both
 from bits import each_same_bits, same_bits
+from kernel_backends import both
 from materialize_cases import BASE, CASES, Case, fold, random, verify
 
 from cute_ssm import arch as archs

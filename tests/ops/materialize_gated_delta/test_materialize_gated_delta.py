@@ -8,9 +8,9 @@ import dataclasses
 import pytest
 import replay_cases
 import torch
-from backends import both
 from bits import each_same_bits, same_bits, same_memory
 from gdn_cases import NAN
+from kernel_backends import both
 from materialize_gated_cases import BASE, FEW, MANY, SPEC, TAKEN, Case, arguments, fitted, verify
 from memory import copy, storage
 from pool_runs import LAYERS, Run, gated, memory, started

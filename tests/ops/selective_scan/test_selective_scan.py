@@ -6,13 +6,13 @@ import dataclasses
 import mmap
 from contextlib import nullcontext
 
-import backends
+import kernel_backends
 import pytest
 import torch
-from backends import both
 from bits import equal, same_memory
 from bounds import like_float32
 from cases import vary
+from kernel_backends import both
 from memory import copy
 from scan_cases import DECAYS, NULL, Case, arguments, expected, scan, segments, verify
 
@@ -102,7 +102,7 @@ def test_persistent(case, config, mode, backend):
 
 def close(got, wanted, backend):
     """The kernel's bits are the same; PyTorch's functions depend on the size of a tensor in the last bit."""
-    tolerance = 0.0 if backend is backends.kernel else 2.0**-7 if got.dtype != torch.float32 else 1e-5
+    tolerance = 0.0 if backend is kernel_backends.kernel else 2.0**-7 if got.dtype != torch.float32 else 1e-5
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 

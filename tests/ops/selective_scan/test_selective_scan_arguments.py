@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import backends
+import kernel_backends
 import numpy as np
 import pytest
 import torch
@@ -226,7 +226,7 @@ def test_broken_precondition(case, name, change, error, message, emulated):
     launches = []
     with pytest.raises(error, match=message) as caught:
         if emulated:
-            with backends.kernel(checks=False) as session:
+            with kernel_backends.kernel(checks=False) as session:
                 launches = session.launches
                 scan(case, call)
         else:

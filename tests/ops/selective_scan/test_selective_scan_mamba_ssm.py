@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends import both
 from bits import equal
 from bounds import like_float32
+from kernel_backends import both
 
 from cute_ssm.compat.mamba_ssm import selective_scan_fn
 from cute_ssm.errors import UnsupportedSpecError

@@ -6,9 +6,9 @@ import mmap
 
 import pytest
 import torch
-from backends import both
 from bits import equal, same_memory
 from cases import vary
+from kernel_backends import both
 from memory import copy
 from step_cases import DECAYS, Case, arguments, expected, verify
 

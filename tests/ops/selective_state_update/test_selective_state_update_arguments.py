@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-import backends
+import kernel_backends
 import numpy as np
 import pytest
 import step_cases
@@ -288,7 +288,7 @@ def refuses(call: dict, name: str, error: type, message: str, emulated: bool) ->
     launches = []
     with pytest.raises(error, match=message) as caught:
         if emulated:
-            with backends.kernel(checks=False) as session:
+            with kernel_backends.kernel(checks=False) as session:
                 launches = session.launches
                 cute_ssm.selective_state_update(**call)
         else:
@@ -391,7 +391,7 @@ def test_what_is_never_read_may_be_anything(start, changes, emulated):
     for name, change in changes.items():
         call[name] = change(call[name])
     if emulated:
-        with backends.kernel(checks=False):
+        with kernel_backends.kernel(checks=False):
             cute_ssm.selective_state_update(**call)
     else:
         cute_ssm.selective_state_update(**call)
@@ -411,7 +411,7 @@ def test_calls_without_tokens(form, emulated):
         call |= {n: call[n][:, :0] for n in ("x", "dt", "B", "C", "z", "out")}
     before = copy(call)
     if emulated:
-        with backends.kernel(checks=False):
+        with kernel_backends.kernel(checks=False):
             out = cute_ssm.selective_state_update(**call)
     else:
         out = cute_ssm.selective_state_update(**call)
