@@ -102,6 +102,7 @@ def test_lines_fit_120_columns(document):
     assert not long
 
 
+@pytest.mark.wide
 def test_site_builds_and_has_every_public_function(tmp_path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")

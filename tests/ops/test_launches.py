@@ -76,7 +76,7 @@ CASE = Case(batch=3, nheads=1, dim=16, accepted=(7, 5, 14), pads=(0,), lengths=(
 READ_EARLY = {"state", "cursor", "prev_num_accepted_tokens", "state_batch_indices", "cu_seqlens"}
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(9)
 @pytest.mark.parametrize("pads", [(0,), (1,), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize(
     ("form", "unit_stages", "pdl"),
@@ -178,6 +178,7 @@ def launches(run):
     return session.launches
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("op", CALLS)
 def test_kernels_prefer_shared_memory_to_cache(op):
     """Or the driver may choose a share that holds fewer CTAs than fit."""

@@ -197,6 +197,7 @@ def test_the_reference_saturates_what_is_infinite_and_nothing_else(name, way):
     assert same(finite, torch.where(plain.isinf(), plain.float().clamp(-65504, 65504).half(), plain))
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize(
     ("name", "way"), [case if case in ALWAYS else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]

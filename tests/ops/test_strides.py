@@ -244,6 +244,7 @@ def test_the_entry_of_a_kernel_takes_independent_strides_of_each_tensor(name, mo
         function([*tensors[:i], view, *tensors[i + 1 :]], scalars)
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", [name if name in FEW else pytest.param(name, marks=SLOW) for name in EVERY])
 @pytest.mark.parametrize("arch", ["sm_90a", pytest.param("sm_100a", marks=SLOW)])
 def test_each_tensor_strided_alone_gives_the_bits_of_contiguous_ones(name, arch, monkeypatch, backend):

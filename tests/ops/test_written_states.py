@@ -96,6 +96,7 @@ MORE = [
 ]  # fmt: skip
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("emulated", [False, True], ids=["reference", "emulated"])
 @pytest.mark.parametrize(
     ("case", "decay"),

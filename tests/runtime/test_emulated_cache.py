@@ -214,6 +214,7 @@ print(launch.grid, launch.block, launch.smem_total, session.functions[0].kernels
 """
 
 
+@pytest.mark.wide
 def test_processes_that_race_compile_once_and_a_later_one_never(spawn, tmp_path):
     racers = [spawn(PROCESS, tmp_path, "race") for _ in range(2)]
     wait_for(tmp_path, "ready-*", 2)

@@ -193,6 +193,7 @@ class Loop:
 EXACT = 2e-3  # bound of errors, relative to the sum of the magnitudes, of outputs in float16
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("items", [False, True])
 @pytest.mark.parametrize("varlen", [False, True])
 @pytest.mark.parametrize("history", ["double", "double_x", "ring"])
@@ -202,6 +203,7 @@ def test_forty_steps(history, varlen, items):
     assert loop.writes >= 10 and loop.reused >= 8
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(
     ("state", "bound"), [("float16", 2e-2), ("bfloat16", 6e-2), ("int8", 6e-2), ("float8_e4m3fn", 0.3)]
 )
@@ -213,7 +215,7 @@ def test_forty_steps_of_narrow_states(state, bound, seed):
     assert loop.writes >= 10
 
 
-@pytest.mark.thin(2)
+@pytest.mark.wide
 @pytest.mark.parametrize("history", ["double", "ring"])
 def test_steps_through_the_compiled_kernels(history, backend):
     with backend(async_mode="late") as session:

@@ -56,7 +56,7 @@ SIX = {"T": "6"}
 I8, F8, I16 = ({"state_dtype": name} for name in ("int8", "float8_e4m3fn", "int16"))
 
 
-@pytest.mark.thin(8)
+@pytest.mark.thin(16)
 @pytest.mark.parametrize(
     ("keys", "slots"),
     [
@@ -172,7 +172,7 @@ def test_budget_of_the_scan(keys, slots):
     assert all(kernel["spill_bytes"] == 0 for kernel in got["kernels"])
 
 
-@pytest.mark.thin(2)
+@pytest.mark.wide
 @pytest.mark.parametrize("splits", [2, 8])
 def test_budget_of_a_scan_in_parts(splits):
     """The carry pass costs three quarters of a scan, for all parts but the last; it reads u, delta and B once more."""
@@ -242,7 +242,7 @@ def test_floor_of_a_scan():
 REPLAY = {"batch": "64", "nheads": "16", "T": "6", "W": "16", "z": "1"}
 
 
-@pytest.mark.thin(7)
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("state", "pnat", "rounding", "slots"),
     [

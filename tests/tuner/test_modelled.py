@@ -78,12 +78,14 @@ def test_no_call_is_faster_than_its_roof():
         assert not found.fitted
 
 
+@pytest.mark.wide
 def test_bytes_and_bandwidth_tell_at_a_large_batch():
     half, single, other = step(1024), step(1024, state_dtype="float32"), step(1024, gpu="B200")
     assert single.us == pytest.approx(2 * half.us, rel=0.15)
     assert 1.1 <= half.us / other.us <= 1.8  # 8 of 4.8 TB/s, if enough is in flight
 
 
+@pytest.mark.wide
 def test_a_ring_beats_units_that_wait_for_themselves():
     base = {"lanes": 8, "rows": 64, "warps": 1, "ctas_per_sm": 1}
     ring = step(128, config={**base, "stages": 3})

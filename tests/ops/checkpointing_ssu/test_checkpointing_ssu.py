@@ -421,7 +421,7 @@ def test_packed_sequences_have_the_bits_of_equally_long_ones(history, backend):
     same_memory(first["state"], dense["state"])
 
 
-@pytest.mark.thin(2)
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "state", [pytest.param(s, marks=slow_unless(s in ("f16", "i8"))) for s in ("f16", "bf16", "i16", "i8", "f8")]
 )

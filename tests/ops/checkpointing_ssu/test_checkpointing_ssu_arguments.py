@@ -396,6 +396,7 @@ def test_calls_without_sequences(form, emulated):
             same_memory(value, call[name], name)
 
 
+@pytest.mark.thin(4)
 @EMULATED
 @pytest.mark.parametrize("history", ["double", "ring"])
 def test_dimensions_of_size_one_may_have_any_stride(history, emulated):

@@ -64,7 +64,7 @@ SPECS = {name: dataclasses.replace(BASE, **changes) for name, changes in CHANGES
 ALWAYS = [("base", "sm_90a", 64), ("i8-random", "sm_90a", 1024), ("pair", "sm_90a", 1024), ("base", "sm_100a", 1024)]
 
 
-@pytest.mark.thin(4)
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("name", "arch", "batch"),
     [

@@ -70,7 +70,7 @@ def test_reference(case):
     verify(case)
 
 
-@pytest.mark.thin(25, "mode", "state", "io", "out")
+@pytest.mark.thin(25, "mode", "state")
 @pytest.mark.parametrize("case", CASES + SIZES, ids=str)
 def test_kernel(case, backend):
     with backend():

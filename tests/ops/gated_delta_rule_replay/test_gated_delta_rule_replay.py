@@ -69,7 +69,7 @@ def test_reference(case):
     verify(case)
 
 
-@pytest.mark.thin(25, "state", "io", "out")
+@pytest.mark.thin(25, "state", "io")
 @pytest.mark.parametrize("case", CASES + SIZES, ids=str)
 def test_kernel(case, backend):
     with backend():

@@ -23,7 +23,7 @@ def test_reference(case):
         verify(case, seed)
 
 
-@pytest.mark.thin(8, "state", "out", "history")
+@pytest.mark.thin(21, "state", "out", "history")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_emulated(case, backend):
     with backend() as session:

@@ -29,6 +29,7 @@ def test_reference(case):
     verify(case)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     "case", [*FEW, *(pytest.param(fitted(case), marks=pytest.mark.slow) for case in MANY)], ids=str
 )

@@ -70,7 +70,7 @@ def test_reference(case):
     verify(case)
 
 
-@pytest.mark.thin(10, "io", "state")
+@pytest.mark.thin(25, "io", "state")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case, backend):
     with backend():
@@ -86,7 +86,7 @@ def test_sm_100a(case, backend):
         verify(case)
 
 
-@pytest.mark.thin(12)
+@pytest.mark.thin(24)
 @pytest.mark.parametrize(
     "config", [{"lanes": 1, "warps": 2}, {"lanes": 2, "warps": 1, "tokens": 16}, {"lanes": 4, "warps": 4}], ids=str
 )
@@ -146,6 +146,7 @@ def test_chunks_carry_the_state(backend, state):
         torch.testing.assert_close(call["ssm_states"][slots], whole["ssm_states"][slots], rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.thin(2)
 @both
 def test_packed_sequences_are_those_of_single_calls(backend):
     """Every sequence of a packed batch has the result it has alone, wherever it begins; slots are permuted."""

@@ -59,7 +59,7 @@ def resources(spec, work, arch):
     return config, compiled.kernels
 
 
-@pytest.mark.thin(12, "arch")
+@pytest.mark.thin(48, "arch")
 @pytest.mark.parametrize(
     ("name", "work"),
     [

@@ -66,7 +66,7 @@ CASES = [
 ]
 
 
-@pytest.mark.thin(18, "io", "state")
+@pytest.mark.thin(53, "io", "state")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case, backend):
     """Two launches against the oracle, with the bounds of one."""
@@ -92,7 +92,7 @@ def test_any_number_of_parts(decay, splits, backend):
         verify(case)
 
 
-@pytest.mark.thin(12)
+@pytest.mark.wide
 @pytest.mark.parametrize("config", [{"lanes": 1, "warps": 2}, {"lanes": 4, "warps": 1, "tokens": 16}], ids=str)
 @pytest.mark.parametrize("mode", [{}, {"async_mode": "late"}, {"schedule": 1}], ids=str)
 @pytest.mark.parametrize("case", [Case(dim=70, lengths=(70, 70)), dataclasses.replace(PREFIX, dim=70)], ids=str)
@@ -104,7 +104,7 @@ def test_persistent(case, config, mode, backend):
         assert [launch.grid for launch in session.launches] == [(1, 1, 1)] * 2
 
 
-@pytest.mark.thin(2)
+@pytest.mark.wide
 @pytest.mark.parametrize("io", ["f32", "bf16"])
 def test_parts_against_the_whole(io, backend):
     """What splitting changes is the rounding of the states that parts start from."""
@@ -150,6 +150,7 @@ def test_bits_do_not_depend_on_batch_tiling_or_repetition(backend):
         equal(state, results[0][1])
 
 
+@pytest.mark.wide
 def test_packed_sequences_are_those_of_single_calls(backend):
     """Parts are cut, and sums over their tokens taken, from a sequence's beginning, wherever it lies."""
     case = Case(varlen=True, lengths=(5, 39, 64, 1, 50), nulls=(), in_place=False)
@@ -167,7 +168,7 @@ def test_packed_sequences_are_those_of_single_calls(backend):
     same_memory(single["ssm_states"], call["ssm_states"])
 
 
-@pytest.mark.thin(3)
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["u", "delta", "z"])
 def test_out_may_be_an_input(name, backend):
     """A part reads the tokens that are its own: what another has overwritten it has no use for."""

@@ -380,6 +380,7 @@ LEGAL = [
 ]
 
 
+@pytest.mark.thin(5, "emulated")
 @pytest.mark.parametrize("emulated", [False, True], ids=["reference", "emulate"])
 @pytest.mark.parametrize(("start", "changes"), LEGAL)
 def test_what_is_never_read_may_be_anything(start, changes, emulated):

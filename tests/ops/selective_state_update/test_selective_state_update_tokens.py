@@ -63,7 +63,7 @@ def test_reference(case):
     verify(case)
 
 
-@pytest.mark.thin(8, "state", "io", "destination")
+@pytest.mark.thin(20, "state", "io", "destination")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case, backend):
     with backend(shuffle_sync=False):
@@ -192,6 +192,7 @@ def test_bits_do_not_depend_on_tiling_or_batch(state, io, backend):
         equal(state_.float(), results[0][1].float())
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("config", [{}, LOOP], ids=["products", "loop"])
 def test_packed_is_one_by_one(config, backend):
     """A packed batch gives the bits of its sequences called alone."""
