@@ -127,11 +127,8 @@ def test_streams_and_graphs_of_the_second_device(driver, op):
 
 
 @pytest.mark.parametrize("op", BASE)
-def test_largest_declared_calls_are_accepted(driver, op):
-    """Grids, shared memory and registers at the sizes of models; nothing is run.
-
-    Once as a driver reports shared memory that counts the kernel's alone, once with the driver's own kilobyte.
-    """
+def test_launches_are_accepted_however_a_driver_counts_shared_memory(driver, op):
+    """Once as a driver counts the kernel's shared memory alone, once with the driver's own kilobyte; nothing runs."""
     driver.execute = False
     for driver.reported_shared in (0, 1024):
         call = on_device(workloads.build(op, BASE[op]))
