@@ -268,7 +268,7 @@ def test_findings_of_one_cause_are_told_together():
         run(compiled("missing barrier"), **RACE)
     text = str(caught.value)
     assert text.count("2 findings of one cause, first:") == text.count("write-read race") == 1
-    assert len(re.findall(r"    also at: ptxsim/test_seeded_bugs.py:\d+ \(kernel\).*; .*PTX line \d+\n?", text)) == 1
+    assert len(re.findall(r"    also at: tests/test_seeded_bugs.py:\d+ \(kernel\).*; .*PTX line \d+\n?", text)) == 1
 
 
 def test_line_information_leaves_the_code_as_it_is():
