@@ -147,7 +147,7 @@ SCAN = {"batch": "1", "dim": "128", "length": "1024", "dstate": "16", "config.la
 WHOLE = {"config.splits": "1"}
 
 
-@pytest.mark.thin(6)
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("keys", "slots"),
     [

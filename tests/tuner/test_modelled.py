@@ -105,6 +105,7 @@ def test_other_operators_have_a_time(op):
     assert found.kernels[0].timing.slots > 0
 
 
+@pytest.mark.wide
 def test_long_sequences_continue_short_ones():
     keys = {"dim": 256, "varlen": 1}
     times = {n: modelled.time_op("selective_scan", {**keys, "length": n}, "H200") for n in (256, 512)}

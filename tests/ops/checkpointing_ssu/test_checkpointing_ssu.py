@@ -263,7 +263,7 @@ def test_outputs_do_not_depend_on_writing(state, io):
     check_outputs_do_not_depend_on_writing(state, io)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("state", "io"),
     [

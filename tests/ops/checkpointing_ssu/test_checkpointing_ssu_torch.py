@@ -45,6 +45,7 @@ def canonical(case: Case, call: dict) -> dict:
     return named
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck(form):
     case = FORMS[form]

@@ -88,6 +88,7 @@ def test_one_token_after_the_other(mode, backend):
             verify(Case(tokens=1, mode=mode))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("tokens", [4, 8])
 def test_sm_100a(tokens, backend):
     with backend("sm_100a"):

@@ -250,6 +250,7 @@ def test_later_and_rejected_tokens_do_not_reach_the_reference_of_replays(case):
     check_replay(case, "reference", 40)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("case", REPLAYS, ids=str)
 def test_later_stale_and_rejected_tokens_do_not_reach_replays(case):
     check_replay(case, "sm_90a", 24)

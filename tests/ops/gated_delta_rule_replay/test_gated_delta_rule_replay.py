@@ -168,7 +168,7 @@ def test_bits_do_not_depend_on_batch_tiling_window_flush_or_ring_start(tokens, b
     assert all(torch.equal(state, states[0]) for state in states)
 
 
-@pytest.mark.thin(6)
+@pytest.mark.wide
 @pytest.mark.parametrize("state", ["f32", "bf16"])
 @pytest.mark.parametrize("pending", [0, 5, 8])
 def test_bits_are_those_of_mtp(pending, state, backend):
