@@ -94,9 +94,10 @@ def test_sources_of_the_toolchain_digest_hold_everything_that_kernels_import():
         "for operator in operators(): operator.module('kernel')\n"
         "print(*(m.__file__ for name, m in sys.modules.items() if name.startswith('cute_ssm')), sep='\\n')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = {Path(line) for line in done.stdout.splitlines()}
     root = Path(cute_ssm.__file__).parent
+    here = root.parent  # so that the process finds the package that is tested, installed or not
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True)
+    loaded = {Path(line) for line in done.stdout.splitlines()}
     host = {root / name for name in ("__init__.py", "env.py", "errors.py")}
     host |= {file for file in loaded if file.is_relative_to(root / "runtime")}
     assert {operator.module("kernel").__file__ for operator in operators()} <= set(map(str, loaded))
