@@ -42,7 +42,8 @@ def test_workflow_installs_and_tests_as_ci_run_does():
     packages = re.search(r'pip install --quiet (\./tools.*)"\.\[test', local).group(1)
     assert f'python -m pip install {packages}".[test]"' in commands("tests")
     assert commands("tests")[-1] == "pytest -n auto" and re.search(r"^pytest -n 2$", local, re.M)
-    assert commands("wide")[-1] == "pytest -n auto -m wide" and re.search(r"^pytest -n 2 -m wide$", local, re.M)
+    assert commands("wide")[-1] == 'pytest -n auto -m "wide and not slow"'
+    assert re.search(r'^pytest -n 2 -m "wide and not slow"$', local, re.M)
     assert "mypy" in commands("lint") and re.search(r"^mypy$", local, re.M)
     assert {"ruff check .", "ruff format --check ."} <= {*commands("lint")} & {*local.splitlines()}
     assert "mkdocs build --strict" in commands("docs") and "mkdocs build --strict" in local
