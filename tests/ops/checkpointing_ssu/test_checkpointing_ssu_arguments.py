@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 
 import kernel_backends
 import pytest
@@ -11,6 +10,7 @@ import torch
 from bits import same_memory
 from checkpointing_cases import PAD, Case, arguments
 from memory import copy, storage
+from refusals import refuses
 
 import cute_ssm
 from cute_ssm.errors import UnsupportedSpecError
@@ -258,22 +258,8 @@ BROKEN = [
 ]  # fmt: skip
 
 
-def refuses(case: Case, call: dict, name: str, error: type, message: str, emulated: bool) -> None:
-    """Call, and read the error; not a byte has changed and nothing was launched."""
-    tensors = {n: t for n, t in call.items() if isinstance(t, torch.Tensor) and t.device.type == "cpu"}
-    before = copy(tensors)
-    launches = []
-    with pytest.raises(error, match=message) as caught:
-        if emulated:
-            with kernel_backends.kernel(checks=False) as session:
-                launches = session.launches
-                call_of(case, call)
-        else:
-            call_of(case, call)
-    assert re.match(rf"{name}: expected .+, got .", str(caught.value), re.DOTALL), str(caught.value)
-    for n, tensor in tensors.items():
-        same_memory(tensor, before[n], f"{n} was written before the error")
-    assert not launches
+def expect(case: Case, call: dict, name: str, error: type, message: str, emulated: bool) -> None:
+    refuses(lambda: call_of(case, call), call, name, error, message, emulated)
 
 
 def base(name: str) -> tuple[Case, dict]:
@@ -298,7 +284,7 @@ def test_broken_precondition(start, name, change, error, message, emulated):
     changed, _, named = name.partition(" > ")
     call[changed] = change(call.get(changed))
     named = "tokens" if error is UnsupportedSpecError else named
-    refuses(case, call, named or changed, error, message, emulated)
+    expect(case, call, named or changed, error, message, emulated)
 
 
 @EMULATED
@@ -315,7 +301,7 @@ def test_broken_precondition(start, name, change, error, message, emulated):
     ids=str,
 )
 def test_sizes_outside_the_kernel(case, name, message, emulated):
-    refuses(case, arguments(case), name, UnsupportedSpecError, message, emulated)
+    expect(case, arguments(case), name, UnsupportedSpecError, message, emulated)
 
 
 @EMULATED
@@ -323,7 +309,7 @@ def test_sizes_outside_the_kernel(case, name, message, emulated):
 def test_parts_of_a_head_are_whole_tiles(dim, d_split, emulated):
     case = Case(pads=(), dim=dim, d_split=d_split)
     message = f"None, or parts of dim = {dim} that are multiples of 16 rows, got {d_split}"
-    refuses(case, arguments(case), "d_split", ValueError, message, emulated)
+    expect(case, arguments(case), "d_split", ValueError, message, emulated)
 
 
 @EMULATED
@@ -332,7 +318,7 @@ def test_too_few_slots_without_indices(emulated):
     call = arguments(case)
     names = ("state", *case.names[:4], "prev_num_accepted_tokens", case.names[4])
     call |= {name: call[name][:2] for name in names}
-    refuses(case, call, "state", ValueError, "at least batch = 3 slots, got 2; pass state_batch_indices to", emulated)
+    expect(case, call, "state", ValueError, "at least batch = 3 slots, got 2; pass state_batch_indices to", emulated)
 
 
 @EMULATED
@@ -340,13 +326,13 @@ def test_groups_must_divide_heads(emulated):
     case = Case(nheads=3, pads=())
     call = arguments(case)
     call["B"], call["C"] = (call[n].expand(3, 4, 2, 64).contiguous() for n in "BC")
-    refuses(case, call, "B", ValueError, "expected ngroups that divides nheads = 3, got ngroups = 2", emulated)
+    expect(case, call, "B", ValueError, "expected ngroups that divides nheads = 3, got ngroups = 2", emulated)
 
 
 def test_a_tensor_on_neither_gpu_nor_cpu():
     case, call = base("double")
     call = {n: t.to("meta") if isinstance(t, torch.Tensor) else t for n, t in call.items()}
-    refuses(case, call, "state", ValueError, "a tensor on a GPU or on the CPU, got one on meta; move all to one", False)
+    expect(case, call, "state", ValueError, "a tensor on a GPU or on the CPU, got one on meta; move all to one", False)
 
 
 # ---------------------------------------------------------------------------------- what looks broken, and is not

@@ -9,6 +9,7 @@ import torch
 from bits import equal, same_memory
 from checkpointing_cases import Case, arguments
 from memory import copy
+from plan_doubles import Keys, Recorder
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cute_ssm
@@ -106,26 +107,6 @@ def test_untied_arguments_are_refused_while_compiling():
     call["dt"] = call["dt"][..., :1].expand(*call["dt"].shape[:3], 32)
     with pytest.raises(Exception, match=r"dt: expected last dimensions \(64,\)"):
         compiled(call)
-
-
-class Recorder:
-    """A plan's kernel that notes its calls, or refuses like the kernel's own entry."""
-
-    def __init__(self, refuse=False):
-        self.calls, self.refuse = [], refuse
-
-    def __call__(self, *arguments):
-        if self.refuse:
-            raise ValueError("Mismatched x.strides[0]")
-        self.calls.append(arguments)
-
-
-class Keys(dict):
-    """Plans that note the key that was looked up last."""
-
-    def get(self, key, default=None):
-        self.last = key
-        return super().get(key, default)
 
 
 def key_of(case: Case, call: dict, monkeypatch) -> object:

@@ -10,6 +10,7 @@ import torch
 from bits import equal, same_memory
 from gdn_cases import Case, arguments
 from memory import copy
+from plan_doubles import Recorder, last_key
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cute_ssm
@@ -59,18 +60,6 @@ def test_fake_tensors_have_the_result_of_shapes_alone():
     assert (out.shape, out.dtype) == (call["v"].shape, call["q"].dtype)
 
 
-class Recorder:
-    """A plan's kernel that notes its calls, or refuses like the kernel's own entry."""
-
-    def __init__(self, refuse=False):
-        self.calls, self.refuse = [], refuse
-
-    def __call__(self, *arguments):
-        if self.refuse:
-            raise ValueError("Mismatched v.strides[0]")
-        self.calls.append(arguments)
-
-
 @pytest.fixture
 def plans(monkeypatch):
     monkeypatch.setattr(module._path, "plans", {})
@@ -78,15 +67,7 @@ def plans(monkeypatch):
 
 def key_of(call):
     """The key under which a call's plan would be kept."""
-
-    class Keys(dict):
-        def get(self, key, default=None):
-            self.last = key
-            return super().get(key, default)
-
-    module._path.plans = keys = Keys()
-    cute_ssm.gated_delta_rule_mtp(**call)
-    return keys.last
+    return last_key(module, lambda: cute_ssm.gated_delta_rule_mtp(**call))
 
 
 def test_steady_state_is_one_look_up_and_one_call(plans):

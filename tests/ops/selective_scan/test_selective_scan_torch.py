@@ -9,6 +9,7 @@ import pytest
 import torch
 from bits import same_memory
 from memory import copy
+from plan_doubles import Recorder, last_key
 from scan_cases import Case, arguments, scan
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -81,40 +82,20 @@ def test_signatures_differ_in_out_alone():
     assert functional == [*names, "out", "saturate"]
 
 
-class Recorder:
-    """A plan's kernel that notes its calls, or refuses like the kernel's own entry."""
-
-    def __init__(self, refuse=False):
-        self.calls, self.refuse = [], refuse
-
-    def __call__(self, *arguments):
-        if self.refuse:
-            raise ValueError("Mismatched u.strides[0]")
-        self.calls.append(arguments)
-
-
 @pytest.fixture
 def plans(monkeypatch):
     monkeypatch.setattr(module._path, "plans", {})
 
 
-def memorised(case, call):
-    """Call with plans whose keys are recorded."""
-
-    class Keys(dict):
-        def get(self, key, default=None):
-            self.last = key
-            return super().get(key, default)
-
-    module._path.plans = keys = Keys()
-    scan(case, call)
-    return keys.last
+def key_of(case, call):
+    """The key under which a call's plan would be kept."""
+    return last_key(module, lambda: scan(case, call))
 
 
 @pytest.mark.parametrize("case", [SMALL, dataclasses.replace(SMALL, in_place=True), PREFIX], ids=str)
 def test_steady_state_is_one_look_up_and_one_call(case, plans):
     call = arguments(case)
-    key = memorised(case, call)
+    key = key_of(case, call)
     kernel = Recorder()
     module._path.plans = {key: (kernel, (528,))}
     out = scan(case, call)
@@ -132,7 +113,7 @@ def test_steady_state_is_one_look_up_and_one_call(case, plans):
 def test_parts_get_scratch_of_their_own(plans):
     """Every call hands its parts other memory, or memory that its stream has finished with: the allocator's affair."""
     call = arguments(SMALL)
-    key = memorised(SMALL, call)
+    key = key_of(SMALL, call)
     kernel = Recorder()
     module._path.plans = {key: (module._with_scratch(kernel, (3, 4, 8, 20)), (528,))}
     scan(SMALL, call)
@@ -146,7 +127,7 @@ def test_a_refusing_kernel_leads_to_the_full_check(plans):
     """The kernel's entry refuses strides it was not compiled for; the call is then examined and run anew."""
     call = arguments(SMALL)
     twin = copy(call)
-    key = memorised(SMALL, copy(call))
+    key = key_of(SMALL, copy(call))
     module._path.plans = {key: (Recorder(refuse=True), (528,))}
     scan(SMALL, call)
     module._path.plans = {}
@@ -167,14 +148,14 @@ def test_a_refusing_kernel_leads_to_the_full_check(plans):
 )  # fmt: skip
 def test_every_factor_is_in_the_key_of_plans(change, plans):
     other = dataclasses.replace(SMALL, **change)
-    assert memorised(other, arguments(other)) != memorised(SMALL, arguments(SMALL))
+    assert key_of(other, arguments(other)) != key_of(SMALL, arguments(SMALL))
 
 
 def test_prefix_caching_is_in_the_key_of_plans(plans):
     whole = dataclasses.replace(PREFIX, chunks=False, computed=(0, 0))
-    keys = {memorised(case, arguments(case)) for case in (PREFIX, whole)}
+    keys = {key_of(case, arguments(case)) for case in (PREFIX, whole)}
     call = arguments(whole)
     for name in ("block_idx_first_scheduled_token", "block_idx_last_scheduled_token", "initial_state_idx"):
         del call[name]
-    keys.add(memorised(whole, call))
+    keys.add(key_of(whole, call))
     assert len(keys) == 3

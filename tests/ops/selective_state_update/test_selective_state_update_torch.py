@@ -11,6 +11,7 @@ import token_cases
 import torch
 from bits import equal, same_memory
 from memory import copy
+from plan_doubles import Recorder, last_key
 from step_cases import Case
 from token_cases import Tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -100,41 +101,26 @@ def test_fake_tensors_have_the_result_of_shapes_alone(form):
     same_memory(call["state"], before["state"])
 
 
-class Recorder:
-    """A plan's kernel that notes its calls, or refuses like the kernel's own entry."""
-
-    def __init__(self, refuse=False):
-        self.calls, self.refuse = [], refuse
-
-    def __call__(self, *arguments):
-        if self.refuse:
-            raise ValueError("Mismatched x.strides[0]")
-        self.calls.append(arguments)
-
-
 @pytest.fixture
 def plans(monkeypatch):
     monkeypatch.setattr(module._path, "plans", {})
     return module._path.plans
 
 
-def memorised(call, plans):
-    """Call with plans whose keys are recorded."""
+def key_of(call):
+    """The key that a call looks up, whether it is legal or not."""
 
-    class Keys(dict):
-        def get(self, key, default=None):
-            self.last = key
-            return super().get(key, default)
+    def run():
+        with contextlib.suppress(ValueError):
+            cute_ssm.selective_state_update(**call)
 
-    module._path.plans = keys = Keys(plans)
-    cute_ssm.selective_state_update(**call)
-    return keys.last
+    return last_key(module, run)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_steady_state_is_one_look_up_and_one_call(form, plans):
     call = arguments(FORMS[form])
-    key = memorised(copy(call), plans)
+    key = key_of(copy(call))
     kernel = Recorder()
     module._path.plans = {key: (kernel, (7, 528))}
     before = copy(call)
@@ -153,7 +139,7 @@ def test_a_refusing_kernel_leads_to_the_full_check(form, plans):
     """The kernel's entry refuses strides it was not compiled for; the call is then examined and run anew."""
     call = arguments(FORMS[form])
     twin = copy(call)
-    key = memorised(copy(call), plans)
+    key = key_of(copy(call))
     module._path.plans = {key: (Recorder(refuse=True), (7, 528))}
     cute_ssm.selective_state_update(**call)
     module._path.plans = {}
@@ -174,7 +160,7 @@ def test_a_refusing_kernel_leads_to_the_full_check(form, plans):
     ids=str,
 )  # fmt: skip
 def test_every_factor_is_in_the_key_of_plans(change, plans):
-    assert memorised(arguments(Case(**change)), plans) != memorised(arguments(Case()), plans)
+    assert key_of(arguments(Case(**change))) != key_of(arguments(Case()))
 
 
 def grown(name, axis, by=1):
@@ -250,26 +236,12 @@ def test_what_the_entry_of_a_kernel_does_not_check_is_in_the_key(form, change, m
 
 def test_plans_are_not_used_while_a_config_is_overridden(plans):
     call = arguments(Case())
-    key = memorised(copy(call), plans)
+    key = key_of(copy(call))
     kernel = Recorder()
     module._path.plans = {key: (kernel, (7, 528))}
     with cute_ssm.tuning.override(rows=16):
         cute_ssm.selective_state_update(**call)
     assert not kernel.calls
-
-
-def key_of(call: dict) -> object:
-    """The key that a call looks up, whether it is legal or not."""
-
-    class Keys(dict):
-        def get(self, key, default=None):
-            self.last = key
-            return default
-
-    module._path.plans = keys = Keys()
-    with contextlib.suppress(ValueError):
-        cute_ssm.selective_state_update(**call)
-    return keys.last
 
 
 def test_packed_calls_differ_in_slots_and_rows_that_their_entry_cannot_compare(plans):
