@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -82,6 +83,11 @@ class Config:
     def check(self, spec: Any, arch: Arch) -> None:
         """Raise `UnsupportedSpecError` if the kernel cannot run with this config."""
         raise TypeError(f"{type(self).__name__} has no check")
+
+    def refuse(self, problems: Iterable[str], spec: Any, arch: Arch, reason: str = "") -> None:
+        """Raise `UnsupportedSpecError` if there are problems, which name what does not fit."""
+        if found := ", ".join(problems):
+            raise UnsupportedSpecError(f"config: {found} of {self} do not fit {spec.text()} on {arch.name}{reason}")
 
     @classmethod
     def space(cls, spec: Any, arch: Arch) -> dict[str, tuple[int, ...]]:

@@ -74,18 +74,7 @@ def compile_to(folder: str | Path, spec: Spec, config: Config | None = None, arc
     CuteSsmError
         If the folder cannot be written.
     """
-    arch = arch or target()
-    spec.check()
-    store = Store(Path(folder).absolute())
-    with compiler.LOCK:
-        key = Key(spec, config or registry.default_config(spec, arch), arch)
-        with store.lock(key) as held:
-            data, seconds = _compile(key)
-            if not (held and store.write(key, data, seconds)):
-                raise CuteSsmError(
-                    describe("folder", "a folder that can be written", repr(str(folder)), "see the warning above")
-                )
-    return store.path(key)
+    return _store_in(folder, spec, config, arch, ".o", lambda data: data)
 
 
 def bundle_to(folder: str | Path, spec: Spec, config: Config | None = None, arch: Arch | None = None) -> Path:
@@ -96,6 +85,18 @@ def bundle_to(folder: str | Path, spec: Spec, config: Config | None = None, arch
     CuteSsmError
         If the folder cannot be written, or there is no linker.
     """
+    return _store_in(folder, spec, config, arch, ".so", bundles.link)
+
+
+def _store_in(
+    folder: str | Path,
+    spec: Spec,
+    config: Config | None,
+    arch: Arch | None,
+    suffix: str,
+    convert: Callable[[bytes], bytes],
+) -> Path:
+    """Compile a kernel, and store what `convert` makes of its object; return the path."""
     arch = arch or target()
     spec.check()
     store = Store(Path(folder).absolute())
@@ -103,11 +104,11 @@ def bundle_to(folder: str | Path, spec: Spec, config: Config | None = None, arch
         key = Key(spec, config or registry.default_config(spec, arch), arch)
         with store.lock(key) as held:
             data, seconds = _compile(key)
-            if not (held and store.write(key, bundles.link(data), seconds, ".so")):
+            if not (held and store.write(key, convert(data), seconds, suffix)):
                 raise CuteSsmError(
                     describe("folder", "a folder that can be written", repr(str(folder)), "see the warning above")
                 )
-    return store.path(key, ".so")
+    return store.path(key, suffix)
 
 
 def prepare(spec: Spec, config: Config, arch: Arch) -> bool:

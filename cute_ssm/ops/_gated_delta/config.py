@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from cute_ssm.arch import Arch
-from cute_ssm.errors import UnsupportedSpecError
 from cute_ssm.ops._gated_delta.layout import PART_BYTES, TILE, part_bytes
 from cute_ssm.ops._gated_delta.spec import GatedDeltaSpec, Sizes
 from cute_ssm.spec import Config
@@ -69,15 +68,13 @@ class GatedDeltaRuleConfig(Config):
         """Raise `UnsupportedSpecError` if no kernel can run with this config."""
         sizes = spec.sizes
         even = 1 <= self.warps <= MAX_WARPS and self.rows % (TILE * self.warps) == 0
-        problems = {
+        fitting = {
             "rows": self.rows >= TILE and sizes.V % self.rows == 0,
             "warps": even and self.tiles() <= MAX_TILES,
             "shared memory": self.shared_bytes(spec) <= arch.shared_bytes,
             "sequential": not self.sequential or sizes.tokens <= sizes.sequential_tokens,
         }
-        bad = [name for name, good in problems.items() if not good]
-        if bad:
-            raise UnsupportedSpecError(f"config: {', '.join(bad)} of {self} do not fit {spec.text()} on {arch.name}")
+        self.refuse((name for name, good in fitting.items() if not good), spec, arch)
 
     @classmethod
     def space(cls, spec: GatedDeltaSpec, arch: Arch) -> dict[str, tuple[int, ...]]:

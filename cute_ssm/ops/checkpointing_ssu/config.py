@@ -116,20 +116,16 @@ class CheckpointingSSUConfig(Config):
 
     def check(self, spec: CheckpointingSSUSpec, arch: Arch) -> None:
         """Raise `UnsupportedSpecError` if the kernel cannot run so."""
-        problems = {
+        fitting = {
             "form": self.form in (FUSED, DYNAMIC) or (self.form == PAIR and spec.work_items),
             "d_split": self.d_split >= 1 and spec.dim % (self.d_split * ROWS) == 0,
             "unit_stages": self.unit_stages in (1, 2),
             "ctas_per_sm": min(launch.ctas_per_sm for launch in self.launch_configs) >= 1,
         }
-        bad = [name for name, good in problems.items() if not good]
-        for launch in self.launch_configs if not bad else ():
-            bad += launch.problems(spec, arch)
-        if bad:
-            reason = " (form 2 needs work_items)" if "form" in bad else ""
-            raise UnsupportedSpecError(
-                f"config: {', '.join(bad)} of {self} do not fit {spec.text()} on {arch.name}{reason}"
-            )
+        problems = [name for name, good in fitting.items() if not good]
+        for launch in self.launch_configs if not problems else ():
+            problems += launch.problems(spec, arch)
+        self.refuse(problems, spec, arch, " (form 2 needs work_items)" if "form" in problems else "")
 
     @classmethod
     def space(cls, spec: CheckpointingSSUSpec, arch: Arch) -> dict[str, tuple[int, ...]]:

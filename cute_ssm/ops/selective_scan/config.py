@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 from cute_ssm.arch import WARP, Arch
-from cute_ssm.errors import UnsupportedSpecError
 from cute_ssm.ops.selective_scan.spec import SelectiveScanSpec
 from cute_ssm.spec import Config
 from cute_ssm.tuning import apply_override, tables
@@ -103,7 +102,7 @@ class SelectiveScanConfig(Config):
 
     def check(self, spec: SelectiveScanSpec, arch: Arch) -> None:
         """Raise `UnsupportedSpecError` if the kernel cannot run so."""
-        problems = {
+        fitting = {
             "lanes": self.lanes in lane_choices(spec),
             "warps": 1 <= self.warps <= MAX_WARPS,
             "tokens": self.tokens >= BLOCK and self.tokens % BLOCK == 0,
@@ -112,9 +111,7 @@ class SelectiveScanConfig(Config):
             "splits": self.splits >= 1,
             "shared memory": self.shared_bytes(spec) <= arch.shared_bytes,
         }
-        bad = [name for name, good in problems.items() if not good]
-        if bad:
-            raise UnsupportedSpecError(f"config: {', '.join(bad)} of {self} do not fit {spec.text()} on {arch.name}")
+        self.refuse((name for name, good in fitting.items() if not good), spec, arch)
 
     @classmethod
     def space(cls, spec: SelectiveScanSpec, arch: Arch) -> dict[str, tuple[int, ...]]:

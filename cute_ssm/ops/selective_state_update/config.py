@@ -86,7 +86,7 @@ class SelectiveStepConfig(Config):
         """Raise `UnsupportedSpecError` if the kernel cannot run so."""
         block = self.block_rows
         steps = block * self.lanes // WARP
-        problems = {
+        fitting = {
             "lanes": self.lanes in (1, 2, 4, 8, 16, 32) and 1 <= steps <= self.lanes,
             "rows": self.rows >= 8 and spec.dim % self.rows == 0,
             "block": block in (8, 16, 32),
@@ -96,9 +96,7 @@ class SelectiveStepConfig(Config):
             "ctas_per_sm": self.ctas_per_sm >= 1,
             "shared memory": self.shared_bytes(spec) <= arch.shared_bytes,
         }
-        bad = [name for name, good in problems.items() if not good]
-        if bad:
-            raise UnsupportedSpecError(f"config: {', '.join(bad)} of {self} do not fit {spec.text()} on {arch.name}")
+        self.refuse((name for name, good in fitting.items() if not good), spec, arch)
 
     @classmethod
     def space(cls, spec: SelectiveStateUpdateSpec, arch: Arch) -> dict[str, tuple[int, ...]]:
