@@ -18,6 +18,18 @@ KEY_BYTES = 8  # of an access to aligned rows of keys
 Source = Callable[[Any, Any], cute.Pointer]  # (row, column) to the address of an element
 
 
+def step_dtypes(spec: GatedDeltaSpec) -> dict[str, str | None]:
+    """Return the types of what all kernels of steps take."""
+    return {
+        "q": spec.input_dtype,
+        "initial_state": spec.state_dtype,
+        "initial_state_indices": spec.src_dtype,
+        "a": spec.gate_dtype,
+        "dt_bias": spec.dt_bias_dtype,
+        "output": spec.output_dtype,
+    }
+
+
 def step_layouts(spec: GatedDeltaSpec) -> dict[str, Layout]:
     """Return the layouts of inputs and outputs that a kernel for `spec` requires."""
     keys = Layout((1,), min(KEY_BYTES, spec.input_bytes) // 2)

@@ -21,7 +21,7 @@ from cute_ssm.device.types import Maybe
 from cute_ssm.ops._gated_delta.config import GatedDeltaRuleConfig, choose
 from cute_ssm.ops._gated_delta.outputs import clear_outputs
 from cute_ssm.ops._gated_delta.shared import SharedMemory
-from cute_ssm.ops._gated_delta.tokens import step_layouts
+from cute_ssm.ops._gated_delta.tokens import step_dtypes, step_layouts
 from cute_ssm.ops._gated_delta.units import Unit
 from cute_ssm.ops.gated_delta_rule_mtp.arguments import TABLE
 from cute_ssm.ops.gated_delta_rule_mtp.products import ChunkedTokens
@@ -59,12 +59,7 @@ class GatedDeltaRule:
         """Return stand-ins for the arguments of `__call__`, with what is static and which sizes are equal."""
         spec = self.spec
         dtypes = {
-            "q": spec.input_dtype,
-            "initial_state": spec.state_dtype,
-            "initial_state_indices": spec.src_dtype,
-            "a": spec.gate_dtype,
-            "dt_bias": spec.dt_bias_dtype,
-            "output": spec.output_dtype,
+            **step_dtypes(spec),
             "ssm_state_indices": spec.scatter_dtype,
             "output_state_indices": spec.dst_dtype,
             "accepted_steps": spec.accepted_dtype,
@@ -137,7 +132,7 @@ class GatedDeltaRule:
         slot = Int64(tensors.initial_state_indices[i])
         active = in_range(slot, tensors.initial_state.shape[0])
         if const_expr(tensors.accepted_steps is not None):
-            accepted_steps: cute.Tensor = tensors.accepted_steps
+            accepted_steps = tensors.accepted_steps
             active = active and in_range(Int64(accepted_steps[i]), tensors.q.shape[1] + 1)
         if active:
             key_head, head_in_group = divmod(h, group)

@@ -119,7 +119,7 @@ class ChunkedTokens:
                 corner = self.states.corner(buffer, (i, t, h), row, lane)
                 self.write_state(corner, tile, U, memory, blocks, t, lane)
         if const_expr(tensors.ssm_state_indices is not None):
-            indices: cute.Tensor = tensors.ssm_state_indices
+            indices = tensors.ssm_state_indices
             for t in cutlass.range(count, unroll=1):
                 slot = Int64(indices[i, t])
                 if in_range(slot, state.shape[0]):
@@ -128,11 +128,11 @@ class ChunkedTokens:
         if const_expr(self.spec.write_final):
             slot = unit.slot
             if const_expr(tensors.output_state_indices is not None):
-                destinations: cute.Tensor = tensors.output_state_indices
+                destinations = tensors.output_state_indices
                 slot = Int64(destinations[i])
             accepted = count
             if const_expr(tensors.accepted_steps is not None):
-                accepted_steps: cute.Tensor = tensors.accepted_steps
+                accepted_steps = tensors.accepted_steps
                 accepted = Int32(accepted_steps[i])
             if in_range(slot, state.shape[0]):
                 corner = self.states.corner(state, (slot, h), row, lane)

@@ -186,17 +186,17 @@ class SequentialTokens:
         if const_expr(buffer is not None and t >= 0):
             self.states.store(self.states.corner(buffer, (i, t, h), row, lane), tile)
         if const_expr(tensors.ssm_state_indices is not None and t >= 0):
-            indices: cute.Tensor = tensors.ssm_state_indices
+            indices = tensors.ssm_state_indices
             slot = Int64(indices[i, t])
             if in_range(slot, state.shape[0]):
                 self.states.store(self.states.corner(state, (slot, h), row, lane), tile)
         if const_expr(self.spec.write_final):
             slot, last = unit.slot, Boolean(t + 1 == self.spec.tokens)
             if const_expr(tensors.output_state_indices is not None):
-                destinations: cute.Tensor = tensors.output_state_indices
+                destinations = tensors.output_state_indices
                 slot = Int64(destinations[i])
             if const_expr(tensors.accepted_steps is not None):
-                accepted_steps: cute.Tensor = tensors.accepted_steps
+                accepted_steps = tensors.accepted_steps
                 last = Int32(accepted_steps[i]) == t + 1
             if const_expr(tensors.accepted_steps is not None or t + 1 == self.spec.tokens):
                 if last and in_range(slot, state.shape[0]):

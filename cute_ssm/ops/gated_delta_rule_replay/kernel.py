@@ -31,7 +31,7 @@ from cute_ssm.ops._gated_delta.outputs import OutputRows, clear_outputs
 from cute_ssm.ops._gated_delta.pending import Pending, PendingTokens, Rings, chunk_count
 from cute_ssm.ops._gated_delta.shared import SharedLayout, SharedMemory
 from cute_ssm.ops._gated_delta.states import StateTiles, widened
-from cute_ssm.ops._gated_delta.tokens import TokenRows, step_layouts
+from cute_ssm.ops._gated_delta.tokens import TokenRows, step_dtypes, step_layouts
 from cute_ssm.ops._gated_delta.units import Unit
 from cute_ssm.ops.gated_delta_rule_replay.arguments import TABLE
 from cute_ssm.ops.gated_delta_rule_replay.rings import RingWriter
@@ -93,17 +93,9 @@ class GatedDeltaRuleReplay:
     def fakes(self) -> tuple[Any, ...]:
         """Return stand-ins for the arguments of `__call__`, with what is static and which sizes are equal."""
         spec = self.spec
-        dtypes = {
-            "q": spec.input_dtype,
-            "initial_state": spec.state_dtype,
-            "initial_state_indices": spec.src_dtype,
-            "a": spec.gate_dtype,
-            "dt_bias": spec.dt_bias_dtype,
-            "output": spec.output_dtype,
-        }
         sizes = {"K": spec.K, "V": spec.V}
         return (
-            *of_table(TABLE, dtypes, sizes, layouts=step_layouts(spec)),
+            *of_table(TABLE, step_dtypes(spec), sizes, layouts=step_layouts(spec)),
             Float32(0),
             Int32(0),
             make_fake_stream(use_tvm_ffi_env_stream=True),

@@ -9,8 +9,8 @@ from cute_ssm.errors import describe
 from cute_ssm.ops import _library
 from cute_ssm.ops._arguments import first_of_batch, not_tensors
 from cute_ssm.ops._calls import CallPath, Checked
-from cute_ssm.ops._gated_delta import config
 from cute_ssm.ops._gated_delta.arguments import ROW_BYTES, default_scale, layout
+from cute_ssm.ops._gated_delta.calls import checked_step
 from cute_ssm.ops.gated_delta_rule_replay import arguments, reference
 from cute_ssm.ops.gated_delta_rule_replay.arguments import TABLE, Arguments
 
@@ -222,17 +222,8 @@ def _run(
 
 def _checked(call: Arguments, operands: tuple[object, ...]) -> Checked:
     """Check the arguments of a call, and say how it runs."""
-    spec = arguments.check(call)
-    units = call.v.shape[0] * call.v.shape[2]
-    return Checked(
-        spec,
-        operands=operands,
-        units=units,
-        choose=lambda arch, sm_count: config.choose(spec, arch, units, sm_count),
-        check_contents=lambda: arguments.check_contents(call),
-        reference=lambda: reference.step(call),
-        strict=spec.input_bytes == ROW_BYTES,
-    )
+    spec, units = arguments.check(call), call.v.shape[0] * call.v.shape[2]
+    return checked_step(spec, operands, units, lambda: arguments.check_contents(call), lambda: reference.step(call))
 
 
 _REGISTERED = _library.register(TABLE.schema("gated_delta_rule_replay"), _run)

@@ -137,7 +137,7 @@ class MaterializeGatedDelta:
             start, available = tensors.ring_start[source], tensors.prev_num_accepted_tokens[source]
         count = Int64(available)
         if const_expr(tensors.num_tokens is not None):
-            num_tokens: cute.Tensor = tensors.num_tokens
+            num_tokens = tensors.num_tokens
             count = Int64(num_tokens[i])
         active = in_range(available, window + 1) and in_range(start, length)
         if active and in_range(count, Int64(available) + 1):

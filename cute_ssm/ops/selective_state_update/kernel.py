@@ -231,17 +231,17 @@ class SelectiveStep:
         start, count = Int32(0), Int32(1)
         slot, active = Int64(b), Boolean(True)
         if const_expr(spec.tokens == "packed"):
-            cu_seqlens: cute.Tensor = tensors.cu_seqlens
+            cu_seqlens = tensors.cu_seqlens
             first, last = Int64(cu_seqlens[b]), Int64(cu_seqlens[b + 1])
             inside = first >= 0 and last > first and last <= tensors.x.shape[0]
             start = Int32(first) if inside else Int32(0)
             count = cutlass.min(Int32(last - first), scalars.max_tokens) if inside else Int32(0)
             active = count > 0
         if const_expr(spec.src_dtype is not None):
-            indices: cute.Tensor = tensors.state_batch_indices
+            indices = tensors.state_batch_indices
             # 64 bits: the product with the slot's stride passes 2^31 elements
             if const_expr(spec.src_columns):
-                num_accepted: cute.Tensor = tensors.num_accepted_tokens
+                num_accepted = tensors.num_accepted_tokens
                 accepted = Int64(num_accepted[b])
                 column = accepted - 1 if accepted > 0 else Int64(0)
                 slot = scalars.pad_slot_id
@@ -286,7 +286,7 @@ class SelectiveStep:
             unit = unit._replace(num_tokens=tensors.x.shape[1])
         if const_expr(spec.writes_last_state and spec.dst_dtype is not None):
             if unit.active:
-                indices: cute.Tensor = tensors.dst_state_batch_indices
+                indices = tensors.dst_state_batch_indices
                 slot = Int64(indices[unit.sequence])
                 destination = Destination(slot, slot != scalars.pad_slot_id and in_range(slot, state.shape[0]))
         if unit.active:

@@ -82,8 +82,8 @@ class StateStores:
     ) -> None:
         """Write a block's state after a token to the destination of that token."""
         if const_expr(self.spec.intermediates):
-            buffer: cute.Tensor = tensors.intermediate_states_buffer
-            indices: cute.Tensor = tensors.intermediate_state_indices
+            buffer = tensors.intermediate_states_buffer
+            indices = tensors.intermediate_state_indices
             row, inside = unit.slot, Boolean(True)
             if const_expr(self.spec.intermediate_dtype is not None):
                 row = Int64(indices[unit.sequence])
@@ -93,7 +93,7 @@ class StateStores:
             if inside:
                 self.copy_block(tensors, unit, rows, block, BlockTarget(row, address, scale), token, lane)
         if const_expr(self.spec.update_state and self.spec.dst_columns):
-            destinations: cute.Tensor = tensors.dst_state_batch_indices
+            destinations = tensors.dst_state_batch_indices
             slot = Int64(destinations[unit.sequence, token])
             address = memory.address(tensors.state, slot, unit.head, block.first_row, 0)
             scale = ScaleTarget(tensors.state_scale, (slot, unit.head, block.row))
