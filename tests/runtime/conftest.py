@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 import processes
 import pytest
 
 from cute_ssm.runtime import toolchain
+
+
+@pytest.fixture
+def warnings(caplog):
+    """Return a function that lists the warnings that have been logged."""
+    caplog.set_level(logging.INFO, logger="cute_ssm")
+    return lambda: [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
 @pytest.fixture

@@ -44,12 +44,6 @@ def compiled(monkeypatch):
     return done
 
 
-@pytest.fixture
-def warnings(caplog):
-    caplog.set_level(logging.INFO, logger="cute_ssm")
-    return lambda: [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-
-
 def entries(folder):
     return sorted(folder.rglob(f"*{store.EMULATED}"))
 

@@ -45,12 +45,6 @@ def compiled(monkeypatch):
     return done
 
 
-@pytest.fixture
-def warnings(caplog):
-    caplog.set_level(logging.INFO, logger="cute_ssm")
-    return lambda: [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-
-
 def callable_(function):
     """Whether a function is the tiny kernel: it refuses a wrong call by its own argument names, without a GPU."""
     with pytest.raises(TypeError, match=r"Expects 2 param.*x: Tensor\(\[n0\], float32\), out: Tensor"):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from bits import same_memory
 from bounds import rms_within, within
+from cases import Named
 from memory import copy, moved, storage
 from step_cases import DECAYS, DTYPES, PAD
 
@@ -34,7 +35,7 @@ UNUSED = -77  # cursors of slots that no sequence has
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Named):
     """One kind of call; the defaults are the base that tests vary one factor of at a time."""
 
     batch: int = 3
@@ -67,10 +68,6 @@ class Case:
     fill: str = "nan"  # nan | garbage: what no token was written to
     strided: bool = False  # new tokens and rings have gaps between their rows
     shift: int = 0  # elements that new tokens, and their rows, are away from an address that is aligned
-
-    def __str__(self) -> str:
-        changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-        return "-".join(f"{f.name}={getattr(self, f.name)}".replace("torch.", "") for f in changed) or "base"
 
     @property
     def ring(self) -> bool:

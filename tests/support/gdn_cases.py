@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 from bits import same_bits, same_memory
 from bounds import like_float32
+from cases import Named
 from memory import copy
 
 import cute_ssm
@@ -20,7 +20,7 @@ MODES = ("verify", "update", "split", "buffer", "buffer_update", "scatter", "acc
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Named):
     """One call; the defaults are the base that tests vary one factor of at a time."""
 
     batch: int = 3
@@ -41,10 +41,6 @@ class Case:
     scale: float | None = None
     strided: bool = False  # slots, heads and rows of the pool lie apart; inputs and output are slices of wider rows
     regime: str = "typical"
-
-    def __str__(self) -> str:
-        changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-        return "-".join(f"{f.name}={getattr(self, f.name)}".replace("torch.", "") for f in changed) or "base"
 
 
 def arguments(case: Case, seed: int = 0) -> dict:

@@ -30,9 +30,6 @@ class Case(replay_cases.Case):
     to: str | None = None  # type of another pool
     place: bool = False  # fold into the slot that is read
 
-    def __str__(self) -> str:
-        return super().__str__()
-
 
 def arguments(case: Case, seed: int = 0) -> dict:
     """Random arguments; whatever is not folded is NaN, pending tokens behind those that are included."""

@@ -30,9 +30,6 @@ class Case(gdn_cases.Case):
     spare: int = 3
     start: int | None = None  # of all rings; None: random
 
-    def __str__(self) -> str:
-        return super().__str__()
-
 
 def arguments(case: Case, seed: int = 0) -> dict:
     """Random arguments.  Everything that must not be read is NaN, or a cursor out of range."""

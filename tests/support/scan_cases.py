@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 from bits import same_memory
 from bounds import like_float32
+from cases import Named
 from memory import copy
 from step_cases import DTYPES
 
@@ -21,7 +21,7 @@ SEQUENCE_ARGUMENTS = ("query_start_loc", "cache_indices", "has_initial_state")
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Named):
     """One call; the defaults are the base that tests vary one factor of at a time."""
 
     lengths: tuple[int, ...] = (21, 21, 21)  # of the sequences
@@ -47,10 +47,6 @@ class Case:
     block_size: int = 0  # prefix caching
     chunks: bool = True  # with prefix caching: chunks are described
     computed: tuple[int, ...] = ()  # with prefix caching: tokens of each sequence before this call
-
-    def __str__(self) -> str:
-        changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-        return "-".join(f"{f.name}={getattr(self, f.name)}".replace("torch.", "") for f in changed) or "base"
 
 
 def spread(values: torch.Tensor, layout: str) -> torch.Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 from bits import same_memory
 from bounds import like_float32
+from cases import Named
 from memory import copy
 
 import cute_ssm
@@ -20,7 +20,7 @@ DECAYS = {"slow": (-1e-3, -4.0), "typical": (-1.0, -1.0), "fast": (-16.0, 2.0)}
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Named):
     """One call; the defaults are the base that tests vary one factor of at a time."""
 
     batch: int = 3
@@ -45,10 +45,6 @@ class Case:
     give_out: bool = True
     strided: bool = False  # x, z, B, C, dt and out are slices of wider rows; B and C are not aligned
     decay: str = "typical"
-
-    def __str__(self) -> str:
-        changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-        return "-".join(f"{f.name}={getattr(self, f.name)}".replace("torch.", "") for f in changed) or "base"
 
 
 def arguments(case: Case, seed: int = 0) -> dict:

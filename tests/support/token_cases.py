@@ -5,13 +5,13 @@ The oracle here is a loop over sequences, heads and tokens in NumPy float64 that
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from bits import same_memory
 from bounds import within
+from cases import Named
 from memory import copy
 from step_cases import DTYPES, PAD
 
@@ -25,7 +25,7 @@ SUBNORMAL = {"f32": 0.0, "bf16": 0.0, "f16": 2.0**-24, "f8": 2.0**-9}
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Tokens(Named):
     """One call; the defaults are the base that tests vary one factor of at a time."""
 
     lengths: tuple[int, ...] = (4, 4, 4)
@@ -49,10 +49,6 @@ class Tokens:
     pads: tuple[int, ...] = (1,)
     give_out: bool = True
     cache_steps: int = 0
-
-    def __str__(self) -> str:
-        changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-        return "-".join(f"{f.name}={getattr(self, f.name)}".replace("torch.", "") for f in changed) or "base"
 
 
 def arguments(case: Tokens, seed: int = 0) -> dict:
