@@ -84,7 +84,7 @@ def of_table(
             continue
         dtype = convert.DTYPES[dtype] if isinstance(dtype, str) else dtype
         letters = [
-            letter for axis in arg.axes() for letter in ((axes or {})[axis[1:]] if axis.startswith("*") else (axis,))
+            letter for axis in arg.axes for letter in ((axes or {})[axis[1:]] if axis.startswith("*") else (axis,))
         ]
         shape = tuple(size(letter) for letter in letters)
         layout = (layouts or {}).get(name)

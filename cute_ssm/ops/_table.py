@@ -18,6 +18,7 @@ the tensors as the compiler sees them (`cute_ssm.device.fakes.of_table`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -68,9 +69,15 @@ class Arg:
     written: bool = False
     why: str = ""
 
+    @functools.cached_property
     def axes(self) -> list[str]:
-        """Return the axes, as `shape` spells them."""
+        """The axes, as `shape` spells them."""
         return self.shape.split()
+
+    @functools.cached_property
+    def allowed(self) -> tuple[torch.dtype, ...]:
+        """The types of `dtypes`."""
+        return tuple(getattr(torch, dtype) for dtype in self.dtypes)
 
     def alignment(self, tensor: Tensor) -> int:
         """Return the bytes that the address and the outer strides of a tensor have to be multiples of."""
@@ -186,15 +193,18 @@ class Given(dict[str, Tensor]):
         """Raise unless all shapes are those of the table; an axis without a size may have any."""
         for name, tensor in self.items():
             arg = self.table.tensors[name]
-            given = tensor.shape if tensor.dim() == len(_letters(arg, sizes)) else [0] * len(_letters(arg, sizes))
-            shape = tuple(size if known is None else known for known, size in zip(_numbers(arg, sizes), given))
-            arguments.check_shape(self.public(name), tensor, shape, spelled(_letters(arg, sizes)), arg.written)
+            known = list(_numbers(arg, sizes))
+            given = tensor.shape if tensor.dim() == len(known) else [0] * len(known)
+            shape = tuple(own if size is None else size for size, own in zip(known, given))
+            if tensor.shape != shape:
+                letters = spelled(_letters(arg, sizes))
+                arguments.check_shape(self.public(name), tensor, shape, letters, arg.written)
 
     def check_dtypes(self) -> None:
         """Raise unless all types are those of the table, those that others are compared with first."""
         for name in sorted(self, key=lambda name: bool(self.table.tensors[name].like)):
             tensor, arg = self[name], self.table.tensors[name]
-            allowed, why = tuple(getattr(torch, dtype) for dtype in arg.dtypes), arg.why
+            allowed, why = arg.allowed, arg.why
             if arg.like:
                 allowed = (self[arg.like].dtype,)
                 why = why or f"the type of {self.public(arg.like)}"
@@ -205,12 +215,12 @@ class Given(dict[str, Tensor]):
         for name, tensor in self.items():
             arg = self.table.tensors[name]
             if arg.contiguous:
-                arguments.check_contiguous(self.public(name), tensor, arg.contiguous, arg.axes(), arg.written)
+                arguments.check_contiguous(self.public(name), tensor, arg.contiguous, arg.axes, arg.written)
         for name, tensor in self.items():
             arg = self.table.tensors[name]
             if arg.alignment(tensor):
                 arguments.check_aligned(
-                    self.public(name), tensor, arg.alignment(tensor), max(arg.contiguous, 1), arg.axes()[0], arg.written
+                    self.public(name), tensor, arg.alignment(tensor), max(arg.contiguous, 1), arg.axes[0], arg.written
                 )
 
     def check_written(self) -> None:
@@ -222,13 +232,13 @@ class Given(dict[str, Tensor]):
 
 def _letters(arg: Arg, sizes: Sizes) -> list[str]:
     found: list[str] = []
-    for axis in arg.axes():
+    for axis in arg.axes:
         found += sizes[axis[1:]] if axis.startswith("*") else [axis.replace("+", " + ")]  # type: ignore[arg-type]
     return found
 
 
 def _numbers(arg: Arg, sizes: Sizes) -> Iterator[int | None]:
-    for axis in arg.axes():
+    for axis in arg.axes:
         if axis.startswith("*"):
             yield from sizes[axis[1:]].values()  # type: ignore[union-attr]
         elif axis.isdigit():
