@@ -25,7 +25,11 @@ INT_ALU = frozenset("shl shr shf prmt bfe bfi bmsk szext popc clz brev bfind fns
 
 @dataclass
 class Op:
-    """A lowered PTX instruction.  ``kind`` selects the method of `Replay` that executes it."""
+    """A lowered PTX instruction.
+
+    ``kind`` selects the method of `Replay` that executes it.  ``occupancy`` is how long all its machine instructions
+    together hold ``pipe``; ``latency`` is the time from the issue of the last of its ``slots`` to the result.
+    """
 
     pc: int
     text: str
@@ -102,7 +106,9 @@ class Lowering:
         name, slots = self.classify(ins)
         if name in machine.pipes:
             chosen = machine.pipes[name]
-            pipe, occupancy, latency = chosen.name, chosen.occupancy, chosen.latency
+            pipe, occupancy, latency = chosen.name, chosen.occupancy * slots, chosen.latency
+            if name == "sfu":  # one of its slots is the special function; the others scale its operand and its result
+                occupancy, latency = chosen.occupancy, latency + (slots - 1) * (machine.pipes["fp32"].latency - 1)
         elif name == "free":
             pipe, occupancy, latency = "none", 0, 0
         elif name == "mma":

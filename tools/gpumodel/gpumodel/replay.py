@@ -233,7 +233,7 @@ class Replay:
                     warp.cause = op.pipe + " pipe"
                 heappush(self.pending[s], (pipe[op.pipe], self.number, warp))
                 return
-            pipe[op.pipe] = t + op.occupancy * op.slots
+            pipe[op.pipe] = t + op.occupancy
             if op.pipe == "tensor":
                 self.timing.tensor += op.occupancy
         elif op.pipe == "lsu" and self.lsu > t + 32:  # its queue is full

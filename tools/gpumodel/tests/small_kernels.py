@@ -36,6 +36,15 @@ INDEPENDENT = CHAIN.replace("fma.rn.f32 %f1, %f1, %f1, %f1; " * 64, "".join(
 )).replace(".reg .f32 %f<4>;", ".reg .f32 %f<4>; .reg .f32 %g<64>;").replace("chain", "independent")  # fmt: skip
 
 
+def special(instruction):
+    """64 independent special functions a trip."""
+    return (
+        INDEPENDENT.replace("fma.rn.f32 %g", f"{instruction} %g")
+        .replace(", %f1, %f1, %f1;", ", %f1;")
+        .replace("independent", "special")
+    )
+
+
 def ring(stages, tile=4096, work=32):
     """One warp that brings tiles by bulk copies into a ring of ``stages``, and computes a while on each."""
     return (

@@ -78,6 +78,23 @@ def test_independent_operations_issue_one_a_clock_and_scheduler():
     assert many.limits["issue"] == pytest.approx(many.timing.clocks, rel=0.3)
 
 
+@pytest.mark.parametrize("instruction", ["ex2.approx.ftz.f32", "ex2.approx.f32", "lg2.approx.f32", "sqrt.rn.f32"])
+def test_special_function_holds_its_pipe_once_however_many_slots_it_takes(instruction):
+    got = modelled(recorded(small_kernels.special(instruction), 1, 512, [np.zeros(512, np.float32), 4]))
+    assert got.timing.clocks == pytest.approx(4 * 4 * 64 * H200.pipes["sfu"].occupancy, rel=0.12)
+
+
+def test_each_half_of_a_64_bit_operation_holds_its_pipe():
+    text = small_kernels.INDEPENDENT.replace(".reg .f32 %g<64>;", ".reg .b64 %g<65>;").replace(
+        "fma.rn.f32 %g", "add.s64 %g"
+    )
+    text = text.replace(", %f1, %f1, %f1;", ", %g64, %g64;").replace(
+        "mov.f32 %f1, 0f3F000000;", "mov.f32 %f1, 0f3F000000; mov.u64 %g64, 7;"
+    )
+    got = modelled(recorded(text, 1, 512, [np.zeros(512, np.float32), 4]))
+    assert got.timing.clocks == pytest.approx(4 * 4 * 64 * 2 * H200.pipes["int"].occupancy, rel=0.12)
+
+
 def test_warps_hide_the_latency_of_each_other():
     few = modelled(recorded(small_kernels.CHAIN, 1, 128, [np.zeros(128, np.float32), 10]))
     more = modelled(recorded(small_kernels.CHAIN, 1, 512, [np.zeros(512, np.float32), 10]))
