@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shlex
 
 import kernel_backends
 import pytest
+import shim
 import slices
 
 from cute_ssm import env, runtime
@@ -21,8 +23,6 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--shim"):
-        import shim
-
         shim.install(config)
     restore = functools.partial(setattr, kernel_backends, "gpu", kernel_backends.gpu)
     config.add_cleanup(restore)  # of the pytest that this one may run within
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config, items):
     import torch
 
     slices.mark(items)
-    if config.getoption("--shim"):
+    if shim.active():
         skip = pytest.mark.skip(reason="times a GPU")
         for item in items:
             if "timed" in item.keywords:
@@ -76,14 +76,9 @@ def backend(request):
 
 
 @pytest.fixture(autouse=True)
-def _driver(request):
+def _driver():
     """Where GPUs are those of gpushim, fail a test whose launches a driver accepts, and that are wrong all the same."""
-    if request.config.getoption("--shim"):
-        import shim
-
-        with shim.watched():
-            yield
-    else:
+    with shim.watched() if shim.active() else contextlib.nullcontext():
         yield
 
 

@@ -1,12 +1,13 @@
 """Tests of the host path on GPUs that are not there: ``pytest --shim sm_90a,sm_100a -m gpu tests/shim``."""
 
 import pytest
+import shim
 
 
 @pytest.fixture
-def driver(request):
+def driver():
     """The driver of the two GPUs."""
-    if not request.config.getoption("--shim"):
+    if not shim.active():
         pytest.skip("needs --shim sm_90a,sm_100a")
     import gpushim
 

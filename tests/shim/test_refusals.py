@@ -132,14 +132,12 @@ def test_a_kernel_without_its_attribute_of_shared_memory_is_refused(driver):
 
 
 def test_bundles_run_with_the_compiler_blocked(driver, tmp_path, settings, monkeypatch):
-    import gpushim
     from cute_ssm.arch import SM_90A
     from cute_ssm.runtime import compiler
     from cute_ssm.workloads import plan
 
     ((spec, config, arch),) = plan.of_call(OP, KEYS, SM_90A, 132)
     runtime.bundle_to(tmp_path, spec, config, arch)
-    (tmp_path / "libcute_dsl_runtime.so").symlink_to(gpushim.bundle_runtime(tmp_path / "runtime"))
     settings(AOT_DIR=tmp_path)
 
     def blocked(*_):

@@ -1,4 +1,4 @@
-"""GPUs that are not there: ``pytest --shim sm_90a,sm_100a``, in a process of its own.
+"""GPUs that are not there: ``pytest --shim sm_90a,sm_100a``, or ``python -m gpushim pytest``.
 
 Tests that need a GPU then run as on one, with kernels in the emulator: see tools/gpushim.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -17,10 +18,17 @@ from cute_ssm import workloads
 from cute_ssm.workloads.maker import moved
 
 
+def active() -> bool:
+    """Whether the GPUs of this process are those of gpushim."""
+    return "gpushim" in sys.modules and sys.modules["gpushim"].installed()
+
+
 def install(config: pytest.Config) -> None:
     """Give this process the GPUs that were asked for, and a cache of kernels of its own."""
     import gpushim
 
+    if gpushim.installed():
+        raise pytest.UsageError("--shim: this process has GPUs of gpushim already")
     folder = config.cache.mkdir("gpushim")
     os.environ["CUTE_SSM_CACHE_DIR"] = str(folder / "kernels")  # objects whose PTX is known
     targets = [archs.by_name(name) for name in config.getoption("--shim").split(",")]
@@ -34,13 +42,14 @@ def watched() -> Iterator[None]:
 
     driver = gpushim.driver()
     driver.device = 0
-    for notes in (driver.launches, driver.refusals, driver.problems, driver.faults):
-        notes.clear()
+    driver.clear()
     yield
-    if driver.faults:
-        raise driver.faults[0]
-    if driver.problems:
-        pytest.fail("\n".join(driver.problems))
+    faults, problems = list(driver.faults), list(driver.problems)
+    driver.clear()
+    if faults:
+        raise faults[0]
+    if problems:
+        pytest.fail("\n".join(problems))
 
 
 def on_device(call: workloads.Call, device: int = 0) -> workloads.Call:

@@ -20,13 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import build, cutedsl
+from . import build, cutedsl, inherit
 from . import devices as torch_devices
 from .checks import Attribute, Device, Error, Refusal
 from .driver import Driver, Launch
 
 __version__ = "0.1.0"
-__all__ = ["Attribute", "Device", "Driver", "Error", "Launch", "Refusal", "bundle_runtime", "driver", "install"]
+__all__ = ["Attribute", "Device", "Driver", "Error", "Launch", "Refusal", "driver", "install", "installed"]
 
 _installed: Driver | None = None
 
@@ -53,17 +53,21 @@ def install(devices: Sequence[Device], folder: str | Path, **options: Any) -> Dr
     RuntimeError
         If it is too late, or PyTorch has CUDA or internals that this package does not know.
     """
-    global _installed
     if _installed is not None:
         raise RuntimeError("gpushim is installed already")
     if "cutlass" in sys.modules:
         raise RuntimeError("install gpushim before cutlass is imported: it reads CUTE_DSL_LIBS then")
     if not devices:
         raise ValueError("devices: expected one at least, got none")
-    made = Driver(devices, Path(folder).absolute(), **options)
+    folder = Path(folder).absolute()
+    return _install(devices, folder, [build.runtime(folder / "lib"), build.installed(build.RUNTIME)], options)
 
+
+def _install(devices: Sequence[Device], folder: Path, libraries: Sequence[Path], options: dict[str, Any]) -> Driver:
+    global _installed
+    made = Driver(devices, folder, libraries[0], **options)
     # The loader of compiled objects looks symbols up in these libraries, in this order.
-    os.environ["CUTE_DSL_LIBS"] = f"{made.library}:{build.installed(build.RUNTIME)}"
+    os.environ["CUTE_DSL_LIBS"] = ":".join(map(str, libraries))
     made.tensors = torch_devices.install(made)
     cutedsl.install(made)
     _installed = made
@@ -77,6 +81,13 @@ def driver() -> Driver:
     return _installed
 
 
-def bundle_runtime(folder: str | Path) -> Path:
-    """Return a library to put in a bundle of ahead-of-time compiled kernels as its ``libcute_dsl_runtime.so``."""
-    return build.bundle_runtime(Path(folder).absolute() / "lib")
+def installed() -> bool:
+    """Whether this process has devices of `install`, or of ``python -m gpushim``."""
+    return _installed is not None
+
+
+_told = inherit.inherited()
+if _told is not None:
+    _devices = [Device(*device) for device in _told["devices"]]
+    _driver = _install(_devices, Path(_told["folder"]), [Path(path) for path in _told["libraries"]], {})
+    inherit.note_at_exit(_driver, Path(_told["folder"]))

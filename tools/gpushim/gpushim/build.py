@@ -1,4 +1,4 @@
-"""The shared libraries of this package, built by the C compiler at hand and kept by the digest of their sources."""
+"""The shared library of this package, built by the C compiler at hand and kept by the digest of its sources."""
 
 from __future__ import annotations
 
@@ -35,16 +35,6 @@ def runtime(folder: Path) -> Path:
     archive = installed(ARCHIVE)
     parts = ["-Wl,--whole-archive", str(archive), "-Wl,--no-whole-archive", "-Wl,-z,defs"]
     return _built(folder, "libgpushim.so", [SOURCE, archive], ["-O1", "-fPIC", str(SOURCE), *parts])
-
-
-def bundle_runtime(folder: Path) -> Path:
-    """Build a library to put in a bundle as its ``libcute_dsl_runtime.so``; return it.
-
-    It holds nothing, and needs first the library of `runtime`, then NVIDIA's own, in whose order a loader looks up.
-    """
-    shim, real = runtime(folder), installed(RUNTIME)
-    needed = ["-Wl,--no-as-needed", str(shim), str(real), f"-Wl,-rpath,{shim.parent}:{real.parent}"]
-    return _built(folder, "libgpushim_bundle.so", [shim, real], ["-x", "c", "/dev/null", "-x", "none", *needed])
 
 
 def _built(folder: Path, name: str, sources: list[Path], arguments: list[str]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,6 +74,17 @@ class Device(NamedTuple):
 
     arch: str = "sm_90a"
     sm_count: int = 132
+
+    @classmethod
+    def parse(cls, text: str) -> Device:
+        """Return the device that "sm_90a", or "sm_90a:132" with its number of SMs, names."""
+        known = {"sm_90a": "132", "sm_100a": "148", "sm_103a": "148"}
+        found = re.fullmatch(r"(sm_\d+[af]?):([1-9]\d*)", text if ":" in text else f"{text}:{known.get(text)}")
+        if found is None:
+            raise ValueError(
+                f"devices: expected {', '.join(known)}, or another with its SMs, sm_120a:188; got {text!r}"
+            )
+        return cls(found[1], int(found[2]))
 
     @property
     def capability(self) -> tuple[int, int]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from . import cubin
 from .driver import Driver
+from .inherit import after_import
 
 
 class Compiler:
@@ -47,6 +49,9 @@ class Compiler:
 
 def install(driver: Driver) -> None:
     """Let every compile of this process tell the driver its PTX."""
-    import cutlass.cute as cute
 
-    cute.compile = Compiler(cute.compile, driver.ptx)
+    def replace() -> None:
+        cute = sys.modules["cutlass.cute"]
+        cute.compile = Compiler(cute.compile, driver.ptx)  # type: ignore[attr-defined]
+
+    after_import("cutlass.cute", replace)

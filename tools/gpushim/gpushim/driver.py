@@ -19,7 +19,7 @@ from ptxsim.launch import Options, Session
 from ptxsim.memory import Part
 from ptxsim.pdl import contains_wait
 
-from . import build, cubin
+from . import cubin
 from .checks import (
     MOST_SHARED,
     PLAIN_SHARED,
@@ -122,7 +122,9 @@ class Driver:
     ----------
     devices : sequence of Device
     folder : Path
-        Keeps shared libraries, and the PTX of compiled kernels.
+        Keeps the PTX of compiled kernels.
+    library : Path
+        What `build.runtime` made.
     options
         Options of the emulator, such as ``racecheck``.
 
@@ -145,7 +147,7 @@ class Driver:
         counts its own kilobyte.
     """
 
-    def __init__(self, devices: Sequence[Device], folder: Path, **options: Any):
+    def __init__(self, devices: Sequence[Device], folder: Path, library: Path, **options: Any):
         self.devices = list(devices)
         self.launches: list[Launch] = []
         self.refusals: list[str] = []
@@ -164,8 +166,7 @@ class Driver:
         self._handles = itertools.count(0x7F00_0000_0010, 16)
         self._thread, self._lock = threading.local(), threading.RLock()
         self._failing: Error | None = None
-        self.library = build.runtime(folder / "lib")
-        self.runtime = ctypes.CDLL(str(self.library))
+        self.runtime = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)  # before the runtime of bundles
         self._fill(self.runtime)
 
     @property
@@ -211,6 +212,11 @@ class Driver:
         return called
 
     # ------------------------------------------------------------------------------------------- for the user
+    def clear(self) -> None:
+        """Forget what was noted."""
+        for notes in (self.launches, self.refusals, self.problems, self.faults):
+            notes.clear()
+
     def new_handle(self) -> int:
         """Return a number that no other object has."""
         return next(self._handles)

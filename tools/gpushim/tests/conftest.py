@@ -15,6 +15,5 @@ def driver():
     """The driver, with nothing noted and device 0 current."""
     driver = gpushim.driver()
     driver.device, driver.execute, driver.reported_shared = 0, True, 0
-    for notes in (driver.launches, driver.refusals, driver.problems, driver.faults):
-        notes.clear()
+    driver.clear()
     return driver
