@@ -192,7 +192,7 @@ class Runtime:
             return 1
         try:
             name, loaded = self.names[kernel - 1], self.owner.module
-            declared = loaded.program(name).kernel
+            declared = loaded.program(name, self.owner.session.options.arithmetic).kernel
             data = np.zeros(max(declared.param_bytes, 16), np.uint8)
             pointers = (ctypes.c_void_p * len(declared.params)).from_address(args)
             for param, pointer in zip(declared.params, pointers):
