@@ -18,6 +18,7 @@ from cute_ssm.runtime import bundles, companions, shelves, toolchain
 
 TORCH_RANGE = ((2, 11), (2, 14))
 PIP = f"{sys.executable} -m pip install"
+BINDINGS = "cuda-bindings"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Facts:
     torch: str | None = None
     torch_cuda: str | None = None
     dsl: dict[str, str] = field(default_factory=dict)
+    cuda_python: str | None = None
+    cuda_bindings: str | None = None
     tvm_ffi: str | None = None
     compiler_error: str = ""
     compiler_cuda: str = ""
@@ -64,6 +67,8 @@ def gather() -> Facts:
     facts = Facts(
         torch=toolchain.installed("torch"),
         dsl=toolchain.dsl_distributions(),
+        cuda_python=toolchain.installed("cuda-python"),
+        cuda_bindings=toolchain.installed(BINDINGS),
         tvm_ffi=toolchain.installed(toolchain.TVM_FFI),
         driver_cuda=driver_cuda(),
         ptxsim=not companions.missing("ptxsim"),
@@ -157,6 +162,8 @@ def versions(facts: Facts) -> dict[str, str]:
         "cute_ssm": cute_ssm.__version__,
         "torch": facts.torch or "missing",
         **(facts.dsl or {toolchain.DSL: "missing"}),
+        "cuda-python": facts.cuda_python or "missing",
+        BINDINGS: facts.cuda_bindings or "missing",
         toolchain.TVM_FFI: facts.tvm_ffi or "missing",
         "compiler built for": facts.compiler_cuda or "unknown",
     }
@@ -229,11 +236,34 @@ def _cuda_problems(facts: Facts) -> list[Problem]:
     if (facts.torch_cuda or "").startswith("13.") and f"{toolchain.DSL}-libs-cu13" not in facts.dsl:
         what = f"torch is built for CUDA {facts.torch_cuda}, the compiler's libraries for CUDA 12"
         found.append(Problem(False, what, f"{PIP} 'cute-ssm[cu13]'"))
+    found += _driver_problems(facts)
     for gpu in facts.gpus:
         if gpu.arch is None:
             known = ", ".join(archs.ARCHS)
             what = f"{gpu.name} ({gpu.capability}) cannot run the kernels, which are compiled for {known}"
             found.append(Problem(False, what, "use CPU tensors, which run the PyTorch reference"))
+    return found
+
+
+def _driver_problems(facts: Facts) -> list[Problem]:
+    """Return what needs a newer driver than the installed one.  Calls of it fail with CUDA error 35."""
+    driver = toolchain.numbers(facts.driver_cuda or "")
+    if not driver:
+        return []
+    found = []
+    bindings = toolchain.numbers(facts.cuda_bindings or "")
+    if bindings and bindings[0] > driver[0]:
+        what = f"{BINDINGS} {facts.cuda_bindings} needs a driver for CUDA {bindings[0]}, and this one is for CUDA "
+        what += f"{facts.driver_cuda}: calls fail with CUDA error 35"
+        fix = f"{PIP} 'cuda-python>=12.8,<{driver[0] + 1}', or update the driver"
+        found.append(Problem(True, what, fix))
+    flavor = toolchain.numbers(facts.compiler_cuda.removeprefix("cu"))
+    if flavor and flavor[0] > driver[0]:
+        what = f"the compiler's libraries are built for CUDA {flavor[0]}, the driver is for CUDA {facts.driver_cuda}: "
+        what += "kernels do not load, with CUDA error 35"
+        fix = f"{PIP} --force-reinstall '{toolchain.requirement(toolchain.DSL, toolchain.DSL_RANGE)}', after "
+        fix += f"{sys.executable} -m pip uninstall {toolchain.DSL}-libs-cu{flavor[0]}; or update the driver"
+        found.append(Problem(True, what, fix))
     return found
 
 

@@ -19,6 +19,8 @@ GOOD = doctor.Facts(
     torch="2.13.0",
     torch_cuda="12.9",
     dsl={"nvidia-cutlass-dsl": "4.8.1", "nvidia-cutlass-dsl-libs-cu12": "4.8.1"},
+    cuda_python="12.9.4",
+    cuda_bindings="12.9.4",
     tvm_ffi="0.1.15.post2",
     compiler_cuda="cu12",
     driver_cuda="12.9",
@@ -34,6 +36,15 @@ def test_a_good_installation_has_no_problems():
     assert doctor.backends(GOOD)["cuda"] == "yes: cuda:0 (sm_90a)"
 
 
+def test_bindings_for_cuda_13_run_beside_a_compiler_for_cuda_12_if_the_driver_is_for_cuda_13():
+    assert doctor.problems(dataclasses.replace(GOOD, cuda_bindings="13.4.4", driver_cuda="13.0")) == []
+
+
+def test_without_a_driver_no_version_is_too_new_for_it():
+    no_gpu = dataclasses.replace(GOOD, driver_cuda=None, gpus=[], torch_cuda=None)
+    assert doctor.problems(dataclasses.replace(no_gpu, cuda_bindings="13.4.4", compiler_cuda="cu13")) == []
+
+
 @pytest.mark.parametrize(
     ("change", "broken", "what", "fix"),
     [
@@ -42,6 +53,8 @@ def test_a_good_installation_has_no_problems():
         ({"torch": "2.9.0"}, False, "outside the tested", "'torch>=2.11,<2.14'"),
         ({"torch_cuda": None, "gpus": []}, False, "built for the CPU only", "--force-reinstall"),
         ({"torch_cuda": "13.0"}, False, "libraries for CUDA 12", "'cute-ssm[cu13]'"),
+        ({"cuda_bindings": "13.4.4"}, True, "needs a driver for CUDA 13", "'cuda-python>=12.8,<13'"),
+        ({"compiler_cuda": "cu13"}, True, "the driver is for CUDA 12.9", "uninstall nvidia-cutlass-dsl-libs-cu13"),
         ({"dsl": {}}, True, "nvidia-cutlass-dsl is not installed", "'nvidia-cutlass-dsl>=4.8.1,<4.9'"),
         ({"dsl": {"nvidia-cutlass-dsl": "4.9.0"}}, True, "4.9.0 is not", "'nvidia-cutlass-dsl>=4.8.1,<4.9'"),
         (

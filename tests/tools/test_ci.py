@@ -49,6 +49,27 @@ def test_workflow_installs_and_tests_as_ci_run_does():
     assert "mkdocs build --strict" in commands("docs") and "mkdocs build --strict" in local
 
 
+def test_the_image_installs_and_runs_what_the_readme_does():
+    image, workflow = (ROOT / "Dockerfile").read_text(), yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    readme = (ROOT / "README.md").read_text()
+    arguments = dict(re.findall(r"^ARG (\w+)=(.+)$", image, re.M))
+    assert arguments["TORCH"] == workflow["env"]["NEWEST_TORCH"]
+    assert arguments["TORCH_INDEX"] == workflow["env"]["TORCH_INDEX"]
+    packages = re.search(r'pip install (\./tools.*)"\.\[test\]"', readme).group(1)
+    assert arguments["EXTRAS"] == "test" and f'RUN pip install {packages}".[$EXTRAS]"' in image
+    (run,) = re.findall(r"^CMD (.+)$", image, re.M)
+    assert " ".join(yaml.safe_load(run)) in readme
+    (python,) = re.findall(r"^FROM python:([\d.]+)-slim$", image, re.M)
+    assert python in JOBS["tests"]["strategy"]["matrix"]["python"]
+
+
+def test_extras_for_cuda_take_the_bindings_and_libraries_of_their_version():
+    cu12, cu13 = (PROJECT["optional-dependencies"][name] for name in ("cu12", "cu13"))
+    assert cu12 == ["cuda-python>=12.8,<13"]
+    (compiler,) = [text for text in PROJECT["dependencies"] if text.startswith("nvidia-cutlass-dsl")]
+    assert cu13 == ["cuda-python>=13", compiler.replace("dsl", "dsl[cu13]")]
+
+
 def test_hooks_use_the_formatter_of_the_extra_dev():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     (ruff,) = [repo["rev"] for repo in hooks if repo["repo"].endswith("ruff-pre-commit")]
