@@ -11,8 +11,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from ptxsim import UnsupportedInstruction, tensormap
-
-from .cubin import RESERVED, Kernel
+from ptxsim.cubin import RESERVED, Kernel
 
 Dims = tuple[int, int, int]
 

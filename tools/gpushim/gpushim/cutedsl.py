@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from . import cubin
+from ptxsim import cubin
+
 from .driver import Driver
 from .inherit import after_import
 

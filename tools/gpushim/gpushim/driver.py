@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ptxsim import MemoryFault, load
+from ptxsim import MemoryFault, cubin, load
 from ptxsim.launch import Options, Session
 from ptxsim.memory import Part
 from ptxsim.pdl import contains_wait
 
-from . import cubin
 from .checks import (
     MOST_SHARED,
     PLAIN_SHARED,

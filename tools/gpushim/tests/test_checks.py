@@ -6,8 +6,8 @@ import struct
 import pytest
 
 from gpushim.checks import Attribute, Config, Device, Error, Function, Refusal, check_launch, problems_of_maps
-from gpushim.cubin import Kernel, Param
 from ptxsim import tensormap
+from ptxsim.cubin import Kernel, Param
 
 KERNEL = Kernel("kernel", registers=64)
 CONFIG = Config((4, 1, 1), (128, 1, 1), 0, 0, {})

@@ -8,8 +8,8 @@ from cutlass.cutlass_dsl.tvm_ffi_provider import CUDADialectError
 from small_kernels import LoadTile, Shift, built, loaded
 
 import gpushim
-from gpushim import cubin
 from gpushim.checks import Function
+from ptxsim import cubin
 
 
 def vectors(n=300, device="cuda"):

@@ -46,10 +46,11 @@ class Kernel:
 
 
 class Image(NamedTuple):
-    """Machine code for one architecture: 90 for sm_90a."""
+    """Machine code for one architecture, 90 for sm_90a; ``elf`` is the whole file, a cubin."""
 
     arch: int
     kernels: dict[str, Kernel]
+    elf: bytes
 
 
 def at(address: int) -> bytes:
@@ -74,7 +75,7 @@ def digest(fatbin: bytes) -> str:
 
 def images(fatbin: bytes) -> list[Image]:
     """Return the machine code in a fat binary."""
-    return [Image(arch, _kernels(data)) for kind, arch, data in _entries(fatbin) if kind == ELF_IMAGE]
+    return [Image(arch, kernels(data), data) for kind, arch, data in _entries(fatbin) if kind == ELF_IMAGE]
 
 
 def _entries(fatbin: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -92,7 +93,8 @@ def _entries(fatbin: bytes) -> Iterator[tuple[int, int, bytes]]:
         start += header + padded
 
 
-def _kernels(elf: bytes) -> dict[str, Kernel]:
+def kernels(elf: bytes) -> dict[str, Kernel]:
+    """Return the kernels of a cubin."""
     if elf[:4] != b"\x7fELF":
         raise ValueError("the image is no ELF file")
     table = struct.unpack_from("<Q", elf, 40)[0]
