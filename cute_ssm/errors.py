@@ -26,6 +26,10 @@ class CompileError(CuteSsmError, RuntimeError):
     """A kernel could not be compiled; the message contains the spec, the config and the compiler's error."""
 
 
+class NotInBundleError(CompileError):
+    """No bundle has the kernel, and no compiler is installed."""
+
+
 def describe(argument: str, expected: str, got: object, fix: str = "") -> str:
     """Return ``argument: expected ..., got ...; fix``, the wording of every argument error."""
     text = f"{argument}: expected {expected}, got {got}"

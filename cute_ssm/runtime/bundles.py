@@ -1,8 +1,10 @@
 """Bundles: kernels compiled ahead of time to shared libraries, which load without the compiler.
 
-A bundle has the layout of the cache (`runtime.store`), with ``.so`` files instead of objects.  A library needs
-``apache-tvm-ffi`` and ``libcute_dsl_runtime.so``, which is part of the compiler's distribution and loads without the
-compiler; it may also be copied to the bundle's root.
+A bundle has the layout of the cache (`runtime.store`), with ``.so`` files instead of objects.  A library is valid for
+one version of this package, its sources, and one target.  It imports functions of ``apache-tvm-ffi`` and of
+``libcute_dsl_runtime.so`` alone, so the Python, the compiler and the CUDA flavour that built it do not matter.  The
+latter is part of the compiler's distribution and loads without the compiler; it may also be copied to the bundle's
+root.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from cute_ssm.runtime.store import META, Key
 
 PACKAGE = "cute_ssm_aot"  # package in the wheels that tools/build_aot.py builds
 RUNTIME = "libcute_dsl_runtime.so"
+FLAVOURS = tuple(f"{toolchain.DSL}-libs-{cuda}" for cuda in ("cu12", "cu13"))
 _libraries: list[ctypes.CDLL] = []  # keeps the libraries loaded
 
 
@@ -38,19 +42,20 @@ def folders() -> list[Path]:
 
 def find(key: Key) -> Function | None:
     """Return the kernel from the first bundle with a usable library; log why others cannot be used."""
-    for root in folders():
-        for meta in sorted(root.glob(f"{cute_ssm.__version__}/{key.arch.name}/*/{META}")):
-            path = meta.with_name(f"{key.name}.so")
-            if not path.exists():
-                continue
-            problem = _problem(root, meta, path)
-            if problem is None:
-                try:
-                    return _load(root, _read(meta), path, key.function)
-                except Exception as error:  # a damaged file can raise anything
-                    problem = f"loading it failed: {error}"
-            logger().warning("%s cannot be used: %s", path, problem)
+    for root, meta, path in _libraries_of(key):
+        problem = _problem(root, meta, path)
+        if problem is None:
+            try:
+                return _load(root, _read(meta), path, key.function)
+            except Exception as error:  # a damaged file can raise anything
+                problem = f"loading it failed: {error}"
+        logger().warning("%s cannot be used: %s", path, problem)
     return None
+
+
+def has(key: Key) -> bool:
+    """Return whether a bundle has a usable library of the kernel; loads none."""
+    return any(_problem(root, meta, path) is None for root, meta, path in _libraries_of(key))
 
 
 def link(objects: bytes) -> bytes:
@@ -78,20 +83,32 @@ def link(objects: bytes) -> bytes:
 def runtime_library(root: Path, description: dict[str, Any]) -> Path | None:
     """Return the runtime library for a bundle's kernels, in the bundle or in an installed distribution; None: missing.
 
-    An installed one must have the version and the CUDA flavour that the kernels were compiled with.
+    An installed one must have the version that the kernels were compiled with.  Its CUDA flavour may be another.
     """
     own = root / RUNTIME
     if own.is_file():
         return own
-    name = f"{toolchain.DSL}-libs-{description.get('cuda')}"
-    try:
-        distribution = importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    if distribution.version != description.get("dsl", {}).get(name):
-        return None
-    files = [file for file in distribution.files or [] if file.name == RUNTIME and "stubs" not in file.parts]
-    return Path(str(files[0].locate())) if files else None
+    versions = description.get("dsl", {})
+    for name in sorted(FLAVOURS, key=lambda name: name not in versions):
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if distribution.version != versions.get(toolchain.DSL):
+            continue
+        files = [file for file in distribution.files or [] if file.name == RUNTIME and "stubs" not in file.parts]
+        if files:
+            return Path(str(files[0].locate()))
+    return None
+
+
+def _libraries_of(key: Key) -> Iterator[tuple[Path, Path, Path]]:
+    """Yield root, ``meta.json`` and path of every library of a kernel, usable or not."""
+    for root in folders():
+        for meta in sorted(root.glob(f"{cute_ssm.__version__}/{key.arch.name}/*/{META}")):
+            path = meta.with_name(f"{key.name}.so")
+            if path.exists():
+                yield root, meta, path
 
 
 def _problem(root: Path, meta: Path, path: Path) -> str | None:
@@ -112,9 +129,8 @@ def _problem(root: Path, meta: Path, path: Path) -> str | None:
         wanted = toolchain.requirement(toolchain.TVM_FFI, toolchain.TVM_FFI_RANGE)
         return f"it needs {wanted}, got {installed or 'none installed'}"
     if runtime_library(root, description) is None:
-        name = f"{toolchain.DSL}-libs-{description.get('cuda')}"
-        version = description.get("dsl", {}).get(name)
-        return f"it needs {RUNTIME} of {name} {version}: install that, or copy the file to {root}"
+        version = description.get("dsl", {}).get(toolchain.DSL)
+        return f"it needs {RUNTIME} of {' or '.join(FLAVOURS)} {version}: install one, or copy the file to {root}"
     return None
 
 

@@ -91,6 +91,11 @@ def gather() -> Facts:
     return facts
 
 
+def bundled(facts: Facts) -> bool:
+    """Return whether there is no compiler, by intent: kernels come from bundles alone."""
+    return not facts.dsl and any(facts.bundles.values())
+
+
 def problems(facts: Facts) -> list[Problem]:
     """Return the problems, broken parts first."""
     found = [*_python_problems(facts), *_compiler_problems(facts), *_cuda_problems(facts), *_setting_problems(facts)]
@@ -105,7 +110,10 @@ def backends(facts: Facts) -> dict[str, str]:
     compiles = not facts.compiler_error
     ready = [f"cuda:{i} ({gpu.arch})" for i, gpu in enumerate(facts.gpus) if gpu.arch]
     if ready:
-        cuda = f"yes: {', '.join(ready)}" if compiles else "no: the compiler does not work"
+        found = f"yes: {', '.join(ready)}"
+        cuda = found if compiles else "no: the compiler does not work"
+        if bundled(facts):
+            cuda = f"{found}, kernels of bundles only: there is no compiler"
     elif facts.gpus:
         cuda = "no: no kernels for this GPU"
     else:
@@ -207,7 +215,8 @@ def _compiler_problems(facts: Facts) -> list[Problem]:
     for name, version, bounds in accepted:
         wanted = toolchain.requirement(name, bounds)
         if version is None:
-            found.append(Problem(True, f"{name} is not installed", f"{PIP} '{wanted}'"))
+            unneeded = name == toolchain.DSL and bundled(facts)
+            found.append(Problem(not unneeded, f"{name} is not installed", f"{PIP} '{wanted}'"))
         elif not toolchain.within(version, bounds):
             found.append(Problem(True, f"{name} {version} is not {wanted}", f"{PIP} '{wanted}'"))
     if len(set(facts.dsl.values())) > 1:
@@ -233,7 +242,7 @@ def _cuda_problems(facts: Facts) -> list[Problem]:
             f"there is an NVIDIA driver (CUDA {facts.driver_cuda}), but torch {facts.torch} is built for the CPU only"
         )
         found.append(Problem(False, what, f"{PIP} --force-reinstall '{wanted}'"))
-    if (facts.torch_cuda or "").startswith("13.") and f"{toolchain.DSL}-libs-cu13" not in facts.dsl:
+    if facts.dsl and (facts.torch_cuda or "").startswith("13.") and f"{toolchain.DSL}-libs-cu13" not in facts.dsl:
         what = f"torch is built for CUDA {facts.torch_cuda}, the compiler's libraries for CUDA 12"
         found.append(Problem(False, what, f"{PIP} 'cute-ssm[cu13]'"))
     found += _driver_problems(facts)

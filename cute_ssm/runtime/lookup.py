@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cute_ssm import arch as archs
 from cute_ssm.env import logger, settings
-from cute_ssm.errors import CuteSsmError, UnsupportedArchError, describe
+from cute_ssm.errors import CuteSsmError, NotInBundleError, UnsupportedArchError, describe
 from cute_ssm.runtime import bundles, compiler, registry, toolchain
 from cute_ssm.runtime.compiler import Function
 from cute_ssm.runtime.store import BadObjectError, Key, Store
@@ -48,7 +48,7 @@ def get(spec: Spec, config: Config | None = None, arch: Arch | None = None) -> F
     Raises
     ------
     UnsupportedSpecError, UnsupportedArchError, CompileError
-        Nothing has been stored.
+        Nothing has been stored.  Where there is no compiler, it is a `NotInBundleError`.
     """
     if arch is None:
         arch = target()
@@ -197,6 +197,15 @@ def _refuse_capture(key: Key) -> None:
 
 
 def _find(key: Key) -> Function:
+    if bundles.folders() and toolchain.installed(toolchain.DSL) is None:
+        raise NotInBundleError(
+            describe(
+                "bundle",
+                f"{key.name} for {key.arch.name} in {' or '.join(map(str, bundles.folders()))}",
+                "no library of it that can be used here, and no compiler",
+                f"give its call to tools/build_aot.py, or install {toolchain.DSL}; CUTE_SSM_LOG=compile says more",
+            )
+        )
     toolchain.check()
     toolchain.stack()  # imports the compiler here, so that logged load and compile times exclude the import
     for folder in settings().aot_dirs:

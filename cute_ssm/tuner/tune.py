@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cute_ssm.errors import CuteSsmError
-from cute_ssm.runtime import pool
+from cute_ssm.runtime import bundles, pool, toolchain
+from cute_ssm.runtime.store import Key
 from cute_ssm.tuner import search
 from cute_ssm.tuner.engines import Engine, Job
 from cute_ssm.tuner.journal import Journal
@@ -82,7 +84,7 @@ class Tuner:
         confirm = costs.confirm if self.objective.how == "measured" else None
         try:
             outcome = search.descend(
-                problem.rule(), problem.space, problem.valid, costs.measure, confirm,
+                problem.rule(), problem.space, partial(_can_run, problem), costs.measure, confirm,
                 self.objective.noise, deadline, batch=max(8, 2 * self.engine.workers),
             )  # fmt: skip
         except (ValueError, CuteSsmError) as error:
@@ -130,7 +132,7 @@ class _Costs:
         if not configs:
             return
         rule = tuple(sorted(self.problem.rule().items()))
-        if self.tuner.compile_jobs is not None:
+        if self.tuner.compile_jobs is not None and _compiles():
             self._compile(configs)
         jobs = [Job(self.problem.case, tuple(sorted(fields.items())), rule, rounds) for fields in configs]
         for number, found in self.tuner.engine.map(jobs):
@@ -151,6 +153,17 @@ class _Costs:
             self.reference_us = found.reference_us
         cost: float = found.us / found.reference_us * self.reference_us
         return cost
+
+
+def _can_run(problem: Problem, fields: Fields) -> bool:
+    """Whether a config is valid, and, where there is no compiler, bundles have its kernels."""
+    if not problem.valid(fields):
+        return False
+    return _compiles() or all(bundles.has(Key(*kernel)) for kernel in problem.kernels(fields))
+
+
+def _compiles() -> bool:
+    return toolchain.installed(toolchain.DSL) is not None
 
 
 def _brief(fields: Mapping[str, int | str]) -> str:

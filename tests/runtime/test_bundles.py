@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from tiny_spec import TinyConfig, TinySpec
 
 from cute_ssm import arch, runtime
 from cute_ssm.__main__ import main
-from cute_ssm.errors import CuteSsmError
+from cute_ssm.errors import CuteSsmError, NotInBundleError
 from cute_ssm.runtime import bundles, compiler, shelves, toolchain
 from cute_ssm.runtime.store import Key
 from cute_ssm.workloads import plan
@@ -84,6 +86,19 @@ def without_compiler(path: Path, variable: str = "CUTE_SSM_AOT_DIR", extra: tupl
     )
 
 
+def read_elf(option, path):
+    return subprocess.run(["readelf", "-W", option, path], capture_output=True, text=True, check=True).stdout
+
+
+def undefined(path):
+    """Names of symbols that a library imports, without versions."""
+    return set(re.findall(r" UND (\w+)", read_elf("--dyn-syms", path)))
+
+
+def defined(path):
+    return set(re.findall(r" (?:GLOBAL|WEAK) +DEFAULT +\d+ (\w+)", read_elf("--dyn-syms", path)))
+
+
 @needs_linker
 def test_a_bundle_loads_where_the_compiler_cannot_be_imported(folder):
     runtime.bundle_to(folder, *KEY)
@@ -129,7 +144,7 @@ def test_a_library_that_does_not_fit_is_a_miss_that_says_why(folder, settings, d
     elif damage == "version":
         monkeypatch.setattr(toolchain, "TVM_FFI_RANGE", ((9,), (10,)))
     else:
-        path.with_name("meta.json").write_text(json.dumps({**meta, "cuda": "cu11"}))
+        path.with_name("meta.json").write_text(json.dumps({**meta, "dsl": {toolchain.DSL: "4.7.0"}}))
     settings(AOT_DIR=folder, CACHE="0")
     assert bundles.find(Key(*KEY)) is None
     expected = {
@@ -137,7 +152,7 @@ def test_a_library_that_does_not_fit_is_a_miss_that_says_why(folder, settings, d
         "record": "is not a JSON object",
         "sources": "sources: expected",
         "version": "it needs apache-tvm-ffi",
-        "runtime": f"it needs {bundles.RUNTIME} of nvidia-cutlass-dsl-libs-cu11",
+        "runtime": f"it needs {bundles.RUNTIME} of nvidia-cutlass-dsl-libs-cu12 or nvidia-cutlass-dsl-libs-cu13 4.7.0",
     }[damage]
     assert expected in caplog.text
 
@@ -145,10 +160,71 @@ def test_a_library_that_does_not_fit_is_a_miss_that_says_why(folder, settings, d
 @needs_linker
 def test_a_runtime_library_in_the_bundle_serves_too(folder):
     path = runtime.bundle_to(folder, *KEY)
-    meta = {**json.loads(path.with_name("meta.json").read_text()), "cuda": "cu11"}
+    meta = {**json.loads(path.with_name("meta.json").read_text()), "dsl": {toolchain.DSL: "4.7.0"}}
     assert bundles.runtime_library(folder, meta) is None
     (folder / bundles.RUNTIME).write_bytes(b"")
     assert bundles.runtime_library(folder, meta) == folder / bundles.RUNTIME
+
+
+IMPORTED = re.compile(r"TVMFFI\w+|CuteDSLRT_\w+|_cuda\w+|_cuKernel\w+|cuda_dialect_\w+")
+OF_THE_LINKER = {"__cxa_finalize", "__gmon_start__", "_ITM_registerTMCloneTable", "_ITM_deregisterTMCloneTable"}
+
+
+@needs_linker
+def test_a_library_imports_nothing_of_python_compiler_or_cuda(folder):
+    """So it is valid whatever built it: what it imports is TVM-FFI's, and of the runtime library beside it."""
+    path = runtime.bundle_to(folder, *KEY)
+    assert read_elf("--dynamic", path).count("(NEEDED)") == 0
+    imported = undefined(path) - OF_THE_LINKER
+    assert {"TVMFFIEnvGetStream", "_cudaLaunchKernelEx"} <= imported
+    assert [name for name in imported if not IMPORTED.fullmatch(name)] == []
+    library = bundles.runtime_library(folder, toolchain.description())
+    runtime_of = {name for name in imported if not name.startswith("TVMFFI")}
+    assert runtime_of <= defined(library)
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", read_elf("--dynamic", library)))
+    assert {name.partition(".so")[0] for name in needed} <= {
+        "libc", "libm", "libdl", "librt", "libpthread", "libgcc_s", "libstdc++", "ld-linux-x86-64",
+    }  # fmt: skip
+
+
+@needs_linker
+@pytest.mark.parametrize("field", ["python", "cuda", toolchain.TVM_FFI, "options"])
+def test_a_bundle_of_another_build_is_used(folder, settings, field):
+    path = runtime.bundle_to(folder, *KEY)
+    meta = json.loads(path.with_name("meta.json").read_text())
+    path.with_name("meta.json").write_text(json.dumps({**meta, field: "another"}))
+    path.parent.rename(path.parent.with_name("0123456789ab"))
+    settings(AOT_DIR=folder, CACHE="0")
+    assert bundles.find(Key(*KEY)) is not None
+
+
+@needs_linker
+def test_a_library_of_another_flavour_of_cuda_serves_too(folder, monkeypatch):
+    meta = toolchain.description()
+    (installed,) = [name for name in bundles.FLAVOURS if name in meta["dsl"]]
+    other = {name: version for name, version in meta["dsl"].items() if name != installed}
+    assert bundles.runtime_library(folder, {**meta, "dsl": other}) is not None
+    assert bundles.runtime_library(folder, {**meta, "dsl": {toolchain.DSL: "4.7.0"}}) is None
+
+
+@needs_linker
+def test_a_library_whose_imports_are_missing_is_a_miss(folder, settings, caplog):
+    """The loader looks all of them up at once, so that no call fails later."""
+    path = runtime.bundle_to(folder, *KEY)
+    data = path.read_bytes().replace(b"_cudaLaunchKernelEx\0", b"_cudaLaunchKernelEy\0")
+    path.write_bytes(data)
+    record = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps({**record, "sha256": hashlib.sha256(data).hexdigest()}))
+    settings(AOT_DIR=folder, CACHE="0")
+    assert bundles.find(Key(*KEY)) is None
+    assert "undefined symbol: _cudaLaunchKernelEy" in caplog.text
+
+
+def test_without_a_compiler_a_kernel_that_no_bundle_has_is_named(folder, settings, monkeypatch):
+    settings(AOT_DIR=folder, CACHE="0")
+    monkeypatch.setattr(toolchain, "installed", lambda name: None)
+    with pytest.raises(NotInBundleError, match=rf"expected {Key(*KEY).name} for sm_90a in {folder}.*and no compiler"):
+        runtime.get(*KEY)
 
 
 def test_without_a_linker_nothing_is_built(monkeypatch):

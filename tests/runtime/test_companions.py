@@ -69,3 +69,16 @@ def test_doctor_says_how_to_get_the_emulator(absent):
     (problem,) = [p for p in doctor.problems(doctor.gather()) if "ptxsim" in p.what]
     assert not problem.broken
     assert "pip install ./tools/ptxsim" in problem.fix
+
+
+def test_doctor_finds_nothing_broken_where_bundles_stand_for_the_compiler():
+    gpu = doctor.Gpu("NVIDIA H200", "9.0", "sm_90a")
+    known = {"torch": "2.11.0", "tvm_ffi": "0.1.15", "torch_cuda": "13.0", "gpus": [gpu], "driver_cuda": "13.0"}
+    facts = doctor.Facts(**known, ptxsim=True, compiler_error="no module", bundles={"kit": 3})
+    assert [problem.what for problem in doctor.problems(facts) if problem.broken] == []
+    assert doctor.backends(facts)["cuda"] == "yes: cuda:0 (sm_90a), kernels of bundles only: there is no compiler"
+    facts.bundles = {"kit": 0}
+    assert [problem.what for problem in doctor.problems(facts) if problem.broken] == [
+        "nvidia-cutlass-dsl is not installed"
+    ]
+    assert doctor.backends(facts)["cuda"] == "no: the compiler does not work"

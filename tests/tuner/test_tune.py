@@ -16,6 +16,7 @@ from cute_ssm import arch, workloads
 from cute_ssm.__main__ import main
 from cute_ssm.errors import CuteSsmError
 from cute_ssm.ops.selective_state_update import config as selective_step
+from cute_ssm.runtime import bundles, toolchain
 from cute_ssm.tuner import cli, engines, objectives, problems, tune
 from cute_ssm.tuner.gate import Gate
 from cute_ssm.tuner.journal import Journal, Measurement
@@ -159,6 +160,16 @@ def test_time_is_shared_and_what_is_not_reached_is_left_out(problem):
     tuner = tune.Tuner(worker, Fake(), Journal(None, ""))
     assert list(tuner.solve([problem, problem], seconds=0.0)) == []
     assert len(list(tuner.solve([problem, problem], seconds=60.0))) == 2
+
+
+def test_without_a_compiler_only_configs_of_bundles_are_tried(problem, monkeypatch):
+    monkeypatch.setattr(toolchain, "installed", lambda name: None)
+    own = problem.rule()["warps"]
+    monkeypatch.setattr(bundles, "has", lambda key: key.config.warps == own)
+    outcome = solve(problem, Fake()).outcome
+    tried = [dict(fields) for fields in outcome.costs]
+    assert {fields["warps"] for fields in tried} == {own}
+    assert len(tried) == sum(problem.valid({**problem.rule(), "rows": rows}) for rows in problem.space["rows"])
 
 
 def test_counters_prefer_less_work_and_the_gate_is_passed(problem):

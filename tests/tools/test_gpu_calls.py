@@ -1,0 +1,86 @@
+"""tools/gpu_calls.py: the calls of a GPU pass, and the kernels that its kit holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import gpu_calls
+import pytest
+
+from cute_ssm import arch, workloads
+from cute_ssm.runtime import registry
+from cute_ssm.workloads import plan
+
+TARGET = arch.SM_90A
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return set(gpu_calls.kernels(TARGET))
+
+
+def test_every_operator_is_called_in_every_way():
+    for calls in (gpu_calls.modes(), gpu_calls.checked(), gpu_calls.timed()):
+        assert {call.op for call in calls} == set(workloads.OPERATORS)
+    assert {problem.case.op for problem in gpu_calls.tuned(TARGET)} == set(workloads.OPERATORS)
+
+
+def test_every_type_of_states_and_inputs_is_called():
+    """Of each type that an operator's specs take, in the calls of its modes."""
+    for op in workloads.OPERATORS:
+        specs = [spec for spec, _, _ in gpu_calls.of_calls(gpu_calls.modes(op), TARGET)]
+        refused = []
+        for field in ("state_dtype", "input_dtype"):
+            taken = {str(getattr(spec, field)) for spec in specs}
+            for dtype in ("bfloat16", "float16", "float32", "int16", "int8", "float8_e4m3fn"):
+                try:
+                    dataclasses.replace(specs[0], **{field: dtype}).check()
+                except ValueError:
+                    refused.append(dtype)
+                else:
+                    assert dtype in taken, f"{op} {field}"
+        assert refused, op
+
+
+def test_batches_are_timed_from_one_request_to_many():
+    for op in workloads.OPERATORS:
+        batches = {call.keys[workloads.batch_key(op)] for call in gpu_calls.timed(op)}
+        assert batches == set(gpu_calls.BATCHES) or batches == {1, 2, 4, 8}
+
+
+def test_a_call_that_waits_for_the_kernel_ahead_has_a_kernel_of_its_own():
+    specs = [spec for spec, _, _ in gpu_calls.of_calls(gpu_calls.dependent(), TARGET)]
+    assert {spec.pdl for spec in specs} == {"wait_first", "early_reads"}
+
+
+def test_candidates_are_distinct_valid_configs_and_the_rules_is_the_first():
+    for problem in gpu_calls.tuned(TARGET):
+        found = gpu_calls.candidates(problem)
+        assert found[0] == problem.rule()
+        assert all(problem.valid(fields) for fields in found)
+        assert len({tuple(fields.items()) for fields in found}) == len(found)
+        assert 8 <= len(found) <= gpu_calls.CANDIDATES
+
+
+def test_kernels_are_those_of_the_calls_and_of_what_an_engine_runs_around_them(kernels):
+    for calls in (gpu_calls.modes(), gpu_calls.checked(), gpu_calls.timed(), gpu_calls.dependent()):
+        assert set(gpu_calls.of_calls(calls, TARGET)) <= kernels
+    assert {type(spec) for spec, _, _ in kernels} == {
+        kind for kind, path in registry.KERNELS.items() if path.startswith("cute_ssm.")
+    }
+
+
+def test_a_file_of_specs_holds_them_and_what_is_added(kernels, tmp_path, capsys):
+    (extra,) = plan.of_call("selective_state_update", {"dstate": 32}, TARGET)
+    assert extra not in kernels
+    more = tmp_path / "more.json"
+    more.write_text(json.dumps([plan.as_entry(*extra), plan.as_entry(*extra[:2], arch.SM_100A)]))
+    out = tmp_path / "kernels.json"
+    assert gpu_calls.main([str(out), "--with", str(more)]) == 0
+    assert set(plan.read(str(out), [TARGET])) == kernels | {extra}
+    assert f"{len(kernels) + 1} kernels for sm_90a" in capsys.readouterr().out
+
+
+def test_the_tests_of_a_pass_exist():
+    assert all((gpu_calls.ROOT / path).exists() for path in gpu_calls.TESTS)

@@ -1,0 +1,229 @@
+"""What a GPU pass calls, and the kernels of these calls, which the kit holds: one list for both.
+
+``tools/gpu_check.py`` makes these calls on the GPU machine, where there is no compiler; ``tools/make_kit.sh`` compiles
+their kernels before, by ``python tools/gpu_calls.py kernels.json``, a file of specs for ``tools/build_aot.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+if __package__ in (None, ""):  # run as a file
+    sys.path.insert(0, str(ROOT))
+
+from cute_ssm import arch as archs  # noqa: E402
+from cute_ssm import runtime, workloads  # noqa: E402
+from cute_ssm.tuner import problems, search  # noqa: E402
+from cute_ssm.workloads import plan  # noqa: E402
+
+BATCHES = (1, 16, 64, 512)  # of the calls that are timed
+CANDIDATES = 40  # configs of a call that is tuned, at most
+TESTS = (  # of `pytest --gpu`, the most telling first
+    "tests/test_gpu.py",
+    "tests/ops/checkpointing_ssu/test_checkpointing_ssu_gpu.py",
+    "tests/ops/test_serving_gpu.py",
+    "tests/ops/selective_state_update/test_selective_state_update.py",
+    "tests/ops/checkpointing_ssu/test_checkpointing_ssu.py",
+    "tests/ops/gated_delta_rule_mtp/test_gated_delta_rule_mtp.py",
+    "tests/ops/gated_delta_rule_replay/test_gated_delta_rule_replay.py",
+    "tests/ops/selective_scan/test_selective_scan.py",
+    "tests/ops/commit",
+    "tests/ops/materialize",
+    "tests/ops/materialize_gated_delta",
+)
+SELECTED = "not test_reference and not configuration_of_the_reference"  # what runs no kernel is left out
+
+_STATES = ("bfloat16", "float32", "int16", "int8", "float8_e4m3fn")  # float16 is the default
+SMALL: dict[str, dict[str, Any]] = {
+    "selective_state_update": {"batch": 3, "nheads": 4},
+    "checkpointing_ssu": {"batch": 3, "nheads": 4},
+    "selective_scan": {"batch": 2, "dim": 64, "length": 40},
+    "gated_delta_rule_mtp": {"B": 2, "H": 2, "HV": 4},
+    "gated_delta_rule_replay": {"B": 2, "H": 2, "HV": 4},
+}
+MODES: dict[str, list[dict[str, Any]]] = {
+    "selective_state_update": [
+        {},
+        *({"state_dtype": dtype} for dtype in _STATES),
+        {"input_dtype": "float16"},
+        {"input_dtype": "float32", "state_dtype": "float32"},
+        {"layout": "dense", "dstate": 16},
+        {"z": 1},
+        {"update": 0},
+        {"rounding": "stochastic"},
+        {"rounding": "stochastic", "state_dtype": "int8"},
+        {"T": 4},
+        {"T": 6, "intermediates": 1},
+        {"T": 3, "varlen": 1, "ngroups": 2},
+    ],
+    "checkpointing_ssu": [
+        {},
+        *({"state_dtype": dtype} for dtype in _STATES),
+        {"input_dtype": "float16"},
+        {"rounding": "stochastic"},
+        {"z": 1},
+        {"items": 1},
+        {"fused": 1},
+        {"T": 1, "W": 4, "ngroups": 2},
+        {"pnat": 16},
+    ],
+    "selective_scan": [
+        {},
+        {"input_dtype": "float16"},
+        {"input_dtype": "float32"},
+        {"state_dtype": "bfloat16"},
+        {"z": 0},
+        {"varlen": 1},
+        {"length": 700},
+    ],
+    "gated_delta_rule_mtp": [
+        {},
+        {"verify": 0, "state_dtype": "bfloat16"},
+        {"state_dtype": "float16"},
+        {"input_dtype": "float16"},
+        {"T": 1},
+        {"T": 8, "buffer": 1},
+    ],
+    "gated_delta_rule_replay": [
+        {},
+        {"state_dtype": "bfloat16"},
+        {"state_dtype": "float16"},
+        {"input_dtype": "float16"},
+        {"T": 1, "pnat": 16},
+    ],
+}
+
+
+class Made(NamedTuple):
+    """A call: operator, parameters of `workloads.build`, and arguments that are changed after it.
+
+    `arguments` is a tuple of pairs, as in ``(("enable_pdl", True),)``.
+    """
+
+    op: str
+    keys: dict[str, Any]
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    def build(self, device: Any = "cpu", fill: bool = True, seed: int = 0) -> workloads.Call:
+        """Return the call on random arguments."""
+        call = workloads.build(self.op, self.keys, device, fill, seed)
+        call.arguments.update(self.arguments)
+        return call
+
+    def text(self) -> str:
+        """Return the operator and what differs from the defaults, as on the command line."""
+        return " ".join([self.op, *(f"{name}={value}" for name, value in (*self.keys.items(), *self.arguments))])
+
+
+def base(op: str) -> Made:
+    """Return the smallest call of an operator."""
+    return Made(op, dict(SMALL[op]))
+
+
+def modes(op: str | None = None) -> list[Made]:
+    """Return small calls, one for every mode and type of every operator, or of one."""
+    return [Made(name, {**SMALL[name], **mode}) for name in MODES if op in (None, name) for mode in MODES[name]]
+
+
+def checked() -> list[Made]:
+    """Return the small calls that `workloads` declares, those of tests/test_gpu.py among them."""
+    small = [Made(op, {**workloads.small(op), workloads.batch_key(op): 3}) for op in workloads.OPERATORS]
+    return [*(Made(op, keys) for op in workloads.OPERATORS for keys in workloads.checked(op)), *small]
+
+
+def timed(op: str | None = None) -> list[Made]:
+    """Return the models' calls at `BATCHES`, or at the usual batches of an operator that takes fewer."""
+    found = []
+    for name in workloads.OPERATORS:
+        if op in (None, name):
+            for workload in workloads.of_operator(name):
+                usual = [batch for batch in workload.batches if batch in BATCHES]
+                chosen = usual if len(usual) > 1 else workload.batches
+                key = workloads.batch_key(name)
+                found += [Made(name, {**dict(workload.keys), key: batch}) for batch in chosen]
+    return found
+
+
+def dependent() -> list[Made]:
+    """Return calls that wait for the kernel ahead of them (``enable_pdl``), of the operator that has the choice."""
+    waits = (True, "early_reads")
+    small = [Made("checkpointing_ssu", {**SMALL["checkpointing_ssu"]}, (("enable_pdl", wait),)) for wait in waits]
+    return [*small, *(call._replace(arguments=(("enable_pdl", True),)) for call in timed("checkpointing_ssu"))]
+
+
+def tuned(arch: archs.Arch, sm_count: int | None = None) -> list[problems.Problem]:
+    """Return what is tuned: one call of each operator, in the upper third of its usual batches."""
+    found = []
+    for op in workloads.OPERATORS:
+        first = workloads.of_operator(op)[0]
+        batch = first.batches[2 * (len(first.batches) // 3)]
+        found.append(problems.problem(op, {**dict(first.keys), workloads.batch_key(op): batch}, arch, sm_count))
+    return found
+
+
+def candidates(problem: problems.Problem) -> list[problems.Fields]:
+    """Return the configs that a search from the rule's tries first, `CANDIDATES` at most, the rule's own first."""
+    rule = problem.rule()
+    found = [rule]
+    for names in search.blocks(problem.space):
+        for values in itertools.product(*(problem.space[name] for name in names)):
+            fields = {**rule, **dict(zip(names, values))}
+            if fields not in found and problem.valid(fields):
+                found.append(fields)
+    return found[:CANDIDATES]
+
+
+def of_calls(made: Iterable[Made], arch: archs.Arch, sm_count: int | None = None) -> list[plan.Kernel]:
+    """Return the distinct kernels of calls."""
+    found: list[plan.Kernel] = []
+    for call in made:
+        with runtime.planned(arch, sm_count) as planned:
+            call.build(fill=False).run()
+        found += planned.kernels
+    return list(dict.fromkeys(found))
+
+
+def around(arch: archs.Arch, sm_count: int | None = None) -> Iterator[plan.Kernel]:
+    """Yield the kernels that an engine runs around the models' calls."""
+    for op in workloads.OPERATORS:
+        for workload in workloads.of_operator(op, BATCHES):
+            yield from plan.around(workload, arch, sm_count)
+
+
+def kernels(arch: archs.Arch, sm_count: int | None = None) -> list[plan.Kernel]:
+    """Return the distinct kernels of everything above, without those of `TESTS`."""
+    found = of_calls([*modes(), *checked(), *timed(), *dependent()], arch, sm_count)
+    found += around(arch, sm_count)
+    for problem in tuned(arch, sm_count):
+        for fields in candidates(problem):
+            found += problem.kernels(fields)
+    return list(dict.fromkeys(found))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the kernels as a file of specs."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path, help="file of specs to write")
+    parser.add_argument("--arch", default="sm_90a", choices=tuple(archs.ARCHS), help="target (default: sm_90a)")
+    parser.add_argument("--sm-count", type=int, help="SMs of the GPU (default: those of the target's reference board)")
+    parser.add_argument("--with", dest="more", type=Path, nargs="*", default=[], help="files of specs to add")
+    options = parser.parse_args(argv)
+    arch = archs.by_name(options.arch)
+    found = kernels(arch, options.sm_count)
+    for path in options.more:
+        found += (kernel for kernel in plan.read(str(path), [arch], None, options.sm_count) if kernel[2] == arch)
+    entries = [plan.as_entry(*kernel) for kernel in dict.fromkeys(found)]
+    options.out.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    print(f"{options.out}: {len(entries)} kernels for {arch.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
