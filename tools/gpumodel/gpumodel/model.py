@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -121,7 +121,12 @@ def resources(session) -> dict[str, int]:
 
 
 def time_launch(
-    launch, registers: int, machine: Machine, total_bytes: int | None = None, timeline: bool = False
+    launch,
+    registers: int,
+    machine: Machine,
+    total_bytes: int | None = None,
+    timeline: bool = False,
+    in_l2: Container[int] = frozenset(),
 ) -> KernelTime:
     """Model one recorded launch.
 
@@ -137,6 +142,9 @@ def time_launch(
         these bytes, so that an SM with more work is not slowed by idle ones.  Default: an equal share.
     timeline : bool
         Keep every wait of every warp, for `timeline.life_of`.
+    in_l2 : container of int
+        Numbers of the 128-byte lines (addresses divided by 128) that the L2 holds when the launch starts: of data that
+        an earlier launch left there, or that another SM reads as well.  Default: none.
     """
     ctas = int(np.prod(launch.grid))
     active = min(machine.sms, ctas)
@@ -150,7 +158,7 @@ def time_launch(
     if total_bytes:
         mine = bytes_of(launch.trace)
         rate = max(rate, min(machine.l2_port, machine.dram_rate * mine / max(total_bytes, mine)))
-    timing = Replay(launch.trace, known[machine], machine, resident, rate, l2_rate, timeline).run()
+    timing = Replay(launch.trace, known[machine], machine, resident, rate, l2_rate, timeline, in_l2).run()
     name, grid, block = launch.program.kernel.name, tuple(launch.grid), tuple(launch.block)
     start = machine.cta_start
     return KernelTime(

@@ -22,6 +22,7 @@ from .constants import Machine
 from .trace import GlobalAccess, SharedAccess
 
 QUEUED = 300  # most clocks that a load waits behind bulk copies, which queue in the copy engine
+ALL_SECTORS = 0b1111  # of a line
 INF = math.inf
 
 
@@ -107,9 +108,15 @@ class Warp:
 
 
 class Replay:
-    """One SM with ``resident`` CTAs at a time, which gets ``dram_rate`` and ``l2_rate`` bytes per clock."""
+    """One SM with ``resident`` CTAs at a time, which gets ``dram_rate`` and ``l2_rate`` bytes per clock.
 
-    def __init__(self, trace, lowering, machine: Machine, resident, dram_rate, l2_rate, timeline=False):
+    ``in_l2`` are the numbers of the lines that the L2 holds when the launch starts: they are read from there, and
+    writes to them stay there.
+    """
+
+    def __init__(
+        self, trace, lowering, machine: Machine, resident, dram_rate, l2_rate, timeline=False, in_l2=frozenset()
+    ):
         self.trace, self.lowering, self.machine = trace, lowering, machine
         self.dram_rate, self.l2_rate = min(dram_rate, machine.l2_port), min(l2_rate, machine.l2_port)
         self.resident = resident
@@ -121,6 +128,7 @@ class Replay:
         self.lsu = self.dram = self.port = self.tma = 0.0
         self.events, self.number = [], 0
         self.seen, self.written, self.l1, self.l1_filled = {}, {}, {}, 0
+        self.in_l2 = in_l2
         launch = trace.launch
         self.l1_size = max(machine.l1_bytes - resident * launch.smem_total, 8192)
         self.mbarriers, self.cells = {}, {}
@@ -297,7 +305,7 @@ class Replay:
         done, fresh, again, seen = t, 0, 0, self.seen
         touched = []
         for line, mask in lines:
-            known, arrival = seen.get(line, (0, 0.0))
+            known, arrival = seen.get(line, (ALL_SECTORS if line in self.in_l2 else 0, 0.0))
             if cached:
                 stamp, held = self.l1.get(line, (-INF, 0))
                 if self.l1_filled - stamp > self.l1_size:
@@ -327,11 +335,11 @@ class Replay:
         """Return when all lines are written; each sector is written to DRAM once."""
         fresh = total = 0
         for line, mask in lines:
-            before = self.written.get(line, 0)
+            before = self.written.get(line, ALL_SECTORS if line in self.in_l2 else 0)
             fresh += 32 * (mask & ~before).bit_count()
             total += 32 * mask.bit_count()
             self.written[line] = before | mask
-            known, arrival = self.seen.get(line, (0, 0.0))
+            known, arrival = self.seen.get(line, (ALL_SECTORS if line in self.in_l2 else 0, 0.0))
             self.seen[line] = (known | mask, arrival)
         self.dram = max(t, self.dram) + fresh / self.dram_rate
         self.timing.dram_write += fresh

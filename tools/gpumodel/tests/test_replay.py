@@ -51,6 +51,14 @@ def test_copy_by_many_warps_reaches_the_bandwidth_of_the_memory():
     assert needed <= got.timing.clocks <= 1.1 * needed + H200.dram_latency
 
 
+def test_copy_between_lines_that_the_l2_holds_leaves_the_memory_alone():
+    launch = crowded(copy(warps=1, trips=20))
+    cold, warm = modelled(launch), modelled(launch, in_l2=range(1 << 60))
+    assert (warm.timing.dram_read, warm.timing.dram_write) == (0, 0)
+    assert warm.timing.l2_read == cold.timing.dram_read
+    assert cold.timing.clocks - warm.timing.clocks >= 20 * (H200.dram_latency - H200.l2_latency)
+
+
 def test_copy_by_one_warp_is_bound_by_latency():
     got = modelled(crowded(copy(warps=1, trips=20)))
     assert got.timing.clocks >= 20 * H200.dram_latency
