@@ -79,8 +79,51 @@ APPROXIMATE: dict[tuple[str, str], tuple[Error, ...]] = {
 }
 LARGEST_DIVISOR = 2.0**126  # div.approx: beyond it a quotient is zero, and that of an infinity NaN (PTX ISA, div)
 
+
 # ------------------------------------------------------------------------------------------ sums of tensor cores
-# Parameters of the sums of mma and wgmma by type and architecture belong here.
+# [KM] F. A. Khattak, M. Mikaitis, "Accurate Models of NVIDIA Tensor Cores", ACM TACO, doi 10.1145/3830409, with models
+#      and results of GPUs: https://github.com/north-numerical-computing/MATLAB-tensor-core, commit b12b5a7
+# [XW] P. Xie et al., "MMA-Sim: Bit-Accurate Reference Model of Tensor Cores and Matrix Cores", arXiv 2511.10909, with
+#      its model: https://github.com/microsoft/MMA-Sim, commit c785138
+# [DS] DeepSeek-AI, "DeepSeek-V3 Technical Report", arXiv 2412.19437, section 3.3.2: "around 14 bits"
+# [CU] https://github.com/NVIDIA/cutlass/issues/1986
+class TensorSum(NamedTuple):
+    """How an instruction adds its products and its accumulator, all at once.  `tensorcore` computes it.
+
+    Each addend is cut to `fraction` bits below the largest exponent of all, which counts as `lowest` at least; that of
+    a product is the sum of its factors' exponents.  The sum of these is exact.  A float32 result keeps `result` bits
+    behind its leading one, the rest is cut off; a float16 result (`half`) is rounded to nearest even.  `widened`: the
+    instruction is two of float16, the second of which adds to the first, and an addition of the accumulator.
+    """
+
+    fraction: int
+    result: int = 23
+    lowest: int = -133
+    half: bool = False
+    widened: bool = False
+
+
+# [KM] and [XW] agree on all figures for H100 and B200 but `lowest`, which [KM] alone has.  All K products of an
+# instruction are added at once.  [KM] counts `fraction` from float32's 23 bits: "2 extra alignment bits".
+_WIDE, _HALF = TensorSum(25), TensorSum(25, lowest=-21, half=True)
+_NARROW = TensorSum(13, result=13)  # 8-bit floats in wgmma [KM, XW, DS]; the accumulator is cut, too
+_FLOATS = {("f16", False): _WIDE, ("f16", True): _HALF, ("bf16", False): _WIDE, ("tf32", False): _WIDE}
+# No mma.sync of 8-bit floats on Hopper [CU] or Blackwell: ptxas 13.0 writes conversions to float16, two HMMA, the first
+# of the lower halves of all registers, and FADD or HADD2, on sm_90a, sm_100a and sm_103a.  [XW] leaves the instruction
+# out.  [KM] models it as one sum, which its own results contradict; they are those of the machine code, bit for bit.
+_MMA = _FLOATS | {
+    (kind, half): figures._replace(widened=True)
+    for kind in ("e4m3", "e5m2")
+    for half, figures in ((False, _WIDE), (True, _HALF))
+}
+# (architecture, instruction) -> (type of A, float16 result) -> figures.  Nobody has measured sm_103a: it is taken to be
+# as sm_100a, whose machine instructions it has.
+TENSOR_SUMS: dict[tuple[str, str], dict[tuple[str, bool], TensorSum]] = {
+    ("90", "mma"): _MMA,
+    ("90", "wgmma"): _FLOATS | {("e4m3", False): _NARROW, ("e5m2", False): _NARROW},
+    ("100", "mma"): _MMA,
+    ("103", "mma"): _MMA,
+}
 
 
 # ------------------------------------------------------------------------------------------ grids of numbers
@@ -166,7 +209,8 @@ class Arithmetic:
     name : str
         ``"exact"`` or ``"hardware"``.
     scale : float
-        Documented errors are multiplied by it.  0: results are those of ``exact``.
+        Documented errors are multiplied by it; sums of tensor cores are cut as many bits earlier as it has, to the
+        nearest power of two.  0: results are those of ``exact``.
     seed : int
         Chooses among the results that the errors allow.
     lean : str
@@ -189,6 +233,23 @@ class Arithmetic:
     @property
     def exact(self):
         return self.name == "exact"
+
+    def tensor_sum(self, target, instruction, kind, half):
+        """`TensorSum` of ``"mma"`` or ``"wgmma"`` by the type of A; None where sums are exact but for their rounding.
+
+        ``half``: accumulator and result are float16.
+        """
+        if self.exact or self.scale == 0:
+            return None
+        number = "".join(c for c in target.split(",")[0] if c.isdigit())
+        figures = TENSOR_SUMS.get((number, instruction), {}).get((kind, half))
+        if figures is None:
+            raise UnsupportedInstruction(
+                f"arithmetic='hardware': no source tells how {instruction} of {target} adds products of {kind} to "
+                f"{'f16' if half else 'f32'}"
+            )
+        lost = round(np.log2(self.scale))
+        return figures._replace(fraction=figures.fraction - lost, result=figures.result - max(lost, 0))
 
     def approximation(self, op, kind, function):
         """A float32 function of the last operand, or quotient of two, as ``op`` computes it for values of a type.
