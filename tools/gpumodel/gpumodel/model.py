@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -16,6 +16,10 @@ from .replay import Replay, Timing
 from .trace import BulkCopy, GlobalAccess, Trace
 
 REGISTERS = 128  # of a kernel for which ptxas reported none
+REPLAYED = (  # constants that only a replay reads: machines that differ in these alone share lowered code
+    "barrier", "branch", "cta_interval", "cta_start", "dram_bytes", "dram_efficiency", "dram_latency", "l1_latency",
+    "l2_latency", "l2_port", "l2_share", "launch_us", "lines_per_clock", "shared_latency", "store_latency",
+)  # fmt: skip
 _lowered: WeakKeyDictionary = WeakKeyDictionary()  # program -> {machine: Lowering}
 
 
@@ -120,6 +124,15 @@ def resources(session) -> dict[str, int]:
     return {kernel.name: kernel.registers for function in session.functions for kernel in function.kernels}
 
 
+def lowered(program, machine: Machine) -> Lowering:
+    """Return the lowered code of a program, which is kept."""
+    key = replace(machine, **dict.fromkeys(REPLAYED, 0))
+    known = _lowered.setdefault(program, {})
+    if key not in known:
+        known[key] = Lowering(program, machine)
+    return known[key]
+
+
 def time_launch(
     launch,
     registers: int,
@@ -151,14 +164,12 @@ def time_launch(
     shared = launch.smem_total - 1024
     resident = resident_ctas(machine, registers, shared, launch.block_threads)
     rate = machine.dram_rate / active
-    known = _lowered.setdefault(launch.program, {})
-    if machine not in known:
-        known[machine] = Lowering(launch.program, machine)
+    lowering = lowered(launch.program, machine)
     l2_rate = min(machine.l2_port, machine.l2_share * machine.sms / active)
     if total_bytes:
         mine = bytes_of(launch.trace)
         rate = max(rate, min(machine.l2_port, machine.dram_rate * mine / max(total_bytes, mine)))
-    timing = Replay(launch.trace, known[machine], machine, resident, rate, l2_rate, timeline, in_l2).run()
+    timing = Replay(launch.trace, lowering, machine, resident, rate, l2_rate, timeline, in_l2).run()
     name, grid, block = launch.program.kernel.name, tuple(launch.grid), tuple(launch.block)
     start = machine.cta_start
     return KernelTime(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import small_kernels
 
 import gpumodel
 import ptxsim
+from gpumodel.lower import Lowering
+from gpumodel.model import REPLAYED, lowered
 
 H200 = gpumodel.H200
 
@@ -112,6 +115,18 @@ def test_warps_hide_the_latency_of_each_other():
 def ring(stages, tiles=24, ctas=1):
     data = lines(ctas * tiles * 4096)
     return recorded(small_kernels.ring(stages), ctas, 32, [data, tiles])
+
+
+def test_code_is_lowered_without_the_constants_that_only_replays_read():
+    launch = ring(2)
+    fields = {f.name: getattr(H200, f.name) for f in dataclasses.fields(H200) if f.name not in REPLAYED}
+    lowering = Lowering(launch.program, types.SimpleNamespace(**fields))
+    for visit in launch.trace.warps[0]:
+        lowering.block(visit.block, visit.stop)
+    slower = dataclasses.replace(H200, dram_latency=900)
+    assert lowered(launch.program, slower) is lowered(launch.program, H200)
+    wide = dataclasses.replace(H200, pipes={**H200.pipes, "int": H200.pipes["fp32"]})
+    assert lowered(launch.program, wide) is not lowered(launch.program, H200)
 
 
 def test_stages_of_a_ring_overlap():
