@@ -15,8 +15,11 @@ Use it to compare configs of a kernel: it accounts for overlap, not only for tot
 figures, fitted to no measurement; ``fitted`` says so in every result.  No number of this model is a measurement.
 """
 
-from .constants import B200, H200, MACHINES, Machine
+from .code import MachineCode
+from .constants import B200, B300, H100, H200, MACHINES, Machine
+from .memory import Residency
 from .model import (
+    Conditions,
     KernelTime,
     Modelled,
     bytes_of,
@@ -30,19 +33,25 @@ from .model import (
     time_launch,
     time_session,
 )
-from .replay import Replay, Timing
+from .replay import Replay, Setting, Timing
 from .trace import Trace
 
 __version__ = "0.1.0"
 
 __all__ = [
     "B200",
+    "B300",
+    "H100",
     "H200",
     "MACHINES",
+    "Conditions",
     "KernelTime",
     "Machine",
+    "MachineCode",
     "Modelled",
     "Replay",
+    "Residency",
+    "Setting",
     "Timing",
     "Trace",
     "bytes_of",

@@ -45,7 +45,7 @@ BOUNDS = {
     "l2_share": Bounds(32, 80, "37-40 bytes a clock and SM on an H200, 70-77 on a B300"),
     "lines_per_clock": Bounds(0.5, 2, "one tag lookup of a 128-byte line a clock, at most two"),
     "cta_start": Bounds(50, 800, "no measurement; dispatch of 1000 CTAs takes 0.54 us on a B300"),
-    "cta_interval": Bounds(1, 64, "as cta_start"),
+    "cta_ns": Bounds(0.3, 1.1, "0.54 on a B300; Hopper unknown"),
     "barrier": Bounds(15, 40, "22 + 2 a warp on a B300"),
     "branch": Bounds(4, 16, "no measurement"),
     "shared_latency": Bounds(23, 33, "28.6 clocks on an H100, 29 on a B300"),

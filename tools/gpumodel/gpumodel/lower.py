@@ -7,20 +7,23 @@ scheduling on the longest path, within a window, and keeps dependences through r
 from __future__ import annotations
 
 import re
+import weakref
 from dataclasses import dataclass
 
 from ptxsim.nodes import Mem, Not, Pair, Reg, Special, Vec
 
+from .code import STEP, MachineCode
 from .constants import SLOTS, Machine
 
 WIDE = ("b64", "s64", "u64")
 NO_RESULT = frozenset("st stmatrix red bar barrier fence membar cp bra brx ret exit trap prefetch prefetchu discard "
     "griddepcontrol setmaxnreg nanosleep applypriority pmevent brkpt".split())  # fmt: skip
-CONTROLS = frozenset("griddepcontrol setmaxnreg nanosleep prefetch prefetchu discard createpolicy pmevent".split())
+CONTROLS = frozenset("setmaxnreg nanosleep prefetch prefetchu discard createpolicy pmevent".split())
 LOGIC = frozenset("and or xor not lop3".split())
 COMPARE = frozenset("setp set selp slct min max".split())
 SPECIALS = frozenset("rcp sqrt rsqrt sin cos lg2 ex2 tanh".split())
-INT_ALU = frozenset("shl shr shf prmt bfe bfi bmsk szext popc clz brev bfind fns addc subc sad neg abs".split())
+INT_ALU = frozenset("shr shf prmt bfi bmsk szext fns addc subc sad neg abs".split())
+BITS = frozenset("popc clz brev bfind".split())
 
 
 @dataclass
@@ -28,7 +31,8 @@ class Op:
     """A lowered PTX instruction.
 
     ``kind`` selects the method of `Replay` that executes it.  ``occupancy`` is how long all its machine instructions
-    together hold ``pipe``; ``latency`` is the time from the issue of the last of its ``slots`` to the result.
+    together hold ``pipe``; ``latency`` is the time from the issue of the last of its ``slots`` to the result.  It may
+    go to a second pipe ``other``.
     """
 
     pc: int
@@ -42,6 +46,7 @@ class Op:
     results: tuple
     space: str = ""  # of a memory instruction
     amount: int = 0  # of a wait: groups that may stay pending
+    other: str = ""
 
 
 def space_of(ins):
@@ -58,7 +63,8 @@ class Lowering:
 
     def __init__(self, program, machine: Machine):
         self.kernel, self.machine = program.kernel, machine
-        self.names, self.blocks = {}, {}
+        self.program = weakref.proxy(program)  # which may be a key of the lowerings
+        self.names, self.blocks, self.counts = {}, {}, {}
         self.ops = [self.lower(ins) for ins in program.kernel.instrs]
 
     def block(self, block, stop):
@@ -67,6 +73,20 @@ class Lowering:
         if known is None:
             known = self.blocks[block.pc, stop] = schedule(self.ops[block.pc : stop], self.machine.window)
         return known
+
+    def slots(self, block, stop):
+        """Return the issue slots of ``block`` up to the instruction ``stop``."""
+        known = self.counts.get((block.pc, stop))
+        if known is None:
+            known = self.counts[block.pc, stop] = sum(op.slots for op in self.ops[block.pc : stop])
+        return known
+
+    def block_bytes(self, code: MachineCode | None):
+        """Return the bytes of each basic block that ran; ``code`` is shared out by issue slots."""
+        step = STEP * self.machine.code_growth
+        if code:
+            step = code.code_bytes / max(sum(op.slots for op in self.ops), 1)
+        return {pc: round(step * self.slots(block, block.next_pc)) for pc, block in self.program.blocks.items()}
 
     # ------------------------------------------------------------ operands
     def register(self, name):
@@ -102,12 +122,12 @@ class Lowering:
         if ins.pred is not None:
             sources.append(self.register(ins.pred.name))
             sources.extend(results)  # a predicated-off instruction keeps the old value
-        kind, pipe, occupancy, latency, slots, space, amount = "math", "alu", 2.0, 4.5, 1, "", 0
+        kind, pipe, occupancy, latency, space, amount, other = "math", "alu", 2.0, 4.5, "", 0, ""
         name, slots = self.classify(ins)
         if name in machine.pipes:
             chosen = machine.pipes[name]
-            pipe, occupancy, latency = chosen.name, chosen.occupancy * slots, chosen.latency
-            if name == "sfu":  # one of its slots is the special function; the others scale its operand and its result
+            pipe, occupancy, latency, other = chosen.name, chosen.occupancy * slots, chosen.latency, chosen.other
+            if pipe == "xu":  # one of its slots is the special function; the others scale its operand and its result
                 occupancy, latency = chosen.occupancy, latency + (slots - 1) * (machine.pipes["fp32"].latency - 1)
         elif name == "free":
             pipe, occupancy, latency = "none", 0, 0
@@ -121,7 +141,18 @@ class Lowering:
         if kind in ("memory", "matrix"):
             pipe, occupancy = "lsu", 1
         return Op(
-            ins.pc, ins.text, kind, pipe, occupancy, latency, slots, tuple(sources), tuple(results), space, amount
+            ins.pc,
+            ins.text,
+            kind,
+            pipe,
+            occupancy,
+            latency,
+            slots,
+            tuple(sources),
+            tuple(results),
+            space,
+            amount,
+            other,
         )
 
     # ------------------------------------------------------------ classes
@@ -147,16 +178,9 @@ class Lowering:
             return ("far fence" if far and "proxy" not in mods else "fence"), 1
         if op in ("bra", "brx", "ret", "exit", "call", "trap"):
             return "branch", 1
-        if op in (
-            "griddepcontrol",
-            "setmaxnreg",
-            "nanosleep",
-            "prefetch",
-            "prefetchu",
-            "discard",
-            "createpolicy",
-            "pmevent",
-        ):
+        if op == "griddepcontrol":
+            return ("dependency wait" if "wait" in mods else "dependents"), 1
+        if op in CONTROLS:
             return "control", 1
         if op == "wgmma":
             waits = "wait_group" in mods
@@ -165,8 +189,10 @@ class Lowering:
             return "mma", 1
         if op == "shfl":
             return "shuffle", 1
-        if op in ("vote", "match", "elect", "activemask", "redux"):
+        if op in ("vote", "match", "elect", "activemask"):
             return "vote", 1
+        if op == "redux":
+            return "redux", 1
         return self.arithmetic(ins, op, mods, wide)
 
     def copy_class(self, mods):
@@ -200,7 +226,8 @@ class Lowering:
             exact = "rn" in mods
             if exact:
                 return "sfu", SLOTS["sqrt.f32"] if op == "sqrt" else SLOTS["div.f32"]
-            return "sfu", 1 if "ftz" in mods or op not in ("ex2", "lg2") else SLOTS[op]
+            slots = 1 if "ftz" in mods or "f32" not in mods or op not in ("ex2", "lg2") else SLOTS[op]
+            return "ex2" if op == "ex2" else "sfu", slots
         if op == "div":
             if "f32" in types:
                 return "sfu", SLOTS["div.approx"] if "approx" in mods or "full" in mods else SLOTS["div.f32"]
@@ -219,13 +246,19 @@ class Lowering:
         if op in ("mul", "mad"):
             if wide and "wide" not in mods:
                 return "imad", SLOTS["mul.64" if op == "mul" else "mad.64"]
-            return "imad", 1
+            return "imad.hi" if "hi" in mods else "imad", 1
         if op in LOGIC:
             return "int", SLOTS["logic.64"] if wide else 1
         if op in INT_ALU:
             return "int", SLOTS["shift.64"] if wide else 1
         if op in ("add", "sub"):
-            return "int", SLOTS["add.64"] if wide else 1
+            return ("int", SLOTS["add.64"]) if wide else ("add", 1)
+        if op == "shl":
+            return ("int", SLOTS["shift.64"]) if wide else ("add", 1)
+        if op in BITS:
+            return "bits", SLOTS["bfind"] if op in ("bfind", "clz") else 1
+        if op == "bfe":
+            return "int", SLOTS["bfe"]
         if op in ("dp4a", "dp2a"):
             return "imad", 1
         return "int", 1
@@ -241,7 +274,7 @@ class Lowering:
         if first == "f32" and last in halves:
             return "half", 1
         if first in halves or "x2" in first or "x4" in first:
-            return "pack", 1
+            return ("unpack" if first in halves and last.startswith("e") else "pack"), 1
         if first == "f32" and last == "f32":
             return "convert", 1
         if first == "tf32":

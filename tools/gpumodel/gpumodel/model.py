@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field, fields, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 import ptxsim
 
+from .code import MachineCode
 from .constants import MACHINES, Machine
 from .lower import Lowering
-from .replay import Replay, Timing
-from .trace import BulkCopy, GlobalAccess, Trace
+from .memory import Residency
+from .replay import Replay, Setting, Timing
+from .trace import LINE, Region, Trace
 
 REGISTERS = 128  # of a kernel for which ptxas reported none
-REPLAYED = (  # constants that only a replay reads: machines that differ in these alone share lowered code
-    "barrier", "branch", "cta_interval", "cta_start", "dram_bytes", "dram_efficiency", "dram_latency", "l1_latency",
-    "l2_latency", "l2_port", "l2_share", "launch_us", "lines_per_clock", "shared_latency", "store_latency",
+REPLAYED = tuple(  # constants that only a replay reads: machines that differ in these alone share lowered code
+    entry.name for entry in fields(Machine)
+    if entry.name not in ("name", "arch", "pipes", "mma_clocks", "mma_latency", "window", "code_growth")
 )  # fmt: skip
+SMALL_BYTES = 4 << 20  # of a tensor that lies in the L2 when a model calls an operator
+FOLLOWS = 4000.0  # clocks that a call's first launch starts early, at most, if it follows another one
 _lowered: WeakKeyDictionary = WeakKeyDictionary()  # program -> {machine: Lowering}
 
 
@@ -133,6 +137,44 @@ def lowered(program, machine: Machine) -> Lowering:
     return known[key]
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What a call meets on the GPU.  The default is how a kernel that runs alone in a CUDA graph is measured.
+
+    Attributes
+    ----------
+    data : str
+        What the L2 holds of the call's arguments.  ``"cold"``: nothing; what the call itself writes or reads, its later
+        launches find there.  ``"warm"``: what is left of the same call on the same arguments just before, as in a
+        benchmark that repeats it: all of them up to `Machine.l2_near_bytes`, less of larger ones, nothing from
+        `Machine.l2_bytes`.  ``"activations"``: tensors of up to `SMALL_BYTES`, which kernels just before have written,
+        and none of the larger ones: a call in a model.
+    code : str
+        Where the code is.  ``"warm"``: in the instruction caches of the SMs, as far as it fits, as when a kernel is
+        repeated.  ``"l2"``: in the L2.  ``"cold"``: in DRAM, as when a model's other kernels and weights have come
+        between.
+    launch : str
+        ``"graph"``: in a CUDA graph; ``"stream"``: launched one by one.
+    follows : bool
+        Whether the first launch follows a kernel that lets it start early, if it has the attribute for it
+        (programmatic dependent launch).  Of the launches of a call, each follows the one before.
+    """
+
+    data: str = "cold"
+    code: str = "warm"
+    launch: str = "graph"
+    follows: bool = False
+
+    def __post_init__(self) -> None:
+        known = {"data": ("cold", "activations", "warm"), "code": ("warm", "l2", "cold"), "launch": ("graph", "stream")}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}: expected one of {', '.join(values)}, got {getattr(self, name)!r}")
+
+
+ALONE = Conditions()
+
+
 def time_launch(
     launch,
     registers: int,
@@ -140,6 +182,7 @@ def time_launch(
     total_bytes: int | None = None,
     timeline: bool = False,
     in_l2: Container[int] = frozenset(),
+    setting: Setting | None = None,
 ) -> KernelTime:
     """Model one recorded launch.
 
@@ -156,20 +199,29 @@ def time_launch(
     timeline : bool
         Keep every wait of every warp, for `timeline.life_of`.
     in_l2 : container of int
-        Numbers of the 128-byte lines (addresses divided by 128) that the L2 holds when the launch starts: of data that
-        an earlier launch left there, or that another SM reads as well.  Default: none.
+        Numbers of the 128-byte lines of the record that the L2 holds when the launch starts: of data that an earlier
+        launch left there, or that another SM reads as well.  Default: none but those of ``setting``.
+    setting : Setting, optional
+        What the launch meets.  Default: nothing in the L2, its code in the instruction caches.
     """
+    setting = setting or Setting()
+    if in_l2:
+        setting = replace(setting, residency=setting.residency._replace(lines=in_l2))
     ctas = int(np.prod(launch.grid))
     active = min(machine.sms, ctas)
     shared = launch.smem_total - 1024
     resident = resident_ctas(machine, registers, shared, launch.block_threads)
-    rate = machine.dram_rate / active
-    lowering = lowered(launch.program, machine)
     l2_rate = min(machine.l2_port, machine.l2_share * machine.sms / active)
+    footprint = launch.trace.footprint
+    of_gpu = machine.dram_rate_of(footprint.read, footprint.written)
+    rate = of_gpu / active
     if total_bytes:
-        mine = bytes_of(launch.trace)
-        rate = max(rate, min(machine.l2_port, machine.dram_rate * mine / max(total_bytes, mine)))
-    timing = Replay(launch.trace, lowering, machine, resident, rate, l2_rate, timeline, in_l2).run()
+        mine = footprint.read + footprint.written
+        rate = max(rate, min(machine.l2_port, of_gpu * mine / max(total_bytes, mine)))
+    replay = Replay(
+        launch.trace, lowered(launch.program, machine), machine, resident, rate, l2_rate, timeline, setting, active
+    )
+    timing = replay.run()
     name, grid, block = launch.program.kernel.name, tuple(launch.grid), tuple(launch.block)
     start = machine.cta_start
     return KernelTime(
@@ -179,24 +231,16 @@ def time_launch(
 
 def bytes_of(trace: Trace) -> int:
     """Return the bytes of the distinct sectors that the recorded CTAs read, plus those that they write."""
-    read, written = {}, {}
-    modes = {"read": (read,), "write": (written,), "atomic": (read, written)}
-    for visits in trace.warps.values():
-        for event in (event for visit in visits for events in visit.events.values() for event in events):
-            if isinstance(event, GlobalAccess):
-                mode = event.mode
-            elif isinstance(event, BulkCopy):
-                mode = "read" if event.load else "write"
-            else:
-                continue
-            for into in modes[mode]:
-                for line in event.lines:
-                    into[line.number] = into.get(line.number, 0) | line.mask
-    return 32 * sum(mask.bit_count() for into in (read, written) for mask in into.values())
+    return trace.footprint.read + trace.footprint.written
 
 
 def time_call(
-    run: Callable[[], object], machine: str | Machine = "H200", total_bytes: int | None = None, timeline: bool = False
+    run: Callable[[], object],
+    machine: str | Machine = "H200",
+    total_bytes: int | None = None,
+    timeline: bool = False,
+    conditions: Conditions = ALONE,
+    codes: Mapping[str, MachineCode] | None = None,
 ) -> Modelled:
     """Model a call: emulate the CTAs of one SM, and replay them.
 
@@ -210,24 +254,100 @@ def time_call(
         Bytes that the call must move.  Default: what its launches move.
     timeline : bool
         Keep every wait of every warp, for `timeline.life_of`.
+    conditions : Conditions
+        Caches, and the way of launching.
+    codes : mapping, optional
+        The machine code of kernels, by name.  Without it, spills are not seen, and the size of the code is estimated.
     """
     machine = machine_of(machine)
-    return time_session(record(run, machine), machine, total_bytes, timeline)
+    return time_session(record(run, machine), machine, total_bytes, timeline, conditions, codes)
 
 
-def time_session(session, machine: Machine, total_bytes: int | None = None, timeline: bool = False) -> Modelled:
-    """Model the launches of a session that was opened with the options of `sampling`."""
+def time_session(
+    session,
+    machine: Machine,
+    total_bytes: int | None = None,
+    timeline: bool = False,
+    conditions: Conditions = ALONE,
+    codes: Mapping[str, MachineCode] | None = None,
+) -> Modelled:
+    """Model the launches of a session that was opened with the options of `sampling`; arguments as of `time_call`."""
     registers = resources(session)
-    kernels = [
-        time_launch(launch, registers.get(launch.program.kernel.name, REGISTERS), machine, total_bytes, timeline)
-        for launch in session.launches
-    ]
-    clocks = sum(kernel.clocks for kernel in kernels)
+    held = L2(session.launches, machine, conditions)
+    launch_us = machine.launch_us if conditions.launch == "graph" else machine.stream_launch_us
+    kernels, us = [], 0.0
+    for launch in session.launches:
+        name = launch.program.kernel.name
+        depends_until = 0.0
+        follows = getattr(launch, "pdl", False) and (kernels or conditions.follows)
+        if follows:
+            depends_until = overlap(kernels[-1], launch, machine) if kernels else FOLLOWS
+        setting = Setting(held.residency(launch), conditions.code, (codes or {}).get(name), depends_until)
+        kernel = time_launch(launch, registers.get(name, REGISTERS), machine, total_bytes, timeline, setting=setting)
+        kernels.append(kernel)
+        us += machine.microseconds(kernel.clocks - min(depends_until, kernel.clocks))
+        us += machine.pdl_launch_us if follows else launch_us
     if total_bytes is None:
         total_bytes = sum(bytes_of(kernel.trace) * kernel.active_sms for kernel in kernels)
-    us = machine.microseconds(clocks) + machine.launch_us * len(kernels)
     roof = machine.microseconds(total_bytes / machine.dram_rate)
     return Modelled(machine.name, us, kernels, total_bytes, roof, fitted=machine.fitted)
+
+
+def overlap(before: KernelTime, launch, machine: Machine) -> float:
+    """Return how many clocks of a dependent launch pass before the end of the kernel ``before``.
+
+    It may start when all CTAs of that have executed ``griddepcontrol.launch_dependents``, or ended, and where one of
+    its CTAs finds room beside them.
+    """
+    timing = before.timing
+    threads = before.resident_ctas * int(np.prod(before.block)) + launch.block_threads
+    shared = before.resident_ctas * (before.shared_bytes + machine.shared_per_cta) + launch.smem_total
+    if threads > 32 * machine.max_warps or shared > machine.shared_bytes:
+        return 0.0
+    return timing.clocks - timing.triggers_at
+
+
+class L2:
+    """What the L2 holds of the arguments of a call's launches, under ``conditions``."""
+
+    def __init__(self, launches, machine: Machine, conditions: Conditions):
+        self.data, self.machine = conditions.data, machine
+        touched = {}  # (first, last) address -> bytes
+        for launch in launches:
+            active = min(machine.sms, int(np.prod(launch.grid)))
+            for region, n_bytes in uses(launch.trace):
+                size = min(region.end - region.base, n_bytes * active)
+                touched[region[:2]] = max(touched.get(region[:2], 0), size)
+        total = sum(touched.values())
+        room = (machine.l2_bytes - total) / (machine.l2_bytes - machine.l2_near_bytes)
+        self.share = min(1.0, max(0.0, room))
+        self.near = total <= machine.l2_near_bytes
+        self.found = []  # (first, last) addresses that earlier launches of the call have touched
+
+    def residency(self, launch) -> Residency:
+        """Return what a launch finds, the next one of the call."""
+        ranges = []
+        for region in map(Region._make, launch.trace.regions):
+            small = region.end - region.base <= SMALL_BYTES
+            earlier = any(first < region.end and region.base < last for first, last in self.found)
+            if earlier or self.data == "warm" or (self.data == "activations" and small):
+                ranges.append(region.lines)
+        self.found += [region[:2] for region, _ in uses(launch.trace)]
+        active, shared = min(self.machine.sms, int(np.prod(launch.grid))), []
+        for region, n_bytes in uses(launch.trace):
+            share = (region.end - region.base) / (n_bytes * active)
+            if share < 1:
+                shared.append((*region.lines, share))
+        return Residency(tuple(ranges) if self.share else (), self.share, self.near, shared=tuple(shared))
+
+
+def uses(trace: Trace):
+    """Yield the regions that the recorded CTAs touch, and the bytes of lines that they touch there."""
+    for region in map(Region._make, trace.regions):
+        first, last = region.lines
+        n_lines = sum(use.lines for use in trace.footprint.tensors.values() if use.first <= last and first <= use.last)
+        if n_lines:
+            yield region, n_lines << LINE
 
 
 def is_steady(first: Modelled, second: Modelled, machine: Machine) -> bool:

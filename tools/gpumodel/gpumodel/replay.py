@@ -2,12 +2,12 @@
 
 Each of four schedulers issues one instruction per clock.  A warp issues its next instruction, in order, when its
 operands are ready, its scheduler and pipe are free, and the mbarrier, barrier or copies that it waits for are
-complete.  Shared memory serves one wavefront per clock.  A request to global memory is served by L1, L2 or DRAM,
-depending on which lines this launch has touched before.  DRAM and the port to the L2 are queues with a fixed rate; bulk
-copies also pass through a copy engine.  mbarriers count arrivals and bytes as in hardware.  A CTA starts when another
-one ends.
+complete.  Shared memory serves one wavefront per clock.  A request to global memory is served by L1, L2 or DRAM
+(`memory`); bulk copies also pass through a copy engine, and those that several lanes issue by one instruction are
+issued one after the other.  mbarriers count arrivals and bytes as in hardware.  A CTA starts when another one ends, and
+not before the dispatcher gets to it.  Instructions are fetched through caches (`code`).
 
-Not modelled: instruction cache, register banks, replays of loads, TLB, partition and channel conflicts, clusters.
+Not modelled: register banks, replays of loads, TLB, partition and channel conflicts, clusters.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import NamedTuple
 
+from .code import CodeCache, MachineCode
 from .constants import Machine
+from .memory import NOTHING, Memory, Residency
 from .trace import GlobalAccess, SharedAccess
 
-QUEUED = 300  # most clocks that a load waits behind bulk copies, which queue in the copy engine
-ALL_SECTORS = 0b1111  # of a line
 INF = math.inf
 
 
@@ -77,6 +77,8 @@ class Timing:
     shared: int = 0  # wavefronts
     tensor: float = 0.0  # clocks of one sub-partition's pipe, summed
     ctas: int = 0
+    depends_at: float | None = None  # when the first warp reached griddepcontrol.wait
+    triggers_at: float | None = None  # when all CTAs had let the next kernel start, by griddepcontrol or their end
     stalls: Counter[tuple[int, str]] = field(default_factory=Counter)  # (warp of the CTA, reason) -> clocks
     lives: dict[int, tuple[float, float]] = field(default_factory=dict)  # warp -> (first clock, last clock)
     flights: list[Flight] = field(default_factory=list)  # of loads and copies to the SM
@@ -94,7 +96,7 @@ class Warp:
 
     __slots__ = (
         "at", "blocked", "bulk", "bulk_open", "cause", "copies", "cta", "events", "first", "groups", "home", "index",
-        "ops", "ready", "since", "visit", "visits", "wait", "wgmma", "why",
+        "ops", "ready", "since", "stop", "visit", "visits", "wait", "wgmma", "why", "written",
     )  # fmt: skip
 
     def __init__(self, index, cta, visits, registers):
@@ -104,38 +106,58 @@ class Warp:
         self.since, self.cause, self.blocked, self.wait = 0.0, "", 0.0, None
         self.copies, self.groups = [], []  # arrivals of cp.async: open group, committed groups
         self.bulk_open, self.bulk = [], []  # (source read, written) of bulk stores
-        self.wgmma = 0.0
+        self.wgmma = self.written = 0.0  # until its products, its writes are complete
+        self.stop = -1  # end of the block that it ran last
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a launch meets.
+
+    ``residency``: the L2; ``code``: where its code is, see `CodeCache`; ``machine_code``: that, if it is known;
+    ``depends_until``: when ``griddepcontrol.wait`` returns, at the earliest.
+    """
+
+    residency: Residency = NOTHING
+    code: str = "warm"
+    machine_code: MachineCode | None = None
+    depends_until: float = 0.0
+
+
+ALONE = Setting()
 
 
 class Replay:
-    """One SM with ``resident`` CTAs at a time, which gets ``dram_rate`` and ``l2_rate`` bytes per clock.
-
-    ``in_l2`` are the numbers of the lines that the L2 holds when the launch starts: they are read from there, and
-    writes to them stay there.
-    """
+    """One of ``active`` SMs, with ``resident`` CTAs at a time, ``dram_rate`` and ``l2_rate`` bytes per clock."""
 
     def __init__(
-        self, trace, lowering, machine: Machine, resident, dram_rate, l2_rate, timeline=False, in_l2=frozenset()
+        self, trace, lowering, machine: Machine, resident, dram_rate, l2_rate, timeline=False, setting=ALONE, active=1
     ):
         self.trace, self.lowering, self.machine = trace, lowering, machine
-        self.dram_rate, self.l2_rate = min(dram_rate, machine.l2_port), min(l2_rate, machine.l2_port)
         self.resident = resident
         self.timing = Timing(waits=[] if timeline else None)
         count = machine.schedulers
         self.pending, self.free = [[] for _ in range(count)], [0.0] * count
         self.load = [0] * count
         self.pipes = [defaultdict(float) for _ in range(count)]
-        self.lsu = self.dram = self.port = self.tma = 0.0
+        self.lsu = self.tma = 0.0
         self.events, self.number = [], 0
-        self.seen, self.written, self.l1, self.l1_filled = {}, {}, {}, 0
-        self.in_l2 = in_l2
         launch = trace.launch
-        self.l1_size = max(machine.l1_bytes - resident * launch.smem_total, 8192)
+        l1_size = max(machine.l1_bytes - resident * launch.smem_total, 8192)
+        self.memory = Memory(machine, self.timing, dram_rate, l2_rate, l1_size, setting.residency)
+        self.depends_until = setting.depends_until
+        machine_code = setting.machine_code
+        self.code = CodeCache(machine, lowering.block_bytes(machine_code), setting.code)
+        self.spills = machine_code.spill_share if machine_code else 0.0
+        threads = launch.block_threads
+        self.cta_interval = machine.cta_ns * machine.ghz * active * (1 + machine.cta_threads * (threads - 32) / 992)
+        self.dispatched = 0.0  # when the next CTA of this SM may start
         self.mbarriers, self.cells = {}, {}
         self.barriers = {}
         self.warps_per_cta = trace.warps_per_cta
         self.threads = launch.block_threads
         self.alive = {}  # CTA -> warps not done
+        self.triggers = {}  # CTA -> when its last warp let the next kernel start
         self.last = 0.0
 
     # ------------------------------------------------------------ the clock
@@ -146,8 +168,8 @@ class Replay:
             by_cta[warp // self.warps_per_cta].append(warp)
         self.queue = sorted(by_cta.items(), reverse=True)
         self.timing.ctas = len(by_cta)
-        for i in range(min(self.resident, len(self.queue))):
-            self.start_cta(i * self.machine.cta_interval, *self.queue.pop())
+        for _ in range(min(self.resident, len(self.queue))):
+            self.dispatch(0.0)
         pending, free, events = self.pending, self.free, self.events
         schedulers = range(len(free))
         while True:
@@ -170,13 +192,24 @@ class Replay:
         stuck = [(w.index, w.cause) for warps in self.alive.values() for w in warps]
         if stuck:
             raise RuntimeError(f"warps that wait for ever: {stuck[:8]}; the record lacks events of these CTAs")
-        self.timing.clocks = max(self.last, self.dram)
+        self.timing.clocks = max(self.last, self.memory.dram)
+        ends = {}
+        for warp, (_, end) in self.timing.lives.items():
+            cta = warp // self.warps_per_cta
+            ends[cta] = max(ends.get(cta, 0.0), end)
+        self.timing.triggers_at = max(self.triggers.get(cta, end) for cta, end in ends.items())
         return self.timing
 
     def at(self, t, action, *arguments):
         """Call ``action(t, ...)`` at ``t``."""
         self.number += 1
         heappush(self.events, (t, self.number, action, arguments))
+
+    def dispatch(self, t):
+        """Start the next CTA at ``t``, or when the dispatcher gets to it."""
+        start = max(t, self.dispatched)
+        self.dispatched = start + self.cta_interval
+        self.at(start, self.start_cta, *self.queue.pop())
 
     def start_cta(self, t, cta, indices):
         registers = len(self.lowering.names)
@@ -202,7 +235,7 @@ class Replay:
         if not warps:
             del self.alive[warp.cta]
             if self.queue:
-                self.at(t + self.machine.cta_start, self.start_cta, *self.queue.pop())
+                self.dispatch(t + self.machine.cta_start)
 
     # ------------------------------------------------------------ warps
     def advance(self, warp, t):
@@ -216,6 +249,14 @@ class Replay:
                 visit = warp.visits[warp.visit]
                 warp.ops, warp.events, warp.at = self.lowering.block(visit.block, visit.stop), visit.events, 0
                 warp.visit += 1
+                if self.code.needed:
+                    fetched = self.code.enter(warp.home, visit.block.pc, visit.block.pc == warp.stop, t)
+                    warp.stop = visit.stop
+                    if fetched > t:
+                        self.stall(warp, t, fetched, "instruction cache")
+                        t = fetched
+                if self.spills:
+                    self.lsu = max(self.lsu, t) + self.spills * self.lowering.slots(visit.block, visit.stop)
             op = warp.ops[warp.at]
             when, cause = t, ""
             for r in op.sources:
@@ -235,14 +276,18 @@ class Replay:
         op = warp.ops[warp.at]
         pipe = self.pipes[s]
         if op.occupancy and op.pipe != "lsu":
-            if pipe[op.pipe] > t:
-                self.number += 1
-                if not warp.cause or ready <= warp.since:
-                    warp.cause = op.pipe + " pipe"
-                heappush(self.pending[s], (pipe[op.pipe], self.number, warp))
-                return
-            pipe[op.pipe] = t + op.occupancy
-            if op.pipe == "tensor":
+            name = op.pipe
+            if pipe[name] > t:
+                if op.other and pipe[op.other] < pipe[name]:
+                    name = op.other
+                if pipe[name] > t:
+                    self.number += 1
+                    if not warp.cause or ready <= warp.since:
+                        warp.cause = name + " pipe"
+                    heappush(self.pending[s], (pipe[name], self.number, warp))
+                    return
+            pipe[name] = t + op.occupancy
+            if name == "tensor":
                 self.timing.tensor += op.occupancy
         elif op.pipe == "lsu" and self.lsu > t + 32:  # its queue is full
             self.number += 1
@@ -285,66 +330,6 @@ class Replay:
             warp.ready[r], warp.why[r] = done, cause
 
     # ------------------------------------------------------------ memory
-    def from_dram(self, t, n_bytes, queued=INF):
-        start = max(t, min(self.dram, t + queued))
-        port = max(t, min(self.port, t + queued))
-        self.dram = max(t, self.dram) + n_bytes / self.dram_rate
-        self.port = max(t, self.port) + n_bytes / self.machine.l2_port
-        self.timing.dram_read += n_bytes
-        n = n_bytes
-        return max(start + n / self.dram_rate, port + n / self.machine.l2_port) + self.machine.dram_latency
-
-    def from_l2(self, t, n_bytes, queued=INF):
-        port = max(t, min(self.port, t + queued))
-        self.port = max(t, self.port) + n_bytes / self.l2_rate
-        self.timing.l2_read += n_bytes
-        return port + n_bytes / self.l2_rate + self.machine.l2_latency
-
-    def read(self, t, lines, cached, queued=INF):
-        """Return when all ``lines`` have arrived; ``cached``: through the L1."""
-        done, fresh, again, seen = t, 0, 0, self.seen
-        touched = []
-        for line, mask in lines:
-            known, arrival = seen.get(line, (ALL_SECTORS if line in self.in_l2 else 0, 0.0))
-            if cached:
-                stamp, held = self.l1.get(line, (-INF, 0))
-                if self.l1_filled - stamp > self.l1_size:
-                    held = 0
-                if not mask & ~held:
-                    done = max(done, t + self.machine.l1_latency, arrival)
-                    continue
-                self.l1[line] = (self.l1_filled, held | mask)
-                self.l1_filled += 32 * mask.bit_count()
-            new = mask & ~known
-            fresh += 32 * new.bit_count()
-            again += 32 * (mask & known).bit_count()
-            if new:
-                touched.append((line, known | mask))
-            else:
-                done = max(done, arrival)
-        if fresh:
-            arrival = self.from_dram(t, fresh, queued)
-            done = max(done, arrival)
-            for line, mask in touched:
-                seen[line] = (mask, arrival)
-        if again:
-            done = max(done, self.from_l2(t, again, queued))
-        return done
-
-    def write(self, t, lines):
-        """Return when all lines are written; each sector is written to DRAM once."""
-        fresh = total = 0
-        for line, mask in lines:
-            before = self.written.get(line, ALL_SECTORS if line in self.in_l2 else 0)
-            fresh += 32 * (mask & ~before).bit_count()
-            total += 32 * mask.bit_count()
-            self.written[line] = before | mask
-            known, arrival = self.seen.get(line, (ALL_SECTORS if line in self.in_l2 else 0, 0.0))
-            self.seen[line] = (known | mask, arrival)
-        self.dram = max(t, self.dram) + fresh / self.dram_rate
-        self.timing.dram_write += fresh
-        return max(self.dram, t + total / self.machine.l2_port) + self.machine.store_latency
-
     def do_memory(self, warp, op, t):
         """ld, st, atom, red, cp.async."""
         machine, payloads = self.machine, warp.events.get(op.pc)
@@ -365,14 +350,16 @@ class Replay:
                     mode, tensor, lines = event
                     n_bytes = sum(line.bytes for line in lines)
                     self.lsu = max(self.lsu, t) + max(len(lines) / machine.lines_per_clock, n_bytes / 128)
+                    if mode != "read":
+                        warp.written = max(warp.written, self.memory.write(t, lines))
                     if mode == "write":
-                        self.write(t, lines)
                         continue
+                    queued = machine.load_queue
                     if mode == "atomic":
-                        self.write(t, lines)
-                        arrival = self.from_l2(t, 32 * len(lines), QUEUED)
+                        arrival = self.memory.from_l2(t, 32 * len(lines), queued)
                     else:
-                        arrival = self.read(t, lines, cached=not op.text.startswith("cp.async.cg"), queued=QUEUED)
+                        cached = not op.text.startswith("cp.async.cg")
+                        arrival = self.memory.read(t, lines, cached, queued)
                     if arrival - t > machine.l1_latency + 1:
                         self.timing.flights.append(Flight(t, arrival, n_bytes, tensor, warp.cta))
                     copied, done, cause = arrival, max(done, arrival), f"load of {tensor}"
@@ -391,21 +378,36 @@ class Replay:
         self.advance(warp, t + 1)
 
     def do_bulk(self, warp, op, t):
-        """Bulk copies, linear or by tensor map."""
-        machine = self.machine
-        for copy in warp.events.get(op.pc, ()):
-            start = max(self.tma, t)
-            self.tma = start + max(machine.tma_copy, copy.n_bytes / machine.tma_rate)
-            if copy.load:
-                done = self.read(start, copy.lines, cached=False) + machine.tma_latency
-                self.timing.flights.append(Flight(t, done, copy.n_bytes, copy.tensor, warp.cta))
-                if copy.cell is not None:
-                    self.cells.setdefault(copy.cell, set()).add(copy.tensor)
-                    self.at(done, self.act, ((copy.cell, 0, -copy.n_bytes),))
-            else:
-                read = start + machine.shared_read_latency + copy.n_bytes / machine.tma_rate
-                warp.bulk_open.append((read, self.write(read, copy.lines)))
-        self.advance(warp, t + 1)
+        """Bulk copies, linear or by tensor map: the lanes that issue one do so one after the other, in a loop."""
+        copies = warp.events.get(op.pc, ())
+        if not copies:
+            self.advance(warp, t + 1)
+            return
+        trip = max(self.machine.bulk_slots, self.machine.bulk_trip)
+        self.bulk_copy(t, warp, copies[0])
+        for i, copy in enumerate(copies[1:], 1):
+            self.at(t + i * trip, self.bulk_copy, warp, copy)
+        self.at(t + len(copies) * trip, self.advance_at, warp)
+
+    def advance_at(self, t, warp):
+        self.advance(warp, t)
+
+    def bulk_copy(self, t, warp, copy):
+        """Issue the bulk copy of one lane."""
+        machine, memory = self.machine, self.memory
+        self.free[warp.home] = max(self.free[warp.home], t) + machine.bulk_slots - 1
+        self.timing.slots += machine.bulk_slots - 1
+        start = max(self.tma, t)
+        self.tma = start + max(machine.tma_copy, copy.n_bytes / machine.tma_rate)
+        if copy.load:
+            done = memory.read(start, copy.lines, cached=False) + machine.tma_latency
+            self.timing.flights.append(Flight(t, done, copy.n_bytes, copy.tensor, warp.cta))
+            if copy.cell is not None:
+                self.cells.setdefault(copy.cell, set()).add(copy.tensor)
+                self.at(done, self.act, ((copy.cell, 0, -copy.n_bytes),))
+        else:
+            read = start + machine.shared_read_latency + copy.n_bytes / machine.tma_rate
+            warp.bulk_open.append((read, memory.write(read, copy.lines)))
 
     # ------------------------------------------------------------ groups of copies
     def do_commit(self, warp, op, t):
@@ -525,8 +527,10 @@ class Replay:
             threads = sum(self.lanes(warp) for warp in self.alive[cta])
         if barrier.arrived and barrier.arrived >= threads:
             del self.barriers[cta][number]
+            machine = self.machine
+            latency = machine.barrier + machine.barrier_warp * (threads // 32)
             for warp in barrier.waiting:
-                self.at(t + self.machine.barrier, self.released, warp)
+                self.at(t + latency, self.released, warp)
 
     def released(self, t, warp):
         op = warp.ops[warp.at - 1]
@@ -544,7 +548,16 @@ class Replay:
         self.pause(warp, t, t + self.machine.fence, "fence")
 
     def do_far_fence(self, warp, op, t):
-        self.pause(warp, t, t + self.machine.gpu_fence, "fence")
+        self.pause(warp, t, max(t + self.machine.gpu_fence, warp.written), "fence")
+
+    def do_dependency_wait(self, warp, op, t):
+        if self.timing.depends_at is None:
+            self.timing.depends_at = t
+        self.pause(warp, t, self.depends_until, "kernel before")
+
+    def do_dependents(self, warp, op, t):
+        self.triggers[warp.cta] = t
+        self.advance(warp, t + 1)
 
     def do_branch(self, warp, op, t):
         self.advance(warp, t + self.machine.branch)
@@ -553,7 +566,7 @@ class Replay:
     def do_wgmma(self, warp, op, t):
         machine = self.machine
         pipe = self.pipes[warp.home]
-        clocks = machine.mma_clocks * 0.62 * self.lowering.wgmma_share(op.pc)
+        clocks = machine.mma_clocks * machine.wgmma_share * self.lowering.wgmma_share(op.pc)
         start = max(pipe["tensor"], t)
         pipe["tensor"] = start + clocks
         self.timing.tensor += clocks

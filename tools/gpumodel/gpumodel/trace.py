@@ -7,6 +7,7 @@ synchronisation instructions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,6 +17,38 @@ from ptxsim.counters import Counters, changes, distinct
 
 LINE = 7  # log2 of a line's bytes
 SECTOR = 5
+UNIT = 256  # to which cudaMalloc aligns, at least
+
+
+class Region(NamedTuple):
+    """Addresses of the host that hold an argument of a launch, and what is added to them in its record."""
+
+    base: int
+    end: int
+    shift: int
+
+    @property
+    def lines(self) -> tuple[int, int]:
+        """Its first and last line in the record."""
+        return self.base + self.shift >> LINE, self.end + self.shift - 1 >> LINE
+
+
+def regions_of(memory) -> list[Region]:
+    """Return where allocations lie in a record, in their order in ``memory``.
+
+    As on a GPU, memory begins at multiples of `UNIT`, and tensors may begin behind that.  The host aligns memory less,
+    and chooses addresses by chance; a record depends on the arguments alone.
+    """
+    origins, ends = {}, {}
+    for part, keep in memory.parts:
+        storage = getattr(keep, "untyped_storage", None)
+        origin = origins[part.base] = storage().data_ptr() if storage else part.base
+        ends[origin] = max(ends.get(origin, 0), part.base + part.size)
+    start, shifts = 0, {}
+    for origin, end in ends.items():
+        shifts[origin] = start - origin
+        start += -(-(end - origin) // UNIT) * UNIT
+    return [Region(a.base, a.end, shifts[origins[a.base]]) for a in memory.allocations]
 
 
 class Line(NamedTuple):
@@ -78,6 +111,22 @@ class BulkCopy(NamedTuple):
     load: bool
 
 
+class TensorUse(NamedTuple):
+    """What the recorded CTAs touch of a tensor: its first and last line, and how many."""
+
+    first: int
+    last: int
+    lines: int
+
+
+class Footprint(NamedTuple):
+    """Bytes of the distinct sectors that the recorded CTAs read and write, and the tensors they are in."""
+
+    read: int
+    written: int
+    tensors: dict[str, TensorUse]
+
+
 Event = GlobalAccess | SharedAccess | MbarrierUse | BarrierUse | BulkCopy
 
 
@@ -94,7 +143,13 @@ class Visit:
 
 
 class Trace(Counters):
-    """Filled while a launch runs; ``warps`` maps a warp, numbered over the CTAs that ran, to its visits."""
+    """Filled while a launch runs; ``warps`` maps a warp, numbered over the CTAs that ran, to its visits.
+
+    ``regions`` are those of the launch's tensors, once it has accessed one.
+    """
+
+    regions: Sequence[Region] = ()
+    _footprint: Footprint | None = None
 
     def __init__(self, launch):
         super().__init__(launch)
@@ -185,11 +240,48 @@ class Trace(Counters):
             cell = None if cells is None else int(cells[i])
             self.event(lane >> 5, ins, BulkCopy(int(n_bytes[i]), tensor, lines, cell, load))
 
+    @property
+    def footprint(self) -> Footprint:
+        """The bytes and tensors that the recorded CTAs touch."""
+        if self._footprint is None:
+            self._footprint = self.sum_up()
+        return self._footprint
+
+    def sum_up(self):
+        read, written, tensors = {}, {}, {}
+        modes = {"read": (read,), "write": (written,), "atomic": (read, written)}
+        for visits in self.warps.values():
+            for event in (event for visit in visits for events in visit.events.values() for event in events):
+                if isinstance(event, GlobalAccess):
+                    mode = event.mode
+                elif isinstance(event, BulkCopy):
+                    mode = "read" if event.load else "write"
+                else:
+                    continue
+                numbers = tensors.setdefault(event.tensor, set())
+                for number, mask in event.lines:
+                    numbers.add(number)
+                    for into in modes[mode]:
+                        into[number] = into.get(number, 0) | mask
+        uses = {name: TensorUse(min(n), max(n), len(n)) for name, n in tensors.items() if n}
+        total = [32 * sum(mask.bit_count() for mask in into.values()) for into in (read, written)]
+        return Footprint(*total, uses)
+
     # ------------------------------------------------------------ addresses
+    def aligned(self, addr, alloc):
+        """Return addresses of the host as those of the record."""
+        if not self.regions:
+            self.regions = regions_of(self.launch.memory)
+            self._starts = np.array([region.base for region in self.regions], np.int64)
+            self._shifts = np.array([region.shift for region in self.regions], np.int64)
+        if alloc is not None:
+            return addr + self._shifts[np.searchsorted(self._starts, alloc.base, "right") - 1]
+        return addr + self._shifts[np.searchsorted(self._starts, addr, "right") - 1]
+
     def lines(self, owner, addr, alloc):
         """Yield (owner, tensor, lines) of accesses, grouped by ``owner``."""
         name = self.tensor(alloc, int(addr[0]))
-        sectors = distinct(owner << 42 | addr >> SECTOR)
+        sectors = distinct(owner << 42 | self.aligned(addr, alloc) >> SECTOR)
         owners, sectors = sectors >> 42, sectors & (1 << 42) - 1
         starts = [*np.flatnonzero(changes(owners)).tolist(), len(owners)]
         for a, b in pairwise(starts):
