@@ -60,7 +60,8 @@ class Machine:
     ghz: float
     dram_bytes: float  # per second, nominal, of the GPU
     dram_efficiency: float  # share of it that a copy reaches: half reads, half writes
-    dram_read_efficiency: float  # reads alone
+    dram_read_efficiency: float  # reads alone, by loads and cp.async
+    dram_bulk_efficiency: float  # reads alone, by bulk copies
     dram_write_efficiency: float  # writes alone
     fitted: bool = False
 
@@ -135,16 +136,18 @@ class Machine:
         """Bytes per clock of the GPU that a copy reaches."""
         return self.dram_bytes * self.dram_efficiency / (self.ghz * 1e9)
 
-    def dram_rate_of(self, read: float, written: float) -> float:
+    def dram_rate_of(self, read: float, written: float, bulk: float = 0) -> float:
         """Bytes per clock of the GPU that a kernel reaches which reads and writes so many bytes.
 
-        Reads take their own time; a write takes as long as it does in a copy, and less only where nothing is read.
+        ``bulk`` of the bytes read are read by bulk copies.  Reads take the time that they take alone.  A write takes
+        what makes equal parts of both as fast as a copy, and less only where nothing is read.
         """
         nominal = self.dram_bytes / (self.ghz * 1e9)
         if not read:
             return nominal * (self.dram_write_efficiency if written else self.dram_efficiency)
-        mixed = 2 / self.dram_efficiency - 1 / self.dram_read_efficiency
-        return nominal * (read + written) / (read / self.dram_read_efficiency + written * mixed)
+        alone = ((read - bulk) / self.dram_read_efficiency + bulk / self.dram_bulk_efficiency) / read
+        mixed = 2 / self.dram_efficiency - alone
+        return nominal * (read + written) / (read * alone + written * mixed)
 
     def microseconds(self, clocks: float) -> float:
         """Clocks as microseconds."""
@@ -189,18 +192,18 @@ SLOTS = {
 H100 = Machine(
     "H100", "sm_90a", sms=132, ghz=1.83, dram_bytes=3.35e12,
     dram_efficiency=0.90,  # K: between 0.86 and 0.95
-    dram_read_efficiency=0.86, dram_write_efficiency=0.95,  # K
+    dram_read_efficiency=0.86, dram_bulk_efficiency=0.86, dram_write_efficiency=0.95,  # K
 )  # fmt: skip
 H200 = Machine(
     "H200", "sm_90a", sms=132, ghz=1.83, dram_bytes=4.8e12,
     dram_efficiency=0.81,  # E: above 0.78
-    dram_read_efficiency=0.84, dram_write_efficiency=0.85,  # N: above 0.81, of a board of this generation
+    dram_read_efficiency=0.84, dram_bulk_efficiency=0.84, dram_write_efficiency=0.85,  # N: above 0.81, board unknown
     dram_latency=600,  # D: 480-560 in an idle memory, G: more than on the H100
 )  # fmt: skip
 B200 = Machine(
     "B200", "sm_100a", sms=148, ghz=1.85, dram_bytes=8.0e12,
     dram_efficiency=0.85,  # E: 0.83 and 0.855
-    dram_read_efficiency=0.91, dram_write_efficiency=0.91,  # M; Q
+    dram_read_efficiency=0.836, dram_bulk_efficiency=0.907, dram_write_efficiency=0.91,  # M, M; Q
     dram_latency=740, tma_latency=60,  # M
     l1_latency=43,  # Q: 42-47
     l2_latency=300, l2_far_latency=640, l2_near_bytes=60e6, l2_bytes=126e6,  # Q; E: times of warm calls rise from 60 MB
@@ -211,7 +214,7 @@ B200 = Machine(
 )  # fmt: skip
 B300 = replace(
     B200, name="B300", arch="sm_103a", ghz=1.92,
-    dram_efficiency=0.835, dram_read_efficiency=0.911, dram_write_efficiency=0.912,  # Q
+    dram_efficiency=0.835, dram_read_efficiency=0.85, dram_bulk_efficiency=0.911, dram_write_efficiency=0.912,  # Q
     pipes=PIPES_103,
 )  # fmt: skip
 MACHINES = {machine.name: machine for machine in (H200, B200, H100, B300)}

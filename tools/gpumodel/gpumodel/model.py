@@ -213,7 +213,7 @@ def time_launch(
     resident = resident_ctas(machine, registers, shared, launch.block_threads)
     l2_rate = min(machine.l2_port, machine.l2_share * machine.sms / active)
     footprint = launch.trace.footprint
-    of_gpu = machine.dram_rate_of(footprint.read, footprint.written)
+    of_gpu = machine.dram_rate_of(footprint.read, footprint.written, footprint.bulk)
     rate = of_gpu / active
     if total_bytes:
         mine = footprint.read + footprint.written

@@ -120,10 +120,14 @@ class TensorUse(NamedTuple):
 
 
 class Footprint(NamedTuple):
-    """Bytes of the distinct sectors that the recorded CTAs read and write, and the tensors they are in."""
+    """Bytes of the distinct sectors that the recorded CTAs read and write, and the tensors they are in.
+
+    ``bulk`` are those that bulk copies read.
+    """
 
     read: int
     written: int
+    bulk: int
     tensors: dict[str, TensorUse]
 
 
@@ -248,14 +252,14 @@ class Trace(Counters):
         return self._footprint
 
     def sum_up(self):
-        read, written, tensors = {}, {}, {}
-        modes = {"read": (read,), "write": (written,), "atomic": (read, written)}
+        read, written, bulk, tensors = {}, {}, {}, {}
+        modes = {"read": (read,), "bulk read": (read, bulk), "write": (written,), "atomic": (read, written)}
         for visits in self.warps.values():
             for event in (event for visit in visits for events in visit.events.values() for event in events):
                 if isinstance(event, GlobalAccess):
                     mode = event.mode
                 elif isinstance(event, BulkCopy):
-                    mode = "read" if event.load else "write"
+                    mode = "bulk read" if event.load else "write"
                 else:
                     continue
                 numbers = tensors.setdefault(event.tensor, set())
@@ -264,7 +268,7 @@ class Trace(Counters):
                     for into in modes[mode]:
                         into[number] = into.get(number, 0) | mask
         uses = {name: TensorUse(min(n), max(n), len(n)) for name, n in tensors.items() if n}
-        total = [32 * sum(mask.bit_count() for mask in into.values()) for into in (read, written)]
+        total = [32 * sum(mask.bit_count() for mask in into.values()) for into in (read, written, bulk)]
         return Footprint(*total, uses)
 
     # ------------------------------------------------------------ addresses

@@ -90,3 +90,50 @@ mov.u32 %r1, %tid.x; mov.f32 %f1, 0f3F000000; setp.ge.u32 %p, %r1, 32; @%p bra M
     + """MEET: bar.sync 0; ret;
 }"""
 )
+
+
+def bulk_stream(stages, tile):
+    """One warp that keeps ``stages`` bulk copies of ``tile`` bytes on their way, and does nothing else."""
+    init, fill, trip = "", "", ""
+    for i in range(stages):
+        init += f"@%p1 mbarrier.init.shared.b64 [%r4+{8 * i}], 1;\n"
+        copy = f"""@%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%r4+{8 * i}], {tile};
+@%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r3+{i * tile}], [%d1], {tile}, [%r4+{8 * i}];
+add.s64 %d1, %d1, {tile};
+"""
+        fill += copy
+        trip += f"W{i}: mbarrier.try_wait.parity.shared.b64 %p4, [%r4+{8 * i}], %r5; @!%p4 bra W{i};\n" + copy
+    return (
+        HEAD
+        + f""".visible .entry bulk_stream(.param .u64 in, .param .u32 trips) {{
+.reg .b32 %r<8>; .reg .b64 %d<2>; .reg .pred %p<8>;
+.shared .align 128 .b8 data[{stages * tile}]; .shared .align 8 .b8 full[{stages * 8}];
+ld.param.u64 %d1, [in]; ld.param.u32 %r1, [trips]; mov.u32 %r2, %tid.x; setp.eq.u32 %p1, %r2, 0;
+mov.u32 %r3, data; mov.u32 %r4, full; mov.u32 %r5, 0; mov.u32 %r6, 0;
+{init} bar.warp.sync -1;
+{fill}
+LOOP: {trip}
+xor.b32 %r5, %r5, 1; add.s32 %r6, %r6, 1; setp.lt.u32 %p6, %r6, %r1; @%p6 bra LOOP;
+{"".join(f"E{i}: mbarrier.try_wait.parity.shared.b64 %p4, [%r4+{8 * i}], %r5; @!%p4 bra E{i};" for i in range(stages))}
+ret;
+}}"""
+    )
+
+
+def async_stream(stages, threads):
+    """Warps of which each thread keeps ``stages`` groups of one cp.async of 16 bytes on their way."""
+    tile = 16 * threads
+    copy = """cp.async.cg.shared.global [%r6], [%d2], 16; cp.async.commit_group; add.s64 %d2, %d2, STEP;
+""".replace("STEP", str(tile))
+    return (
+        HEAD
+        + f""".visible .entry async_stream(.param .u64 in, .param .u32 trips) {{
+.reg .b32 %r<12>; .reg .b64 %d<4>; .reg .pred %p<4>; .shared .align 128 .b8 data[{tile}];
+ld.param.u64 %d1, [in]; ld.param.u32 %r1, [trips]; mov.u32 %r2, %tid.x; mov.u32 %r3, data; shl.b32 %r4, %r2, 4;
+add.s32 %r6, %r3, %r4; mul.wide.u32 %d3, %r2, 16; add.s64 %d2, %d1, %d3; mov.u32 %r5, 0;
+{copy * stages}
+LOOP: cp.async.wait_group {stages - 1}; {copy}
+add.s32 %r5, %r5, 1; setp.lt.u32 %p1, %r5, %r1; @%p1 bra LOOP;
+cp.async.wait_group 0; ret;
+}}"""
+    )
