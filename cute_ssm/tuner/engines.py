@@ -57,14 +57,14 @@ class Worker:
 
     Parameters
     ----------
-    objective : str
-        Name, for `objectives.create`.
+    objective : str or Objective
+        Name, for `objectives.create`, or what measures.
     device : int
         Index of the GPU.
     """
 
-    def __init__(self, objective: str, device: int = 0):
-        self.objective = objectives.create(objective, device)
+    def __init__(self, objective: str | objectives.Objective, device: int = 0):
+        self.objective = objectives.create(objective, device) if isinstance(objective, str) else objective
 
     def measure(self, job: Job) -> Measurement:
         """Return the measurement; a config that raises has none."""
@@ -83,7 +83,7 @@ class Inline:
 
     workers = 1
 
-    def __init__(self, objective: str):
+    def __init__(self, objective: str | objectives.Objective):
         self._worker = Worker(objective)
 
     def map(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Measurement]]:

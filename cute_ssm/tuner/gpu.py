@@ -39,14 +39,19 @@ class Gpu:
     ----------
     device : int
         Index of the GPU.
+    replays : int
+        Samples of a round.
+    sets : int
+        Of arguments that are rotated, at most.
     """
 
     how = "measured"
     noise = 0.01
 
-    def __init__(self, device: int = 0):
+    def __init__(self, device: int = 0, replays: int = REPLAYS, sets: int = timing.MOST_SETS):
         self.device = torch.device("cuda", device)
         torch.cuda.set_device(self.device)
+        self.replays, self.sets = replays, sets
         self._bench: _Bench | None = None
 
     def on(self) -> dict[str, Any]:
@@ -60,14 +65,14 @@ class Gpu:
             return Measurement(None, error=problem)
         graph = bench.rule if dict(fields) == dict(rule) else capture(bench.calls, fields)
         passes = {"own": (graph, len(bench.calls)), "rule": (bench.rule, len(bench.calls))}
-        times = timing.alternate(passes, rounds * REPLAYS)
+        times = timing.alternate(passes, rounds * self.replays)
         return Measurement(statistics.median(times["own"]), statistics.median(times["rule"]))
 
     def _prepare(self, case: Case, rule: Fields) -> _Bench:
         if self._bench is None or self._bench.case != case:
             self._bench = None  # frees its memory before the next one takes more
             self._check_rule(case, rule)
-            calls = timing.rotated(case.op, dict(case.keys), self.device)
+            calls = timing.rotated(case.op, dict(case.keys), self.device, self.sets)
             self._bench = _Bench(case, calls, Gate(calls[0], rule), capture(calls, rule))
         return self._bench
 

@@ -38,12 +38,12 @@ def sets_for(floor_bytes: int, set_bytes: int, l2_bytes: int, free_bytes: int) -
     return min(wanted, MOST_SETS, fitting)
 
 
-def rotated(op: str, keys: dict[str, int | str], device: torch.device) -> list[Call]:
-    """Return sets of arguments for a call, as many as `sets_for` asks for."""
+def rotated(op: str, keys: dict[str, int | str], device: torch.device, most: int = MOST_SETS) -> list[Call]:
+    """Return sets of arguments for a call, as many as `sets_for` asks for, at most `most`."""
     first = workloads.build(op, keys, device)
     size = sum(v.untyped_storage().nbytes() for v in first.arguments.values() if isinstance(v, torch.Tensor))
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    count = sets_for(first.floor_bytes, size, cache, torch.cuda.mem_get_info(device)[0])
+    count = min(most, sets_for(first.floor_bytes, size, cache, torch.cuda.mem_get_info(device)[0]))
     return [first, *(workloads.build(op, keys, device, seed=i) for i in range(1, count))]
 
 
@@ -64,16 +64,18 @@ def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def alternate(passes: dict[str, tuple[torch.cuda.CUDAGraph, int]], samples: int) -> dict[str, list[float]]:
+def alternate(
+    passes: dict[str, tuple[torch.cuda.CUDAGraph, int]], samples: int, warm_up: int = WARM_UP
+) -> dict[str, list[float]]:
     """Return microseconds per call of every competitor: name -> (graph, calls in it)."""
     times: dict[str, list[float]] = {name: [] for name in passes}
-    for i in range(WARM_UP + samples):
+    for i in range(warm_up + samples):
         for name, (graph, calls) in passes.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
             graph.replay()
             end.record()
             end.synchronize()
-            if i >= WARM_UP:
+            if i >= warm_up:
                 times[name].append(start.elapsed_time(end) * 1e3 / calls)
     return times

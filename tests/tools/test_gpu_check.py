@@ -1,31 +1,33 @@
-"""tools/gpu_check.py without a GPU: its steps, what they get of the time, and what is kept when it runs out."""
+"""tools/gpu_check.py without a GPU: its steps, what they get of the time, and what is kept when one fails or dies."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import os
+import subprocess
 import sys
+import tarfile
 import time
 
+import gpu_check
+import gpu_pass.plan as plans
 import pytest
 import torch
+from gpu_pass import calls, records, runner
+from gpu_pass.plan import SECONDS, Step
+from gpu_pass.records import Item, Records, Wrong
 from paths import ROOT
 
 from cute_ssm import workloads
-from cute_ssm.tuner import cli
 
-SCRIPT = ROOT / "tools" / "gpu_check.py"
-sys.modules["gpu_check"] = check = importlib.util.module_from_spec(
-    found := importlib.util.spec_from_file_location("gpu_check", SCRIPT)
-)
-found.loader.exec_module(check)
+PYTHON = sys.executable
 
 
 class Clock:
     """A clock that runs as the runner says."""
 
     def __init__(self):
-        self.now = 0.0
+        self.now, self.limits = 0.0, []
 
     def __call__(self):
         return self.now
@@ -33,130 +35,326 @@ class Clock:
     def runner(self, takes, code=0, text="line\n7 passed in 3 s\n"):
         """A runner whose commands take `takes` seconds, or until their limit."""
 
-        def run(command, log, limit_s, environment):
+        def run(command, log, limits, environment, cwd):
             log.write_text(text)
-            self.now += min(takes, limit_s)
-            return code if takes <= limit_s else None
+            self.limits.append(limits.seconds)
+            self.now += min(takes, limits.seconds)
+            return code if takes <= limits.seconds else None
 
         return run
 
 
-def steps(*names, share=1.0, **more):
-    return [check.Step(name, ["command", name], share, **more) for name in names]
+def steps(*names, weight=1.0, **more):
+    return [Step(name, 1, ("command", name), weight, **more) for name in names]
 
 
+def carried_out(found, folder, minutes, run, clock=time.monotonic, **more):
+    made = runner.Pass(folder / "out", folder / "out.tar.gz", {}, ROOT, runner=run, clock=clock, **more)
+    return made.carry_out(found, 60 * minutes)
+
+
+def contents(archive):
+    with tarfile.open(archive) as tar:
+        return {name: tar.extractfile(name).read() for name in tar.getnames()}
+
+
+# ------------------------------------------------------------------------------------------------------- time and order
 def test_every_step_is_summarised_with_the_line_that_tells(tmp_path):
     clock = Clock()
-    done = check.carry_out(steps("a", "b", last="passed"), tmp_path, 8, clock.runner(3.0), clock)
+    done = carried_out(steps("a", "b", last="passed"), tmp_path, 8, clock.runner(3.0), clock)
     assert [one.status for one in done] == ["passed", "passed"]
-    text = (tmp_path / "summary.txt").read_text()
+    text = (tmp_path / "out" / "summary.txt").read_text()
     assert text.count("7 passed in 3 s") == 2
-    assert "2 passed; everything is in" in text
-    assert [row["name"] for row in json.loads((tmp_path / "summary.json").read_text())] == ["a", "b"]
-    assert (tmp_path / "a.log").exists()
+    assert "2 passed; 0 failures" in text
+    assert [row["name"] for row in json.loads((tmp_path / "out" / "summary.json").read_text())] == ["a", "b"]
 
 
 def test_failures_do_not_stop_what_follows(tmp_path):
     clock = Clock()
-    done = check.carry_out(steps("a", "b"), tmp_path, 8, clock.runner(3.0, code=1), clock)
+    done = carried_out(steps("a", "b"), tmp_path, 8, clock.runner(3.0, code=1), clock)
     assert [one.status for one in done] == ["failed", "failed"]
     assert [one.returncode for one in done] == [1, 1]
 
 
 def test_time_is_shared_and_never_exceeded(tmp_path):
     clock = Clock()
-    done = check.carry_out(steps("a", "b", "c", "d"), tmp_path, 2, clock.runner(1e9), clock)
+    done = carried_out(steps("a", "b", "c", "d"), tmp_path, 2, clock.runner(1e9), clock)
     assert clock.now <= 120
     assert done[0].status == "out of time"
     assert done[0].seconds < 60, "the first leaves time for others"
     assert {one.status for one in done} <= {"out of time", "left out"}
-    assert len(json.loads((tmp_path / "summary.json").read_text())) == 4
 
 
 def test_time_that_is_not_used_is_for_those_that_follow(tmp_path):
-    limits = []
     clock = Clock()
-
-    def run(command, log, limit_s, environment):
-        limits.append(limit_s)
-        clock.now += 1
-        return 0
-
-    check.carry_out(steps("a", "b", "c"), tmp_path, 10, run, clock)
-    assert limits == sorted(limits)
-    assert limits[-1] > 500
+    carried_out(steps("a", "b", "c"), tmp_path, 10, clock.runner(1.0), clock)
+    assert clock.limits == sorted(clock.limits)
+    assert clock.limits[-1] > 500
 
 
-def test_a_summary_is_there_while_steps_run(tmp_path):
-    seen = []
+def test_a_step_is_skipped_with_a_line_where_less_is_left_than_it_is_worth(tmp_path):
+    clock = Clock()
+    found = [*steps("a"), *steps("b", least_s=300.0), *steps("c")]
+    done = carried_out(found, tmp_path, 1, clock.runner(10.0), clock)
+    assert [one.status for one in done] == ["passed", "left out", "passed"]
+    assert done[1].line == "needs 300 s, 44 s are left"
 
-    def run(command, log, limit_s, environment):
-        seen.append((tmp_path / "summary.json").exists())
-        assert str(SCRIPT.parents[1]) in environment["PYTHONPATH"]
-        return 0
 
-    check.carry_out(steps("a", "b"), tmp_path, 8, run)
-    assert seen == [False, True]
+def test_a_step_gets_at_least_what_makes_it_worth_its_start_and_at_most_its_cap(tmp_path):
+    found = [*steps("light", weight=0.01, least_s=20.0), *steps("capped", weight=100.0, most_s=30.0), *steps("rest")]
+    assert runner.allotted(found[0], found, 100.0) == 20.0
+    assert runner.allotted(found[1], found[1:], 100.0) == 30.0
+    assert runner.allotted(found[1], found[1:], 100.0, scale=2.0) == 60.0
+    assert runner.allotted(found[2], found[2:], 100.0) == 100.0
 
 
 def test_what_is_not_installed_is_left_out(tmp_path):
     def run(*_):
         raise AssertionError("run although its tool is missing")
 
-    (done,) = check.carry_out(steps("a", needs="no-such-tool-anywhere"), tmp_path, 8, run)
-    assert (done.status, done.line) == ("left out", "no-such-tool-anywhere is not installed")
+    found = [*steps("a", needs="no-such-tool-anywhere"), *steps("b", file=tmp_path / "absent.npz")]
+    done = carried_out(found, tmp_path, 8, run)
+    assert [one.status for one in done] == ["left out"] * 2
+    assert [one.line for one in done] == ["no-such-tool-anywhere is not installed", "absent.npz is missing"]
 
 
-def test_commands_run_are_ended_and_leave_their_log(tmp_path):
-    code = "import subprocess, sys, time; print('begun', flush=True); subprocess.run(['sleep', '60'])"
+def test_a_command_is_told_its_seconds(tmp_path):
+    seen = []
+
+    def run(command, log, limits, environment, cwd):
+        seen.append((command, limits.seconds))
+        return 0
+
+    carried_out([Step("a", 1, ("command", SECONDS), 1.0)], tmp_path, 1, run)
+    ((command, seconds),) = seen
+    assert float(command[1]) == pytest.approx(seconds, abs=0.1)
+    assert 50 < seconds <= 54
+
+
+# ------------------------------------------------------------------------------------------------------- what is packed
+def test_the_archive_is_there_after_each_step_with_all_but_kernels(tmp_path):
+    seen = []
+
+    def run(command, log, limits, environment, cwd):
+        seen.append((tmp_path / "out.tar.gz").exists())
+        log.write_text("said\n")
+        (tmp_path / "out" / "kernels").mkdir(exist_ok=True)
+        (tmp_path / "out" / "kernels" / "big.o").write_bytes(b"0" * 1000)
+        (tmp_path / "out" / f"{command[1]}.jsonl").write_text("{}\n")
+        return 0
+
+    carried_out(steps("a", "b"), tmp_path, 8, run)
+    assert seen == [False, True]
+    found = contents(tmp_path / "out.tar.gz")
+    assert set(found) == {"a.log", "b.log", "a.jsonl", "b.jsonl", "summary.json", "summary.txt"}
+    assert b"2 passed" in found["summary.txt"]
+
+
+def test_what_is_too_large_for_the_archive_is_named_in_it(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "small").write_bytes(b"1" * 10)
+    (tmp_path / "out" / "large").write_bytes(b"2" * 1000)
+    assert runner.pack(tmp_path / "out", tmp_path / "x.tar.gz", limit=100) == ["large (1000 bytes)"]
+    found = contents(tmp_path / "x.tar.gz")
+    assert set(found) == {"small", "left_out.txt"}
+    assert b"large (1000 bytes)" in found["left_out.txt"]
+
+
+# ---------------------------------------------------------------------------------------------------- items, as written
+def items(*names, run=lambda: {}):
+    return [Item(name, run) for name in names]
+
+
+def lines(folder, step="step"):
+    return [(line["item"], line["state"]) for line in records.read(folder / f"items-{step}.jsonl")]
+
+
+def test_a_failure_is_on_disk_with_traceback_and_error_before_the_next_item(tmp_path):
+    def wrong():
+        raise Wrong("out is far off", max_error=0.25)
+
+    def next_one():
+        (failure,) = records.read(tmp_path / records.FAILURES)
+        assert (failure["step"], failure["name"], failure["max_error"]) == ("step", "bad", 0.25)
+        assert failure["error"] == "Wrong: out is far off" and "in wrong" in failure["traceback"]
+        return {"seen": True}
+
+    code = Records(tmp_path, "step", 60, alive=lambda: True).run([Item("bad", wrong), Item("next", next_one)])
+    assert code == records.FAILED
+    assert lines(tmp_path) == [("bad", "begun"), ("bad", "failed"), ("next", "begun"), ("next", "passed")]
+
+
+def test_a_lost_device_ends_the_process_and_the_next_one_goes_on_behind(tmp_path):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    found = [*items("a"), Item("b", lost), *items("c")]
+    assert Records(tmp_path, "step", 60, alive=lambda: False).run(found) == records.STICKY
+    assert [line for line in lines(tmp_path) if line[0] == "c"] == []
+    assert Records(tmp_path, "step", 60, alive=lambda: True).run(found) == records.FAILED
+    assert lines(tmp_path)[-2:] == [("c", "begun"), ("c", "passed")]
+    assert sum(line[0] == "b" for line in lines(tmp_path)) == 2, "begun and failed, once"
+
+
+def test_items_beyond_the_time_are_not_begun(tmp_path):
+    clock = Clock()
+
+    def slow():
+        clock.now += 10
+        return {}
+
+    assert Records(tmp_path, "step", 15, clock=clock).run(items("a", "b", "c", run=slow)) == records.LATE
+    assert {item for item, _ in lines(tmp_path)} == {"a", "b"}
+    assert records.told(records.read(tmp_path / "items-step.jsonl"), 3) == "2 passed, 1 not reached"
+
+
+def test_a_line_that_was_cut_short_is_no_obstacle(tmp_path):
+    path = tmp_path / "items-step.jsonl"
+    records.append(path, {"item": "a", "state": "begun"})
+    with path.open("a") as file:
+        file.write('{"item": "b", "sta')
+    assert [line["item"] for line in records.read(path)] == ["a"]
+
+
+# --------------------------------------------------------------------------------- processes that crash, hang, or go on
+CHILD = """
+import os, sys, time
+from pathlib import Path
+from gpu_pass.records import Item, Records
+def crash(): os.kill(os.getpid(), 11)
+def hang(): time.sleep(60)
+def lost(): raise RuntimeError("CUDA error")
+items = [Item("a", dict), Item("bad", {bad}), Item("c", dict)]
+sys.exit(Records(Path({out!r}), "child", 60, alive=lambda: {bad!r} != "lost").run(items))
+"""
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [("crash", "the process ended with code -11"), ("hang", "no end after 2 s"), ("lost", "RuntimeError: CUDA error")],
+)
+def test_a_step_goes_on_behind_an_item_that_ended_it(tmp_path, bad, error):
+    """It crashes, hangs, or makes CUDA useless to its process; the items around it are done all the same."""
+    out = tmp_path / "out"
+    code = CHILD.format(bad=bad, out=str(out))
+    step = Step("child", 1, (PYTHON, "-c", code), 1.0, items="child")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tools")}
+    made = runner.Pass(out, tmp_path / "x.tar.gz", environment, ROOT, stall_s=2.0)
+    (done,) = made.carry_out([step], 60)
+    assert (done.status, done.starts) == ("failed", 2)
+    assert done.line == "2 passed, 1 failed"
+    failures = records.read(out / records.FAILURES)
+    assert failures[0]["name"] == "bad" and failures[0]["error"] == error
+    assert b'"bad"' in contents(tmp_path / "x.tar.gz")["failures.jsonl"]
+
+
+def test_a_step_that_dies_without_progress_is_not_started_for_ever(tmp_path):
+    starts = []
+
+    def run(command, log, limits, environment, cwd):
+        starts.append(command)
+        return -6
+
+    (done,) = carried_out(steps("a", items="a"), tmp_path, 8, run)
+    assert (done.status, len(starts)) == ("failed", 1)
+
+
+def test_a_command_gets_sigint_first_and_what_it_started_is_ended(tmp_path):
+    code = (
+        "import subprocess, time\n"
+        "child = subprocess.Popen(['sleep', '600'])\n"
+        "print(child.pid, flush=True)\n"
+        "try: time.sleep(60)\n"
+        "except KeyboardInterrupt: print('interrupted', flush=True)\n"
+    )
+    log = tmp_path / "log"
     start = time.monotonic()
-    assert check.run([sys.executable, "-c", code], tmp_path / "log", 1.5, {}) is None
+    assert runner.run([PYTHON, "-c", code], log, runner.Limits(1.5), os.environ, ROOT) is None
     assert time.monotonic() - start < 20
-    assert (tmp_path / "log").read_text() == "begun\n"
-    assert check.run([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log", 30, {}) == 3
-    (done,) = check.carry_out([check.Step("absent", ["/no/such/program"], 1.0)], tmp_path, 8)
-    assert done.status == "failed"
+    pid, said = log.read_text().split()
+    assert said == "interrupted"
+    time.sleep(0.2)
+    state = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True).stdout.strip()
+    assert not state or state.startswith("Z"), "the child is gone too"
+    assert runner.run([PYTHON, "-c", "raise SystemExit(3)"], log, runner.Limits(30), os.environ, ROOT) == 3
 
 
-def test_steps_cover_what_a_gpu_can_show(tmp_path):
-    found = check.steps(tmp_path, 8, False, 4)
-    names = [step.name for step in found]
-    assert names[:4] == ["environment", "driver", "compare", "tests"]
-    assert {"memcheck", "racecheck", "benchmarks"} < set(names)
-    for op in workloads.OPERATORS:
-        assert f"tune {op}" in names
-        tune = next(step for step in found if step.name == f"tune {op}").command
-        shapes = tune[tune.index("--shapes") + 1 : tune.index("--minutes")]
-        assert len(cli.shapes(op, shapes)) == 2
-        assert all(op in step.command for step in found if step.name in ("memcheck", "racecheck"))
-    tests = next(step for step in found if step.name == "tests")
-    assert "--gpu" in tests.command
-    assert all((SCRIPT.parents[1] / path).exists() for path in tests.command if path.startswith("tests/"))
-    assert len(check.steps(tmp_path, 8, True, 4)) < len(found)
+def test_a_test_run_that_is_cut_short_has_named_its_failures(tmp_path):
+    """pytest gets SIGINT alone: the report is written, and failures were on disk when they happened."""
+    (tmp_path / "test_some.py").write_text(
+        "import time\ndef test_bad():\n    assert 1 == 2\ndef test_slow():\n    time.sleep(600)\n"
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    command = [PYTHON, "-m", "pytest", "-q", "-p", "gpu_pass.pytest_records", "--pass-out", str(out)]
+    command += [
+        f"--junitxml={out / 'tests.xml'}",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(tmp_path),
+        "-c",
+        "/dev/null",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tools")}
+    log = tmp_path / "log"
+    limits = runner.Limits(600, out / records.FAILURES, 3.0)  # ended three seconds after the last failure
+    assert runner.run([*command, str(tmp_path)], log, limits, environment, tmp_path) == runner.HUNG
+    (failure,) = records.read(out / records.FAILURES)
+    assert failure["name"].endswith("test_some.py::test_bad") and "assert 1 == 2" in failure["traceback"]
+    assert "test_bad" in (out / "tests.xml").read_text()
+    assert "KeyboardInterrupt" in log.read_text()
 
 
-def test_agreement_counts_bits_and_distance():
-    a = torch.tensor([1.0, 2.0, float("nan"), -0.0])
-    assert check.agreement(a, a.clone()) == {"equal": 1.0, "worst": 0.0}
-    b = torch.tensor([1.0, 2.5, float("nan"), 0.0])
-    assert check.agreement(a, b) == {"equal": 0.5, "worst": 0.25}
-    assert check.agreement(a, torch.ones(4))["worst"] == float("inf")
-    assert check.agreement(torch.tensor([3], dtype=torch.int8), torch.tensor([3], dtype=torch.int8))["equal"] == 1.0
+# ------------------------------------------------------------------------------------------------------------- the plan
+def test_steps_cover_what_a_gpu_can_show_the_most_valuable_first(tmp_path):
+    names = [step.name for step in plans.steps(tmp_path)]
+    order = ["smoke", "launching", "memcheck", "emulated", "times", "arithmetic", "tests", "tuning", "times-more"]
+    assert [name for name in names if name in order] == order
+    assert sum(name.startswith("ncu ") for name in names) == 3
+    assert {"racecheck", "initcheck"} < set(names)
+    assert [step.part for step in plans.steps(tmp_path)] == sorted(step.part for step in plans.steps(tmp_path))
 
 
-@pytest.mark.parametrize("op", workloads.OPERATORS)
-def test_the_calls_that_are_compared_exist(op):
-    for keys in workloads.checked(op):
-        workloads.build(op, keys, fill=False)
+def test_each_part_fits_the_time_of_a_command(tmp_path):
+    """With the least that each step is worth, six minutes reach all of them."""
+    for part in plans.PARTS:
+        least = sum(step.least_s for step in plans.of_parts(plans.steps(tmp_path), part))
+        assert least + runner.RESERVE_S < 360, part
+
+
+def test_to_rehearse_changes_no_step_but_its_size(tmp_path):
+    whole, small = plans.steps(tmp_path), plans.steps(tmp_path, rehearse=True)
+    for a, b in zip(whole, small, strict=True):
+        assert (a.name, a.weight, a.least_s, a.items) == (b.name, b.weight, b.least_s, b.items)
+        if a.name != "tests":
+            assert [word for word in b.command if word != "--rehearse"] == list(a.command)
+
+
+def test_tests_run_on_the_gpu_and_write_what_fails(tmp_path):
+    command = next(step for step in plans.steps(tmp_path) if step.name == "tests").command
+    assert "--gpu" in command and "gpu_pass.pytest_records" in command
+    assert not any(word.startswith("--maxfail") for word in command)
+    files = [word for word in command if word.startswith("tests/")]
+    assert files[0] == "tests/test_gpu.py" and all((ROOT / path).exists() for path in files)
+    assert not any(end in path for path in files for end in ("_arguments", "_compile", "_pdl"))
+
+
+def test_every_mode_is_called_once_and_the_plain_calls_come_first():
+    names = [made.text() for made in calls.every_mode()]
+    assert len(set(names)) == len(names) > 45
+    assert [made.op for made in calls.every_mode()[: len(workloads.OPERATORS)]] == list(workloads.OPERATORS)
+    assert any("enable_pdl=True" in name for name in names)
 
 
 def test_the_command_line(tmp_path, capsys):
-    assert check.main(["--dry-run", "--out", str(tmp_path / "out")]) == 0
-    assert "pytest --gpu" in capsys.readouterr().out
+    assert gpu_check.main(["--dry-run", "--part", "2", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "pytest --gpu" in printed and " smoke " not in printed
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit):
-        check.main(["--only", "nothing", "--dry-run"])
+        gpu_check.main(["--only", "nothing", "--dry-run"])
     if torch.cuda.is_available():
         return
-    assert check.main(["--out", str(tmp_path / "out")]) == 2
+    assert gpu_check.main(["--out", str(tmp_path / "out")]) == 2
     assert "needs a GPU" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from cute_ssm.tuner.timing import alternate, capture, sets_for
+from cute_ssm.tuner.timing import MOST_SETS, alternate, capture, sets_for
 
 
 def summary(times: Sequence[float]) -> dict[str, float]:
@@ -19,18 +19,18 @@ def summary(times: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(times), "p10": tenths[0], "p90": tenths[-1]}
 
 
-def copies(n_bytes: int, device: torch.device) -> list[Callable[[], object]]:
-    """Return copies that move as many bytes as a call does, on rotated memory."""
+def copies(n_bytes: int, device: torch.device, most: int = MOST_SETS) -> list[Callable[[], object]]:
+    """Return copies that move as many bytes as a call does, on rotated memory, of `most` sets at most."""
     half = max(n_bytes // 2, 16) // 16 * 16
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    count = sets_for(2 * half, 2 * half, cache, torch.cuda.mem_get_info(device)[0])
+    count = min(most, sets_for(2 * half, 2 * half, cache, torch.cuda.mem_get_info(device)[0]))
     pairs = [torch.empty(2, half, dtype=torch.uint8, device=device) for _ in range(count)]
     return [lambda pair=pair: pair[1].copy_(pair[0]) for pair in pairs]
 
 
-def copy_bandwidth(device: torch.device, samples: int = 20) -> float:
-    """Return the bytes per second, read and written, of a copy of half a gibibyte."""
-    source = torch.empty(1 << 29, dtype=torch.uint8, device=device)
+def copy_bandwidth(device: torch.device, samples: int = 20, n_bytes: int = 1 << 29) -> float:
+    """Return the bytes per second, read and written, of a copy, by default of half a gibibyte."""
+    source = torch.empty(n_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     graph = capture([lambda: target.copy_(source)])
     times = alternate({"copy": (graph, 1)}, samples)["copy"]
