@@ -4,10 +4,10 @@
 
 What is copied and what is not:
 
-- `torch.from_dlpack(array)` and `numpy.from_dlpack(tensor)` share memory. Nothing is copied.
-- Operators write `state` and `out` in place, so the NumPy arrays that own this memory see the results.
+- Operators take arrays as they are, and write `state` and `out` in place. Nothing is copied.
+- They return tensors, which any library takes back without a copy: `numpy.from_dlpack(tensor)`.
 - JAX arrays are immutable, and JAX assumes that no one writes their memory. Inputs can be shared. Copy what an operator
-  writes with `clone()`, and pass the result back to JAX, which again copies nothing.
+  writes, `torch.from_dlpack(array).clone()`, and pass the result back to JAX, which again copies nothing.
 - NumPy has no bfloat16; use float16 or float32, or reinterpret 16-bit integers: `tensor.view(torch.bfloat16)`.
 
 NumPy arrays lie on the CPU, where operators run as the reference or in the emulator. JAX arrays on a GPU stay there:
@@ -36,12 +36,10 @@ def draw():
     )  # fmt: skip
 
 
-def update(state, x, dt, A, B, C, out=None):
-    """Run the operator on torch tensors. DLPack carries no expanded views of NumPy or JAX: expand on the torch side."""
-    return cute_ssm.selective_state_update(
-        state, x, dt[:, :, None].expand(x.shape), A[:, None, None].expand(-1, DIM, DSTATE), B, C, dt_softplus=True,
-        out=out,
-    )  # fmt: skip
+def update(state, x, dt, A, B, C, expand, out=None):
+    """Run the operator. One dt and one A per head are views with strides of 0, which `expand` makes."""
+    dt, A = expand(dt[:, :, None], x.shape), expand(A[:, None, None], (NHEADS, DIM, DSTATE))
+    return cute_ssm.selective_state_update(state, x, dt, A, B, C, dt_softplus=True, out=out)
 
 
 def plain(state, x, dt, A, B, C):
@@ -53,16 +51,14 @@ def plain(state, x, dt, A, B, C):
 
 def from_numpy(arrays, expected, expected_state):
     out = numpy.empty_like(arrays["x"])
-    tensors = {name: torch.from_dlpack(array) for name, array in arrays.items()}
-    assert tensors["state"].data_ptr() == arrays["state"].ctypes.data, "no copy"
-    update(**tensors, out=torch.from_dlpack(out))
+    update(**arrays, expand=numpy.broadcast_to, out=out)
 
     # `out` and `state` were written in place: the arrays hold the results.
     numpy.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
     numpy.testing.assert_allclose(arrays["state"], expected_state, rtol=1e-5, atol=1e-5)
 
     # A result that the operator allocated goes back without a copy too.
-    result = update(**tensors)
+    result = update(**arrays, expand=numpy.broadcast_to)
     assert numpy.from_dlpack(result).ctypes.data == result.data_ptr(), "no copy"
 
 
@@ -70,11 +66,12 @@ def from_jax(arrays, expected, expected_state):
     import jax
 
     before = {name: jax.numpy.array(array) for name, array in arrays.items()}
-    tensors = {name: torch.from_dlpack(array) for name, array in before.items()}
-    assert tensors["x"].data_ptr() == before["x"].unsafe_buffer_pointer(), "no copy"
-    tensors["state"] = tensors["state"].clone()  # the operator writes it
-    out = update(**tensors)
-    after, new_state = jax.numpy.from_dlpack(out), jax.numpy.from_dlpack(tensors["state"])
+    state = torch.from_dlpack(before["state"]).clone()  # the operator writes it
+    # JAX has no views with strides of 0; PyTorch makes them of shared memory
+    shared = {name: torch.from_dlpack(before[name]) for name in ("dt", "A")}
+    assert shared["dt"].data_ptr() == before["dt"].unsafe_buffer_pointer(), "no copy"
+    out = update(**{**before, **shared, "state": state}, expand=torch.Tensor.expand)
+    after, new_state = jax.numpy.from_dlpack(out), jax.numpy.from_dlpack(state)
 
     numpy.testing.assert_allclose(after, expected, rtol=1e-4, atol=1e-4)
     numpy.testing.assert_allclose(new_state, expected_state, rtol=1e-5, atol=1e-5)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cute_ssm.errors import describe
+from cute_ssm.ops._dlpack import NotTensorError, not_tensor
 
 # Arguments that some operator writes.  Errors about them never suggest a copy, which would receive the results in place
 # of the caller's tensor, not even where an operator only reads them: they belong to a pool that others write.
@@ -37,10 +38,9 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def not_tensors(**given: object) -> TypeError:
+def not_tensors(**given: object) -> NotTensorError:
     """Return the error that names the first argument that is no tensor."""
-    name, value = next((name, value) for name, value in given.items() if not isinstance(value, Tensor))
-    return TypeError(describe(name, "a torch.Tensor", type(value).__name__))
+    return not_tensor(*next((name, value) for name, value in given.items() if not isinstance(value, Tensor)))
 
 
 def check_tensors(
@@ -53,7 +53,7 @@ def check_tensors(
         if value is None and name in optional:
             continue
         if not isinstance(value, Tensor):
-            raise TypeError(describe(name, "a torch.Tensor", type(value).__name__))
+            raise not_tensor(name, value)
         if device is None:
             first, device = name, value.device
             if device.type not in ("cuda", "cpu"):

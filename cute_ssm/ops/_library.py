@@ -108,7 +108,7 @@ def register(
 
     def route(tensor: object) -> Callable[..., None]:
         if type(tensor) is not Tensor or is_compiling():
-            return overload  # type: ignore[no-any-return]
+            return overload if isinstance(tensor, Tensor) else run  # `run` names what is no tensor
         return run_eagerly if is_grad_enabled() or transform_level() is not None else run
 
     return Registered(overload, route)

@@ -11,6 +11,7 @@ from cute_ssm.ops._arguments import check_tensors, first_of_batch
 from cute_ssm.ops._calls import CallPath, Checked
 from cute_ssm.ops._cursors.arguments import cursor_and_scalars
 from cute_ssm.ops._cursors.config import FEW_ROWS
+from cute_ssm.ops._dlpack import NotTensorError, again
 from cute_ssm.ops.build_work_items import arguments, reference
 from cute_ssm.ops.build_work_items.arguments import TABLE, Arguments
 from cute_ssm.ops.build_work_items.config import choose_work_items
@@ -70,24 +71,29 @@ def build_work_items(
     )
     if not INT32.min <= pad_slot_id <= INT32.max:
         raise ValueError(describe("pad_slot_id", "a number of 32 bits", pad_slot_id, "items of the list are int32"))
-    if work_items is None or num_writes is None:
-        check_tensors({"prev_num_accepted_tokens": prev_num_accepted_tokens}, ())
-    device = getattr(prev_num_accepted_tokens, "device", None)
-    if work_items is None:
-        rows = _batch(batch, state_batch_indices, cu_seqlens)
-        work_items = torch.empty(rows, 4, dtype=torch.int32, device=device)
-    elif batch is not None and isinstance(work_items, Tensor) and work_items.shape[:1] < (batch,):
-        raise ValueError(describe("work_items", f"at least batch = {batch} rows", tuple(work_items.shape)))
-    listed = work_items if batch is None or not isinstance(work_items, Tensor) else work_items[:batch]
-    if num_writes is None:
-        num_writes = torch.empty(1, dtype=torch.int32, device=device)
-    if state_batch_indices is None and isinstance(listed, Tensor) and 0 <= pad_slot_id < len(listed):
-        raise ValueError(describe("pad_slot_id", "a slot that no row uses", pad_slot_id, "pass state_batch_indices"))
-    _REGISTERED.route(prev_num_accepted_tokens)(
-        prev_num_accepted_tokens, cursor, state_batch_indices, cu_seqlens, listed, num_writes,
-        ring_start is not None, *scalars,
-    )  # fmt: skip
-    return work_items, num_writes
+    try:
+        if work_items is None or num_writes is None:
+            check_tensors({"prev_num_accepted_tokens": prev_num_accepted_tokens}, ())
+        device = getattr(prev_num_accepted_tokens, "device", None)
+        if work_items is None:
+            rows = _batch(batch, state_batch_indices, cu_seqlens)
+            work_items = torch.empty(rows, 4, dtype=torch.int32, device=device)
+        elif batch is not None and isinstance(work_items, Tensor) and work_items.shape[:1] < (batch,):
+            raise ValueError(describe("work_items", f"at least batch = {batch} rows", tuple(work_items.shape)))
+        listed = work_items if batch is None or not isinstance(work_items, Tensor) else work_items[:batch]
+        if num_writes is None:
+            num_writes = torch.empty(1, dtype=torch.int32, device=device)
+        if state_batch_indices is None and isinstance(listed, Tensor) and 0 <= pad_slot_id < len(listed):
+            raise ValueError(
+                describe("pad_slot_id", "a slot that no row uses", pad_slot_id, "pass state_batch_indices")
+            )
+        _REGISTERED.route(prev_num_accepted_tokens)(
+            prev_num_accepted_tokens, cursor, state_batch_indices, cu_seqlens, listed, num_writes,
+            ring_start is not None, *scalars,
+        )  # fmt: skip
+        return work_items, num_writes
+    except NotTensorError:
+        return again(build_work_items, locals(), *TABLE.written)
 
 
 def _batch(batch: int | None, src: Tensor | None, cu_seqlens: Tensor | None) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
+from cute_ssm.ops._dlpack import not_tensor
 from cute_ssm.ops._table import FLOAT32, INDICES, INT32, Arg, Given, Table, spelled
 from cute_ssm.ops.checkpointing_ssu.spec import EARLY_READS, WAIT_FIRST, CheckpointingSSUSpec
 from cute_ssm.spec import FLOATS, QUANTISED
@@ -95,7 +96,7 @@ def check(call: Arguments) -> tuple[Arguments, CheckpointingSSUSpec]:
     """
     given = TABLE.given(call, RING if call.ring else DOUBLE)
     if not call.ring and call.cum_history is None:
-        raise TypeError(describe("old_cumAdt", "a torch.Tensor", "NoneType"))
+        raise not_tensor("old_cumAdt", None)
     _check_settings(call)
     _check_combinations(given, call)
     tokens, window = _check_shapes(given, call)
@@ -115,9 +116,9 @@ def check(call: Arguments) -> tuple[Arguments, CheckpointingSSUSpec]:
 def check_tied(name: str, tensor: object, inner: int, state: object) -> None:
     """Raise unless a tensor has one value per head: stride 0 in its `inner` last dimensions, which are a state's."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(describe(name, "a torch.Tensor", type(tensor).__name__))
+        raise not_tensor(name, tensor)
     if not isinstance(state, Tensor):
-        raise TypeError(describe("state", "a torch.Tensor", type(state).__name__))
+        raise not_tensor("state", state)
     sizes = state.shape[2 : 2 + inner]
     if tensor.dim() <= inner or tensor.shape[-inner:] != sizes:
         fix = f"pass {name}[..., {', '.join(['None'] * inner)}].expand(*{name}.shape, {', '.join(map(str, sizes))})"

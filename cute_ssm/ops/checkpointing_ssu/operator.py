@@ -12,6 +12,7 @@ from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops import _library
 from cute_ssm.ops._arguments import first_of_batch, first_rows
 from cute_ssm.ops._calls import CallPath, Checked, Plan
+from cute_ssm.ops._dlpack import NotTensorError, again, not_tensor
 from cute_ssm.ops.checkpointing_ssu import arguments, config
 from cute_ssm.ops.checkpointing_ssu.arguments import TABLE, TIED, Arguments
 from cute_ssm.ops.checkpointing_ssu.reference import update as reference
@@ -193,11 +194,14 @@ def checkpointing_ssu(
         state, old_x, old_B, old_dt, old_cumAdt, cache_buf_idx, prev_num_accepted_tokens, x, dt, A, B, C, D, z, dt_bias,
         out, state_scale, state_batch_indices, cu_seqlens, rand_seed, work_items, num_writes,
     )  # fmt: skip
-    run = _REGISTERED.route(x)
-    if run is _REGISTERED.overload:
-        run = _traced
-    run(*tensors, *settings)
-    return out
+    try:
+        run = _REGISTERED.route(x)
+        if run is _REGISTERED.overload:
+            run = _traced
+        run(*tensors, *settings)
+        return out
+    except NotTensorError:
+        return again(checkpointing_ssu, locals(), *(arguments.DOUBLE.get(name, name) for name in TABLE.written))
 
 
 def checkpointing_ssu_ring(
@@ -289,11 +293,14 @@ def checkpointing_ssu_ring(
         state, x_cache, B_cache, dt_cache, None, ring_start, prev_num_accepted_tokens, x, dt, A, B, C, D, z, dt_bias,
         out, state_scale, state_batch_indices, cu_seqlens, rand_seed, work_items, num_writes,
     )  # fmt: skip
-    run = _REGISTERED.route(x)
-    if run is _REGISTERED.overload:
-        run = _traced
-    run(*tensors, *settings)
-    return out
+    try:
+        run = _REGISTERED.route(x)
+        if run is _REGISTERED.overload:
+            run = _traced
+        run(*tensors, *settings)
+        return out
+    except NotTensorError:
+        return again(checkpointing_ssu_ring, locals(), *(arguments.RING.get(name, name) for name in TABLE.written))
 
 
 _rows = TABLE.getter("x", "B", "C", "out", "z")
@@ -415,7 +422,7 @@ def _traced(*values: Any) -> None:
     """
     call = Arguments(*values)
     if not isinstance(call.x, Tensor):
-        raise TypeError(describe("x", "a torch.Tensor", type(call.x).__name__))
+        raise not_tensor("x", call.x)
     tied = {}
     for name, inner in TIED.items():
         tensor = getattr(call, name)

@@ -9,6 +9,7 @@ from cute_ssm.ops import _library
 from cute_ssm.ops._arguments import first_of_batch
 from cute_ssm.ops._calls import CallPath, Checked
 from cute_ssm.ops._cursors.arguments import NO_PAD, cursor_and_scalars
+from cute_ssm.ops._dlpack import NotTensorError, again
 from cute_ssm.ops.commit import arguments, reference
 from cute_ssm.ops.commit.arguments import TABLE, Arguments
 from cute_ssm.ops.commit.config import choose_commit
@@ -77,14 +78,17 @@ def commit(
     cursor, scalars = cursor_and_scalars(
         window, cache_buf_idx, ring_start, ring_length, tokens, cu_seqlens, pad_slot_id
     )
-    if rand_seed is not None and isinstance(rand_seed, Tensor) and rand_seed.dim() == 1:
-        rand_seed = rand_seed[None]
-    if state_batch_indices is None:
-        scalars = scalars._replace(pad_slot_id=NO_PAD)
-    _REGISTERED.route(prev_num_accepted_tokens)(
-        prev_num_accepted_tokens, cursor, num_accepted_tokens, state_batch_indices, cu_seqlens, rand_seed, unallocated,
-        ring_start is not None, *scalars,
-    )  # fmt: skip
+    try:
+        if rand_seed is not None and isinstance(rand_seed, Tensor) and rand_seed.dim() == 1:
+            rand_seed = rand_seed[None]
+        if state_batch_indices is None:
+            scalars = scalars._replace(pad_slot_id=NO_PAD)
+        _REGISTERED.route(prev_num_accepted_tokens)(
+            prev_num_accepted_tokens, cursor, num_accepted_tokens, state_batch_indices, cu_seqlens, rand_seed,
+            unallocated, ring_start is not None, *scalars,
+        )  # fmt: skip
+    except NotTensorError:
+        again(commit, locals(), *TABLE.written, "cache_buf_idx", "ring_start")
 
 
 _path = CallPath()

@@ -10,6 +10,7 @@ from torch import Tensor
 from cute_ssm.ops import _library
 from cute_ssm.ops._arguments import first_of_batch, not_tensors
 from cute_ssm.ops._calls import CallPath, Checked
+from cute_ssm.ops._dlpack import NotTensorError, again
 from cute_ssm.ops._gated_delta.arguments import ROW_BYTES, default_scale, layout
 from cute_ssm.ops._gated_delta.calls import checked_step
 from cute_ssm.ops.gated_delta_rule_mtp import arguments, reference
@@ -134,22 +135,25 @@ def gated_delta_rule_mtp(
     Hatamizadeh, "Gated Delta Networks" (2024), and its form by products that of Yang et al., "Parallelizing Linear
     Transformers with the Delta Rule over Sequence Length" (2024).
     """
-    if not (isinstance(q, Tensor) and isinstance(v, Tensor)):
-        raise not_tensors(q=q, v=v)
-    if disable_state_update is None:
-        _warn_of_default()
-        disable_state_update = True
-    allocated = output is None
-    if output is None:
-        output = torch.empty_like(v, dtype=q.dtype, memory_format=torch.contiguous_format)
-    if scale is None:
-        scale = default_scale(q)
-    _REGISTERED.route(q)(
-        q, k, v, initial_state, initial_state_indices, A_log, a, dt_bias, b, scale, output,
-        intermediate_states_buffer, ssm_state_indices, disable_state_update, use_qk_l2norm, output_state_indices,
-        accepted_steps, allocated, saturate, gate_logits,
-    )  # fmt: skip
-    return output, initial_state
+    try:
+        if not (isinstance(q, Tensor) and isinstance(v, Tensor)):
+            raise not_tensors(q=q, v=v)
+        if disable_state_update is None:
+            _warn_of_default()
+            disable_state_update = True
+        result = output
+        if result is None:
+            result = torch.empty_like(v, dtype=q.dtype, memory_format=torch.contiguous_format)
+        if scale is None:
+            scale = default_scale(q)
+        _REGISTERED.route(q)(
+            q, k, v, initial_state, initial_state_indices, A_log, a, dt_bias, b, scale, result,
+            intermediate_states_buffer, ssm_state_indices, disable_state_update, use_qk_l2norm, output_state_indices,
+            accepted_steps, output is None, saturate, gate_logits,
+        )  # fmt: skip
+        return result, initial_state
+    except NotTensorError:
+        return again(gated_delta_rule_mtp, locals(), *TABLE.written)
 
 
 _warned = False

@@ -9,6 +9,7 @@ from cute_ssm.errors import describe
 from cute_ssm.ops import _library
 from cute_ssm.ops._arguments import first_of_batch, not_tensors
 from cute_ssm.ops._calls import CallPath, Checked
+from cute_ssm.ops._dlpack import NotTensorError, again
 from cute_ssm.ops._gated_delta.arguments import ROW_BYTES, default_scale, layout
 from cute_ssm.ops._gated_delta.calls import checked_step
 from cute_ssm.ops.gated_delta_rule_replay import arguments, reference
@@ -148,23 +149,28 @@ def gated_delta_rule_replay(
     rings hold raw values, from which every step computes the updates of the state again, because updates would have to
     be rounded to the type of the ring.
     """
-    if not (isinstance(q, Tensor) and isinstance(v, Tensor) and isinstance(k_cache, Tensor)):
-        raise not_tensors(q=q, v=v, k_cache=k_cache)
-    allocated = output is None
-    if output is None:
-        output = torch.empty_like(v, dtype=q.dtype, memory_format=torch.contiguous_format)
-    if scale is None:
-        scale = default_scale(q)
-    if window is None:
-        if q.dim() != 4 or k_cache.dim() != 4:
-            raise ValueError(describe("k_cache", "4 dimensions like q, or a window", f"{k_cache.dim()} and {q.dim()}"))
-        window = k_cache.shape[2] - q.shape[1]
-    _REGISTERED.route(q)(
-        q, k, v, initial_state, initial_state_indices, k_cache, v_cache, g_cache, beta_cache, ring_start,
-        prev_num_accepted_tokens, A_log, a, dt_bias, b, scale, output, use_qk_l2norm, window, allocated,
-        saturate,
-    )  # fmt: skip
-    return output, initial_state
+    try:
+        if not (isinstance(q, Tensor) and isinstance(v, Tensor) and isinstance(k_cache, Tensor)):
+            raise not_tensors(q=q, v=v, k_cache=k_cache)
+        result = output
+        if result is None:
+            result = torch.empty_like(v, dtype=q.dtype, memory_format=torch.contiguous_format)
+        if scale is None:
+            scale = default_scale(q)
+        if window is None:
+            if q.dim() != 4 or k_cache.dim() != 4:
+                raise ValueError(
+                    describe("k_cache", "4 dimensions like q, or a window", f"{k_cache.dim()} and {q.dim()}")
+                )
+            window = k_cache.shape[2] - q.shape[1]
+        _REGISTERED.route(q)(
+            q, k, v, initial_state, initial_state_indices, k_cache, v_cache, g_cache, beta_cache, ring_start,
+            prev_num_accepted_tokens, A_log, a, dt_bias, b, scale, result, use_qk_l2norm, window, output is None,
+            saturate,
+        )  # fmt: skip
+        return result, initial_state
+    except NotTensorError:
+        return again(gated_delta_rule_replay, locals(), *TABLE.written)
 
 
 _path = CallPath(layout)

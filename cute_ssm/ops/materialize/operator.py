@@ -10,6 +10,7 @@ from cute_ssm.errors import describe
 from cute_ssm.ops import _library
 from cute_ssm.ops._arguments import first_rows
 from cute_ssm.ops._calls import CallPath, Checked
+from cute_ssm.ops._dlpack import NotTensorError, again
 from cute_ssm.ops.materialize import arguments, reference
 from cute_ssm.ops.materialize.arguments import TABLE, Arguments
 from cute_ssm.ops.materialize.config import choose_materialize
@@ -112,12 +113,15 @@ def materialize(
         raise ValueError(describe("cache_buf_idx", "a tensor, or ring_start instead", "neither"))
     if out is None and out_scale is not None:
         raise ValueError(describe("out_scale", "None without out", "a tensor", "state_scale is written then"))
-    _REGISTERED.route(state)(
-        state, state_scale, x_history, B_history, dt_history, cursor, prev_num_accepted_tokens, A, out, out_scale,
-        state_batch_indices, dst_state_batch_indices, num_tokens, rand_seed, ring_start is not None, pad_slot_id,
-        philox_rounds, saturate,
-    )  # fmt: skip
-    return state if out is None else out
+    try:
+        _REGISTERED.route(state)(
+            state, state_scale, x_history, B_history, dt_history, cursor, prev_num_accepted_tokens, A, out, out_scale,
+            state_batch_indices, dst_state_batch_indices, num_tokens, rand_seed, ring_start is not None, pad_slot_id,
+            philox_rounds, saturate,
+        )  # fmt: skip
+        return state if out is None else out
+    except NotTensorError:
+        return again(materialize, locals(), *TABLE.written)
 
 
 _path = CallPath()

@@ -9,6 +9,7 @@ from torch import Tensor
 from cute_ssm.ops import _library
 from cute_ssm.ops._arguments import first_rows, not_tensors
 from cute_ssm.ops._calls import CallPath, Checked
+from cute_ssm.ops._dlpack import NotTensorError, again
 from cute_ssm.ops._gated_delta import config
 from cute_ssm.ops._gated_delta.spec import WINDOW_BUCKETS
 from cute_ssm.ops.materialize_gated_delta import arguments, reference
@@ -81,15 +82,18 @@ def materialize_gated_delta(
     The host never reads the contents of tensors on a GPU.  There, rows with a slot, cursor or number out of range are
     skipped.
     """
-    if not isinstance(k_cache, Tensor):
-        raise not_tensors(k_cache=k_cache)
-    if window is None:
-        window = min(k_cache.shape[2] if k_cache.dim() > 2 else 1, WINDOW_BUCKETS[-1])
-    _REGISTERED.route(initial_state)(
-        initial_state, k_cache, v_cache, g_cache, beta_cache, ring_start, prev_num_accepted_tokens, out,
-        state_batch_indices, dst_state_batch_indices, num_tokens, use_qk_l2norm, window, saturate,
-    )  # fmt: skip
-    return initial_state if out is None else out
+    try:
+        if not isinstance(k_cache, Tensor):
+            raise not_tensors(k_cache=k_cache)
+        if window is None:
+            window = min(k_cache.shape[2] if k_cache.dim() > 2 else 1, WINDOW_BUCKETS[-1])
+        _REGISTERED.route(initial_state)(
+            initial_state, k_cache, v_cache, g_cache, beta_cache, ring_start, prev_num_accepted_tokens, out,
+            state_batch_indices, dst_state_batch_indices, num_tokens, use_qk_l2norm, window, saturate,
+        )  # fmt: skip
+        return initial_state if out is None else out
+    except NotTensorError:
+        return again(materialize_gated_delta, locals(), *TABLE.written)
 
 
 _path = CallPath()

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from cute_ssm.arch import Arch
-from cute_ssm.errors import describe
 from cute_ssm.ops import _library
 from cute_ssm.ops._calls import CallPath, Checked, Plan
+from cute_ssm.ops._dlpack import NotTensorError, again, not_tensor
 from cute_ssm.ops._table import Table
 from cute_ssm.ops.selective_scan import arguments, config, reference
 from cute_ssm.ops.selective_scan.arguments import IN_PLACE, TABLE, Arguments
@@ -150,18 +150,22 @@ def selective_scan(
     result of a sequence has the same bits in every run, whatever the other sequences of the call.  Without splitting,
     one call gives the same bits as several calls that carry a float32 state.
     """
-    if not isinstance(u, Tensor):
-        raise TypeError(describe("u", "a torch.Tensor", type(u).__name__))
-    if out is None:
-        partial = query_start_loc is not None or cache_indices is not None
-        allocate = torch.zeros_like if partial else torch.empty_like
-        out = allocate(u, memory_format=torch.contiguous_format)
-    _REGISTERED.route(u)(
-        u, ssm_states, delta, A, B, C, D, z, delta_bias, query_start_loc, cache_indices, has_initial_state,
-        block_idx_first_scheduled_token, block_idx_last_scheduled_token, initial_state_idx, cu_chunk_seqlen,
-        last_chunk_indices, delta_softplus, null_block_id, block_size, out, saturate,
-    )  # fmt: skip
-    return out
+    try:
+        if not isinstance(u, Tensor):
+            raise not_tensor("u", u)
+        result = out
+        if result is None:
+            partial = query_start_loc is not None or cache_indices is not None
+            allocate = torch.zeros_like if partial else torch.empty_like
+            result = allocate(u, memory_format=torch.contiguous_format)
+        _REGISTERED.route(u)(
+            u, ssm_states, delta, A, B, C, D, z, delta_bias, query_start_loc, cache_indices, has_initial_state,
+            block_idx_first_scheduled_token, block_idx_last_scheduled_token, initial_state_idx, cu_chunk_seqlen,
+            last_chunk_indices, delta_softplus, null_block_id, block_size, result, saturate,
+        )  # fmt: skip
+        return result
+    except NotTensorError:
+        return again(selective_scan, locals(), *TABLE.written)
 
 
 def selective_scan_fn(
@@ -218,14 +222,17 @@ def selective_scan_fn(
     The results are written to the tensors of the caller, whatever their strides.  Tokens of skipped sequences, and
     tokens outside of all sequences, are not written.  The signature follows ``selective_scan_fn`` of vLLM.
     """
-    if not isinstance(u, Tensor):
-        raise TypeError(describe("u", "a torch.Tensor", type(u).__name__))
-    _REGISTERED_IN_PLACE.route(u)(
-        u, ssm_states, delta, A, B, C, D, z, delta_bias, query_start_loc, cache_indices, has_initial_state,
-        block_idx_first_scheduled_token, block_idx_last_scheduled_token, initial_state_idx, cu_chunk_seqlen,
-        last_chunk_indices, delta_softplus, null_block_id, block_size, saturate,
-    )  # fmt: skip
-    return delta if z is None else z
+    try:
+        if not isinstance(u, Tensor):
+            raise not_tensor("u", u)
+        _REGISTERED_IN_PLACE.route(u)(
+            u, ssm_states, delta, A, B, C, D, z, delta_bias, query_start_loc, cache_indices, has_initial_state,
+            block_idx_first_scheduled_token, block_idx_last_scheduled_token, initial_state_idx, cu_chunk_seqlen,
+            last_chunk_indices, delta_softplus, null_block_id, block_size, saturate,
+        )  # fmt: skip
+        return delta if z is None else z
+    except NotTensorError:
+        return again(selective_scan_fn, locals(), *IN_PLACE.written)
 
 
 _rows = TABLE.getter("u", "ssm_states", "delta", "A", "B", "C", "z", "out")

@@ -13,6 +13,7 @@ from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops import _library
 from cute_ssm.ops._arguments import first_of_batch, first_rows, not_tensors
 from cute_ssm.ops._calls import CallPath, Checked, Plan
+from cute_ssm.ops._dlpack import NotTensorError, again, not_tensor
 from cute_ssm.ops.selective_state_update import arguments, config
 from cute_ssm.ops.selective_state_update.arguments import TABLE, Arguments
 from cute_ssm.ops.selective_state_update.reference import update as reference
@@ -171,39 +172,48 @@ def selective_state_update(
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(describe("algorithm", " or ".join(ALGORITHMS), repr(algorithm)))
-    if not (isinstance(state, Tensor) and isinstance(x, Tensor) and isinstance(A, Tensor) and isinstance(B, Tensor)):
-        raise not_tensors(state=state, x=x, A=A, B=B)
-    src, dst, zero_padding = state_batch_indices, dst_state_batch_indices, out is None
-    result = out if out is not None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    written, rank = result, x.dim()
-    if rank < 3 and state.dim() == 4 and state.shape[1] != 1:
-        nheads, dim = state.shape[1:3]
-        fix = f"pass x.unflatten(-1, ({nheads}, {dim}))" if rank and x.shape[-1] == nheads * dim else ""
-        expected = f"shape {arguments.X_SHAPES['dense' if cu_seqlens is None else 'packed']}"
-        raise ValueError(describe("x", expected, tuple(x.shape), fix))
-    if rank == 2 or state.dim() == 3 or A.dim() == 2 or B.dim() == 2:
-        x, dt, B = (_insert(tensor, 3, 1) for tensor in (x, dt, B))
-        C, z, written = (_insert(tensor, 3, 1) for tensor in (C, z, result))
-        state, A = _insert(state, 4, 1), _insert(A, 3, 0)
-        D, dt_bias = (_insert(tensor, 2, 0) for tensor in (D, dt_bias))
-    if cu_seqlens is None:
-        has_steps = num_accepted_tokens is not None or intermediate_states_buffer is not None
-        if has_steps and x.dim() == 3:
-            x, dt, B = (_insert(tensor, 4, 1) for tensor in (x, dt, B))
-            C, z, written = (_insert(tensor, 4, 1) for tensor in (C, z, written))
-        elif rank == 4 and not has_steps and x.shape[1] == 1:
-            x, dt, B = (_drop_step(tensor) for tensor in (x, dt, B))
-            C, z, written = (_drop_step(tensor) for tensor in (C, z, written))
-    if src is not None and num_accepted_tokens is None and _is_matrix("state_batch_indices", src):
-        src = src[:, 0]
-    if dst is not None and x.dim() == 3 and cu_seqlens is None and _is_matrix("dst_state_batch_indices", dst):
-        dst = dst[:, 0]
-    _REGISTERED.route(x)(
-        state, x, dt, A, B, C, D, z, dt_bias, written, state_scale, src, dst, num_accepted_tokens, cu_seqlens,
-        intermediate_states_buffer, intermediate_state_indices, intermediate_state_scales, rand_seed,
-        dt_softplus, disable_state_update, zero_padding, philox_rounds, cache_steps, pad_slot_id, saturate,
-    )  # fmt: skip
-    return result
+    given = (state, x, dt, A, B, C, D, z, dt_bias)
+    try:
+        if not (
+            isinstance(state, Tensor) and isinstance(x, Tensor) and isinstance(A, Tensor) and isinstance(B, Tensor)
+        ):
+            raise not_tensors(state=state, x=x, A=A, B=B)
+        src, dst, zero_padding = state_batch_indices, dst_state_batch_indices, out is None
+        result = out if out is not None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        written, rank = result, x.dim()
+        if rank < 3 and state.dim() == 4 and state.shape[1] != 1:
+            nheads, dim = state.shape[1:3]
+            fix = f"pass x.unflatten(-1, ({nheads}, {dim}))" if rank and x.shape[-1] == nheads * dim else ""
+            expected = f"shape {arguments.X_SHAPES['dense' if cu_seqlens is None else 'packed']}"
+            raise ValueError(describe("x", expected, tuple(x.shape), fix))
+        if rank == 2 or state.dim() == 3 or A.dim() == 2 or B.dim() == 2:
+            x, dt, B = (_insert(tensor, 3, 1) for tensor in (x, dt, B))
+            C, z, written = (_insert(tensor, 3, 1) for tensor in (C, z, result))
+            state, A = _insert(state, 4, 1), _insert(A, 3, 0)
+            D, dt_bias = (_insert(tensor, 2, 0) for tensor in (D, dt_bias))
+        if cu_seqlens is None:
+            has_steps = num_accepted_tokens is not None or intermediate_states_buffer is not None
+            if has_steps and x.dim() == 3:
+                x, dt, B = (_insert(tensor, 4, 1) for tensor in (x, dt, B))
+                C, z, written = (_insert(tensor, 4, 1) for tensor in (C, z, written))
+            elif rank == 4 and not has_steps and x.shape[1] == 1:
+                x, dt, B = (_drop_step(tensor) for tensor in (x, dt, B))
+                C, z, written = (_drop_step(tensor) for tensor in (C, z, written))
+        if src is not None and num_accepted_tokens is None and _is_matrix("state_batch_indices", src):
+            src = src[:, 0]
+        if dst is not None and x.dim() == 3 and cu_seqlens is None and _is_matrix("dst_state_batch_indices", dst):
+            dst = dst[:, 0]
+        _REGISTERED.route(x)(
+            state, x, dt, A, B, C, D, z, dt_bias, written, state_scale, src, dst, num_accepted_tokens, cu_seqlens,
+            intermediate_states_buffer, intermediate_state_indices, intermediate_state_scales, rand_seed,
+            dt_softplus, disable_state_update, zero_padding, philox_rounds, cache_steps, pad_slot_id, saturate,
+        )  # fmt: skip
+        return result
+    except NotTensorError:
+        return again(selective_state_update, {**locals(), **dict(zip(_RESHAPED, given))}, *TABLE.written)
+
+
+_RESHAPED = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")  # may get or lose an axis of one element
 
 
 def _insert(tensor: Any, rank: int, axis: int) -> Any:
@@ -218,7 +228,7 @@ def _drop_step(tensor: Any) -> Any:
 
 def _is_matrix(name: str, indices: Tensor) -> bool:
     if not isinstance(indices, Tensor):
-        raise TypeError(describe(name, "a torch.Tensor", type(indices).__name__))
+        raise not_tensor(name, indices)
     return indices.dim() == 2 and indices.shape[1] > 0
 
 

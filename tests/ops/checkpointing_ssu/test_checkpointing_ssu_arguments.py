@@ -99,7 +99,7 @@ def meta(t):
 FLOAT = "expected dtype float32 or bfloat16 or float16, got "
 STATE = "expected dtype float32 or bfloat16 or float16 or int16 or int8 or float8_e4m3fn, got "
 INTEGER = "expected dtype int32 or int64, got "
-TENSOR = "expected a torch.Tensor, got "
+TENSOR = "expected a torch.Tensor, or an array with __dlpack__, got "
 SHARED = "expected elements that do not share memory, got strides .*; it is written, so allocate it as torch.zeros"
 ROWS = "expected an address and outer strides of multiples of 16 bytes, got address .*; pad (its rows|the slots)"
 LAST = "expected stride 1 in its last dimension, got strides"
