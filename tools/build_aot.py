@@ -3,6 +3,8 @@
     python tools/build_aot.py --specs nemotron-3-super --arch sm_90a --out bundle
     CUTE_SSM_AOT_DIR=bundle python serve.py
 
+Kernels that this tool-chain has built into the folder before are left as they are.
+
 The kernels are those that ``python -m cute_ssm warmup`` would compile from the same options.  A wheel, called
 ``cute-ssm-aot``, is found without a variable once it is installed beside the same version of cute_ssm.  Building needs
 a C compiler to link with.  Loading needs apache-tvm-ffi and libcute_dsl_runtime.so: that of an installed distribution
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
+import importlib
 import json
 import shutil
 import sys
@@ -45,11 +48,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     cli.add_arguments(parser, targets="all")
     parser.add_argument("--out", required=True, type=Path, help="folder of the bundle, or of the wheel")
+    parser.add_argument(
+        "--register", action="append", default=[], metavar="MODULE:FUNCTION",
+        help="call this first: it registers kernel classes of other packages; repeatable",
+    )  # fmt: skip
     parser.add_argument("--wheel", action="store_true", help="make a wheel of the bundle")
     parser.add_argument("--with-runtime", action="store_true", help=f"copy {bundles.RUNTIME} into the bundle")
     options = parser.parse_args(argv)
     targets = [archs.by_name(name) for name in dict.fromkeys(options.arch or archs.ARCHS)]
     bundle = options.out / "bundle" if options.wheel else options.out
+    for name in options.register:
+        module, _, function = name.partition(":")
+        getattr(importlib.import_module(module), function)()
     try:
         code = cli.build(options, targets, bundle.absolute())
         finish(bundle, options.with_runtime)

@@ -18,28 +18,16 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(ROOT))
 
+import cute_ssm  # noqa: E402
 from cute_ssm import arch as archs  # noqa: E402
 from cute_ssm import runtime, workloads  # noqa: E402
+from cute_ssm.runtime import registry, shelves, toolchain  # noqa: E402
+from cute_ssm.runtime.store import EMULATED  # noqa: E402
 from cute_ssm.tuner import problems, search  # noqa: E402
 from cute_ssm.workloads import plan  # noqa: E402
 
 BATCHES = (1, 16, 64, 512)  # of the calls that are timed
 CANDIDATES = 40  # configs of a call that is tuned, at most
-TESTS = (  # of `pytest --gpu`, the most telling first
-    "tests/test_gpu.py",
-    "tests/ops/checkpointing_ssu/test_checkpointing_ssu_gpu.py",
-    "tests/ops/test_serving_gpu.py",
-    "tests/ops/selective_state_update/test_selective_state_update.py",
-    "tests/ops/checkpointing_ssu/test_checkpointing_ssu.py",
-    "tests/ops/gated_delta_rule_mtp/test_gated_delta_rule_mtp.py",
-    "tests/ops/gated_delta_rule_replay/test_gated_delta_rule_replay.py",
-    "tests/ops/selective_scan/test_selective_scan.py",
-    "tests/ops/commit",
-    "tests/ops/materialize",
-    "tests/ops/materialize_gated_delta",
-)
-SELECTED = "not test_reference and not configuration_of_the_reference"  # what runs no kernel is left out
-
 _STATES = ("bfloat16", "float32", "int16", "int8", "float8_e4m3fn")  # float16 is the default
 SMALL: dict[str, dict[str, Any]] = {
     "selective_state_update": {"batch": 3, "nheads": 4},
@@ -198,7 +186,7 @@ def around(arch: archs.Arch, sm_count: int | None = None) -> Iterator[plan.Kerne
 
 
 def kernels(arch: archs.Arch, sm_count: int | None = None) -> list[plan.Kernel]:
-    """Return the distinct kernels of everything above, without those of `TESTS`."""
+    """Return the distinct kernels of everything above."""
     found = of_calls([*modes(), *checked(), *timed(), *dependent()], arch, sm_count)
     found += around(arch, sm_count)
     for problem in tuned(arch, sm_count):
@@ -207,19 +195,35 @@ def kernels(arch: archs.Arch, sm_count: int | None = None) -> list[plan.Kernel]:
     return list(dict.fromkeys(found))
 
 
+def tested(folder: Path, arch: archs.Arch) -> list[dict[str, Any]]:
+    """Return entries of the kernels that tests ran in the emulator, by the cache that they filled.
+
+    Those of other sources are left out, and those that tests themselves define.
+    """
+    known = {kind.__name__ for kind, path in registry.KERNELS.items() if path.startswith("cute_ssm.")}
+    found = []
+    for item in shelves.listing(folder):
+        if (item.version, item.arch, item.stack) == (cute_ssm.__version__, arch.name, toolchain.stack()):
+            if item.path.suffix == EMULATED and item.record["spec"]["type"] in known:
+                found.append({part: item.record[part] for part in ("spec", "config", "arch")})
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the kernels as a file of specs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="file of specs to write")
     parser.add_argument("--arch", default="sm_90a", choices=tuple(archs.ARCHS), help="target (default: sm_90a)")
     parser.add_argument("--sm-count", type=int, help="SMs of the GPU (default: those of the target's reference board)")
-    parser.add_argument("--with", dest="more", type=Path, nargs="*", default=[], help="files of specs to add")
+    parser.add_argument(
+        "--tested", type=Path, metavar="FOLDER", help="cache of a run of the tests, whose kernels are added"
+    )
     options = parser.parse_args(argv)
     arch = archs.by_name(options.arch)
-    found = kernels(arch, options.sm_count)
-    for path in options.more:
-        found += (kernel for kernel in plan.read(str(path), [arch], None, options.sm_count) if kernel[2] == arch)
-    entries = [plan.as_entry(*kernel) for kernel in dict.fromkeys(found)]
+    found = dict.fromkeys(kernels(arch, options.sm_count))
+    entries = [plan.as_entry(*kernel) for kernel in found]
+    if options.tested is not None:
+        entries += [entry for entry in tested(options.tested, arch) if entry not in entries]
     options.out.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     print(f"{options.out}: {len(entries)} kernels for {arch.name}")
     return 0

@@ -88,6 +88,14 @@ def bundle_to(folder: str | Path, spec: Spec, config: Config | None = None, arch
     return _store_in(folder, spec, config, arch, ".so", bundles.link)
 
 
+def in_bundle(folder: str | Path, spec: Spec, config: Config, arch: Arch) -> bool:
+    """Return whether this tool-chain has put an intact library of a kernel into a bundle."""
+    try:
+        return Store(Path(folder).absolute()).read(Key(spec, config, arch), ".so") is not None
+    except BadObjectError:
+        return False
+
+
 def _store_in(
     folder: str | Path,
     spec: Spec,

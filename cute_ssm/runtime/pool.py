@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cute_ssm.errors import CuteSsmError
+from cute_ssm.runtime import registry
 
 if TYPE_CHECKING:
     from cute_ssm.arch import Arch
@@ -45,21 +46,25 @@ def compile_all(
         Folder of shared libraries instead of the cache.
     """
     jobs = min(jobs or os.cpu_count() or 1, max(1, len(kernels)))
+    named = [(kernel, registry.kernel_path(kernel[0])) for kernel in kernels]
     if jobs == 1:
-        yield from (_one(kernel, bundle) for kernel in kernels)
+        yield from (_one(kernel, path, bundle) for kernel, path in named)
         return
     with executor(jobs) as pool:
-        futures = [pool.submit(_one, kernel, bundle) for kernel in kernels]
+        futures = [pool.submit(_one, kernel, path, bundle) for kernel, path in named]
         yield from (future.result() for future in as_completed(futures))
 
 
-def _one(kernel: tuple[Spec, Config, Arch], bundle: Path | None) -> Outcome:
-    from cute_ssm import runtime
+def _one(kernel: tuple[Spec, Config, Arch], path: str, bundle: Path | None) -> Outcome:
+    from cute_ssm.runtime import lookup
 
+    registry.register(type(kernel[0]), path)  # classes outside of this package are unknown to a new process
     try:
         if bundle is None:
-            return Outcome(kernel, runtime.prepare(*kernel))
-        runtime.bundle_to(bundle, *kernel)
+            return Outcome(kernel, lookup.prepare(*kernel))
+        if lookup.in_bundle(bundle, *kernel):
+            return Outcome(kernel, False)
+        lookup.bundle_to(bundle, *kernel)
         return Outcome(kernel, True)
     except CuteSsmError as error:
         return Outcome(kernel, False, str(error))

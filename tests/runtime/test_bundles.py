@@ -20,7 +20,7 @@ from tiny_spec import TinyConfig, TinySpec
 from cute_ssm import arch, runtime
 from cute_ssm.__main__ import main
 from cute_ssm.errors import CuteSsmError, NotInBundleError
-from cute_ssm.runtime import bundles, compiler, shelves, toolchain
+from cute_ssm.runtime import bundles, compiler, registry, shelves, toolchain
 from cute_ssm.runtime.store import Key
 from cute_ssm.workloads import plan
 
@@ -58,6 +58,14 @@ assert not {"cutlass", "tiny_kernel"} & set(sys.modules)
 """
 
 needs_linker = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler to link with")
+
+
+def build_aot():
+    """The module tools/build_aot.py."""
+    script = ROOT / "tools" / "build_aot.py"
+    build = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location("build_aot", script))
+    found.loader.exec_module(build)
+    return build
 
 
 @pytest.fixture
@@ -244,10 +252,9 @@ def test_build_aot_makes_a_bundle_and_a_wheel(folder, tmp_path, capsys):
     """From a file of specs, as the list of a cache is, to a wheel that is found without a variable."""
     specs = tmp_path / "specs.json"
     specs.write_text(json.dumps([plan.as_entry(*KEY)]))
-    script = ROOT / "tools" / "build_aot.py"
-    build = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location("build_aot", script))
-    found.loader.exec_module(build)
-    code = build.main(["--specs", str(specs), "--arch", "sm_90a", "--jobs", "1", "--wheel", "--out", str(tmp_path)])
+    code = build_aot().main(
+        ["--specs", str(specs), "--arch", "sm_90a", "--jobs", "1", "--wheel", "--out", str(tmp_path)]
+    )
     assert code == 0, capsys.readouterr()
     assert "1 kernels, 1 compiled" in capsys.readouterr().out
     assert not list(folder.rglob("*.lock"))
@@ -262,6 +269,40 @@ def test_build_aot_makes_a_bundle_and_a_wheel(folder, tmp_path, capsys):
         archive.extractall(site)
     done = without_compiler("", extra=(str(site),))
     assert done.stdout.startswith("callable"), done.stderr
+
+
+LATE = """
+from dataclasses import dataclass
+from tiny_spec import TinySpec
+from cute_ssm.runtime import registry
+
+@dataclass(frozen=True)
+class LateSpec(TinySpec):
+    pass
+
+def register():
+    registry.register(LateSpec, "tiny_kernel:Tiny")
+"""
+
+
+@needs_linker
+def test_build_aot_compiles_what_is_not_there_yet(folder, tmp_path, capsys, monkeypatch):
+    """Here kernels of a class that no process knows until it is told, in two processes."""
+    (tmp_path / "late_spec.py").write_text(LATE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(registry, "KERNELS", dict(registry.KERNELS))
+    specs = tmp_path / "specs.json"
+    entries = [plan.as_entry(TinySpec(factor=factor), *KEY[1:]) for factor in (3.0, 4.0)]
+    specs.write_text(json.dumps([{**entry, "spec": {**entry["spec"], "type": "LateSpec"}} for entry in entries]))
+    options = ["--specs", str(specs), "--register", "late_spec:register", "--arch", "sm_90a", "--out", str(folder)]
+    assert build_aot().main([*options, "--jobs", "2"]) == 0, capsys.readouterr()
+    assert "2 compiled, 0 there" in capsys.readouterr().out
+    damaged, whole = sorted(folder.rglob("*.so"))
+    damaged.write_bytes(b"")
+    before = whole.stat()
+    assert build_aot().main([*options, "--jobs", "1"]) == 0
+    assert "1 compiled, 1 there" in capsys.readouterr().out
+    assert damaged.stat().st_size > 0 and whole.stat().st_mtime_ns == before.st_mtime_ns
 
 
 def test_env_lists_bundles_and_warns_of_empty_ones(folder, settings, capsys):

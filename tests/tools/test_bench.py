@@ -126,6 +126,15 @@ def test_without_git_the_sources_are_named_by_their_digest(lack, tmp_path, monke
     assert outputs.commit() == f"no commit, sources {toolchain.sources_digest()}"
 
 
+def test_a_kit_names_the_commit_that_was_packed_while_its_sources_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "ROOT", tmp_path)
+    monkeypatch.setattr(outputs, "COMMIT", tmp_path / "COMMIT")
+    outputs.COMMIT.write_text(f"0123abc {toolchain.sources_digest()}\n")
+    assert outputs.commit() == "0123abc"
+    outputs.COMMIT.write_text("0123abc another\n")
+    assert outputs.commit() == f"no commit, sources {toolchain.sources_digest()}"
+
+
 # ---------------------------------------------------------------------------------------------------------------- peers
 def module(name, **members):
     made = types.ModuleType(name)

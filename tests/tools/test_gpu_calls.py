@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import gpu_calls
 import pytest
+from tiny_spec import TinyConfig, TinySpec
 
-from cute_ssm import arch, workloads
+from cute_ssm import arch, runtime, workloads
 from cute_ssm.runtime import registry
 from cute_ssm.workloads import plan
 
@@ -71,16 +71,15 @@ def test_kernels_are_those_of_the_calls_and_of_what_an_engine_runs_around_them(k
     }
 
 
-def test_a_file_of_specs_holds_them_and_what_is_added(kernels, tmp_path, capsys):
-    (extra,) = plan.of_call("selective_state_update", {"dstate": 32}, TARGET)
-    assert extra not in kernels
-    more = tmp_path / "more.json"
-    more.write_text(json.dumps([plan.as_entry(*extra), plan.as_entry(*extra[:2], arch.SM_100A)]))
+def test_a_file_of_specs_holds_them_and_what_tests_have_run(kernels, settings, tmp_path, capsys):
+    """Of the cache that tests filled, neither kernels of the tests' own nor those for other targets."""
+    settings(CACHE_DIR=tmp_path)
+    extra = (TinySpec(), TinyConfig(), TARGET)
+    (own,) = plan.of_call("selective_state_update", {"dstate": 32}, TARGET)
+    assert own not in kernels
+    for kernel in (extra, own, (own[0], own[1], arch.SM_100A)):
+        runtime.emulated(*kernel)
     out = tmp_path / "kernels.json"
-    assert gpu_calls.main([str(out), "--with", str(more)]) == 0
-    assert set(plan.read(str(out), [TARGET])) == kernels | {extra}
+    assert gpu_calls.main([str(out), "--tested", str(tmp_path)]) == 0
+    assert set(plan.read(str(out), [TARGET])) == kernels | {own}
     assert f"{len(kernels) + 1} kernels for sm_90a" in capsys.readouterr().out
-
-
-def test_the_tests_of_a_pass_exist():
-    assert all((gpu_calls.ROOT / path).exists() for path in gpu_calls.TESTS)

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+COMMIT = ROOT / "COMMIT"  # of a kit: the commit, and the digest of its sources
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -36,7 +37,8 @@ def destination(given: Path | None, name: str, goes_on: bool = False) -> Path:
 def commit() -> str:
     """Return the id of the commit that is counted or timed, with a mark if tracked files differ from it.
 
-    Without git, or outside of a repository, a digest of the sources stands for it.
+    Where there is no repository it is the one in the file `COMMIT`, which `tools/make_kit.sh` writes, as long as the
+    sources are those of that file; else a digest of the sources stands for it.
     """
     paths = ("cute_ssm", "tools/count.py", "tools/ptxsim")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", *paths)
@@ -44,7 +46,9 @@ def commit() -> str:
     if head is None or changed is None:
         from cute_ssm.runtime import toolchain
 
-        return f"no commit, sources {toolchain.sources_digest()}"
+        sources = toolchain.sources_digest()
+        packed = COMMIT.read_text().split() if COMMIT.is_file() else []
+        return packed[0] if packed[1:] == [sources] else f"no commit, sources {sources}"
     return head + (" with changes" if changed else "")
 
 
