@@ -1,41 +1,95 @@
 #!/usr/bin/env bash
-# Packs this checkout and what it needs for a GPU machine that has Python, PyTorch and CUDA but no package index.
-#   tools/make_kit.sh OUT_DIR
-# OUT_DIR then holds parts of at most PART_MIB, to be carried together or one by one, and install.sh.  There:
-#   OUT_DIR/install.sh TARGET && . TARGET/environment && cd TARGET/cute_ssm && python3 tools/gpu_check.py --minutes 8
-# PYTHON (3.12), CUDA (cu13) and PART_MIB (60) may be set; PEERS=1 adds the projects that benchmarks compare with.
-# About 150 MiB are fetched, 65 MiB packed, in some minutes.  What is committed is packed, and nothing else.
+# Makes one archive for a GPU pass on a machine that has Python, PyTorch and Triton, but no compiler of CuTe DSL and no
+# package index: the checkout, kernels compiled here, what the tests import, and peers that are written in Triton.
+#   tools/make_kit.sh OUT [CACHE]     # writes OUT/kit.tar.xz and OUT/kit.tar.xz.sha256, and fails above 60 MiB
+# There, in one command:
+#   tar xJf kit.tar.xz && kit/enter python3 tools/gpu_check.py --minutes 12
+# CACHE is the folder of kernels of a run of the tests (CUTE_SSM_CACHE_DIR=CACHE pytest): what they ran is compiled too.
+# What is committed is packed.  Kernels stay in OUT; those that are there are not compiled again.
+#
+#   ARCH    target (sm_90a)                  CUDA    flavour of the runtime library (cu13)
+#   PYTHON  version of Python there (3.12)   JOBS    compiling processes (2)
+#   PEERS   folder into which mamba_ssm and vllm have been installed, by pip install --no-deps --target PEERS; their
+#           Triton files are taken (default: none)
+#   WHEELS  folder of wheels, instead of downloads (180 MiB)
+#   BUNDLE  folder of a bundle with its runtime library, instead of a new one
 set -euo pipefail
-out=$(mkdir -p "${1:?usage: make_kit.sh OUT_DIR}" && cd "$1" && pwd)
+limit_mib=60
+out=$(mkdir -p "${1:?usage: make_kit.sh OUT [CACHE]}" && cd "$1" && pwd)
+cache=${2:+$(cd "$2" && pwd)}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=${PYTHON:-3.12} cuda=${CUDA:-cu13} part_mib=${PART_MIB:-60}
-dsl=4.8.1 tvm_ffi=0.1.15.post2
-wheels=(nvidia-cutlass-dsl==$dsl nvidia-cutlass-dsl-libs-base==$dsl nvidia-cutlass-dsl-libs-core==$dsl
-  "nvidia-cutlass-dsl-libs-$cuda==$dsl" apache-tvm-ffi==$tvm_ffi pytest-xdist execnet hypothesis sortedcontainers)
-if [ -n "${PEERS:-}" ]; then wheels+=(flashinfer-python==0.7.2.post1 fla-core==0.6.0); fi
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-platforms=()
-for version in 2_34 2_31 2_28 2_27 2_24 2_17; do platforms+=(--platform "manylinux_${version}_x86_64"); done
-python3 -m pip download --quiet --no-deps --only-binary=:all: --python-version "$python" --implementation cp \
-  "${platforms[@]}" --platform manylinux2014_x86_64 -d "$folder/wheels" "${wheels[@]}"
-mkdir -p "$folder/kit/site"
-for wheel in "$folder"/wheels/*.whl; do python3 -m zipfile -e "$wheel" "$folder/kit/site"; done
-rm -rf "$folder"/kit/site/nvidia_cutlass_dsl/cu1?/lib/stubs # for other processors
-git clone --quiet --depth 1 "file://$root" "$folder/kit/cute_ssm" # results name the commit
-git -C "$folder/kit/cute_ssm" remote remove origin
-rm -f "$out"/kit.part*
-tar c -C "$folder/kit" . | xz -6 -T0 | split -b "${part_mib}M" -d -a 2 - "$out/kit.part"
-cat >"$out/install.sh" <<'INSTALL'
-#!/usr/bin/env bash
-# install.sh TARGET: unpacks the parts beside it; TARGET/environment then sets what Python needs to find them.
-set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-target=$(mkdir -p "${1:?usage: install.sh TARGET}" && cd "$1" && pwd)
-cat "$here"/kit.part* | tar xJ -C "$target"
-path="$target/cute_ssm:$target/cute_ssm/tools:$target/cute_ssm/tools/ptxsim:$target/cute_ssm/tools/gpumodel:$target/site:$target/site/nvidia_cutlass_dsl/dsl_packages"
-printf 'export PYTHONPATH=%q${PYTHONPATH:+:$PYTHONPATH}\n' "$path" >"$target/environment"
-PYTHONPATH="$path" python3 -m cute_ssm env || true
-INSTALL
-chmod +x "$out/install.sh"
-ls -l "$out"
+arch=${ARCH:-sm_90a} cuda=${CUDA:-cu13} python=${PYTHON:-3.12}
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+kit=$scratch/kit
+mkdir -p "$kit/cute_ssm" "$kit/site" "$kit/spare" "$kit/peers"
+version() { python3 -c 'import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))' "$1"; }
+
+git -C "$root" archive HEAD | tar x -C "$kit/cute_ssm"
+cd "$kit/cute_ssm"
+export PYTHONPATH=$PWD:$PWD/tools:$PWD/tools/ptxsim:$PWD/tools/gpumodel PYTHONDONTWRITEBYTECODE=1
+sources=$(python3 -c 'from cute_ssm.runtime import toolchain; print(toolchain.sources_digest())')
+echo "$(git -C "$root" rev-parse HEAD) $sources" >COMMIT # which bench/outputs.py reads where there is no repository
+
+wheels=${WHEELS:-$scratch/wheels}
+if [ -z "${WHEELS:-}" ]; then
+  platforms=()
+  for glibc in 2_34 2_31 2_28 2_27 2_24 2_17; do platforms+=(--platform "manylinux_${glibc}_x86_64"); done
+  python3 -m pip download --quiet --no-deps --only-binary=:all: --python-version "$python" --implementation cp \
+    "${platforms[@]}" --platform manylinux2014_x86_64 -d "$wheels" \
+    "apache-tvm-ffi==$(version apache-tvm-ffi)" "nvidia-cutlass-dsl-libs-$cuda==$(version nvidia-cutlass-dsl)" \
+    pytest pluggy iniconfig packaging pygments pytest-xdist execnet hypothesis sortedcontainers einops fla-core==0.6.0 \
+    numpy typing-extensions
+fi
+for wheel in "$wheels"/*.whl; do # of the compiler the runtime library alone
+  case $wheel in
+    */nvidia_cutlass_dsl_libs_*) python3 -m zipfile -e "$wheel" "$scratch/dsl" ;;
+    */numpy-* | */typing_extensions-*) python3 -m zipfile -e "$wheel" "$kit/spare" ;; # PyTorch's own are preferred
+    *.whl) [ ! -e "$wheel" ] || python3 -m zipfile -e "$wheel" "$kit/site" ;;
+  esac
+done
+
+if [ -n "${BUNDLE:-}" ]; then
+  cp -r "$BUNDLE" "$kit/bundle"
+else
+  bundle=$out/bundle-$sources
+  python3 tools/gpu_calls.py "$scratch/kernels.json" --arch "$arch" ${cache:+--tested "$cache"}
+  python3 tools/build_aot.py --specs "$scratch/kernels.json" --arch "$arch" --jobs "${JOBS:-2}" --out "$bundle"
+  cp -r "$bundle" "$kit/bundle"
+  cp "$scratch/dsl/nvidia_cutlass_dsl/$cuda/lib/libcute_dsl_runtime.so" "$kit/bundle/"
+fi
+
+if [ -n "${PEERS:-}" ]; then # without the __init__.py of mamba_ssm and vllm, which import what is not there
+  ops=vllm/model_executor/layers/mamba/ops
+  mkdir -p "$kit/peers/mamba_ssm/ops" "$kit/peers/$ops"
+  cp -rL "$PEERS/mamba_ssm/ops/triton" "$kit/peers/mamba_ssm/ops/"
+  cp -rL "$PEERS/$ops/mamba_ssm.py" "$PEERS/$ops/triton_helpers.py" "$PEERS/$ops/configs" "$kit/peers/$ops/"
+  for name in mamba_ssm vllm; do
+    mkdir "$kit/peers/licence-$name"
+    find "$PEERS" -path "*/$name-*.dist-info/*" -name 'LICENSE*' -exec cp {} "$kit/peers/licence-$name/" \;
+    [ -n "$(ls "$kit/peers/licence-$name")" ] || { echo "make_kit: no licence of $name in $PEERS" >&2; exit 1; }
+  done
+fi
+
+cat >"$kit/enter" <<'ENTER'
+#!/bin/sh
+# kit/enter COMMAND...: runs a command in the checkout of this kit, with all that it needs on Python's path.
+kit=$(cd "$(dirname "$0")" && pwd)
+cd "$kit/cute_ssm" || exit 1
+tools=$PWD/tools
+export PYTHONPATH="$PWD:$tools:$tools/ptxsim:$tools/gpumodel:$tools/gpushim:$kit/site:$kit/peers${PYTHONPATH:+:$PYTHONPATH}"
+python3 -c 'import numpy, typing_extensions' 2>/dev/null || PYTHONPATH="$PYTHONPATH:$kit/spare"
+export CUTE_SSM_AOT_DIR="$kit/bundle"
+exec "$@"
+ENTER
+chmod +x "$kit/enter"
+find "$kit" -name __pycache__ -prune -exec rm -rf {} +
+tar c --sort=name --owner=0 --group=0 --numeric-owner -C "$scratch" kit | xz -6 -T0 >"$out/kit.tar.xz"
+(cd "$out" && sha256sum kit.tar.xz | tee kit.tar.xz.sha256)
+kernels=$(find "$kit/bundle" -name '*.so' ! -name libcute_dsl_runtime.so | wc -l)
+bytes=$(stat -c %s "$out/kit.tar.xz")
+echo "kit.tar.xz: $bytes bytes, $kernels kernels for $arch"
+if [ "$bytes" -gt $((limit_mib << 20)) ]; then
+  echo "make_kit: the archive is larger than $limit_mib MiB" >&2
+  exit 1
+fi
