@@ -12,9 +12,10 @@
 #   PEERS   folder into which mamba_ssm and vllm have been installed, by pip install --no-deps --target PEERS; their
 #           Triton files are taken (default: none)
 #   WHEELS  folder of wheels, instead of downloads (180 MiB)
+#   LIMIT_MIB  largest size of the archive (60)
 #   BUNDLE  folder of a bundle with its runtime library, instead of a new one
 set -euo pipefail
-limit_mib=60
+limit_mib=${LIMIT_MIB:-60}
 out=$(mkdir -p "${1:?usage: make_kit.sh OUT [CACHE]}" && cd "$1" && pwd)
 cache=${2:+$(cd "$2" && pwd)}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
