@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # run as a file
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import cute_ssm  # noqa: E402
 from cute_ssm import arch as archs  # noqa: E402
@@ -25,9 +25,25 @@ from cute_ssm.runtime import registry, shelves, toolchain  # noqa: E402
 from cute_ssm.runtime.store import EMULATED  # noqa: E402
 from cute_ssm.tuner import problems, search  # noqa: E402
 from cute_ssm.workloads import plan  # noqa: E402
+from gpu_pass import probes  # noqa: E402
 
 BATCHES = (1, 16, 64, 512)  # of the calls that are timed
 CANDIDATES = 40  # configs of a call that is tuned, at most
+TESTS = (  # of `pytest --gpu`, the most telling first
+    "tests/test_gpu.py",
+    "tests/ops/checkpointing_ssu/test_checkpointing_ssu_gpu.py",
+    "tests/ops/test_serving_gpu.py",
+    "tests/ops/selective_state_update/test_selective_state_update.py",
+    "tests/ops/checkpointing_ssu/test_checkpointing_ssu.py",
+    "tests/ops/gated_delta_rule_mtp/test_gated_delta_rule_mtp.py",
+    "tests/ops/gated_delta_rule_replay/test_gated_delta_rule_replay.py",
+    "tests/ops/selective_scan/test_selective_scan.py",
+    "tests/ops/commit",
+    "tests/ops/materialize",
+    "tests/ops/materialize_gated_delta",
+)
+SELECTED = "not test_reference and not configuration_of_the_reference"  # what runs no kernel is left out
+
 _STATES = ("bfloat16", "float32", "int16", "int8", "float8_e4m3fn")  # float16 is the default
 SMALL: dict[str, dict[str, Any]] = {
     "selective_state_update": {"batch": 3, "nheads": 4},
@@ -186,12 +202,13 @@ def around(arch: archs.Arch, sm_count: int | None = None) -> Iterator[plan.Kerne
 
 
 def kernels(arch: archs.Arch, sm_count: int | None = None) -> list[plan.Kernel]:
-    """Return the distinct kernels of everything above."""
+    """Return the distinct kernels of everything above, and those that measure arithmetic."""
     found = of_calls([*modes(), *checked(), *timed(), *dependent()], arch, sm_count)
     found += around(arch, sm_count)
     for problem in tuned(arch, sm_count):
         for fields in candidates(problem):
             found += problem.kernels(fields)
+    found += probes.kernels(arch)
     return list(dict.fromkeys(found))
 
 

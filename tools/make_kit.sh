@@ -11,9 +11,10 @@
 #   PYTHON  version of Python there (3.12)   JOBS    compiling processes (2)
 #   PEERS   folder into which mamba_ssm and vllm have been installed, by pip install --no-deps --target PEERS; their
 #           Triton files are taken (default: none)
-#   WHEELS  folder of wheels, instead of downloads (180 MiB)
-#   LIMIT_MIB  largest size of the archive (60)
-#   BUNDLE  folder of a bundle with its runtime library, instead of a new one
+#   WHEELS    folder of wheels, instead of downloads (180 MiB)
+#   BUNDLE    folder of a bundle with its runtime library, instead of a new one
+#   EMULATED  file of the emulator's results by gpu_check.py emulate, instead of a new one
+#   LIMIT_MIB largest size of the archive (60)
 set -euo pipefail
 limit_mib=${LIMIT_MIB:-60}
 out=$(mkdir -p "${1:?usage: make_kit.sh OUT [CACHE]}" && cd "$1" && pwd)
@@ -55,9 +56,16 @@ if [ -n "${BUNDLE:-}" ]; then
 else
   bundle=$out/bundle-$sources
   python3 tools/gpu_calls.py "$scratch/kernels.json" --arch "$arch" ${cache:+--tested "$cache"}
-  python3 tools/build_aot.py --specs "$scratch/kernels.json" --arch "$arch" --jobs "${JOBS:-2}" --out "$bundle"
+  python3 tools/build_aot.py --specs "$scratch/kernels.json" --register gpu_pass.probes:register \
+    --arch "$arch" --jobs "${JOBS:-2}" --out "$bundle"
   cp -r "$bundle" "$kit/bundle"
   cp "$scratch/dsl/nvidia_cutlass_dsl/$cuda/lib/libcute_dsl_runtime.so" "$kit/bundle/"
+fi
+
+if [ -n "${EMULATED:-}" ]; then
+  cp "$EMULATED" tools/gpu_pass/emulated.npz
+else
+  CUTE_SSM_CACHE_DIR=${cache:-$out/cache} python3 tools/gpu_check.py emulate --arch "$arch"
 fi
 
 if [ -n "${PEERS:-}" ]; then # without the __init__.py of mamba_ssm and vllm, which import what is not there

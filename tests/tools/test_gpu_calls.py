@@ -66,9 +66,8 @@ def test_candidates_are_distinct_valid_configs_and_the_rules_is_the_first():
 def test_kernels_are_those_of_the_calls_and_of_what_an_engine_runs_around_them(kernels):
     for calls in (gpu_calls.modes(), gpu_calls.checked(), gpu_calls.timed(), gpu_calls.dependent()):
         assert set(gpu_calls.of_calls(calls, TARGET)) <= kernels
-    assert {type(spec) for spec, _, _ in kernels} == {
-        kind for kind, path in registry.KERNELS.items() if path.startswith("cute_ssm.")
-    }
+    own = {kind for kind, path in registry.KERNELS.items() if path.startswith(("cute_ssm.", "gpu_pass."))}
+    assert {type(spec) for spec, _, _ in kernels} == own
 
 
 def test_a_file_of_specs_holds_them_and_what_tests_have_run(kernels, settings, tmp_path, capsys):
@@ -83,3 +82,7 @@ def test_a_file_of_specs_holds_them_and_what_tests_have_run(kernels, settings, t
     assert gpu_calls.main([str(out), "--tested", str(tmp_path)]) == 0
     assert set(plan.read(str(out), [TARGET])) == kernels | {own}
     assert f"{len(kernels) + 1} kernels for sm_90a" in capsys.readouterr().out
+
+
+def test_the_tests_of_a_pass_exist():
+    assert all((gpu_calls.ROOT / path).exists() for path in gpu_calls.TESTS)

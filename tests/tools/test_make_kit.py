@@ -47,7 +47,8 @@ def made(tmp_path_factory):
     (folder / "peers" / "mamba_ssm-2.3.dist-info" / "LICENSE").touch()
     (folder / "peers" / "vllm-0.1.dist-info" / "licenses").mkdir(parents=True)
     (folder / "peers" / "vllm-0.1.dist-info" / "licenses" / "LICENSE").touch()
-    given = {name.upper(): str(folder / name) for name in ("wheels", "bundle", "peers")}
+    (folder / "emulated").write_bytes(b"results")
+    given = {name.upper(): str(folder / name) for name in ("wheels", "bundle", "peers", "emulated")}
     environment = {**os.environ, **given, "LIMIT_MIB": "1"}
     environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), environment["PATH"]])
     done = subprocess.run(
@@ -63,7 +64,7 @@ def test_it_holds_the_checkout_as_it_is_committed(made):
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     packed = {path.relative_to(kit / "cute_ssm").as_posix() for path in (kit / "cute_ssm").rglob("*") if path.is_file()}
     assert set(listed.splitlines()) - packed <= {".gitattributes"}
-    assert packed - set(listed.splitlines()) == {"COMMIT"}
+    assert packed - set(listed.splitlines()) == {"COMMIT", "tools/gpu_pass/emulated.npz"}
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert (kit / "cute_ssm" / "COMMIT").read_text().split()[0] == head.strip()
 
