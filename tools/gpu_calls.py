@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):  # run as a file
     sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+from gpu_pass import probes  # noqa: E402
+
 import cute_ssm  # noqa: E402
 from cute_ssm import arch as archs  # noqa: E402
 from cute_ssm import runtime, workloads  # noqa: E402
@@ -25,7 +27,6 @@ from cute_ssm.runtime import registry, shelves, toolchain  # noqa: E402
 from cute_ssm.runtime.store import EMULATED  # noqa: E402
 from cute_ssm.tuner import problems, search  # noqa: E402
 from cute_ssm.workloads import plan  # noqa: E402
-from gpu_pass import probes  # noqa: E402
 
 BATCHES = (1, 16, 64, 512)  # of the calls that are timed
 CANDIDATES = 40  # configs of a call that is tuned, at most
