@@ -137,3 +137,82 @@ add.s32 %r5, %r5, 1; setp.lt.u32 %p1, %r5, %r1; @%p1 bra LOOP;
 cp.async.wait_group 0; ret;
 }}"""
     )
+
+
+def bulk_lanes(lanes):
+    """One warp of which ``lanes`` lanes issue a bulk copy of 128 bytes each."""
+    return (
+        HEAD
+        + f""".visible .entry bulk_lanes(.param .u64 in) {{
+.reg .b32 %r<8>; .reg .b64 %d<4>; .reg .pred %p<4>;
+.shared .align 128 .b8 data[4096]; .shared .align 8 .b8 full[8];
+ld.param.u64 %d1, [in]; mov.u32 %r2, %tid.x; setp.eq.u32 %p1, %r2, 0; setp.lt.u32 %p2, %r2, {lanes};
+mov.u32 %r3, data; mov.u32 %r4, full; shl.b32 %r5, %r2, 7; add.s32 %r6, %r3, %r5; cvt.u64.u32 %d2, %r5;
+add.s64 %d3, %d1, %d2; @%p1 mbarrier.init.shared.b64 [%r4], 1; bar.warp.sync -1;
+@%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%r4], {lanes * 128};
+@%p2 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r6], [%d3], 128, [%r4];
+W: mbarrier.try_wait.parity.shared.b64 %p3, [%r4], 0; @!%p3 bra W; ret;
+}}"""
+    )
+
+
+BARRIERS = (
+    HEAD
+    + """.visible .entry barriers(.param .u64 out) {
+"""
+    + "bar.sync 0; " * 100
+    + """ret;
+}"""
+)
+
+# stores, and a fence that waits for them
+FENCE = (
+    HEAD
+    + """.visible .entry fence(.param .u64 out, .param .u32 stores) {
+.reg .b32 %r<8>; .reg .b64 %d<4>; .reg .pred %p;
+ld.param.u64 %d1, [out]; ld.param.u32 %r1, [stores]; mov.u32 %r2, %tid.x; mul.wide.u32 %d2, %r2, 16; mov.u32 %r3, 0;
+add.s64 %d1, %d1, %d2; setp.ge.u32 %p, %r3, %r1; @%p bra F;
+L: st.global.v4.u32 [%d1], {%r3, %r3, %r3, %r3}; add.s64 %d1, %d1, 512; add.s32 %r3, %r3, 1;
+setp.lt.u32 %p, %r3, %r1; @%p bra L;
+F: fence.acq_rel.gpu; ret;
+}"""
+)
+
+# each load's address depends on the load before: a chain through all of the buffer's lines
+CHASE = (
+    HEAD
+    + """.visible .entry chase(.param .u64 in, .param .u32 loads) {
+.reg .b32 %r<8>; .reg .b64 %d<4>; .reg .pred %p;
+ld.param.u64 %d1, [in]; ld.param.u32 %r1, [loads]; mov.u32 %r3, 0;
+L: ld.global.cg.u32 %r2, [%d1]; cvt.u64.u32 %d2, %r2; add.s64 %d1, %d1, %d2; add.s64 %d1, %d1, 4096;
+add.s32 %r3, %r3, 1; setp.lt.u32 %p, %r3, %r1; @%p bra L; ret;
+}"""
+)
+
+EMPTY = HEAD + ".visible .entry empty(.param .u64 out) { ret; }"
+
+
+def loop_of(instructions, trips):
+    """A loop of so many dependent float32 operations, one after the other in the code."""
+    return (
+        HEAD
+        + """.visible .entry loop_of(.param .u64 out) {
+.reg .b32 %r<4>; .reg .f32 %f<4>; .reg .pred %p; mov.u32 %r1, 0; mov.f32 %f1, 0f3F000000;
+L: """
+        + "fma.rn.f32 %f1, %f1, %f1, %f1; " * instructions
+        + f"add.s32 %r1, %r1, 1; setp.lt.u32 %p, %r1, {trips}; @%p bra L; ret;\n}}"
+    )
+
+
+def dependent(before, after, triggers=False):
+    """A kernel of ``before`` and ``after`` dependent operations before and behind griddepcontrol.wait."""
+    chain = "fma.rn.f32 %f1, %f1, %f1, %f1; "
+    return (
+        HEAD
+        + ".visible .entry dependent(.param .u64 out) {\n.reg .f32 %f<4>; mov.f32 %f1, 0f3F000000;\n"
+        + ("griddepcontrol.launch_dependents; " if triggers else "")
+        + chain * before
+        + "\ngriddepcontrol.wait;\n"
+        + chain * after
+        + "\nret;\n}"
+    )
