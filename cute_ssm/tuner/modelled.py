@@ -116,7 +116,7 @@ def time_op(
     exact : int
         Bytes per SM up to which a call is replayed whole.  A larger one is in its steady state: with its config, calls
         with as many requests as make ``exact`` bytes per SM and half of them are replayed, and their times continued in
-        a straight line, though never below the roof.  ``exact`` is doubled until both fill the GPU.
+        a straight line, though never faster than memory.  ``exact`` is doubled until both fill the GPU.
         Of operators on long sequences, `EXACT_TOKENS` tokens and half of them are replayed, likewise.
     """
     machine = require("gpumodel").machine_of(machine)
@@ -145,7 +145,8 @@ def _continued(
     total = floor_bytes(op, keys, requests(op, keys)[1])
     roof = machine.microseconds(total / machine.dram_rate)
     us = whole.us + (whole.us - half.us) / (EXACT_TOKENS // 2) * (long - EXACT_TOKENS)
-    return dataclasses.replace(whole, us=max(us, roof), bytes=total, roof_us=roof, exact=False)
+    least = machine.microseconds(total / machine.dram_peak)
+    return dataclasses.replace(whole, us=max(us, least), bytes=total, roof_us=roof, exact=False)
 
 
 def scaled(
@@ -170,6 +171,7 @@ def scaled(
         exact *= 2
     total = floor_bytes(op, keys, batch)
     roof = machine.microseconds(total / machine.dram_rate)
-    copied = roof * (batch - large) / batch
-    us = second.us + max((second.us - first.us) / (large - small) * (batch - large), copied)
-    return dataclasses.replace(second, us=max(us, roof), bytes=total, roof_us=roof, exact=False)
+    least = machine.microseconds(total / machine.dram_peak)
+    moved = least * (batch - large) / batch
+    us = second.us + max((second.us - first.us) / (large - small) * (batch - large), moved)
+    return dataclasses.replace(second, us=max(us, least), bytes=total, roof_us=roof, exact=False)

@@ -136,6 +136,14 @@ class Machine:
         """Bytes per clock of the GPU that a copy reaches."""
         return self.dram_bytes * self.dram_efficiency / (self.ghz * 1e9)
 
+    @property
+    def dram_peak(self) -> float:
+        """Bytes per clock of the GPU in the direction that is fastest."""
+        best = max(
+            self.dram_efficiency, self.dram_read_efficiency, self.dram_bulk_efficiency, self.dram_write_efficiency
+        )
+        return self.dram_bytes * best / (self.ghz * 1e9)
+
     def dram_rate_of(self, read: float, written: float, bulk: float = 0) -> float:
         """Bytes per clock of the GPU that a kernel reaches which reads and writes so many bytes.
 

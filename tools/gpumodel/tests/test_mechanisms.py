@@ -183,6 +183,13 @@ def test_least_recently_used_code_leaves_the_cache():
     assert waits == [True, True, False, True, False, True]
 
 
+def test_code_from_beyond_the_sm_comes_one_block_after_the_other():
+    cache = CodeCache(H200, {0: 4096, 1: 4096}, "l2")
+    first, second = (cache.enter(block, block, False, 0.0) for block in (0, 1))
+    assert second - first == pytest.approx(4096 * H200.l2_latency / H200.code_ahead)
+    assert cache.enter(2, 0, False, 0.0) == pytest.approx(first)  # another sub-partition finds it, once it is there
+
+
 # ------------------------------------------------------------ launches
 def test_ctas_are_dispatched_at_a_fixed_rate():
     few, many = (recorded(small_kernels.EMPTY, 132 * n, 32, [OUT], ctas=lambda _, n=n: range(n)) for n in (100, 1100))
