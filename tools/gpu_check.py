@@ -4,6 +4,7 @@ Where a command may take ten minutes at most, two commands share the work:
 
     python tools/gpu_check.py --part 1 --minutes 6 --out pass1    # results lie in pass1, and packed in pass1.tar.gz
     python tools/gpu_check.py --part 2 --minutes 6 --out pass2
+    python tools/gpu_check.py fit pass1.tar.gz pass2.tar.gz       # elsewhere: takes the results in
 
 Steps run in processes of their own, most valuable first: every mode of every operator beside the reference; graphs,
 streams, dependent launches, no hidden waits; memcheck; results beside the emulator's; times beside peers and a copy;
@@ -19,8 +20,10 @@ after each step, so that what was reached counts.  The exit code is 0 if nothing
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +38,7 @@ ITEM_STEPS = ("smoke", "launching", "emulated", "times", "times-more", "arithmet
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks for."""
     argv = sys.argv[1:] if argv is None else argv
-    inner = {"step": step, "emulate": emulate}
+    inner = {"step": step, "emulate": emulate, "fit": fit}
     if argv and argv[0] in inner:
         return inner[argv[0]](argv[1:])
     return whole(argv)
@@ -69,11 +72,29 @@ def whole(argv: list[str]) -> int:
     if not torch.cuda.is_available():
         print("gpu_check: needs a GPU that torch sees; --dry-run prints what it would do", file=sys.stderr)
         return 2
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "about.json").write_text(json.dumps(about(options), indent=1) + "\n")
     archive = (options.tar or out.with_name(f"{out.name}.tar.gz")).absolute()
     doer = runner.Pass(out, archive, environment(out), ROOT, options.stall)
     done = doer.carry_out(found, 60 * options.minutes)
     print(runner.write_summary(done, out, archive), end="")
     return int(any(one.status == "failed" for one in done))
+
+
+def about(options: argparse.Namespace) -> dict[str, object]:
+    """Return what results depend on: GPU, versions, commit, and how much was done."""
+    import torch
+    from bench import roof
+    from bench.outputs import commit
+    from bench.run import versions
+
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": properties.name, "arch": "sm_{}{}a".format(*torch.cuda.get_device_capability(0)),
+        "sms": properties.multi_processor_count, "clocks": roof.clocks(0), "versions": versions(), "commit": commit(),
+        "part": options.part, "minutes": options.minutes, "rehearsal": options.rehearse,
+        "began": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }  # fmt: skip
 
 
 def environment(out: Path) -> dict[str, str]:
@@ -133,6 +154,13 @@ def emulate(argv: list[str]) -> int:
     emulated.write(options.out, options.arch, options.sms or archs.by_name(options.arch).sm_count, options.arithmetic)
     print(f"{options.out}: {options.out.stat().st_size >> 10} KiB")
     return 0
+
+
+def fit(argv: list[str]) -> int:
+    """Take results in."""
+    from gpu_pass import fit as taking
+
+    return taking.main(argv)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench import passes
 from bench.cases import SHOWN
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +33,10 @@ NOTES = {
     "hardware. Good for comparing configurations; no number here is a claim about a GPU.",
     "measured": "Measured by `tools/bench/run.py`: CUDA graphs over rotated arguments of three times the L2, median.",
 }
+UNMEASURED = """\
+!!! warning "Nothing was measured on a GPU"
+    No kernel of this package has run on a GPU yet. This section holds what can be known without one: exact counts, and
+    times from a machine model that is fitted to no hardware. No number here is a claim about a GPU."""
 NOTHING = "No such result is recorded yet."
 AXES = {
     "of-copy": "% of the bandwidth of a copy",
@@ -143,14 +148,20 @@ def write_page(mark: str, text: str, page: Path) -> bool:
     return new != old
 
 
-def pages(lines: Sequence[Line], folder: Path = DOCS) -> Iterator[tuple[str, str, Path]]:
+def pages(lines: Sequence[Line], folder: Path = DOCS, results: Path = RESULTS) -> Iterator[tuple[str, str, Path]]:
     """Yield what the documents show of lines: the mark, the text between, and the page."""
     for kind, note in NOTES.items():
         mine = [line for line in lines if line["how"] == kind]
         whole = f"{note}\n\n{table(mine)}\n\n({about(mine)})" if mine else NOTHING
         yield f"{kind}-summary", summary(mine) if mine else NOTHING, folder / "index.md"
         yield kind, whole, folder / f"{kind}.md"
-    yield "host", host(json.loads((RESULTS / "host.json").read_text())), folder / "index.md"
+    devices = sorted({line["device"] for line in lines if line["how"] == "measured"})
+    measured = f"Times of {', '.join(devices)} are measured: see [Measured times](measured.md)."
+    yield "status", measured if devices else UNMEASURED, folder / "index.md"
+    timed = [line for line in lines if "variants" in line]
+    yield "measured-variants", passes.variants(timed) if timed else NOTHING, folder / "measured.md"
+    yield "passes", passes.page(passes.read(results)) or NOTHING, folder / "measured.md"
+    yield "host", host(json.loads((results / "host.json").read_text())), folder / "index.md"
 
 
 def host(results: dict[str, Any]) -> str:

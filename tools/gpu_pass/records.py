@@ -69,12 +69,15 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a file, none if it does not exist; a line that was cut short is left out."""
-    if not path.exists():
-        return []
+    return parsed(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else []
+
+
+def parsed(text: str) -> list[dict[str, Any]]:
+    """Return lines of JSON, without those that were cut short."""
     found = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in text.splitlines():
         try:
-            found.append(json.loads(text))
+            found.append(json.loads(line))
         except ValueError:
             continue
     return found

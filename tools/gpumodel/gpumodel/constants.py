@@ -1,7 +1,8 @@
 """The constants of the machine model, all in this file, each with its source.
 
 They are figures from the vendor's documents, from public microbenchmarks and from public benchmarks of kernels; none is
-fitted to a measurement of this project (``fitted`` is False).  `dataclasses.replace` makes a machine with others.
+fitted to a measurement of this project (``fitted`` is False).  Where fitted.json lies beside this file, its constants
+replace those of the machines in `MACHINES`.  `dataclasses.replace` makes a machine with others.
 
 Sources, by the letter in a comment:
 
@@ -34,7 +35,14 @@ S  Listings of machine code of this project's kernels, beside their PTX.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+FITTED = Path(__file__).with_name(
+    "fitted.json"
+)  # {machine: {"constants": {name: value}, ...}}: those of measured times
 
 
 @dataclass(frozen=True)
@@ -225,4 +233,33 @@ B300 = replace(
     dram_efficiency=0.835, dram_read_efficiency=0.85, dram_bulk_efficiency=0.911, dram_write_efficiency=0.912,  # Q
     pipes=PIPES_103,
 )  # fmt: skip
-MACHINES = {machine.name: machine for machine in (H200, B200, H100, B300)}
+
+
+def value_of(machine: Machine, field: str) -> Any:
+    """Return a field of a machine, or of one of its pipes."""
+    if not field.startswith("pipes."):
+        return getattr(machine, field)
+    _, pipe, part = field.split(".")
+    return getattr(machine.pipes[pipe], part)
+
+
+def with_value(machine: Machine, field: str, value: float) -> Machine:
+    """Return the machine with another value of a field."""
+    if not field.startswith("pipes."):
+        return replace(machine, **{field: value})
+    _, pipe, part = field.split(".")
+    pipes = {**machine.pipes, pipe: replace(machine.pipes[pipe], **{part: value})}
+    return replace(machine, pipes=pipes)
+
+
+def fitted(machine: Machine, path: Path = FITTED) -> Machine:
+    """Return a machine with the constants that a file of fitted ones has for it, if there are any."""
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if machine.name not in stored:
+        return machine
+    for field_name, value in stored[machine.name]["constants"].items():
+        machine = with_value(machine, field_name, value)
+    return replace(machine, fitted=True)
+
+
+MACHINES = {machine.name: fitted(machine) for machine in (H200, B200, H100, B300)}

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .constants import Machine
+from .constants import Machine, value_of, with_value
 
 STEP = 0.08  # of a constant's range, for the differences that stand for derivatives: replays are not smooth
 FAR = 0.25  # errors beyond this weigh as their size, not as its square
@@ -302,20 +302,3 @@ def varied(
         for name in [constant.machine] if constant.machine else list(found):
             found[name] = with_value(found[name], constant.field, constant.value(position))
     return found
-
-
-def value_of(machine: Machine, field: str) -> Any:
-    """Return a field of a machine, or of one of its pipes."""
-    if not field.startswith("pipes."):
-        return getattr(machine, field)
-    _, pipe, part = field.split(".")
-    return getattr(machine.pipes[pipe], part)
-
-
-def with_value(machine: Machine, field: str, value: float) -> Machine:
-    """Return the machine with another value of a field."""
-    if not field.startswith("pipes."):
-        return dataclasses.replace(machine, **{field: value})
-    _, pipe, part = field.split(".")
-    pipes = {**machine.pipes, pipe: dataclasses.replace(machine.pipes[pipe], **{part: value})}
-    return dataclasses.replace(machine, pipes=pipes)
