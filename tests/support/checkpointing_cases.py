@@ -30,7 +30,7 @@ CLOSE = {"bf16": 6e-3, "f16": 2e-3}  # of |out| and its root mean square togethe
 DOUBLE = ("old_x", "old_B", "old_dt", "old_cumAdt", "cache_buf_idx")
 RING = ("x_cache", "B_cache", "dt_cache", None, "ring_start")
 NEW = ("x", "z", "B", "C", "dt", "out")
-COARSE = ("f8",)  # states that are folded with coefficients of one part
+COARSE = {"bf16": ("f8",), "f16": ("bf16", "i8", "f8")}  # by inputs: states folded with coefficients of one part
 UNUSED = -77  # cursors of slots that no sequence has
 
 
@@ -383,7 +383,7 @@ def noise(case: Case, value: Value, compiled: bool) -> np.ndarray:
     of_state = of_tokens = 2.0**-21 * (4 + value.exponent.reshape(-1, *[1] * (value.value.ndim - 1)))
     if compiled:
         is_state = value.value.ndim == 3
-        of_tokens = of_tokens + (HALF[case.io] if is_state and case.state in COARSE else 2.0**-15)
+        of_tokens = of_tokens + (HALF[case.io] if is_state and case.state in COARSE[case.io] else 2.0**-15)
         if case.state == "f32" and not is_state:
             of_state = of_state + 2.0**-11
     return of_state * value.of_state + of_tokens * value.of_tokens + 1e-30

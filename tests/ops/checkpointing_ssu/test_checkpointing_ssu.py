@@ -9,7 +9,7 @@ import pytest
 import torch
 from bits import equal, same_bits, same_memory
 from cases import vary
-from checkpointing_cases import COARSE, Case, Sequence, arguments, check, run, slots_of, verify
+from checkpointing_cases import COARSE, DTYPES, STATES, Case, Sequence, arguments, check, run, slots_of, verify
 from checkpointing_runs import LATE, WRITES, digest
 from memory import copy, storage
 
@@ -120,6 +120,22 @@ def slow_unless(condition):
 def test_kernel(case, arch, backend):
     with backend(arch, **LATE):
         verify(case)
+
+
+def test_bounds_allow_one_part_where_kernels_use_it():
+    from cute_ssm.ops.checkpointing_ssu.state_fold import PARTS
+
+    for io, allowed in COARSE.items():
+        parts = PARTS[str(DTYPES[io]).removeprefix("torch.")]
+        used = {name for name, dtype in STATES.items() if parts.get(str(dtype).removeprefix("torch.")) == 1}
+        assert set(allowed) == used
+
+
+@pytest.mark.parametrize("state", COARSE["f16"][:2])
+def test_states_that_are_folded_with_coefficients_of_one_part(state, backend):
+    """Where the state hardly decays, the error of the coefficients shows beside that of its rounding."""
+    with backend():
+        verify(Case(batch=1, window=8, accepted=(8,), io="f16", state=state, decay="slow", pads=()))
 
 
 EVERY = [
@@ -429,7 +445,7 @@ def test_random_bits_are_those_of_the_reference(state, backend):
     """Kernel and reference draw the same bits: stored states agree but where float32 differs in its last bits."""
     case = Case(state=state, rounds=10, dstate=128, accepted=(14, 16, 15), pads=(), seed_per_slot=True)
     call = arguments(case)
-    if state in COARSE:  # coefficients that one number of 16 bits holds
+    if state in COARSE[case.io]:  # coefficients that one number of 16 bits holds
         call["A"] = torch.zeros(2, 1, 1).expand_as(call["A"])
         call["old_dt"].fill_(1.0)
         if "state_scale" in call:
