@@ -24,6 +24,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,8 +118,15 @@ def step(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     name = options.name if options.step == "sanitized" and options.name else options.step
+    if options.step == "sanitized":  # an access beyond a tensor must not fall into a neighbour's memory
+        os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     recorder = records.Records(options.out, name, options.seconds)  # its clock runs while CUDA is opened
-    return recorder.run(items_of(options))
+    try:
+        found = items_of(options)
+    except Exception as error:
+        records.fail(options.out, name, "preparation", f"{type(error).__name__}: {error}", traceback.format_exc())
+        raise
+    return recorder.run(found)
 
 
 def items_of(options: argparse.Namespace) -> list[records.Item]:

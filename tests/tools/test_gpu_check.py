@@ -106,6 +106,20 @@ def test_a_step_gets_at_least_what_makes_it_worth_its_start_and_at_most_its_cap(
     assert runner.allotted(found[1], found[1:], 100.0) == 30.0
     assert runner.allotted(found[1], found[1:], 100.0, scale=2.0) == 60.0
     assert runner.allotted(found[2], found[2:], 100.0) == 100.0
+    later = [*steps("long", weight=9.0), *steps("last", least_s=40.0)]
+    assert runner.allotted(later[0], later, 100.0) == 60.0, "the last one is left what it needs"
+
+
+def test_a_step_that_cannot_be_prepared_is_a_failure_with_its_traceback(tmp_path, monkeypatch):
+    def no_bundle(options):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(gpu_check, "items_of", no_bundle)
+    with pytest.raises(RuntimeError):
+        gpu_check.main(["step", "smoke", "--out", str(tmp_path)])
+    (failure,) = records.read(tmp_path / records.FAILURES)
+    assert (failure["name"], failure["error"]) == ("preparation", "RuntimeError: no kernel")
+    assert "no_bundle" in failure["traceback"]
 
 
 def test_what_is_not_installed_is_left_out(tmp_path):

@@ -9,25 +9,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import gpu_calls
+
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = "{seconds}"  # in a command: what the step may take
 PARTS = (1, 2)
 EMULATED = Path(__file__).with_name("emulated.npz")  # made by `gpu_check.py emulate`, before
 WHERE = ("usr/local/cuda*/bin/", "usr/local/cuda*/compute-sanitizer/", "opt/nvidia/nsight-compute/*/")
-TESTS = (  # the most telling first
-    "tests/test_gpu.py",
-    "tests/ops/checkpointing_ssu/test_checkpointing_ssu_gpu.py",
-    "tests/ops/test_serving_gpu.py",
-    "tests/ops/selective_state_update/test_selective_state_update.py",
-    "tests/ops/checkpointing_ssu/test_checkpointing_ssu.py",
-    "tests/ops/gated_delta_rule_mtp/test_gated_delta_rule_mtp.py",
-    "tests/ops/gated_delta_rule_replay/test_gated_delta_rule_replay.py",
-    "tests/ops/selective_scan/test_selective_scan.py",
-    "tests/ops/commit",
-    "tests/ops/materialize",
-    "tests/ops/materialize_gated_delta",
-)
-SELECTED = "not test_reference and not configuration_of_the_reference"  # what runs no kernel is left out
 PROFILED = ("selective_state_update", "checkpointing_ssu", "gated_delta_rule_mtp")
 
 
@@ -100,7 +88,7 @@ def steps(out: Path, rehearse: bool = False, jobs: int = 4) -> list[Step]:
         return step
 
     found = [
-        Step("environment", 1, (python, "-m", "cute_ssm", "env"), 0.5, last=r"nothing is wrong|BROKEN|note:"),
+        Step("environment", 1, (python, "-m", "cute_ssm", "env"), 0.5, 30.0, last=r"nothing is wrong|BROKEN|note:"),
         Step("driver", 1, ("nvidia-smi", "-q"), 0.3, needs="nvidia-smi", last=r"Product Name"),
         items("smoke", 1, 4.0, 15.0, 90.0),
         items("launching", 1, 3.0, 15.0, 60.0),
@@ -108,7 +96,7 @@ def steps(out: Path, rehearse: bool = False, jobs: int = 4) -> list[Step]:
         replace(items("emulated", 1, 2.0, 12.0, 45.0), file=EMULATED),
         items("times", 1, 6.0, 25.0),
         items("arithmetic", 1, 2.0, 12.0, 45.0),
-        *(profile(op, out, own, more) for op in PROFILED),
+        *(profile(op, own, more) for op in PROFILED),
         Step("tests", 2, tests(out, rehearse, jobs), 5.0, 40.0, last=r"\d+ (passed|failed|error)"),
         items("tuning", 2, 3.0, 20.0),
         around("compute-sanitizer", "racecheck", 2, "RACECHECK SUMMARY"),
@@ -118,12 +106,11 @@ def steps(out: Path, rehearse: bool = False, jobs: int = 4) -> list[Step]:
     return found
 
 
-def profile(op: str, out: Path, own: tuple[str, ...], more: tuple[str, ...]) -> Step:
-    """Return the profile of one launch of an operator's kernel, as text."""
-    options = ("--set", "full", "--launch-count", "1", "--kernel-name", "regex:cute_ssm|kernel_", "--page", "details")
-    report = ("--export", str(out / f"ncu-{op}"), "--force-overwrite", "--print-summary", "none")
-    command = ("ncu", *options, *report, *own, "one", *more, "--name", op, "--seconds", SECONDS)
-    return Step(f"ncu {op}", 2, command, 1.0, 15.0, 30.0, needs="ncu", last=r"Profiling|==ERROR==|==WARNING==")
+def profile(op: str, own: tuple[str, ...], more: tuple[str, ...]) -> Step:
+    """Return the profile of one launch of an operator's kernel, whose log is the text."""
+    options = ("--set", "full", "--page", "details", "--launch-count", "1", "--kernel-name", "regex:cute_ssm|cutlass")
+    command = ("ncu", *options, *own, "one", *more, "--name", op, "--seconds", SECONDS)
+    return Step(f"ncu {op}", 2, command, 1.0, 15.0, 30.0, needs="ncu", last=r"Duration|==ERROR==|==WARNING==")
 
 
 def tests(out: Path, rehearse: bool, jobs: int) -> tuple[str, ...]:
@@ -131,8 +118,8 @@ def tests(out: Path, rehearse: bool, jobs: int) -> tuple[str, ...]:
     command = [sys.executable, "-m", "pytest", "--gpu", "-q", "-p", "no:cacheprovider", "-p", "gpu_pass.pytest_records"]
     command += ["--pass-out", str(out), f"--junitxml={out / 'tests.xml'}", "-n", str(jobs)]
     command += ["--max-worker-restart=40", "-k"]
-    command += ["results_are_those and selective_state" if rehearse else SELECTED]
-    return (*command, *TESTS[: 1 if rehearse else None])
+    command += ["results_are_those and selective_state" if rehearse else gpu_calls.SELECTED]
+    return (*command, *gpu_calls.TESTS[: 1 if rehearse else None])
 
 
 def of_parts(found: Iterable[Step], part: int | None) -> list[Step]:

@@ -146,20 +146,16 @@ class Pass:
         end = self.clock() + seconds - RESERVE_S
         self.scale = max(1.0, seconds / PART_S / len({step.part for step in steps}))
         for i, step in enumerate(steps):
-            self.done.append(self._step(step, steps[i:], end - self.clock()))
+            left = [step, *(later for later in steps[i + 1 :] if not missing(later))]
+            self.done.append(self._step(step, left, end - self.clock()))
             write_summary(self.done, self.out, self.archive)
             pack(self.out, self.archive)
         return self.done
 
     def _step(self, step: Step, left: Sequence[Step], seconds: float) -> Done:
-        command = list(step.command)
-        if step.needs:
-            program = located(step.needs)
-            if program is None:
-                return Done(step.name, "left out", 0.0, f"{step.needs} is not installed")
-            command = [program if word == step.needs else word for word in command]
-        if step.file is not None and not step.file.is_file():
-            return Done(step.name, "left out", 0.0, f"{step.file.name} is missing")
+        if reason := missing(step):
+            return Done(step.name, "left out", 0.0, reason)
+        command = [located(step.needs) or word if word == step.needs else word for word in step.command]
         if seconds < step.least_s:
             return Done(step.name, "left out", 0.0, f"needs {step.least_s:.0f} s, {max(seconds, 0):.0f} s are left")
         limit, start, starts, code = allotted(step, left, seconds, self.scale), self.clock(), 0, None
@@ -201,11 +197,25 @@ class Pass:
 def allotted(step: Step, left: Sequence[Step], seconds: float, scale: float = 1.0) -> float:
     """Return the seconds that a step may take of those that are left.
 
-    Its share by weight beside the steps after it, and half as much again, because many end early; but so much at least
-    that it is worth its start, and at most its cap times ``scale``.
+    Its share by weight beside the steps after it, and half as much again, because many end early, as long as that
+    leaves them what they need; but so much at least that it is worth its start, and at most its cap times ``scale``.
     """
     share = seconds * step.weight / sum(later.weight for later in left) * 1.5
-    return min(max(share, step.least_s), step.most_s * scale, seconds)
+    reserved = step.least_s
+    for later in left[1:]:
+        if reserved + later.least_s <= seconds:
+            reserved += later.least_s
+    room = seconds - (reserved - step.least_s)
+    return min(max(min(share, room), step.least_s), step.most_s * scale, seconds)
+
+
+def missing(step: Step) -> str:
+    """Return what a step needs and is not there, in words."""
+    if step.needs and located(step.needs) is None:
+        return f"{step.needs} is not installed"
+    if step.file is not None and not step.file.is_file():
+        return f"{step.file.name} is missing"
+    return ""
 
 
 def unfinished(path: Path | None) -> str | None:

@@ -107,6 +107,7 @@ class Clockwork:
     def line(self, case: Case, batch: int) -> dict[str, Any]:
         """Time a call and its peers, in turns."""
         keys = case.call(batch)
+        torch.cuda.empty_cache()  # what the last call held is free again for as many sets of arguments
         rotated = timing.rotated(case.op, keys, self.device, self.effort.sets)
         rivals, absent = peers.of(case.op, [call.arguments for call in rotated])
         competitors: dict[str, Calls] = {OWN: [call.run for call in rotated], **rivals}
