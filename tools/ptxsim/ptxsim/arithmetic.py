@@ -184,7 +184,7 @@ def rounded(want, grid):
 
 def ulp(values, grid):
     """Distance between neighbours of a type in the binade of each value."""
-    exponent = np.frexp(values)[1] - 1
+    exponent = np.where(values == 0, grid.smallest, np.frexp(values)[1] - 1)
     return np.ldexp(1.0, np.maximum(exponent, grid.smallest) - grid.mantissa)
 
 
