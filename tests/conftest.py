@@ -18,15 +18,22 @@ from cute_ssm.runtime.store import Store
 
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="run on the GPU what runs in the emulator otherwise")
+    parser.addoption(
+        "--arithmetic",
+        choices=("exact", "hardware"),
+        default="exact",
+        help="how approximate functions err in the emulator; with hardware only the tests that depend on it run",
+    )
     parser.addoption("--shim", metavar="TARGET,...", help="give this process such GPUs, which are not there: gpushim")
 
 
 def pytest_configure(config):
     if config.getoption("--shim"):
         shim.install(config)
-    restore = functools.partial(setattr, kernel_backends, "gpu", kernel_backends.gpu)
-    config.add_cleanup(restore)  # of the pytest that this one may run within
-    kernel_backends.gpu = config.getoption("--gpu")
+    for name in ("gpu", "arithmetic"):
+        restore = functools.partial(setattr, kernel_backends, name, getattr(kernel_backends, name))
+        config.add_cleanup(restore)  # of the pytest that this one may run within
+        setattr(kernel_backends, name, config.getoption(f"--{name}"))
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
@@ -34,6 +41,10 @@ def pytest_collection_modifyitems(config, items):
     import torch
 
     slices.mark(items)
+    if config.getoption("--arithmetic") != "exact":
+        runs = [item for item in items if "backend" in item.fixturenames or "accuracy" in item.keywords]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(runs)])
+        items[:] = runs
     if shim.active():
         skip = pytest.mark.skip(reason="times a GPU")
         for item in items:
@@ -51,6 +62,8 @@ def repeat_command(item: pytest.Item) -> str:
     words = ["pytest", item.nodeid]
     if item.config.getoption("--gpu"):
         words.append("--gpu")
+    if item.config.getoption("--arithmetic") != "exact":
+        words += ["--arithmetic", item.config.getoption("--arithmetic")]
     if item.config.getoption("--shim"):
         words += ["--shim", item.config.getoption("--shim")]
     for marker in ("slow", "wide"):  # a plain run leaves them out

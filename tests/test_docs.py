@@ -261,7 +261,12 @@ def test_ci_installs_and_tests_as_the_readme_says():
     commands = (ROOT / ".ci" / "run").read_text().splitlines()
     start = section(README, "Quick start")
     packages, extra, test = re.search(r'pip install (.*)"\.\[(\w+)\]" && (pytest.*)', start).groups()
-    assert commands[-2:] == [test, f'{test} -m "wide and not slow"']
+    first = commands.index(test)
+    assert commands[first : first + 3] == [
+        test,
+        f'{test} -m "wide and not slow"',
+        f"{test} --arithmetic hardware tests",
+    ]
     assert f'python -m pip install --quiet {packages}".[{extra},dev]"' in commands
 
 

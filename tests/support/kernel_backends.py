@@ -9,6 +9,8 @@ Tests take the fixture `backend`::
     @both
     def test_reference_and_kernel(case, backend): ...
 
+With ``pytest --arithmetic hardware`` approximate functions err in the emulator as the hardware's documents allow.
+
 What needs an emulator, since only that counts or finds races, opens ``ptxsim.emulate`` itself.
 """
 
@@ -21,6 +23,7 @@ import hardware
 import pytest
 
 gpu = False  # by conftest: the tests were started with --gpu
+arithmetic: Any = "exact"  # by conftest: that of --arithmetic
 
 
 def kernel(arch: str = "sm_90a", checks: bool = True, **options: Any) -> contextlib.AbstractContextManager[Any]:
@@ -34,10 +37,12 @@ def kernel(arch: str = "sm_90a", checks: bool = True, **options: Any) -> context
         Whether the emulator looks for races and for reads of what was never written.
     **options
         Of ``ptxsim.emulate``, such as `sm_count`, `schedule` and `async_mode`.  A GPU takes `sm_count` alone.
+        `arithmetic` is that of the command line.
     """
     if gpu:
         return hardware.session(arch, options.get("sm_count"))
-    return pytest.importorskip("ptxsim").emulate(arch=arch, **{"racecheck": checks, "initcheck": checks, **options})
+    options = {"racecheck": checks, "initcheck": checks, "arithmetic": arithmetic, **options}
+    return pytest.importorskip("ptxsim").emulate(arch=arch, **options)
 
 
 def reference(arch: str = "sm_90a", checks: bool = True, **options: Any) -> contextlib.AbstractContextManager[Any]:

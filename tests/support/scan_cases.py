@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import approximations
 import torch
 from bits import same_memory
 from bounds import like_float32
@@ -161,8 +164,13 @@ def segments(case: Case, call: dict) -> list:
     return found
 
 
-def expected(case: Case, call: dict, dtype: torch.dtype, absolute: bool = False) -> tuple[list, list]:
-    """([(tokens, y, gated)], [(slot, state)]) of a call; `absolute`: the sizes of the terms that these are sums of."""
+def expected(
+    case: Case, call: dict, dtype: torch.dtype, absolute: bool = False, compute: Callable = mathematics
+) -> tuple[list, list]:
+    """([(tokens, y, gated)], [(slot, state)]) of a call; `absolute`: the sizes of the terms that these are sums of.
+
+    `compute` is called like the operator's mathematics.
+    """
 
     def sized(tensor):
         return tensor.abs() if absolute and tensor is not None else tensor
@@ -182,12 +190,46 @@ def expected(case: Case, call: dict, dtype: torch.dtype, absolute: bool = False)
 
             u, B, C = (sized(tokens(n)) for n in ("u", "B", "C"))
             args = (u, tokens("delta"), call["A"], B, C, sized(call["D"]), tokens("z"), call["delta_bias"])
-            y, gated, state = mathematics(*args, call["delta_softplus"], state, dtype)
+            y, gated, state = compute(*args, call["delta_softplus"], state, dtype)
             outputs.append((part, sized(y)[0], sized(gated)[0]))
             if target is not None:
                 saved.append((target, state[0]))
             begin = stop
     return outputs, saved
+
+
+def approximate(errors: approximations.Errors, u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, dtype):
+    """What approximate functions may change the results of `mathematics` by; u, B, C and D are positive.
+
+    With e_d the error of delta' (`Errors.softplus`), that of the states, and with |h| that of the terms of h, is
+
+        e <- a e + |h| (e_a + a |A| e_d) + e_d |u B|,     a = e^(A delta'),     |h| <- a |h| + delta' |u B|
+
+    with e_a that of a power.  A scan in parts takes one more power, of up to twice the relative error, for each part of
+    at least eight tokens: hence 5/4.  Outputs err by the sum of |C| e, and by the relative error of the gate.  The
+    state that is returned has |h| and e as its last axis.
+    """
+    state = torch.zeros(*u.shape[:2], A.shape[1], 2, dtype=dtype) if state is None else state
+    h, e = state.unbind(-1) if state.dim() == 4 else (state, torch.zeros_like(state))
+    raw = delta.to(dtype) + (0 if delta_bias is None else delta_bias.to(dtype)[:, None])
+    step = torch.nn.functional.softplus(raw) if delta_softplus else raw
+    step_error = errors.softplus(raw, fast=True) if delta_softplus else torch.zeros_like(raw)
+    rates, y, y_error = A.to(dtype), [], []
+    for t in range(u.shape[-1]):
+        of_B, of_C = (x[..., t].to(dtype).repeat_interleave(u.shape[1] // x.shape[1], dim=1) for x in (B, C))
+        d, d_error, token = step[..., t, None], step_error[..., t, None], u[..., t, None].to(dtype) * of_B
+        a = torch.exp(rates * d)
+        e = a * e + h * (5 / 4 * errors.decay(a) + a * rates.abs() * d_error) + d_error * token
+        h = a * h + d.abs() * token
+        y.append((h * of_C).sum(-1))
+        y_error.append((e * of_C).sum(-1))
+    if not y:
+        return u.to(dtype), u.to(dtype), torch.stack([h, e], -1)
+    of_y, error = torch.stack(y, -1) + (0 if D is None else D.to(dtype)[:, None] * u), torch.stack(y_error, -1)
+    if z is None:
+        return error, error, torch.stack([h, e], -1)
+    gate = torch.nn.functional.silu(z.to(dtype)).abs()
+    return error, gate * (error + of_y * errors.silu(z)), torch.stack([h, e], -1)
 
 
 def check(case: Case, before: dict, after: dict, out: torch.Tensor) -> None:
@@ -196,13 +238,17 @@ def check(case: Case, before: dict, after: dict, out: torch.Tensor) -> None:
     outputs32, saved32 = expected(case, before, torch.float32)
     sizes, saved_sizes = expected(case, before, torch.float64, absolute=True)
     tiny = torch.finfo(out.dtype).tiny
+    errors, changed, changed_states = approximations.in_use(), None, None
+    if errors.any():
+        changed, changed_states = expected(case, before, torch.float64, True, partial(approximate, errors))
 
     def compare(tensor, column, what):
         got = [tensor[part[0]].view(part[column].shape) for part in outputs]
         rounded = [part[column].to(tensor.dtype) for part in outputs32]
         want = [part[column] for part in outputs]
         names = [f"{what}, part {i}" for i in range(len(got))]
-        like_float32(got, rounded, want, [part[column] + tiny for part in sizes], names)
+        more = None if changed is None else [part[column] for part in changed]
+        like_float32(got, rounded, want, [part[column] + tiny for part in sizes], names, more)
 
     if outputs:
         compare(out, 2, "out")
@@ -213,7 +259,8 @@ def check(case: Case, before: dict, after: dict, out: torch.Tensor) -> None:
         rounded = [state.to(states.dtype) for _, state in saved32]
         size = [state + torch.finfo(states.dtype).tiny for _, state in saved_sizes]
         got, names = [states[slot] for slot, _ in saved], [f"ssm_states[{slot}]" for slot, _ in saved]
-        like_float32(got, rounded, [state for _, state in saved], size, names)
+        more = None if changed_states is None else [state[..., 1] for _, state in changed_states]
+        like_float32(got, rounded, [state for _, state in saved], size, names, more)
 
     # what must not change: other slots, gaps, tokens of null sequences, inputs
     for slot, _ in saved:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import approximations
 import numpy as np
 import torch
 from bits import same_memory
@@ -154,9 +155,17 @@ def numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 class Oracle:
-    """What a call must do: ``outputs`` {index of x: (value, size)}, ``stores`` [(pool, index, value, size)]."""
+    """What a call must do: ``outputs`` {index of x: (value, size, error)}, ``stores`` [(pool, index, *these)].
+
+    A size is that of the terms that a value is a sum of; an error is what approximate functions may change it by:
+
+        e <- a e + |h| (e_a + a |A| e_d) + (e_d + rcp dt') |x B|,     a = e^(A dt')
+
+    as for one token in `step_cases`, and for kernels that divide by a running product of decays the error of that.
+    """
 
     def __init__(self, call: dict):
+        self.errors = approximations.in_use()
         self.call, self.outputs, self.stores, self.padding = call, {}, [], []
         x = numpy(call["x"])
         cu = call.get("cu_seqlens")
@@ -179,17 +188,17 @@ class Oracle:
         state = numpy(call["state"][slot].float())
         if "state_scale" in call:
             state = state * numpy(call["state_scale"][slot])[..., None]
-        size = np.abs(state)
+        size, error = np.abs(state), np.zeros_like(state)
         for t, index in enumerate(at):
-            state, size = self.token(index, state, size)
-            self.keep(b, t, len(at), slot, state.copy(), size.copy())
+            state, size, error = self.token(index, state, size, error)
+            self.keep(b, t, len(at), slot, state, size, error)
 
-    def token(self, index, state, size):
-        call = self.call
+    def token(self, index, state, size, error):
+        call, errors = self.call, self.errors
         heads, groups = call["x"].shape[-2], call["B"].shape[-2]
         x, dt, B, C = (numpy(call[name][index]) for name in ("x", "dt", "B", "C"))
-        new, new_size = np.empty_like(state), np.empty_like(size)
-        y, y_size = np.empty_like(x), np.empty_like(x)
+        new, new_size, new_error = np.empty_like(state), np.empty_like(size), np.empty_like(error)
+        y, y_size, y_error = np.empty_like(x), np.empty_like(x), np.empty_like(x)
         for h in range(heads):
             g = h // (heads // groups)
             raw = dt[h] + numpy(call["dt_bias"])[h]
@@ -199,22 +208,30 @@ class Oracle:
             new[h] = decay * state[h] + np.outer(step * x[h], B[g])
             rounded = 1 + np.abs(exponent)  # float32 rounds the exponent itself
             new_size[h] = rounded * decay * size[h] + np.abs(np.outer(step * x[h], B[g]))
+            step_error, decay_error = (
+                f(torch.tensor(v)).numpy() for f, v in ((errors.softplus, raw), (errors.decay, decay))
+            )
+            decay_error = decay_error + decay * np.abs(numpy(call["A"])[h]) * step_error[:, None]
+            gain_error = np.abs(np.outer((step_error + errors.rcp * step) * x[h], B[g]))
+            new_error[h] = decay * error[h] + decay_error * size[h] + gain_error
             skip = numpy(call["D"])[h] * x[h]
             y[h] = new[h] @ C[g] + skip
             y_size[h] = new_size[h] @ np.abs(C[g]) + np.abs(skip)
+            y_error[h] = new_error[h] @ np.abs(C[g])
         if call["z"] is not None:
             z = numpy(call["z"][index])
             gate = z / (1 + np.exp(-z))
-            y, y_size = y * gate, y_size * np.abs(gate)
-        self.outputs[index] = (y, y_size)
-        return new, new_size
+            y, y_size, y_error = y * gate, y_size * np.abs(gate), y_error * np.abs(gate)
+            y_error = y_error + y_size * errors.silu(torch.tensor(z)).numpy()
+        self.outputs[index] = (y, y_size, y_error)
+        return new, new_size, new_error
 
-    def keep(self, b, t, length, slot, state, size):
+    def keep(self, b, t, length, slot, *state):
         call = self.call
         if "intermediate_states_buffer" in call:
             rows = call.get("intermediate_state_indices")
             line = slot if rows is None else int(rows[b])
-            self.stores.append(("intermediate_states_buffer", (line, t), state, size))
+            self.stores.append(("intermediate_states_buffer", (line, t), *state))
         if call["disable_state_update"]:
             return
         dst = call.get("dst_state_batch_indices")
@@ -225,21 +242,24 @@ class Oracle:
         else:
             line = slot if dst is None else int(dst[b] if dst.dim() == 1 else dst[b, 0])
         if dst is None or line != PAD:
-            self.stores.append(("state", (line,), state, size))
+            self.stores.append(("state", (line,), *state))
 
 
 def check(case: Tokens, before: dict, after: dict, out: torch.Tensor) -> None:
-    """Every output and state within the error of its rounding and of float32, and no other byte changed."""
+    """Every output and state within the error of its rounding, of float32 and of approximate functions.
+
+    No other byte has changed.
+    """
     oracle = Oracle(before)
     n = max(case.lengths) + 4
     half = {"f32": 2.0**-24, "bf16": 2.0**-8, "f16": 2.0**-11}[case.io]
     smallest = SUBNORMAL[case.io] / 2
-    for index, (want, size) in oracle.outputs.items():
-        bound = 1.01 * np.maximum(half * np.abs(want), smallest) + n * 2.0**-22 * size + 1e-30
+    for index, (want, size, error) in oracle.outputs.items():
+        bound = 1.01 * np.maximum(half * np.abs(want), smallest) + n * 2.0**-22 * size + 1.01 * error + 1e-30
         within(out[index], want, bound, f"out{list(index)}")
     share = 1.0 if case.rounds else 0.5  # of the distance between neighbours
-    for pool, index, want, size in oracle.stores:
-        got, noise = numpy(after[pool][index].float()), n * 2.0**-22 * size
+    for pool, index, want, size, error in oracle.stores:
+        got, noise = numpy(after[pool][index].float()), n * 2.0**-22 * size + 1.01 * error
         if case.state in LARGEST:
             scales = "state_scale" if pool == "state" else "intermediate_state_scales"
             scale = numpy(after[scales][index])[..., None]

@@ -112,10 +112,10 @@ def test_mathematics_in_float64(layout, groups, state):
             h, x, dt, call["A"], B, C, call["D"], z, call["dt_bias"], call["dt_softplus"], compute_dtype=torch.float64
         )
         for i, b in enumerate(real.tolist()):
-            want, size = oracle.outputs[b, t]
+            want, size, _ = oracle.outputs[b, t]
             assert (np.abs(numpy(y[i]) - want) <= 1e-12 * size).all()
     for i, b in enumerate(real.tolist()):
-        (found,) = [(want, size) for _, at, want, size in oracle.stores if at == (int(slots[b]),)]
+        (found,) = [(want, size) for _, at, want, size, _ in oracle.stores if at == (int(slots[b]),)]
         assert (np.abs(numpy(h[i]) - found[0]) <= 1e-12 * found[1]).all()
 
 
@@ -133,6 +133,6 @@ def test_oracle_by_hand():
     oracle = Oracle(call)
     for t, h in enumerate((first, second)):
         assert np.allclose(oracle.outputs[0, t][0], 16 * h + 21, rtol=1e-14)
-    ((pool, at, state, _),) = oracle.stores
+    ((pool, at, state, *_),) = oracle.stores
     assert (pool, at) == ("state", (0,))
     assert np.allclose(state, second, rtol=1e-14)
