@@ -3,6 +3,9 @@
 `softplus` and `silu` are accurate to a few units in the last place.  `fast_softplus` and `fast_silu` take fewer
 instructions, and their relative error grows with the magnitude of the argument: use them where results enter products
 whose rounding error is larger.
+
+Errors are relative and in units of 2^-23.  They are those of rounding, and besides what the documents of the hardware
+allow its instructions: 2 units for ex2, and 1 for rcp with its rounding.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,12 +38,12 @@ def _approx(name: str, x: Float32, *, loc: Any = None, ip: Any = None) -> Float3
 
 
 def power_of_two(x: Float32) -> Float32:
-    """Return 2^x to a relative error of about 2^-22; below 2^-126 zero."""
+    """Return 2^x to an error of 1/2 and that of ex2; below 2^-126 zero."""
     return _approx("ex2", x)
 
 
 def decay(x: Float32) -> Float32:
-    """Return e^x to a relative error of about 2^-22; above 88 the result is NaN."""
+    """Return e^x to an error of 1 and that of ex2; above 88 the result is NaN."""
     x = larger(x, Float32(-128.0))  # e^-128 is zero here, and the excess of an infinite product would be NaN
     product = x * LOG2E
     excess = cute.math.fma(x, Float32(-LOG2E), product)  # how far the rounded product is too large
@@ -50,12 +53,12 @@ def decay(x: Float32) -> Float32:
 
 
 def reciprocal(x: Float32) -> Float32:
-    """Return 1 / x to one unit in the last place."""
+    """Return 1 / x to an error of 1."""
     return _approx("rcp", x)
 
 
 def softplus(x: Float32) -> Float32:
-    """Return log(1 + e^x) to a relative error of about 2^-22, also where it is small; above 20 it is x in float32."""
+    """Return log(1 + e^x) to an error of 2 and those of ex2 and rcp, also where it is small; above 20 it is x."""
     e = decay(-cute.math.absf(x))
     s = e * _approx("rcp", e + 2.0)
     square = s * s
@@ -66,7 +69,7 @@ def softplus(x: Float32) -> Float32:
 
 
 def fast_softplus(x: Float32) -> Float32:
-    """Return log(1 + e^x) to a relative error of about (4 + 5/4 |x|) 2^-24, in two thirds of the instructions."""
+    """Return log(1 + e^x) to an error of 2 + 5/8 |x| and that of ex2, in two thirds of the instructions."""
     e = power_of_two(cute.math.absf(x) * -LOG2E)
     series = Float32(_LOG1P[-1])
     for coefficient in _LOG1P[-2::-1]:
@@ -76,14 +79,14 @@ def fast_softplus(x: Float32) -> Float32:
 
 @cute.jit
 def silu(x: Float32) -> Float32:
-    """Return x / (1 + e^-x) to a relative error of about 2^-22."""
+    """Return x / (1 + e^-x) to an error of 2 and those of ex2 and rcp."""
     e = decay(-cute.math.absf(x))  # never overflows
     inverse = _approx("rcp", e + 1.0)
     return x * (inverse if x >= 0.0 else e * inverse)
 
 
 def fast_silu(x: Float32) -> Float32:
-    """Return x / (1 + e^-x) to a relative error of about (4 + 5/4 |x|) 2^-24, in half of the instructions."""
+    """Return x / (1 + e^-x) to an error of 2 + 5/8 |x| and those of ex2 and rcp, in half of the instructions."""
     return x * reciprocal(power_of_two(x * -LOG2E) + 1.0)
 
 
