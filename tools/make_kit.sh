@@ -33,6 +33,11 @@ export PYTHONPATH=$PWD:$PWD/tools:$PWD/tools/ptxsim:$PWD/tools/gpumodel PYTHONDO
 sources=$(python3 -c 'from cute_ssm.runtime import toolchain; print(toolchain.sources_digest())')
 echo "$(git -C "$root" rev-parse HEAD) $sources" >COMMIT # which bench/outputs.py reads where there is no repository
 
+if [ -n "${BUNDLE:-}" ]; then
+  others=$(find "$BUNDLE" -name meta.json -exec grep -L "\"sources\": \"$sources\"" {} +)
+  [ -z "$others" ] || { echo "make_kit: the commit's sources are $sources, not those of $others" >&2; exit 1; }
+fi
+
 wheels=${WHEELS:-$scratch/wheels}
 if [ -z "${WHEELS:-}" ]; then
   platforms=()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,6 @@ import zipfile
 
 import pytest
 from paths import ROOT
-
-from cute_ssm.runtime import toolchain
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / ".git").exists() or None in map(shutil.which, ("git", "xz", "bash")), reason="needs a clone, git and xz"
@@ -25,6 +24,14 @@ def wheel(folder, name, *files):
     with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
         for file in files:
             archive.writestr(file, "")
+
+
+def make(folder, **variables):
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    command = ["bash", ROOT / "tools" / "make_kit.sh", folder / "out"]
+    return subprocess.run(
+        command, env={**os.environ, **variables, "PATH": path}, capture_output=True, text=True, timeout=600
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +56,7 @@ def made(tmp_path_factory):
     (folder / "peers" / "vllm-0.1.dist-info" / "licenses" / "LICENSE").touch()
     (folder / "emulated").write_bytes(b"results")
     given = {name.upper(): str(folder / name) for name in ("wheels", "bundle", "peers", "emulated")}
-    environment = {**os.environ, **given, "LIMIT_MIB": "1"}
-    environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), environment["PATH"]])
-    done = subprocess.run(
-        ["bash", ROOT / "tools" / "make_kit.sh", folder / "out"], env=environment, capture_output=True, text=True
-    )
+    done = make(folder, **given, LIMIT_MIB="1")
     with tarfile.open(folder / "out" / "kit.tar.xz") as archive:
         archive.extractall(folder, filter="data")
     return done, folder / "kit"
@@ -116,4 +119,12 @@ def test_a_command_runs_in_it_from_anywhere(made, tmp_path):
     assert done.stdout.split() == [str(own), str(own), str(kit / "bundle"), (own / "COMMIT").read_text().split()[0]], (
         done.stderr
     )
-    assert (own / "COMMIT").read_text().split()[1] == toolchain.sources_digest()
+
+
+def test_a_bundle_of_other_sources_is_refused(tmp_path):
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "meta.json").write_text('{"sources": "0123"}')
+    done = make(tmp_path, BUNDLE=str(tmp_path / "bundle"))
+    assert done.returncode == 1
+    assert re.search(r"the commit's sources are [0-9a-f]{16}, not those of .*meta.json", done.stderr)
+    assert not (tmp_path / "out" / "kit.tar.xz").exists()
