@@ -17,18 +17,20 @@ STEP = 16  # bytes of a machine instruction
 class MachineCode(NamedTuple):
     """What is known of a kernel's machine code.
 
-    ``instructions`` leaves padding out; ``spills`` are those that access spilled registers (LDL, STL).
+    ``instructions`` leaves padding out; ``spills`` are those that access spilled registers (LDL, STL).  ``straight``:
+    there are no loops.
     """
 
     code_bytes: int
     instructions: int
     spills: int = 0
+    straight: bool = False
 
     @classmethod
     def of(cls, kernel) -> MachineCode:
         """Return that of a ``ptxsim.sass.KernelCode``."""
         spills = sum(instruction.base in ("LDL", "STL") for instruction in kernel.code)
-        return cls(kernel.code_bytes, len(kernel.code), spills)
+        return cls(kernel.code_bytes, len(kernel.code), spills, not kernel.loops)
 
     @property
     def spill_share(self) -> float:

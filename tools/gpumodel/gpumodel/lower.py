@@ -15,6 +15,7 @@ from ptxsim.nodes import Mem, Not, Pair, Reg, Special, Vec
 from .code import STEP, MachineCode
 from .constants import SLOTS, Machine
 
+PREDICATED = 64  # S: instructions that a branch skips, at most, for ptxas to predicate them
 WIDE = ("b64", "s64", "u64")
 NO_RESULT = frozenset("st stmatrix red bar barrier fence membar cp bra brx ret exit trap prefetch prefetchu discard "
     "griddepcontrol setmaxnreg nanosleep applypriority pmevent brkpt".split())  # fmt: skip
@@ -64,15 +65,49 @@ class Lowering:
     def __init__(self, program, machine: Machine):
         self.kernel, self.machine = program.kernel, machine
         self.program = weakref.proxy(program)  # which may be a key of the lowerings
-        self.names, self.blocks, self.counts = {}, {}, {}
+        self.names, self.blocks, self.counts, self.skips = {}, {}, {}, {}
         self.ops = [self.lower(ins) for ins in program.kernel.instrs]
 
     def block(self, block, stop):
-        """Return the scheduled ops of ``block`` up to the instruction ``stop``."""
+        """Return the scheduled ops from the start of ``block`` to before the instruction ``stop``.
+
+        Branches in between have become predicates, see `joined`.
+        """
         known = self.blocks.get((block.pc, stop))
         if known is None:
-            known = self.blocks[block.pc, stop] = schedule(self.ops[block.pc : stop], self.machine.window)
+            ops = [op for op in self.ops[block.pc : stop] if self.skipped(op.pc) is None]
+            known = self.blocks[block.pc, stop] = schedule(ops, self.machine.window)
         return known
+
+    def skipped(self, pc):
+        """Return where the branch at ``pc`` leads if ptxas predicates what it skips instead, else None.
+
+        So it does with short code that only computes.
+        """
+        if pc not in self.skips:
+            ins, target = self.kernel.instrs[pc], None
+            if ins.op == "bra" and ins.pred is not None:
+                target = self.kernel.labels[ins.operands[0].name]
+                short = pc < target <= pc + 1 + PREDICATED
+                if not short or any(op.kind != "math" for op in self.ops[pc + 1 : target]):
+                    target = None
+            self.skips[pc] = target
+        return self.skips[pc]
+
+    def joined(self, visits, first):
+        """Return the last of the visits from ``first`` on that are one basic block of the machine code."""
+        last, join = first, -1
+        while last + 1 < len(visits):
+            visit = visits[last]
+            target = self.skipped(visit.stop - 1) if visit.stop == visit.block.next_pc else None
+            if target is not None:
+                join = max(join, target)
+            elif visit.stop != join:
+                break
+            if not visit.stop <= visits[last + 1].block.pc <= join:
+                break
+            last += 1
+        return last
 
     def slots(self, block, stop):
         """Return the issue slots of ``block`` up to the instruction ``stop``."""
@@ -80,6 +115,12 @@ class Lowering:
         if known is None:
             known = self.counts[block.pc, stop] = sum(op.slots for op in self.ops[block.pc : stop])
         return known
+
+    def growth(self, code: MachineCode | None):
+        """Return machine instructions per issue slot of the PTX, where every one of them runs once; else 1."""
+        if code is None or not code.straight:
+            return 1.0
+        return code.instructions / max(sum(op.slots for op in self.ops if self.skipped(op.pc) is None), 1)
 
     def block_bytes(self, code: MachineCode | None):
         """Return the bytes of each basic block that ran; ``code`` is shared out by issue slots."""

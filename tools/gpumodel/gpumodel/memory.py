@@ -41,15 +41,16 @@ class Residency(NamedTuple):
     """What the L2 holds when a launch starts.
 
     ``ranges`` are (first, last) lines; ``share`` of their lines are there, and those of ``lines`` are, too.
-    ``near``: all are in the near part.  ``shared`` are (first, last, share) of lines that other SMs read as well: the
-    L2 fetches them once, and this SM's share of that is smaller than what it reads.
+    ``near``: all are in the near part.  ``shared`` are (first, last, share, early) of lines that other SMs read as
+    well: the L2 fetches them once, and this SM's share of that is smaller than what it reads.  ``early`` is how many of the
+    lines are not there yet when this SM asks; the CTAs that run at the same time ask for them together.
     """
 
     ranges: tuple[tuple[int, int], ...] = ()
     share: float = 1.0
     near: bool = True
     lines: Container[int] = frozenset()
-    shared: tuple[tuple[int, int, float], ...] = ()
+    shared: tuple[tuple[int, int, float, float], ...] = ()
 
     def holds(self, line: int) -> bool:
         """Whether a line is in the L2."""
@@ -60,8 +61,11 @@ class Residency(NamedTuple):
         return self.share >= 1 or spread(line) < self.share * PARTS
 
     def part_of(self, line: int) -> float:
-        """The share of a line's way from DRAM to the L2 that falls to this SM."""
-        return next((share for first, last, share in self.shared if first <= line <= last), 1.0)
+        """The share of a line's way from DRAM to the L2 that falls to this SM; 0: the line is there already."""
+        for first, last, share, early in self.shared:
+            if first <= line <= last:
+                return share / early if early >= 1 or spread(line) < early * PARTS else 0.0
+        return 1.0
 
 
 NOTHING = Residency()
@@ -128,7 +132,8 @@ class Memory:
                 self.l1[line] = (self.l1_filled, held | mask)
                 self.l1_filled += 32 * mask.bit_count()
             new = mask & ~known
-            if new and self.held and self.residency.holds(line):
+            mine = self.residency.part_of(line) if new and self.residency.shared else 1.0
+            if new and (not mine or (self.held and self.residency.holds(line))):
                 seen[line] = (known | mask, arrival)
                 new = 0
             if self.far and new != mask and spread(line >> PART_LINES) < self.far:
@@ -137,7 +142,7 @@ class Memory:
             again += 32 * (mask & ~new).bit_count()
             if new:
                 touched.append((line, known | mask))
-                part = max(part, self.residency.part_of(line) if self.residency.shared else 1.0)
+                part = max(part, mine)
             else:
                 done = max(done, arrival)
         if fresh:
@@ -166,5 +171,6 @@ class Memory:
         if fresh:
             self.dram = max(t, self.dram) + fresh / self.dram_rate
             self.timing.dram_write += fresh
-        ready = t + total / self.machine.l2_port
+        self.port = max(t, self.port) + total * self.machine.l2_write_cost / self.l2_rate
+        ready = max(self.port, t + total / self.machine.l2_port)
         return (max(self.dram, ready) if fresh else ready) + self.machine.store_latency

@@ -15,7 +15,7 @@ from .constants import MACHINES, Machine
 from .lower import Lowering
 from .memory import Residency
 from .replay import Replay, Setting, Timing
-from .trace import LINE, Region, Trace
+from .trace import LINE, SECTOR, Region, Trace
 
 REGISTERS = 128  # of a kernel for which ptxas reported none
 REPLAYED = tuple(  # constants that only a replay reads: machines that differ in these alone share lowered code
@@ -315,8 +315,8 @@ class L2:
         touched = {}  # (first, last) address -> bytes
         for launch in launches:
             active = min(machine.sms, int(np.prod(launch.grid)))
-            for region, n_bytes in uses(launch.trace):
-                size = min(region.end - region.base, n_bytes * active)
+            for region, held, _ in uses(launch.trace):
+                size = min(region.end - region.base, held * active)
                 touched[region[:2]] = max(touched.get(region[:2], 0), size)
         total = sum(touched.values())
         room = (machine.l2_bytes - total) / (machine.l2_bytes - machine.l2_near_bytes)
@@ -332,22 +332,28 @@ class L2:
             earlier = any(first < region.end and region.base < last for first, last in self.found)
             if earlier or self.data == "warm" or (self.data == "activations" and small):
                 ranges.append(region.lines)
-        self.found += [region[:2] for region, _ in uses(launch.trace)]
+        self.found += [region[:2] for region, _, _ in uses(launch.trace)]
         active, shared = min(self.machine.sms, int(np.prod(launch.grid))), []
-        for region, n_bytes in uses(launch.trace):
-            share = (region.end - region.base) / (n_bytes * active)
+        for region, _, read in uses(launch.trace):
+            share = (region.end - region.base) / (read * active)
             if share < 1:
-                shared.append((*region.lines, share))
+                together = getattr(launch, "together", {}).get(region.lines[0], 0.0)
+                shared.append((*region.lines, share, min(1.0, share / together) if together else 1.0))
         return Residency(tuple(ranges) if self.share else (), self.share, self.near, shared=tuple(shared))
 
 
 def uses(trace: Trace):
-    """Yield the regions that the recorded CTAs touch, and the bytes of lines that they touch there."""
+    """Yield the regions that the SM's CTAs touch, and the bytes of lines and of sectors that they touch there.
+
+    Where a launch has a record of some of them, its ``scale`` says how many times as many CTAs the SM has.
+    """
+    scale = getattr(trace.launch, "scale", 1.0)
     for region in map(Region._make, trace.regions):
         first, last = region.lines
-        n_lines = sum(use.lines for use in trace.footprint.tensors.values() if use.first <= last and first <= use.last)
-        if n_lines:
-            yield region, n_lines << LINE
+        mine = [use for use in trace.footprint.tensors.values() if use.first <= last and first <= use.last]
+        if mine:
+            touched = (sum(u.lines for u in mine) << LINE, sum(u.sectors for u in mine) << SECTOR)
+            yield region, *(min(int(n * scale), last - first + 1 << LINE) for n in touched)
 
 
 def is_steady(first: Modelled, second: Modelled, machine: Machine) -> bool:

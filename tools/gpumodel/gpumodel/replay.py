@@ -70,7 +70,7 @@ class Timing:
     """The result of a replay, in clocks of one SM."""
 
     clocks: float = 0.0
-    slots: int = 0  # issued
+    slots: float = 0  # issued
     dram_read: int = 0  # bytes
     dram_write: int = 0
     l2_read: int = 0
@@ -149,6 +149,7 @@ class Replay:
         machine_code = setting.machine_code
         self.code = CodeCache(machine, lowering.block_bytes(machine_code), setting.code)
         self.spills = machine_code.spill_share if machine_code else 0.0
+        self.growth = lowering.growth(machine_code)
         threads = launch.block_threads
         self.cta_interval = machine.cta_ns * machine.ghz * active * (1 + machine.cta_threads * (threads - 32) / 992)
         self.dispatched = 0.0  # when the next CTA of this SM may start
@@ -246,17 +247,7 @@ class Replay:
                 if warp.visit >= len(warp.visits):
                     self.finish(warp, t)
                     return
-                visit = warp.visits[warp.visit]
-                warp.ops, warp.events, warp.at = self.lowering.block(visit.block, visit.stop), visit.events, 0
-                warp.visit += 1
-                if self.code.needed:
-                    fetched = self.code.enter(warp.home, visit.block.pc, visit.block.pc == warp.stop, t)
-                    warp.stop = visit.stop
-                    if fetched > t:
-                        self.stall(warp, t, fetched, "instruction cache")
-                        t = fetched
-                if self.spills:
-                    self.lsu = max(self.lsu, t) + self.spills * self.lowering.slots(visit.block, visit.stop)
+                t = self.enter(warp, t)
             op = warp.ops[warp.at]
             when, cause = t, ""
             for r in op.sources:
@@ -270,6 +261,24 @@ class Replay:
         warp.since, warp.cause = t, cause
         self.number += 1
         heappush(self.pending[warp.home], (when, self.number, warp))
+
+    def enter(self, warp, t):
+        """Bring the warp to its next basic block of the machine code, and return when it may run."""
+        first, last = warp.visit, self.lowering.joined(warp.visits, warp.visit)
+        visits = warp.visits[first : last + 1]
+        warp.ops, warp.at = self.lowering.block(visits[0].block, visits[-1].stop), 0
+        warp.events = visits[0].events if first == last else {pc: e for v in visits for pc, e in v.events.items()}
+        warp.visit = last + 1
+        for visit in visits:
+            if self.code.needed:
+                fetched = self.code.enter(warp.home, visit.block.pc, visit.block.pc == warp.stop, t)
+                warp.stop = visit.stop
+                if fetched > t:
+                    self.stall(warp, t, fetched, "instruction cache")
+                    t = fetched
+            if self.spills:
+                self.lsu = max(self.lsu, t) + self.spills * self.lowering.slots(visit.block, visit.stop)
+        return t
 
     def issue(self, warp, s, t, ready):
         """Issue the warp's next instruction at ``t`` on scheduler ``s``."""
@@ -298,8 +307,8 @@ class Replay:
             waited = max(warp.since, min(t, ready))
             self.stall(warp, warp.since, waited, warp.cause or "issue")
             self.stall(warp, waited, t, "issue" if "pipe" not in warp.cause else warp.cause)
-        self.free[s] = t + op.slots
-        self.timing.slots += op.slots
+        self.free[s] = t + op.slots * self.growth
+        self.timing.slots += op.slots * self.growth
         warp.at += 1
         if op.kind == "math":
             done = t + op.slots - 1 + op.latency

@@ -112,11 +112,12 @@ class BulkCopy(NamedTuple):
 
 
 class TensorUse(NamedTuple):
-    """What the recorded CTAs touch of a tensor: its first and last line, and how many."""
+    """What the recorded CTAs touch of a tensor: its first and last line, and how many lines and sectors."""
 
     first: int
     last: int
     lines: int
+    sectors: int
 
 
 class Footprint(NamedTuple):
@@ -262,12 +263,16 @@ class Trace(Counters):
                     mode = "bulk read" if event.load else "write"
                 else:
                     continue
-                numbers = tensors.setdefault(event.tensor, set())
+                masks = tensors.setdefault(event.tensor, {})
                 for number, mask in event.lines:
-                    numbers.add(number)
+                    masks[number] = masks.get(number, 0) | mask
                     for into in modes[mode]:
                         into[number] = into.get(number, 0) | mask
-        uses = {name: TensorUse(min(n), max(n), len(n)) for name, n in tensors.items() if n}
+        uses = {
+            name: TensorUse(min(masks), max(masks), len(masks), sum(mask.bit_count() for mask in masks.values()))
+            for name, masks in tensors.items()
+            if masks
+        }
         total = [32 * sum(mask.bit_count() for mask in into.values()) for into in (read, written, bulk)]
         return Footprint(*total, uses)
 
