@@ -1,0 +1,101 @@
+"""Modelled times of points: recorded once, replayed for every set of constants that is tried."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+from ..constants import MACHINES, Machine
+from ..fit import Observation
+from ..model import resident_ctas, time_session
+from .kernels import KERNELS
+from .points import Point
+from .recordings import Cache, RecordedLaunch, Recording, options, recording_of
+
+HELD = 120  # recordings in memory
+
+
+class Library:
+    """The recordings of points: from a cache, or made when they are first needed.
+
+    Parameters
+    ----------
+    peers : Path
+        Folder of the packages that the kernels come from.
+    cache : Path
+        Folder of recordings.
+    """
+
+    def __init__(self, peers: Path, cache: Path):
+        self.peers, self.cache = peers, Cache(cache)
+        self.held: OrderedDict[str, Recording] = OrderedDict()
+
+    def recording(self, point: Point) -> Recording:
+        """Return a point's recording."""
+        key = point.recorded
+        name = str(self.cache.path(key))
+        if name not in self.held:
+            found = self.cache.get(key)
+            if found is None:
+                call = KERNELS[point.kernel].make(self.peers, point.keys)
+                found = recorded(call.run, MACHINES[point.gpu], call.whole)
+                self.cache.put(key, found)
+            self.held[name] = found
+            while len(self.held) > HELD:
+                self.held.popitem(last=False)
+        return self.held[name]
+
+    def modelled(self, point: Point, machine: Machine) -> float:
+        """Return modelled microseconds of a point."""
+        return time_of(self.recording(point), machine, point)
+
+    def observation(self, point: Point) -> Observation:
+        """Return a point as `gpumodel.fit.fit` takes it."""
+        return Observation(
+            point.name, point.us, lambda machine: self.modelled(point, machine), point.gpu, point.source, point.half
+        )
+
+
+def recorded(run: Callable[[], object], machine: Machine, whole: bool) -> Recording:
+    """Record a call of Triton kernels."""
+    from ptxsim.triton_hook import emulate_triton
+
+    from .packages import on_cpu
+
+    digits = int("".join(c for c in machine.arch if c.isdigit()))
+    with on_cpu(), emulate_triton(arch=digits, **options(machine.sms, whole)) as session:
+        run()
+    return recording_of(session, machine.sms)
+
+
+def time_of(recording: Recording, machine: Machine, point: Point) -> float:
+    """Return modelled microseconds.
+
+    Of a launch with more CTAs than were recorded, the record and a shorter part of it are replayed, and the time is
+    continued in a straight line: both are whole numbers of waves.
+    """
+
+    def us_of(launches: list[RecordedLaunch]) -> float:
+        codes = {launch.name: launch.code for launch in launches}
+        return time_session(Recording(launches), machine, conditions=point.conditions, codes=codes).us
+
+    waves = [whole_waves(launch, machine) for launch in recording.launches]
+    longest = [launch.first(long) for launch, (long, _) in zip(recording.launches, waves)]
+    us = replayed = us_of(longest)
+    for i, (launch, (long, short)) in enumerate(zip(recording.launches, waves)):
+        if long < launch.all_ctas:
+            shorter = [*longest[:i], launch.first(short), *longest[i + 1 :]]
+            us += (replayed - us_of(shorter)) / (long - short) * (launch.all_ctas - long)
+    return us
+
+
+def whole_waves(launch: RecordedLaunch, machine: Machine) -> tuple[int, int]:
+    """Return how many CTAs to replay, and how many of them for a shorter run."""
+    if launch.ctas == launch.all_ctas:
+        return launch.ctas, launch.ctas
+    resident = resident_ctas(machine, launch.registers, launch.smem_total - 1024, launch.block_threads)
+    waves = launch.ctas // resident
+    if waves < 2:
+        raise ValueError(f"{launch.name}: {launch.ctas} CTAs of an SM are recorded, but {resident} are resident")
+    return waves * resident, -(-waves // 2) * resident
