@@ -41,9 +41,9 @@ class Residency(NamedTuple):
     """What the L2 holds when a launch starts.
 
     ``ranges`` are (first, last) lines; ``share`` of their lines are there, and those of ``lines`` are, too.
-    ``near``: all are in the near part.  ``shared`` are (first, last, share, early) of lines that other SMs read as
-    well: the L2 fetches them once, and this SM's share of that is smaller than what it reads.  ``early`` is how many of the
-    lines are not there yet when this SM asks; the CTAs that run at the same time ask for them together.
+    ``near``: all are in the near part.  ``shared`` are (first, last, share, early) of lines that other SMs read too:
+    the L2 fetches them once, and this SM's share of that is smaller than what it reads.  ``early`` is how many of them
+    are not there yet when this SM asks; the CTAs that run at the same time ask for them together.
     """
 
     ranges: tuple[tuple[int, int], ...] = ()
