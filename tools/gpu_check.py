@@ -134,8 +134,7 @@ def items_of(options: argparse.Namespace) -> list[records.Item]:
     from gpu_pass import arithmetic, checks, emulated, times, tuning
 
     if options.step in ("times", "times-more"):
-        small = times.Effort((1,), samples=1, warm_up=0, sets=2, copy_bytes=1 << 16, small=True)
-        return times.items(options.out, small if options.rehearse else times.Effort(), options.step == "times")
+        return times.items(options.out, options.step == "times", options.rehearse)
     if options.step == "arithmetic":
         return arithmetic.items(1 << 7 if options.rehearse else 1 << 20, options.out)
     if options.step == "tuning":

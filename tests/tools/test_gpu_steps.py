@@ -6,8 +6,9 @@ import gpu_calls
 import numpy as np
 import pytest
 import torch
+from bench import circumstances
 from bench.cases import Case
-from gpu_pass import calls, checks, emulated, records, times, tuning
+from gpu_pass import calls, checks, emulated, times, tuning
 from gpu_pass.records import Wrong
 
 import cute_ssm
@@ -129,21 +130,20 @@ def test_what_a_call_launches_is_checked_in_each_way_for_each_operator():
 
 # ---------------------------------------------------------------------------------------------------------------- times
 def test_each_operator_is_timed_first_once_and_at_all_batches():
-    effort = times.Effort()
-    first = list(times.declared(effort, True))
+    first = list(times.declared(True))
     assert {case.op for case, _ in first[: len(workloads.OPERATORS)]} == set(workloads.OPERATORS)
     assert [batch for case, batch in first if case.op == "selective_scan"] == [8, 1], (
         "the most sequences that it is given"
     )
     for op in ("selective_state_update", "checkpointing_ssu", "gated_delta_rule_mtp", "gated_delta_rule_replay"):
         assert [batch for case, batch in first if case.op == op] == list(times.BATCHES)
-    more = list(times.declared(effort, False))
+    more = list(times.declared(False))
     assert not {(c.op, c.name) for c, _ in first} & {(c.op, c.name) for c, _ in more}
 
 
 def test_kernels_of_everything_that_is_timed_are_in_the_kit():
     known = set(gpu_calls.of_calls(gpu_calls.timed(), SM_90A))
-    found = [*times.declared(times.Effort(), True), *times.declared(times.Effort(), False)]
+    found = [*times.declared(True), *times.declared(False)]
     made = [gpu_calls.Made(case.op, case.call(batch)) for case, batch in found]
     assert set(gpu_calls.of_calls(made, SM_90A)) <= known
 
@@ -171,11 +171,18 @@ def clockwork(monkeypatch):
     call = workloads.Call("checkpointing_ssu", {}, (), 1.0, 1000)
     monkeypatch.setattr(workloads.Call, "run", lambda self: "ours")
     monkeypatch.setattr(timing, "rotated", lambda *_: [call, call])
-    monkeypatch.setattr(times.peers, "of", lambda *_: ({"fla": [lambda: "peer"] * 2}, {"flashinfer": "not installed"}))
-    monkeypatch.setattr(times.roof, "copies", lambda *_: [lambda: "copy"] * 3)
-    monkeypatch.setattr(times.roof, "clocks", lambda _: {})
-    made = object.__new__(times.Clockwork)
-    made.device, made.effort, made.copy, made.about = torch.device("cpu"), times.Effort(), 1e12, {"device": "none"}
+    monkeypatch.setattr(
+        circumstances.peers, "of", lambda *_: ({"fla": [lambda: "peer"] * 2}, {"flashinfer": "not installed"})
+    )
+    monkeypatch.setattr(circumstances.roof, "copies", lambda *_: [lambda: "copy"] * 3)
+    monkeypatch.setattr(circumstances.roof, "clocks", lambda _: {})
+    made = object.__new__(circumstances.Clockwork)
+    made.device, made.effort, made.copy, made.about = (
+        torch.device("cpu"),
+        circumstances.Effort(),
+        1e12,
+        {"device": "none"},
+    )
     made.between, made.why_not = {"apart": lambda: "tiny", "evicted": lambda: "evictor"}, {}
     return made
 
@@ -196,8 +203,8 @@ def test_a_peer_that_refuses_a_call_is_absent_and_ours_is_timed(clockwork, monke
     def refuse():
         raise ValueError("no such mode")
 
-    monkeypatch.setattr(times.peers, "of", lambda *_: ({"fla": [refuse]}, {}))
-    monkeypatch.setattr(records, "device_is_alive", lambda: True)
+    monkeypatch.setattr(circumstances.peers, "of", lambda *_: ({"fla": [refuse]}, {}))
+    monkeypatch.setattr(circumstances, "device_is_alive", lambda: True)
     line = clockwork.line(Case("small", "selective_state_update", (), (1,)), 1)
     assert line["peers"]["fla"] == {"absent": "ValueError: no such mode"}
     assert line["pdl"] == "always" and "dependent" not in line["variants"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cute_ssm import workloads
 
@@ -47,6 +48,12 @@ class Case:
     def call(self, batch: int) -> dict[str, int | str]:
         """Parameters of the call with ``batch`` requests."""
         return {**dict(self.keys), workloads.batch_key(self.op): batch}
+
+    def line(self, batch: int, **more: Any) -> dict[str, Any]:
+        """Return a line of benchmarks."""
+        return {
+            "op": self.op, "model": self.model, "case": self.name, "keys": dict(self.keys), "batch": batch, **more,
+        }  # fmt: skip
 
 
 def declared(

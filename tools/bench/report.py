@@ -31,7 +31,8 @@ Line = dict[str, Any]
 NOTES = {
     "modelled": "**Modelled, not measured**: by `tools/gpumodel`, whose constants are published figures fitted to no "
     "hardware. Good for comparing configurations; no number here is a claim about a GPU.",
-    "measured": "Measured by `tools/bench/run.py`: CUDA graphs over rotated arguments of three times the L2, median.",
+    "measured": "Measured by `tools/bench/circumstances.py`: CUDA graphs of calls one behind the other over rotated "
+    "arguments of three times the L2, median.",
 }
 UNMEASURED = """\
 !!! warning "Nothing was measured on a GPU"

@@ -10,7 +10,8 @@ out.  ``report.py`` makes tables and plots of the lines.
 A line: op, model, case, keys, batch; ``how``: "measured" or "modelled", and for the latter ``fitted`` and whether it
 was replayed whole (``exact``); arch, device, clocks, versions, commit; ``us``: median, p10, p90 of a call; bytes that
 it must move, ``gbs`` of them, ``of_copy``: share of the bandwidth of a large copy; ``peers``: for each ``us`` and
-``ratio``, its time by ours, or why it is ``absent``.
+``ratio``, its time by ours, or why it is ``absent``; of measured ones, ``variants`` by circumstance
+(`bench.circumstances`), here and for each peer.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ if __package__ in (None, ""):  # run as a file
 
 import torch
 
-from bench import cases, peers, roof, triton_peers
+from bench import cases, triton_peers
 from bench.cases import Case
+from bench.circumstances import Clockwork, Effort
 from bench.outputs import commit, destination
-from cute_ssm.tuner import timing
 
 SAMPLES = {False: 40, True: 12}  # by --quick
 GATE_REQUESTS = 2
@@ -51,13 +52,6 @@ def versions() -> dict[str, str]:
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found
-
-
-def line_of(case: Case, batch: int, **more: Any) -> dict[str, Any]:
-    """Return a line of a call."""
-    return {
-        "op": case.op, "model": case.model, "case": case.name, "keys": dict(case.keys), "batch": batch, **more,
-    }  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------- by the model
@@ -84,8 +78,8 @@ def modelled(case: Case, batch: int, gpu: str) -> dict[str, Any]:
         }
         for kernel in result.kernels
     ]  # fmt: skip
-    return line_of(
-        case, batch, how="modelled", fitted=result.fitted, exact=result.exact, device=gpu,
+    return case.line(
+        batch, how="modelled", fitted=result.fitted, exact=result.exact, device=gpu,
         arch=target, us=us, bytes=result.bytes, gbs=round(result.bytes / result.us / 1e3, 1),
         of_copy=round(result.of_roof, 4), copy_us=round(result.roof_us, 3), kernels=kernels, peers=rivals,
     )  # fmt: skip
@@ -102,45 +96,6 @@ def waits_of(kernel: Any) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------------------- measured
-class Bench:
-    """Measures on one GPU."""
-
-    def __init__(self, device: torch.device, samples: int):
-        self.device, self.samples = device, samples
-        self.copy = roof.copy_bandwidth(device)
-        properties = torch.cuda.get_device_properties(device)
-        self.about = {
-            "device": properties.name,
-            "arch": "sm_{}{}a".format(*torch.cuda.get_device_capability(device)),
-            "copy_gbs": round(self.copy / 1e9, 1),
-        }
-
-    def line(self, case: Case, batch: int) -> dict[str, Any]:
-        """Measure a call and its peers, in turns."""
-        calls = timing.rotated(case.op, case.call(batch), self.device)
-        rivals, absent = peers.of(case.op, [call.arguments for call in calls])
-        rivals = {"cute_ssm": [call.run for call in calls], **rivals}
-        rivals["copy"] = roof.copies(calls[0].floor_bytes, self.device)
-        passes = {}
-        for name, made in rivals.items():
-            try:
-                passes[name] = (timing.capture(made), len(made))
-            except Exception as error:  # a peer that refuses this call takes no part; ours must not
-                if name == "cute_ssm":
-                    raise
-                absent[name] = f"{type(error).__name__}: {str(error)[:200]}"
-        times = {name: roof.summary(found) for name, found in timing.alternate(passes, self.samples).items()}
-        ours = times.pop("cute_ssm")
-        found = {name: {"us": us, "ratio": round(us["median"] / ours["median"], 3)} for name, us in times.items()}
-        found |= {name: {"absent": reason} for name, reason in absent.items()}
-        n_bytes = calls[0].floor_bytes
-        speed = n_bytes / (ours["median"] * 1e-6)
-        return line_of(
-            case, batch, how="measured", **self.about, clocks=roof.clocks(self.device.index or 0), us=ours,
-            sets=len(calls), bytes=n_bytes, gbs=round(speed / 1e9, 1), of_copy=round(speed / self.copy, 4), peers=found,
-        )  # fmt: skip
-
-
 def gate(case: Case, device: torch.device) -> None:
     """Compare our results for a few requests with those of the reference.
 
@@ -216,7 +171,9 @@ def main(argv: list[str] | None = None) -> int:
         path = destination(options.out, f"{name}.jsonl", options.resume)
     except ValueError as error:
         parser.error(str(error))
-    bench = None if options.model else Bench(torch.device("cuda", torch.cuda.current_device()), SAMPLES[options.quick])
+    bench = None
+    if not options.model:
+        bench = Clockwork(torch.device("cuda", torch.cuda.current_device()), Effort(samples=SAMPLES[options.quick]))
     path.parent.mkdir(parents=True, exist_ok=True)
     now, about, end = commit(), versions(), time.monotonic() + 60 * (options.minutes or 1e9)
     known = done_in(path, now) if options.resume else set()
@@ -243,7 +200,9 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failures else 0
 
 
-def one(bench: Bench | None, case: Case, batch: int, device: str, gated: dict[tuple[str, str], str]) -> dict[str, Any]:
+def one(
+    bench: Clockwork | None, case: Case, batch: int, device: str, gated: dict[tuple[str, str], str]
+) -> dict[str, Any]:
     """Return the line of a call; a case whose gate has failed is not measured."""
     if bench is None:
         return modelled(case, batch, device)
