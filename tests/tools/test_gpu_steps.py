@@ -77,6 +77,9 @@ def test_the_verdict_is_by_errors():
     assert emulated.verdict(rounded, exact, exact, "float32")["ratio"] < 1
     assert emulated.verdict(exact + noise, exact + noise, exact, "bfloat16")["ratio"] < 1
     assert emulated.verdict(exact + 2 * noise, exact + noise, exact, "float32")["ratio"] == pytest.approx(4 / 3)
+    step = 2.0**-7 * np.sign(noise)  # the last bit of a bfloat16
+    assert emulated.verdict(exact + step * (np.arange(1000) % 200 == 0), exact, exact, "bfloat16")["ratio"] < 1
+    assert emulated.verdict(exact + step, exact, exact, "bfloat16")["ratio"] > 5, "all rounded the other way"
     bad = np.where(np.arange(1000) == 3, np.nan, exact)
     assert emulated.verdict(bad, exact, exact, "float32")["ratio"] == float("inf")
 

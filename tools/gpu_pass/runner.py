@@ -25,6 +25,7 @@ from gpu_pass.plan import SECONDS, Step, located
 RESERVE_S = 6.0  # for the summary and the last archive
 GRACE_S = 12.0  # between SIGINT and the end of the group
 POLL_S = 0.2
+STARTING = 5  # times as long may pass before the first result: Python, PyTorch and CUDA are loaded
 PART_S = 360.0  # that the caps of steps are meant for; with more time they are higher
 ARCHIVE_BYTES = 15 << 20
 HUNG = -1000  # in place of an exit code
@@ -83,7 +84,7 @@ def run(command: Sequence[str], log: Path, limits: Limits, environment: Mapping[
 
 def _wait(process: subprocess.Popen[bytes], limits: Limits) -> int | None:
     end = time.monotonic() + limits.seconds
-    size, since = -1, time.monotonic()
+    size, since = 0, time.monotonic()
     while True:
         try:
             return process.wait(POLL_S)
@@ -95,7 +96,7 @@ def _wait(process: subprocess.Popen[bytes], limits: Limits) -> int | None:
             current = limits.watched.stat().st_size if limits.watched.exists() else 0
             if current != size:
                 size, since = current, now
-            elif now - since > limits.stall_s:
+            elif now - since > limits.stall_s * (1 if size else STARTING):
                 return HUNG
 
 
