@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops._gradients import refuse
 from cute_ssm.ops.gated_delta_rule_mtp.operator import gated_delta_rule_mtp
+from cute_ssm.spec import FLOATS
+
+TOKENS = 16  # of a call of the operator
+OLD_NAME = "transpose_state_layout"  # of state_v_first
 
 
 def fused_recurrent_gated_delta_rule(
@@ -22,72 +30,177 @@ def fused_recurrent_gated_delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Decode 1 to 16 tokens per sequence with the signature of fla's function of this name.
+    """Decode any number of tokens per sequence, with the signature of fla's function of this name (0.6.0).
 
     Parameters
     ----------
-    q, k : Tensor, (batch, tokens, heads, K), bfloat16/float16
-        tokens is 1 to 16; K is a multiple of 16 up to 256.
-    v : Tensor, (batch, tokens, value_heads, V), type of q
-        V is a multiple of 16 up to 256, or 512.
+    q, k : Tensor, (batch, tokens, heads, K), bfloat16/float16/float32
+        K is a multiple of 16 up to 256.  Rounded to the type of v, or to bfloat16 if that is float32.
+    v : Tensor, (batch, tokens, value_heads, V), bfloat16/float16/float32
+        V is a multiple of 16 up to 256, or 512.  float32 is rounded to bfloat16.
     g : Tensor, (batch, tokens, value_heads), optional
         Logarithms of the decays, of any sign.  None: no decay.
-    gk, gv, cu_seqlens
-        Not supported: decays per key or value channel, and packed sequences.
+    gk, gv
+        Not supported: decays per key or value channel.
     beta : Tensor, (batch, tokens, value_heads), optional
-        Update weights, sigmoid already applied; up to 2 with ``allow_neg_eigval``.  None: 1.
+        Update weights, of any sign.  None: 1.
     scale : float, optional
         Scale of q.  None: ``K ** -0.5``.
-    initial_state : Tensor, (batch, value_heads, K, V), float32/bfloat16/float16, optional
+    initial_state : Tensor, (sequences, value_heads, K, V), float32/bfloat16/float16, optional
         Not modified.  None: zeros.
     output_final_state : bool
         Return the states after the last token.
     use_qk_l2norm_in_kernel : bool
         Normalise q and k.
+    use_gate_in_kernel : bool
+        The decays are ``-exp(A_log) * softplus(g + dt_bias)``.
+    A_log, dt_bias : Tensor, (value_heads,), optional
+        With ``use_gate_in_kernel`` only, which requires ``A_log``.
+    use_beta_sigmoid_in_kernel : bool
+        The update weights are ``sigmoid(beta)``.
+    allow_neg_eigval : bool
+        They are ``2 sigmoid(beta)``; without ``use_beta_sigmoid_in_kernel`` it has no effect, as in fla.
+    state_v_first : bool
+        Layout of the states: (sequences, value_heads, V, K).
+    cu_seqlens : Tensor, (sequences + 1,), int32/int64, optional
+        Packed sequences: the batch is 1, and sequence i has the tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``.
+        The host reads it, which waits for a GPU.
 
     Returns
     -------
-    out : Tensor, (batch, tokens, value_heads, V), type of q
-    final_state : Tensor, (batch, value_heads, K, V), float32, or None
+    out : Tensor, (batch, tokens, value_heads, V), type of v
+    final_state : Tensor, (sequences, value_heads, K, V) or with ``state_v_first`` (..., V, K), float32, or None
 
     Raises
     ------
+    ValueError, TypeError
+        A shape, type or value is not as described above.
     UnsupportedSpecError
         An argument is not supported.
 
     Notes
     -----
-    Every call copies states to and from the layout [V, K] of `cute_ssm.gated_delta_rule_mtp`.  Serving engines should
-    call that function, which updates a pool in place.
+    The operator takes 16 tokens, so longer sequences take a launch for every 16.  Every call copies states to and from
+    its layout, and gates are computed by PyTorch.  Serving engines should call `cute_ssm.gated_delta_rule_mtp`, which
+    updates a pool in place.
     """
-    for name, value in (("gk", gk), ("gv", gv), ("cu_seqlens", cu_seqlens)):
+    if OLD_NAME in kwargs:
+        state_v_first = kwargs.pop(OLD_NAME) or state_v_first
+    if kwargs:
+        raise TypeError(describe(next(iter(kwargs)), "an argument of fla 0.6.0", "an unknown one"))
+    for name, value in (("gk", gk), ("gv", gv)):
         if value is not None:
-            fix = "this version supports one decay per head, and sequences of equal length"
-            raise UnsupportedSpecError(describe(name, "None", "a tensor", fix))
-    for name, value in (("q", q), ("v", v)):
+            raise UnsupportedSpecError(describe(name, "None", "a tensor", "this version supports one decay per head"))
+    for name, value in (("q", q), ("k", k), ("v", v)):
         if not isinstance(value, Tensor) or value.dim() != 4:
             raise ValueError(describe(name, "a tensor of 4 dimensions", type(value).__name__))
     refuse("fused_recurrent_gated_delta_rule", q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
-    batch, tokens, value_heads, V = v.shape
-    K = q.shape[-1]
+    gates = _gates(v, g, beta, A_log, dt_bias, use_gate_in_kernel)
+    if use_beta_sigmoid_in_kernel:
+        gates = gates._replace(step=(2 if allow_neg_eigval else 1) * torch.sigmoid(gates.step))
+    layout = _layout(q, cu_seqlens)
+    sequences = v.shape[0] if layout is None else len(layout.lengths)
+    pool = _pool(initial_state, sequences, q, v, state_v_first)
+    kind = v.dtype if v.dtype != torch.float32 else torch.bfloat16
+    rows = [tensor.to(kind) for tensor in (q, k, v)] + [gates.decay, gates.step]
+    if layout is not None:
+        rows = [layout.padded(tensor) for tensor in rows]
+    zeros = torch.zeros(v.shape[2], device=v.device)
+    indices = torch.arange(sequences, device=v.device, dtype=torch.int32)
+    tokens = rows[0].shape[1]
+    out = torch.empty(sequences, tokens, *v.shape[2:], dtype=v.dtype, device=v.device)
+    for first in range(0, tokens, TOKENS):
+        part = slice(first, first + TOKENS)
+        new_q, new_k, new_v, decay, step = (tensor[:, part].contiguous() for tensor in rows)
+        gated_delta_rule_mtp(
+            new_q, new_k, new_v, pool, indices, zeros, decay, zeros, step, scale, out[:, part],
+            disable_state_update=first + TOKENS >= tokens and not output_final_state,
+            use_qk_l2norm=use_qk_l2norm_in_kernel, gate_logits=False,
+        )  # fmt: skip
+    if layout is not None:
+        out = layout.packed(out)
+    if not output_final_state:
+        return out, None
+    return out, pool if state_v_first else pool.mT
+
+
+class _Gates(NamedTuple):
+    """Logarithms of the decays, and update weights: (batch, tokens, value_heads), float32."""
+
+    decay: Tensor
+    step: Tensor
+
+
+def _gates(v: Tensor, g: Any, beta: Any, A_log: Any, dt_bias: Any, activate: bool) -> _Gates:
+    shape = v.shape[:3]
     for name, value in (("g", g), ("beta", beta)):
-        if value is not None and value.shape != (batch, tokens, value_heads):
-            expected = f"shape (batch, tokens, value_heads) = {(batch, tokens, value_heads)}"
+        if value is not None and value.shape != shape:
+            expected = f"shape (batch, tokens, value_heads) = {tuple(shape)}"
             raise ValueError(describe(name, expected, tuple(value.shape)))
-    if initial_state is not None and initial_state.shape != (batch, value_heads, K, V):
-        expected = f"shape (batch, value_heads, K, V) = {(batch, value_heads, K, V)}"
-        raise ValueError(describe("initial_state", expected, tuple(initial_state.shape)))
-    pool = torch.zeros(batch, value_heads, V, K, device=v.device)
+    decay = torch.zeros(shape, device=v.device) if g is None else g.float()
+    if activate:
+        for name, value in (("A_log", A_log), ("g", g)):
+            if value is None:
+                raise ValueError(describe(name, "a tensor with use_gate_in_kernel", None))
+        decay = -A_log.float().exp() * softplus(decay if dt_bias is None else decay + dt_bias.float())
+    return _Gates(decay, torch.ones_like(decay) if beta is None else beta.float())
+
+
+class _Layout(NamedTuple):
+    """Packed sequences: the row of each token, its place in the sequence, and their lengths."""
+
+    row: Tensor
+    place: Tensor
+    lengths: list[int]
+
+    def padded(self, tensor: Tensor) -> Tensor:
+        """Return a packed tensor as (sequences, longest, ...).  Zeros behind a sequence leave its state unchanged."""
+        found = tensor.new_zeros(len(self.lengths), max(self.lengths, default=0), *tensor.shape[2:])
+        found[self.row, self.place] = tensor[0]
+        return found
+
+    def packed(self, tensor: Tensor) -> Tensor:
+        """Return the tokens of padded sequences one behind the other, as a batch of one."""
+        return tensor[self.row, self.place][None]
+
+
+def _layout(q: Tensor, cu_seqlens: Any) -> _Layout | None:
+    if cu_seqlens is None:
+        return None
+    if q.shape[0] != 1:
+        fix = "pack the sequences along the tokens"
+        raise ValueError(describe("q", "a batch of 1 with cu_seqlens", q.shape[0], fix))
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+        expected = "a tensor of shape (sequences + 1,), int32/int64"
+        raise ValueError(describe("cu_seqlens", expected, type(cu_seqlens).__name__))
+    starts: list[int] = cu_seqlens.tolist()
+    lengths = [end - start for start, end in itertools.pairwise(starts)]
+    if not starts or starts[0] != 0 or starts[-1] != q.shape[1] or min(lengths, default=0) < 0:
+        raise ValueError(describe("cu_seqlens", f"offsets that rise from 0 to {q.shape[1]} tokens", starts))
+    counts = torch.tensor(lengths, device=q.device)
+    row = torch.repeat_interleave(torch.arange(len(lengths), device=q.device), counts)
+    place = torch.arange(q.shape[1], device=q.device) - torch.tensor(starts, device=q.device)[row]
+    return _Layout(row, place, lengths)
+
+
+def _pool(initial_state: Any, sequences: int, q: Tensor, v: Tensor, state_v_first: bool) -> Tensor:
+    """Return the states in the layout of the operator, (sequences, value_heads, V, K), float32."""
+    value_heads, V = v.shape[2:]
+    pool = torch.zeros(sequences, value_heads, V, q.shape[-1], device=v.device)
     if initial_state is not None:
-        pool.copy_(initial_state.mT)
-    decay = torch.zeros(batch, tokens, value_heads, device=v.device) if g is None else g.float()
-    step = torch.ones_like(decay) if beta is None else beta.float()
-    zeros = torch.zeros(value_heads, device=v.device)
-    out, pool = gated_delta_rule_mtp(
-        q.contiguous(), k.contiguous(), v.contiguous(), pool,
-        torch.arange(batch, device=v.device, dtype=torch.int32), zeros, decay, zeros, step, scale,
-        disable_state_update=not output_final_state, use_qk_l2norm=use_qk_l2norm_in_kernel, gate_logits=False,
-    )  # fmt: skip
-    return out, pool.mT if output_final_state else None
+        like = pool if state_v_first else pool.mT
+        if initial_state.shape != like.shape or str(initial_state.dtype).removeprefix("torch.") not in FLOATS:
+            axes = "(sequences, value_heads, V, K)" if state_v_first else "(sequences, value_heads, K, V)"
+            got = f"{tuple(initial_state.shape)}, {initial_state.dtype}"
+            raise ValueError(describe("initial_state", f"shape {axes} = {tuple(like.shape)}, of floats", got))
+        like.copy_(initial_state)
+    return pool

@@ -83,7 +83,7 @@ def test_any_strides_and_types_of_the_token():
     ("change", "error", "message"),
     [
         ({"state": states(2)}, ValueError, "state: expected at least batch = 3 slots, got 2; pass state_batch_indices"),
-        ({"x": None}, TypeError, "x: expected a torch.Tensor, got NoneType"),
+        ({"x": None}, TypeError, "x: expected a torch.Tensor, or an array with __dlpack__, got NoneType"),
         ({"B": torch.zeros(3, 3, 32)}, ValueError, r"B: expected ngroups that divides nheads = 4, got ngroups = 3"),
         ({"D": torch.zeros(4, 32)}, ValueError, r"D: expected shape \(nheads, dim\) = \(4, 64\), got \(4, 32\)"),
         ({"state": states(3, dim=32, dstate=64).transpose(-1, -2)}, ValueError, "state: expected contiguous rows"),

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 TOOLS = ("ptxsim", "gpumodel", "gpushim")
 FOLDERS = {"cute-ssm": ROOT, **{name: ROOT / "tools" / name for name in TOOLS}}
 OWN = {
-    "ptxsim": {"numpy", "torch", "cutlass", "triton", "networkx", "ptxsim"},
+    "ptxsim": {"numpy", "torch", "cutlass", "triton", "networkx", "scipy", "ptxsim"},
     "gpumodel": {"numpy", "ptxsim", "matplotlib", "gpumodel"},
     "gpushim": {"numpy", "torch", "cutlass", "ptxsim", "gpushim"},
 }

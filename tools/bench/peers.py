@@ -57,7 +57,7 @@ def mamba_ssm_step(arguments: Arguments) -> Callable[[], object]:
 
 
 def flashinfer_checkpointing(arguments: Arguments) -> Callable[[], object]:
-    """``flashinfer.mamba.checkpointing_ssu``, of the double buffer."""
+    """``flashinfer.mamba.checkpointing_ssu`` of FlashInfer 0.6, of the double buffer."""
     function = _import("flashinfer.mamba", "checkpointing_ssu")
     window = arguments["old_x"].shape[-3]
     _require(window <= 16, "FlashInfer takes windows up to 16")

@@ -45,7 +45,7 @@ def selective_state_update(
     num_accepted_tokens: Tensor | None = None,
     backend: str = "auto",
     *,
-    write_padded_rows: bool = False,
+    write_padded_rows: bool = True,
 ) -> Tensor:
     """Advance states by their tokens, like FlashInfer's function of this name.
 
@@ -71,15 +71,15 @@ def selective_state_update(
     backend : {"auto", "flashinfer", "cake"}
         Accepted for compatibility.
     write_padded_rows : bool
-        Not in FlashInfer.  True writes padding rows of ``out`` as FlashInfer does, with the outputs of a zero state.
-        This costs a second launch, the memory of one state, and a few small PyTorch kernels.  Only callers that read
-        padding rows need it.
+        Not in FlashInfer.  Padding rows of ``out`` are written as FlashInfer does, with the outputs of a zero state:
+        this takes a second launch, the memory of one state, and a few small PyTorch kernels.  Pass False if nothing
+        reads padding rows.
 
     Returns
     -------
     Tensor
-        ``out`` if given, else a new tensor of the shape of x, including an inserted T axis.  Without
-        ``write_padded_rows``, padding rows of a given ``out`` do not change, and those of a new tensor are zero.
+        ``out`` if given, else a new tensor of the shape of x, including an inserted T axis.  With
+        ``write_padded_rows=False``, padding rows of a given ``out`` do not change, and those of a new tensor are zero.
 
     Raises
     ------
@@ -91,7 +91,6 @@ def selective_state_update(
     Differences from FlashInfer:
 
     * Without ``state_batch_indices`` no sequence is padding.
-    * Padding rows are not written unless ``write_padded_rows=True``; FlashInfer writes the outputs of a zero state.
     * With an intermediate buffer, the last state is also written to ``state`` unless ``disable_state_update``, which
       applies with ``dst_state_batch_indices`` too; padding entries are skipped in every mode.
     * D may be None.
@@ -127,68 +126,12 @@ def selective_state_update(
     return result
 
 
+def cake_selective_state_update(*args: Any, **kwargs: Any) -> Tensor:
+    """Call `selective_state_update` with ``backend="cake"``, like FlashInfer's function of this name."""
+    return selective_state_update(*args, backend="cake", **kwargs)  # type: ignore[misc]
+
+
 def checkpointing_ssu(
-    state: Tensor,
-    old_x: Tensor,
-    old_B: Tensor,
-    old_dt: Tensor,
-    old_cumAdt: Tensor,
-    cache_buf_idx: Tensor,
-    prev_num_accepted_tokens: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    out: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    state_batch_indices: Tensor | None = None,
-    pad_slot_id: int = -1,
-    state_scale: Tensor | None = None,
-    rand_seed: Tensor | None = None,
-    philox_rounds: int = 10,
-    d_split: int | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-    enable_pdl: bool | str = False,
-) -> Tensor:
-    """Verify speculative tokens with deferred state writes, like FlashInfer 0.6's function of this name.
-
-    Parameters and result are those of `cute_ssm.checkpointing_ssu`.  As in FlashInfer, a seed with a float32 state is
-    ignored.
-
-    Raises
-    ------
-    ValueError, TypeError, UnsupportedSpecError, UnsupportedArchError
-        As for `cute_ssm.checkpointing_ssu`; FlashInfer raises AssertionError and RuntimeError.
-
-    Notes
-    -----
-    Differences from FlashInfer:
-
-    * A step that appends to a history continues the sums in ``old_cumAdt``.  FlashInfer restarts them but reads them
-      as continued, so that its decays are wrong from the second such step on.
-    * The window may have up to 64 rows instead of 16, and there may be more new tokens than rows.
-    * float16 inputs are not read as bfloat16; bfloat16 states with a seed are rounded stochastically; int16 states, one
-      seed per slot, and two buffers of ``old_x`` are accepted.
-    * Unused rows of the history may hold NaN.
-    * Without ``state_batch_indices`` no sequence is padding.
-    * With ``enable_pdl=True`` the kernel accesses no memory before the preceding kernel has ended; FlashInfer's kernel
-      reads states, slots, cursors, dt and z earlier.  ``enable_pdl="early_reads"`` is in between: see
-      `cute_ssm.checkpointing_ssu`.
-    """
-    rand_seed = _seed(state, rand_seed)
-    return _checkpointing(
-        state, old_x, old_B, old_dt, old_cumAdt, cache_buf_idx, prev_num_accepted_tokens, x, dt, A, B, C, out, D, z,
-        dt_bias, dt_softplus, state_batch_indices, pad_slot_id, state_scale, rand_seed, philox_rounds, d_split,
-        cu_seqlens, max_seqlen, enable_pdl,
-    )  # fmt: skip
-
-
-def checkpointing_ssu_ring(
     state: Tensor,
     x_cache: Tensor,
     B_cache: Tensor,
@@ -220,7 +163,9 @@ def checkpointing_ssu_ring(
     precompute_heads_per_cta: int = 0,
     algorithm: str = "auto",
 ) -> Tensor:
-    """`checkpointing_ssu` with a ring as history, like that function in FlashInfer's development branch.
+    """Verify speculative tokens with deferred state writes, like FlashInfer's function of this name (from 0.7).
+
+    The history of each slot is a ring; `checkpointing_ssu_double_buffer` is FlashInfer 0.6's function.
 
     Parameters
     ----------
@@ -272,6 +217,114 @@ def checkpointing_ssu_ring(
         dt_softplus, state_batch_indices, pad_slot_id, state_scale, rand_seed, philox_rounds, d_split, cu_seqlens,
         max_seqlen, enable_pdl,
     )  # fmt: skip
+
+
+def checkpointing_ssu_double_buffer(
+    state: Tensor,
+    old_x: Tensor,
+    old_B: Tensor,
+    old_dt: Tensor,
+    old_cumAdt: Tensor,
+    cache_buf_idx: Tensor,
+    prev_num_accepted_tokens: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    out: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+    pad_slot_id: int = -1,
+    state_scale: Tensor | None = None,
+    rand_seed: Tensor | None = None,
+    philox_rounds: int = 10,
+    d_split: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    enable_pdl: bool | str = False,
+) -> Tensor:
+    """Verify speculative tokens with deferred state writes, like ``checkpointing_ssu`` of FlashInfer 0.6.
+
+    Parameters and result are those of `cute_ssm.checkpointing_ssu`.  As in FlashInfer, a seed with a float32 state is
+    ignored.
+
+    Raises
+    ------
+    ValueError, TypeError, UnsupportedSpecError, UnsupportedArchError
+        As for `cute_ssm.checkpointing_ssu`; FlashInfer raises AssertionError and RuntimeError.
+
+    Notes
+    -----
+    Differences from FlashInfer:
+
+    * A step that appends to a history continues the sums in ``old_cumAdt``.  FlashInfer restarts them but reads them
+      as continued, so that its decays are wrong from the second such step on.
+    * The window may have up to 64 rows instead of 16, and there may be more new tokens than rows.
+    * float16 inputs are not read as bfloat16; bfloat16 states with a seed are rounded stochastically; int16 states, one
+      seed per slot, and two buffers of ``old_x`` are accepted.
+    * Unused rows of the history may hold NaN.
+    * Without ``state_batch_indices`` no sequence is padding.
+    * With ``enable_pdl=True`` the kernel accesses no memory before the preceding kernel has ended; FlashInfer's kernel
+      reads states, slots, cursors, dt and z earlier.  ``enable_pdl="early_reads"`` is in between: see
+      `cute_ssm.checkpointing_ssu`.
+    """
+    rand_seed = _seed(state, rand_seed)
+    return _checkpointing(
+        state, old_x, old_B, old_dt, old_cumAdt, cache_buf_idx, prev_num_accepted_tokens, x, dt, A, B, C, out, D, z,
+        dt_bias, dt_softplus, state_batch_indices, pad_slot_id, state_scale, rand_seed, philox_rounds, d_split,
+        cu_seqlens, max_seqlen, enable_pdl,
+    )  # fmt: skip
+
+
+def allocate_checkpointing_ssu_scratch(
+    batch_size: int,
+    num_heads: int,
+    num_predicted_tokens: int,
+    max_window: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the scratch memory that FlashInfer's two kernels need, and this package's one does not use.
+
+    Parameters
+    ----------
+    batch_size, num_heads, num_predicted_tokens, max_window : int
+        Sizes of the calls; at least 1.
+    dtype, device
+        Type of x, and its device.
+
+    Returns
+    -------
+    cb_scaled, cumAdt_vec, cb_old : Tensor
+        With FlashInfer's shapes: (batch, heads, 32, T' / 2) of `dtype`, (batch, heads, T') of float32, and
+        (batch, heads, 32, W' / 2) of `dtype`, with T rounded up to a multiple of 16, W to one of 8.
+
+    Raises
+    ------
+    ValueError
+        A size is below 1.
+    """
+    sizes = {
+        "batch_size": batch_size, "num_heads": num_heads, "num_predicted_tokens": num_predicted_tokens,
+        "max_window": max_window,
+    }  # fmt: skip
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(describe(name, "at least 1", size))
+    tokens, window = -(-num_predicted_tokens // 16) * 16, -(-max_window // 8) * 8
+
+    def scratch(*shape: int, of: torch.dtype) -> Tensor:
+        return torch.empty(batch_size, num_heads, *shape, dtype=of, device=device)
+
+    return (
+        scratch(32, tokens // 2, of=dtype),
+        scratch(tokens, of=torch.float32),
+        scratch(32, window // 2, of=dtype),
+    )
 
 
 def _seed(state: Any, rand_seed: Any) -> Any:

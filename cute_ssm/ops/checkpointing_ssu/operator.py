@@ -284,8 +284,8 @@ def checkpointing_ssu_ring(
 
     Notes
     -----
-    The signature follows ``flashinfer.mamba.checkpointing_ssu`` of FlashInfer's development branch, without its scratch
-    buffers, which `cute_ssm.compat.flashinfer.mamba.checkpointing_ssu_ring` accepts.
+    The signature follows ``flashinfer.mamba.checkpointing_ssu`` of FlashInfer 0.7, without its scratch buffers,
+    which `cute_ssm.compat.flashinfer.mamba.checkpointing_ssu` accepts.
     """
     pdl = None if enable_pdl is False else arguments.pdl_of(enable_pdl)
     settings = (True, dt_softplus, pad_slot_id, philox_rounds, d_split, max_seqlen, window, pdl, saturate)

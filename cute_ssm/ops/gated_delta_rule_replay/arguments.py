@@ -54,9 +54,9 @@ def check(call: Arguments) -> GatedDeltaRuleReplaySpec:
     given.check_shapes({**sizes, "L": length})
     shared.check_heads("v", sizes["heads"], sizes["value_heads"])
     arguments.check_integer("window", window)
-    if not 1 <= window <= MAX_WINDOW:
+    if not 0 <= window <= MAX_WINDOW:
         fix = "pass window, or other rings"
-        raise ValueError(describe("window", f"1 to {MAX_WINDOW} pending tokens", window, fix))
+        raise ValueError(describe("window", f"0 to {MAX_WINDOW} pending tokens", window, fix))
     if length < window + tokens:
         expected = f"at least window + tokens = {window} + {tokens} rows"
         raise ValueError(describe("k_cache", expected, length, "allocate all rings with that many rows"))
@@ -66,7 +66,7 @@ def check(call: Arguments) -> GatedDeltaRuleReplaySpec:
     given.check_written()
     fields = shared.spec_fields(given, call.use_qk_l2norm, call.zero_padding)
     fields["tokens"] = token_bucket(max(tokens, 4))
-    spec = GatedDeltaRuleReplaySpec(**fields, window=window_bucket(window), saturate=call.saturate)
+    spec = GatedDeltaRuleReplaySpec(**fields, window=window_bucket(max(window, 1)), saturate=call.saturate)
     spec.check()
     return spec
 

@@ -110,7 +110,8 @@ def gated_delta_rule_replay(
     use_qk_l2norm : bool
         Divide q and all k by ``sqrt(sum of squares + 1e-6)``.
     window : int, optional
-        Largest number of pending tokens, 1 to 64; the same in all steps.  None: ``L - tokens``.
+        Largest number of pending tokens, 1 to 64; the same in all steps.  None: ``L - tokens``, which is 1 at least.
+        0: no token is ever pending; the call stores its tokens in the rings, and changes no state.
     saturate : bool
         Clamp new float16 states to +-65504 where they would be infinite; NaN stays NaN.  Raises for states of other
         types.
@@ -163,6 +164,9 @@ def gated_delta_rule_replay(
                     describe("k_cache", "4 dimensions like q, or a window", f"{k_cache.dim()} and {q.dim()}")
                 )
             window = k_cache.shape[2] - q.shape[1]
+            if window < 1:
+                expected = f"more rows than tokens = {q.shape[1]}, or a window"
+                raise ValueError(describe("k_cache", expected, k_cache.shape[2], "allocate all rings with more rows"))
         _REGISTERED.route(q)(
             q, k, v, initial_state, initial_state_indices, k_cache, v_cache, g_cache, beta_cache, ring_start,
             prev_num_accepted_tokens, A_log, a, dt_bias, b, scale, result, use_qk_l2norm, window, output is None,

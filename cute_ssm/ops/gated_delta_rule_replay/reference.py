@@ -73,7 +73,7 @@ def step(call: Arguments) -> None:
     start, pending = call.ring_start[slots].long(), call.prev_num_accepted_tokens[slots].long()
     g, beta = gates(call.a[rows], call.b[rows], call.A_log, call.dt_bias)
     new = (call.k[rows], call.v[rows], g.clamp(min=MIN_G), beta)
-    history = (start[:, None] + torch.arange(call.window)) % length  # (batch, window)
+    history = (start[:, None] + torch.arange(max(call.window, 1))) % length  # (batch, window)
     old = [ring[slots[:, None], :, history].transpose(1, 2) for ring in rings]  # (batch, heads, window, ...)
     out, folded = gated_delta_rule_replay(state[slots], old, pending, call.q[rows], new, call.scale, call.use_qk_l2norm)
     output[rows] = out.to(output.dtype)

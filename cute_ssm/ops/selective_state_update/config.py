@@ -247,7 +247,7 @@ def _choose(
     """Choose by the amount of work.
 
     Units are as large as `UNIT_BYTES` allows while (nearly) every SM still gets one.  If all units are resident at
-    once as CTAs of one warp, every unit gets such a CTA; otherwise warps are persistent.
+    once as CTAs of one warp, every unit gets such a CTA; otherwise warps are persistent, unless that spills.
     """
     matmul = int(few_tokens and can_multiply(spec))
     lanes = PRODUCT_LANES if matmul else lanes_of(spec)
@@ -262,7 +262,9 @@ def _choose(
     block = math.gcd(rows, 16 if spec.philox_rounds else 32) if matmul else block_of(spec, lanes, rows)
     units = heads * (spec.dim // rows)
     alone = min(RESIDENT_CTAS, arch.shared_bytes // (rows * row_bytes + cta_bytes))
-    if units <= alone * sm_count:
+    # ptxas 12.9 spills 80 to 300 bytes of the products of 32 rows if they are in a loop over units, on sm_100a alone
+    unlooped = matmul and block > 16 and arch.packed_f32
+    if units <= alone * sm_count or unlooped:
         return SelectiveStepConfig(lanes, rows, block, warps=1, stages=1, ctas_per_sm=alone, matmul=matmul)
     persistent = max(1, min(RESIDENT_CTAS, arch.shared_bytes // (PIPELINE_STAGES * rows * row_bytes + cta_bytes)))
     if spec.tokens != "one" or spec.scaled or spec.philox_rounds:

@@ -10,7 +10,7 @@ from bits import same_memory
 from checkpointing_cases import PAD, Case, Sequence, arguments, check, slots_of
 from memory import copy, storage
 
-from cute_ssm.compat.flashinfer.mamba import checkpointing_ssu, checkpointing_ssu_ring
+from cute_ssm.compat.flashinfer.mamba import checkpointing_ssu, checkpointing_ssu_double_buffer
 
 COMMON = (
     "x dt A B C out D z dt_bias dt_softplus state_batch_indices pad_slot_id state_scale rand_seed philox_rounds "
@@ -27,7 +27,10 @@ DEFAULTS = {
 
 @pytest.mark.parametrize(
     ("function", "order"),
-    [(checkpointing_ssu, DOUBLE), (checkpointing_ssu_ring, (*RING, *SCRATCH, "precompute_heads_per_cta", "algorithm"))],
+    [
+        (checkpointing_ssu_double_buffer, DOUBLE),
+        (checkpointing_ssu, (*RING, *SCRATCH, "precompute_heads_per_cta", "algorithm")),
+    ],
 )
 def test_signature(function, order):
     parameters = inspect.signature(function).parameters
@@ -49,13 +52,13 @@ def verify_by_position(case, function, order, **more):
 @pytest.mark.parametrize("state", ["f16", "i8"])
 @pytest.mark.parametrize("lengths", [None, (3, 0, 4)])
 def test_by_position(lengths, state):
-    verify_by_position(Case(state=state, lengths=lengths), checkpointing_ssu, DOUBLE)
-    verify_by_position(Case(state=state, lengths=lengths, history="ring"), checkpointing_ssu_ring, RING)
+    verify_by_position(Case(state=state, lengths=lengths), checkpointing_ssu_double_buffer, DOUBLE)
+    verify_by_position(Case(state=state, lengths=lengths, history="ring"), checkpointing_ssu, RING)
 
 
 @pytest.mark.parametrize("history", ["double", "ring"])
 def test_a_seed_of_one_element_may_have_any_shape(history):
-    function = checkpointing_ssu_ring if history == "ring" else checkpointing_ssu
+    function = checkpointing_ssu if history == "ring" else checkpointing_ssu_double_buffer
     states = []
     for shape in ((1,), (), (1, 1)):
         call = arguments(Case(history=history, rounds=4, accepted=(16, 0, 15)))
@@ -74,15 +77,18 @@ def scratch(case):
 def test_scratch_memory_is_accepted(algorithm):
     case = Case(history="ring")
     more = {**scratch(case), "algorithm": algorithm, "precompute_heads_per_cta": 4}
-    verify_by_position(case, checkpointing_ssu_ring, RING, **more)
+    verify_by_position(case, checkpointing_ssu, RING, **more)
 
 
 def test_a_seed_with_a_float32_state_is_ignored():
     seed = torch.zeros(1, dtype=torch.int64)
-    for case, function in ((Case(state="f32"), checkpointing_ssu), (Case(state="f32", history="ring"), None)):
+    for case, function in (
+        (Case(state="f32"), checkpointing_ssu_double_buffer),
+        (Case(state="f32", history="ring"), None),
+    ):
         call = arguments(case)
         twin = copy(call)
-        function = function or checkpointing_ssu_ring
+        function = function or checkpointing_ssu
         function(**call)
         function(**twin, rand_seed=seed)
         same_memory(call["state"], twin["state"])
@@ -103,5 +109,5 @@ def test_broken_scratch_memory(more, error, message):
     call = arguments(Case(history="ring"))
     before = copy(call)
     with pytest.raises(error, match=message):
-        checkpointing_ssu_ring(**call, **more)
+        checkpointing_ssu(**call, **more)
     assert all(torch.equal(storage(v), storage(call[n])) for n, v in before.items() if isinstance(v, torch.Tensor))

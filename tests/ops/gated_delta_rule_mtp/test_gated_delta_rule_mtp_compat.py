@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from bits import equal, same_memory
@@ -107,7 +109,7 @@ def test_fla_gates_that_no_logits_have(tokens, backend):
 
 def test_fla_refusals():
     q, v = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16), torch.zeros(1, 1, 2, 64, dtype=torch.bfloat16)
-    for name in ("gk", "gv", "cu_seqlens"):
+    for name in ("gk", "gv"):
         with pytest.raises(UnsupportedSpecError, match=f"{name}: expected None, got a tensor"):
             fused_recurrent_gated_delta_rule(q, q, v, **{name: q})
     for name, value in (("g", q), ("beta", q), ("initial_state", q)):
@@ -115,3 +117,66 @@ def test_fla_refusals():
             fused_recurrent_gated_delta_rule(q, q, v, **{name: value})
     with pytest.raises(ValueError, match="v: expected a tensor of 4 dimensions"):
         fused_recurrent_gated_delta_rule(q, q, v[0])
+    with pytest.raises(TypeError, match="speed: expected an argument of fla"):
+        fused_recurrent_gated_delta_rule(q, q, v, speed=1)
+    with pytest.raises(ValueError, match="A_log: expected a tensor with use_gate_in_kernel, got None"):
+        fused_recurrent_gated_delta_rule(q, q, v, v[..., 0], use_gate_in_kernel=True)
+    for offsets in ([0, 2], [1, 1], [0, 2, 1], []):
+        with pytest.raises(ValueError, match="cu_seqlens: expected offsets that rise from 0 to 1 tokens"):
+            fused_recurrent_gated_delta_rule(q, q, v, cu_seqlens=torch.tensor(offsets, dtype=torch.int32))
+    with pytest.raises(ValueError, match="q: expected a batch of 1 with cu_seqlens, got 2"):
+        two = [torch.cat([x, x]) for x in (q, q, v)]
+        fused_recurrent_gated_delta_rule(*two, cu_seqlens=torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float32])
+def test_fla_gates_in_the_call_and_states_with_values_first(kind):
+    torch.manual_seed(2)
+    batch, tokens, value_heads, K, V = 2, 5, 2, 32, 48
+    q, k = (torch.nn.functional.normalize(torch.randn(batch, tokens, 1, K), dim=-1) for _ in "qk")
+    v = torch.randn(batch, tokens, value_heads, V).to(kind)
+    raw, logits = torch.randn(batch, tokens, value_heads), torch.randn(batch, tokens, value_heads)
+    A_log, dt_bias = torch.rand(value_heads), torch.randn(value_heads)
+    state = torch.randn(batch, value_heads, V, K)
+    near = torch.bfloat16 if kind is torch.float32 else kind
+    rounded = [x.to(near) for x in (q, k, v)]
+    g = -A_log.exp() * torch.nn.functional.softplus(raw + dt_bias)
+    want, final = recurrence(*rounded, g, 2 * logits.sigmoid(), K**-0.5, state.mT, False)
+    out, got = fused_recurrent_gated_delta_rule(
+        q, k, v, raw, beta=logits, initial_state=state, output_final_state=True, use_gate_in_kernel=True, A_log=A_log,
+        dt_bias=dt_bias, use_beta_sigmoid_in_kernel=True, allow_neg_eigval=True, state_v_first=True,
+    )  # fmt: skip
+    assert out.dtype is kind and got.shape == state.shape
+    assert (out - want).abs().max() < (2**-10 if kind is torch.float16 else 1e-5) * want.abs().max()
+    assert (got.mT - final).abs().max() < 1e-5 * final.abs().max()
+    plain, _ = fused_recurrent_gated_delta_rule(q, k, v, raw, beta=logits, allow_neg_eigval=True)
+    same, _ = fused_recurrent_gated_delta_rule(q, k, v, raw, beta=logits)
+    equal(plain, same, "allow_neg_eigval acts on the sigmoid alone")
+    old, _ = fused_recurrent_gated_delta_rule(q, k, v, initial_state=state, transpose_state_layout=True)
+    new, _ = fused_recurrent_gated_delta_rule(q, k, v, initial_state=state, state_v_first=True)
+    equal(old, new)
+
+
+@both
+def test_fla_long_and_packed_sequences(backend):
+    """More tokens than a call of the operator takes; a sequence without tokens keeps its state."""
+    torch.manual_seed(3)
+    lengths, value_heads, K, V = (35, 0, 1, 16), 2, 32, 32
+    total = sum(lengths)
+    q, k = (torch.nn.functional.normalize(torch.randn(1, total, 1, K), dim=-1).bfloat16() for _ in "qk")
+    v = torch.randn(1, total, value_heads, V).bfloat16()
+    g, beta = -torch.rand(1, total, value_heads), torch.rand(1, total, value_heads)
+    state = torch.randn(len(lengths), value_heads, K, V)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    with backend(checks=False):
+        out, final = fused_recurrent_gated_delta_rule(
+            q, k, v, g, beta=beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True,
+            cu_seqlens=offsets,
+        )  # fmt: skip
+    equal(final[1], state[1], "no tokens")
+    for i, (first, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        if end > first:
+            own = [x[:, first:end] for x in (q, k, v, g, beta)]
+            want, last = recurrence(*own, K**-0.5, state[i : i + 1], True)
+            assert (out[:, first:end] - want).abs().max() < 2**-8 * want.abs().max(), i
+            assert (final[i] - last).abs().max() < 1e-5 * last.abs().max(), i

@@ -94,8 +94,8 @@ BROKEN = [
     ("ring_start", lambda t: t * 0 + 23, ValueError, r"expected values from 0 to 22, got 23 in slot"),
     ("prev_num_accepted_tokens", lambda t: t * 0 + 17, ValueError, "expected values from 0 to 16, got 17 in slot"),
     ("prev_num_accepted_tokens", lambda t: t * 0 - 1, ValueError, "expected values from 0 to 16, got -1 in slot"),
-    ("window", lambda w: 0, ValueError, "expected 1 to 64 pending tokens, got 0; pass window"),
-    ("window", lambda w: 65, ValueError, "expected 1 to 64 pending tokens, got 65"),
+    ("window", lambda w: -1, ValueError, "expected 0 to 64 pending tokens, got -1; pass window"),
+    ("window", lambda w: 65, ValueError, "expected 0 to 64 pending tokens, got 65"),
     ("window", lambda w: 8.0, TypeError, "expected an int, got float"),
 ]
 
@@ -122,7 +122,7 @@ def test_rings_hold_the_window_and_the_new_tokens():
     call = arguments(Case(pads=(), spare=0))
     expect({**call, "window": 17}, "k_cache", ValueError, r"expected at least window \+ tokens = 17 \+ 4 rows, got 20")
     short = {**call, **{n: call[n][:, :, :4] for n in ("k_cache", "v_cache", "g_cache", "beta_cache")}, "window": None}
-    expect(short, "window", ValueError, "expected 1 to 64 pending tokens, got 0")
+    expect(short, "k_cache", ValueError, "expected more rows than tokens = ")
     expect({**call, "k_cache": call["k_cache"][0], "window": None}, "k_cache", ValueError, "expected 4 dimensions")
 
 

@@ -207,18 +207,18 @@ SLOTS = {
 }  # fmt: skip
 
 H100 = Machine(
-    "H100", "sm_90a", sms=132, ghz=1.83, dram_bytes=3.35e12,
+    "H100", "sm_90a", sms=132, ghz=1.83, dram_bytes=3.35e12,  # C; clocks under load G
     dram_efficiency=0.90,  # K: between 0.86 and 0.95
     dram_read_efficiency=0.86, dram_bulk_efficiency=0.86, dram_write_efficiency=0.95,  # K
 )  # fmt: skip
 H200 = Machine(
-    "H200", "sm_90a", sms=132, ghz=1.83, dram_bytes=4.8e12,
+    "H200", "sm_90a", sms=132, ghz=1.83, dram_bytes=4.8e12,  # C; clocks under load G
     dram_efficiency=0.81,  # E: above 0.78
     dram_read_efficiency=0.84, dram_bulk_efficiency=0.84, dram_write_efficiency=0.85,  # N: above 0.81, board unknown
     dram_latency=600,  # D: 480-560 in an idle memory, G: more than on the H100
 )  # fmt: skip
 B200 = Machine(
-    "B200", "sm_100a", sms=148, ghz=1.85, dram_bytes=8.0e12,
+    "B200", "sm_100a", sms=148, ghz=1.85, dram_bytes=8.0e12,  # C; clocks under load G
     dram_efficiency=0.85,  # E: 0.83 and 0.855
     dram_read_efficiency=0.836, dram_bulk_efficiency=0.907, dram_write_efficiency=0.91,  # M, M; Q
     dram_latency=740, tma_latency=60,  # M
@@ -227,12 +227,12 @@ B200 = Machine(
     l2_share=70, l2_port=85,  # Q: 60-77 of all SMs, up to 89 of one
     launch_us=0.7,  # Q: 0.56-0.82
     mma_clocks=8.5, mma_latency=20,  # Q
-    pipes=PIPES_100,
+    pipes=PIPES_100,  # Q
 )  # fmt: skip
 B300 = replace(
-    B200, name="B300", arch="sm_103a", ghz=1.92,
+    B200, name="B300", arch="sm_103a", ghz=1.92,  # Q
     dram_efficiency=0.835, dram_read_efficiency=0.85, dram_bulk_efficiency=0.911, dram_write_efficiency=0.912,  # Q
-    pipes=PIPES_103,
+    pipes=PIPES_103,  # Q
 )  # fmt: skip
 
 

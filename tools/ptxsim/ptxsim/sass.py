@@ -33,7 +33,7 @@ _TARGET = re.compile(r"0x[0-9a-f]+$")
 
 
 class DisassemblerError(PtxError):
-    """``nvdisasm`` is missing, failed, or printed what this module does not read; the message says what to do."""
+    """What reads machine code is missing or failed, or printed what is not known here; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,66 @@
+"""`cute_ssm.compat` has the parameters of the functions that it follows: names, order, defaults."""
+
+from __future__ import annotations
+
+import inspect
+import json
+
+import peer_signatures
+import pytest
+
+from cute_ssm.compat import fla
+from cute_ssm.compat.flashinfer import gdn_decode, mamba
+
+TABLE = json.loads(peer_signatures.TABLE.read_text())
+EACH = [(name, path) for name, package in TABLE.items() for path in package["functions"]]
+ABSENT = {"replayssm_materialize"}  # layers by tables of pointers
+OURS = {"flashinfer/mamba": mamba, "flashinfer/gdn_decode.py": gdn_decode, "fla/ops": fla}
+VARIADIC = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+
+
+def parameters(text: str) -> list[inspect.Parameter]:
+    """Those of a signature in the table."""
+    scope: dict[str, object] = {}
+    exec(f"def function({text}): ...", scope)  # the text is a constant of this repository
+    return list(inspect.signature(scope["function"]).parameters.values())
+
+
+def ours(path: str):
+    place, _, name = path.partition("::")
+    return getattr(next(module for prefix, module in OURS.items() if place.startswith(prefix)), name)
+
+
+@pytest.mark.parametrize(("package", "path"), [each for each in EACH if each[1].partition("::")[2] not in ABSENT])
+def test_parameters_are_those_of_the_peer(package, path):
+    wanted = parameters(TABLE[package]["functions"][path])
+    found = {name: p for name, p in inspect.signature(ours(path)).parameters.items()}
+    more = [found.pop(name) for name in list(found) if name not in {p.name for p in wanted}]
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in more), "extensions change no call"
+    assert list(found) == [p.name for p in wanted], f"{package} {TABLE[package]['version']}"
+    for p in wanted:
+        mine = found[p.name]
+        assert mine.kind is p.kind, p.name
+        if p.kind not in VARIADIC and p.default is not p.empty:
+            assert mine.default == p.default, p.name
+
+
+@pytest.mark.parametrize("package", TABLE)
+def test_an_installed_package_has_the_signatures_of_the_table(package):
+    place = peer_signatures.installed(package)
+    if place is None:
+        pytest.skip(f"{package} is not installed")
+    found = peer_signatures.signatures(place[0], TABLE[package]["functions"])
+    assert not peer_signatures.differences(TABLE[package], found, f"{package} {place[1]}")
+
+
+def test_drift_is_told_with_both_versions(tmp_path):
+    source = "def step(state: int, x, *, scale: float = 1.0, **kwargs) -> int:\n    return 0\n"
+    assert peer_signatures.read(source, "step") == "state, x, *, scale=1.0, **kwargs"
+    with pytest.raises(LookupError, match="stride"):
+        peer_signatures.read(source, "stride")
+    (tmp_path / "ops.py").write_text(source)
+    package = {"version": "1.0", "functions": {"ops.py::step": "state, x"}}
+    found = peer_signatures.signatures(tmp_path, package["functions"])
+    (line,) = peer_signatures.differences(package, found, "peer 1.1")
+    assert line == "ops.py::step: peer 1.1 has (state, x, *, scale=1.0, **kwargs), the table, of 1.0, (state, x)"
+    assert not peer_signatures.differences({**package, "functions": found}, found, "peer 1.1")
