@@ -178,6 +178,7 @@ PIPES = {  # A for the occupancy, D for the latency, unless a letter says otherw
     "imad.hi": Pipe("fma", 4, 13),  # Q
     "fp32": Pipe("fma", 1, 4),
     "fp32x2": Pipe("fma", 2, 4),
+    "widen": Pipe("fma", 2, 4.5),  # S: bf16 to float32, IMAD.U32
     "compare": Pipe("alu", 2, 4.5),
     "half": Pipe("fma", 1, 4.5),
     "pack": Pipe("alu", 2, 5),  # to and from packed halves and eight-bit floats
@@ -203,7 +204,7 @@ PIPES_103 = {**PIPES_100, "ex2": Pipe("xu", 4, 18)}  # Q: 32 exponentials per cl
 SLOTS = {
     "mov": 0, "cvta": 0, "ld.param": 0, "cvt.64": 0, "wide": 1, "add.64": 2, "logic.64": 2, "shift.64": 2, "setp.64": 2,
     "selp.64": 2, "minmax.64": 4, "mul.64": 4, "mad.64": 4, "div.32": 18, "div.64": 80, "div.f32": 9, "sqrt.f32": 8,
-    "div.approx": 2, "ex2": 3, "lg2": 3, "bfe": 2, "bfind": 2,
+    "div.approx": 2, "ex2": 3, "lg2": 3, "bfe": 2, "bfind": 2, "cvt.joined": 0, "cvt.bf16.high": 2,
 }  # fmt: skip
 
 H100 = Machine(

@@ -6,9 +6,11 @@ scheduling on the longest path, within a window, and keeps dependences through r
 
 from __future__ import annotations
 
+import functools
 import re
 import weakref
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ptxsim.nodes import Mem, Not, Pair, Reg, Special, Vec
 
@@ -24,6 +26,8 @@ LOGIC = frozenset("and or xor not lop3".split())
 COMPARE = frozenset("setp set selp slct min max".split())
 SPECIALS = frozenset("rcp sqrt rsqrt sin cos lg2 ex2 tanh".split())
 INT_ALU = frozenset("shr shf prmt bfi bmsk szext fns addc subc sad neg abs".split())
+HALVES = frozenset("f16 bf16".split())
+ONCE = frozenset("sfu ex2 bits convert widen".split())  # classes whose slots beyond the first are on other pipes
 BITS = frozenset("popc clz brev bfind".split())
 
 
@@ -48,6 +52,17 @@ class Op:
     space: str = ""  # of a memory instruction
     amount: int = 0  # of a wait: groups that may stay pending
     other: str = ""
+
+
+class Words(NamedTuple):
+    """Halves of 32-bit words.
+
+    ``joined``: conversions to 16 bits whose result is the second half of a word, of which the first half is one too:
+    one machine instruction makes both.  ``high``: registers that are the high half of a word.
+    """
+
+    joined: frozenset[int]
+    high: frozenset[str]
 
 
 def space_of(ins):
@@ -109,6 +124,24 @@ class Lowering:
             last += 1
         return last
 
+    @functools.cached_property
+    def words(self):
+        """How the kernel makes 32-bit words of 16-bit halves, and halves of words."""
+        producers, joined, high = {}, set(), set()
+        for ins in self.kernel.instrs:
+            if ins.op == "mov" and len(ins.operands) == 2:
+                into, out_of = ins.operands
+                if isinstance(into, Vec) and len(into.items) == 2:
+                    high.add(getattr(into.items[1], "name", None))
+                if isinstance(out_of, Vec) and len(out_of.items) == 2:
+                    made = [producers.get(getattr(item, "name", None)) for item in out_of.items]
+                    if None not in made and made[0] != made[1]:
+                        joined.add(max(made))
+            narrows = ins.op == "cvt" and "f32" in ins.mods and any(m in HALVES for m in ins.mods)
+            if narrows and ins.mods[-1] == "f32" and isinstance(ins.operands[0], Reg):
+                producers[ins.operands[0].name] = ins.pc
+        return Words(frozenset(joined), frozenset(high))
+
     def slots(self, block, stop):
         """Return the issue slots of ``block`` up to the instruction ``stop``."""
         known = self.counts.get((block.pc, stop))
@@ -168,7 +201,7 @@ class Lowering:
         if name in machine.pipes:
             chosen = machine.pipes[name]
             pipe, occupancy, latency, other = chosen.name, chosen.occupancy * slots, chosen.latency, chosen.other
-            if pipe == "xu":  # one of its slots is the special function; the others scale its operand and its result
+            if name in ONCE:  # one of its slots is on the pipe; the others prepare its operand and its result
                 occupancy, latency = chosen.occupancy, latency + (slots - 1) * (machine.pipes["fp32"].latency - 1)
         elif name == "free":
             pipe, occupancy, latency = "none", 0, 0
@@ -312,8 +345,13 @@ class Lowering:
             wide = "64" in first or "64" in last
             return ("free", SLOTS["cvt.64"]) if wide and last != "s32" else ("int", 1)
         halves = {"f16", "bf16", "f16x2", "bf16x2"}
+        if first == "f32" and last == "bf16":  # a shift; a high half is brought down first
+            high = any(getattr(operand, "name", None) in self.words.high for operand in ins.operands[1:])
+            return "widen", SLOTS["cvt.bf16.high"] if high else 1
         if first == "f32" and last in halves:
             return "half", 1
+        if ins.pc in self.words.joined:
+            return "free", SLOTS["cvt.joined"]
         if first in halves or "x2" in first or "x4" in first:
             return ("unpack" if first in halves and last.startswith("e") else "pack"), 1
         if first == "f32" and last == "f32":

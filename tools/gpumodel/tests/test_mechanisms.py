@@ -75,6 +75,33 @@ def test_additions_go_to_two_pipes_and_logic_to_one(instruction, pipes):
     assert found == pytest.approx(4 * 4 * 64 * H200.pipes["int"].occupancy / pipes, rel=0.15)
 
 
+def test_two_halves_of_a_word_are_packed_by_one_instruction():
+    pair = "cvt.rn.f16.f32 %h{0}, %f1; cvt.rn.f16.f32 %k{0}, %f1; mov.b32 %g{0}, {{%h{0}, %k{0}}};"
+    apart = pair.replace("mov.b32 %g{0}, {{%h{0}, %k{0}}};", "")
+    clocks_of = {}
+    for name, line in {"pair": pair, "apart": apart}.items():
+        text = small_kernels.INDEPENDENT.replace(
+            ".reg .f32 %g<64>;", ".reg .b32 %g<64>; .reg .b16 %h<64>; .reg .b16 %k<64>;"
+        )
+        for i in range(64):
+            text = text.replace(f"fma.rn.f32 %g{i}, %f1, %f1, %f1;", line.format(i))
+        clocks_of[name] = clocks(recorded(text, 1, 512, [np.zeros(512, np.float32), 4]))
+    assert clocks_of["pair"] == pytest.approx(4 * 4 * 64 * H200.pipes["pack"].occupancy, rel=0.15)
+    assert clocks_of["apart"] == pytest.approx(2 * clocks_of["pair"], rel=0.15)
+
+
+def test_a_high_half_takes_one_instruction_more_to_widen():
+    line = "mov.b32 {{%h{0}, %k{0}}}, %r1; cvt.f32.bf16 %g{0}, %h{0}; cvt.f32.bf16 %e{0}, %k{0};"
+    text = small_kernels.INDEPENDENT.replace(
+        ".reg .f32 %g<64>;", ".reg .f32 %g<64>; .reg .f32 %e<64>; .reg .b16 %h<64>; .reg .b16 %k<64>;"
+    )
+    for i in range(64):
+        text = text.replace(f"fma.rn.f32 %g{i}, %f1, %f1, %f1;", line.format(i))
+    timing = gpumodel.time_launch(recorded(text, 1, 512, [np.zeros(512, np.float32), 4]), 32, H200).timing
+    assert timing.slots == pytest.approx(16 * 4 * 64 * 3, rel=0.05)
+    assert timing.clocks == pytest.approx(4 * 4 * 64 * 2 * H200.pipes["widen"].occupancy, rel=0.15)
+
+
 def test_blackwell_ultra_has_twice_the_exponentials():
     launch = recorded(small_kernels.special("ex2.approx.ftz.f32"), 1, 512, [np.zeros(512, np.float32), 4])
     assert clocks(launch, gpumodel.B200) == pytest.approx(2 * clocks(launch, gpumodel.B300), rel=0.1)
