@@ -126,6 +126,9 @@ def step(argv: list[str]) -> int:
     except Exception as error:
         records.fail(options.out, name, "preparation", f"{type(error).__name__}: {error}", traceback.format_exc())
         raise
+    if options.step in ("sanitized", "one") and not records.device_is_alive():
+        print(f"{name}: the tool around this process refuses the device", file=sys.stderr)
+        return records.FAILED
     return recorder.run(found)
 
 

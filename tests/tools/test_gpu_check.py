@@ -132,6 +132,16 @@ def test_what_is_not_installed_is_left_out(tmp_path):
     assert [one.line for one in done] == ["no-such-tool-anywhere is not installed", "absent.npz is missing"]
 
 
+def test_a_tool_that_refuses_the_device_is_left_out_and_says_so(tmp_path):
+    clock = Clock()
+    found = steps("a", needs="sh")
+    refused = clock.runner(3.0, code=9, text="== Device not supported\n9 items\n")
+    (done,) = carried_out(found, tmp_path, 8, refused, clock)
+    assert (done.status, done.line) == ("left out", "== Device not supported")
+    (done,) = carried_out(found, tmp_path, 8, clock.runner(3.0, code=9, text="ERROR SUMMARY: 2\n"), clock)
+    assert done.status == "failed"
+
+
 def test_a_command_is_told_its_seconds(tmp_path):
     seen = []
 

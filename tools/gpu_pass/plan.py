@@ -108,7 +108,8 @@ def steps(out: Path, rehearse: bool = False, jobs: int = 4) -> list[Step]:
 
 def profile(op: str, own: tuple[str, ...], more: tuple[str, ...]) -> Step:
     """Return the profile of one launch of an operator's kernel, whose log is the text."""
-    options = ("--set", "full", "--page", "details", "--launch-count", "1", "--kernel-name", "regex:cute_ssm|cutlass")
+    options = ("--set", "full", "--page", "details", "--clock-control", "none", "--launch-count", "1")
+    options += ("--kernel-name", "regex:cute_ssm|cutlass")
     command = ("ncu", *options, *own, "one", *more, "--name", op, "--seconds", SECONDS)
     return Step(f"ncu {op}", 2, command, 1.0, 15.0, 30.0, needs="ncu", last=r"Duration|==ERROR==|==WARNING==")
 

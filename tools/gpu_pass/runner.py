@@ -29,6 +29,8 @@ STARTING = 5  # times as long may pass before the first result: Python, PyTorch 
 PART_S = 360.0  # that the caps of steps are meant for; with more time they are higher
 ARCHIVE_BYTES = 15 << 20
 HUNG = -1000  # in place of an exit code
+# what tools say that may not look at this device
+REFUSED = r"Device not supported|LibraryNotLoaded|ERR_NVGPUCTRPERM|No kernels were profiled"
 
 
 @dataclass
@@ -187,6 +189,9 @@ class Pass:
     def _done(self, step: Step, code: int | None, seconds: float, limit: float, log: Path, starts: int) -> Done:
         status = {None: "out of time", 0: "passed", records.LATE: "out of time"}.get(code, "failed")
         line = last_line(log, step.last)
+        refusal = last_line(log, REFUSED) if step.needs and code else ""
+        if refusal:
+            return Done(step.name, "left out", seconds, refusal, limit, log.name, code, starts)
         if step.items:
             lines = records.read(self.out / f"items-{step.items}.jsonl")
             line = records.told(lines) + (f"; {line}" if line and step.last != r"\S" else "")
