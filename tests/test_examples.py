@@ -19,6 +19,7 @@ SUMMARIES = {
     "gated_delta_net": "both ways equal decoding token by token",
     "dlpack": "NumPy arrays in and out without a copy",
 }
+OTHERS = {"cuda_graph", "emulate", "jax_step", "without_torch"}
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def run(monkeypatch, capsys):
 
 def test_every_example_is_tested_and_listed():
     files = {path.stem for path in EXAMPLES.glob("*.py")} - {"backends"}
-    assert files == {*SUMMARIES, "cuda_graph", "emulate"}
+    assert files == {*SUMMARIES, *OTHERS}
     readme = (EXAMPLES / "README.md").read_text()
     assert all(f"[{name}.py]({name}.py)" in readme for name in (*files, "backends"))
 
@@ -68,6 +69,16 @@ def test_emulate_prints_counters_and_the_race_of_a_missing_barrier(run):
 @pytest.mark.slow
 def test_the_step_of_the_cuda_graph_passes_uncaptured_in_the_emulator(run):
     assert "8 steps run in the emulator, not captured" in run("cuda_graph", "--emulate")
+
+
+def test_an_operator_runs_in_jax_and_updates_its_state_in_place(run):
+    pytest.importorskip("jax", reason="needs the extra 'jax'")
+    assert "3 tokens of 2 requests in jax.jit, state updated in place" in run("jax_step")
+
+
+def test_without_jax_its_example_says_so(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax", None)
+    assert run("jax_step") == "jax is not installed: nothing was run\n"
 
 
 @pytest.mark.gpu

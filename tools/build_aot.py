@@ -29,8 +29,9 @@ from pathlib import Path
 import cute_ssm
 from cute_ssm import arch as archs
 from cute_ssm.errors import CuteSsmError
-from cute_ssm.runtime import bundles, shelves, toolchain
-from cute_ssm.workloads import cli
+from cute_ssm.runtime import bundles, interface, shelves, toolchain
+from cute_ssm.runtime.store import Key
+from cute_ssm.workloads import cli, plan
 
 METADATA = """Metadata-Version: 2.1
 Name: cute-ssm-aot
@@ -87,8 +88,13 @@ def finish(bundle: Path, with_runtime: bool) -> None:
             raise CuteSsmError(f"no installed distribution of the compiler has {bundles.RUNTIME}")
         if library.parent != bundle:
             shutil.copyfile(library, bundle / bundles.RUNTIME)
-    manifest = [{"file": str(item.path.relative_to(bundle)), **item.record} for item in shelves.listing(bundle)]
+    manifest = []
+    for item in shelves.listing(bundle):
+        (kernel,) = plan.of_entry(item.record)
+        interface_of = interface.entry(Key(*kernel))
+        manifest.append({"file": item.path.relative_to(bundle).as_posix(), **interface_of, **item.record})
     (bundle / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    (bundle / "cute_ssm_kernels.h").write_text(interface.header(manifest))
 
 
 def write_wheel(bundle: Path, folder: Path) -> Path:

@@ -111,7 +111,7 @@ def read(
     found: list[Kernel] = []
     for position, entry in enumerate(content):
         try:
-            found += _entry(entry, targets, batches, sm_count)
+            found += _entry(entry, targets, batches, sm_count) if "op" in entry else of_entry(entry, targets)
         except (KeyError, TypeError, ValueError, AttributeError, UnsupportedArchError, UnsupportedSpecError) as error:
             raise ValueError(f"{source}, entry {position}: expected {FORM}: {type(error).__name__}: {error}") from None
     return list(dict.fromkeys(found))
@@ -127,9 +127,12 @@ def as_entry(spec: Spec, config: Config, arch: Arch) -> dict[str, Any]:
 
 
 def _entry(entry: Any, targets: Sequence[Arch], batches: Sequence[int] | None, sm_count: int | None) -> list[Kernel]:
-    if "op" in entry:
-        declared = workloads.workload(entry["op"], entry.get("keys", {}), entry.get("batches", batches))
-        return of_workloads([declared], targets, sm_count)
+    declared = workloads.workload(entry["op"], entry.get("keys", {}), entry.get("batches", batches))
+    return of_workloads([declared], targets, sm_count)
+
+
+def of_entry(entry: dict[str, Any], targets: Sequence[Arch] = ()) -> list[Kernel]:
+    """Return the kernels of an entry that `as_entry` made, or of a kernel's record: one, or one for each target."""
     spec = _made(entry["spec"], {kind.__name__: kind for kind in registry.KERNELS})
     config = _made(entry["config"], _configs())
     spec.check()
