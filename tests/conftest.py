@@ -45,11 +45,7 @@ def pytest_collection_modifyitems(config, items):
         runs = [item for item in items if "backend" in item.fixturenames or "accuracy" in item.keywords]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(runs)])
         items[:] = runs
-    if shim.active():
-        skip = pytest.mark.skip(reason="times a GPU")
-        for item in items:
-            if "timed" in item.keywords:
-                item.add_marker(skip)
+    shim.mark(items)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a GPU")
         for item in items:

@@ -114,7 +114,10 @@ class CallPath:
         return True
 
     def run(self, key: Hashable, call: Checked) -> None:
-        """Run a checked call, and remember its plan if it is launched on a GPU.
+        """Run a checked call, and remember its plan once it has been launched on a GPU.
+
+        A kernel's first launch loads its library, under a lock of the compiler's runtime that spins, for whichever
+        kernel.  So threads take turns here, and no plan is known to others before that.
 
         Parameters
         ----------
@@ -132,8 +135,9 @@ class CallPath:
             sm_count = torch.cuda.get_device_properties(device).multi_processor_count
             config = call.choose(arch, sm_count)
             plan = call.bind(runtime.get(call.spec, config, arch), config, sm_count)
+            with runtime.LOADING:
+                plan.launch(*call.operands, *plan.scalars)
             self.remember(key, call, plan)
-            plan.launch(*call.operands, *plan.scalars)
 
     def remember(self, key: Hashable, call: Checked, plan: Plan) -> None:
         """Keep the plan of a call, with the layout of its operands unless the kernel refuses all others."""

@@ -6,6 +6,7 @@ from cute_ssm.runtime.emulation import emulated as emulated
 from cute_ssm.runtime.emulation import emulator as emulator
 from cute_ssm.runtime.emulation import forget as forget
 from cute_ssm.runtime.emulation import planned as planned
+from cute_ssm.runtime.lookup import LOADING as LOADING
 from cute_ssm.runtime.lookup import bundle_to as bundle_to
 from cute_ssm.runtime.lookup import by_reference as by_reference
 from cute_ssm.runtime.lookup import compile_to as compile_to
@@ -14,6 +15,7 @@ from cute_ssm.runtime.lookup import prepare as prepare
 from cute_ssm.runtime.lookup import target as target
 
 __all__ = [
+    "LOADING",
     "bundle_to",
     "by_reference",
     "compile_to",

@@ -5,6 +5,7 @@ The compiler is imported only if no bundle has a library of the kernel.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from cute_ssm.arch import Arch
     from cute_ssm.spec import Config, Spec
 
+LOADING = threading.Lock()  # of launches that may load the kernel's library
 _memory: dict[tuple[Spec, Config | None, str], Function] = {}
 _targets: dict[torch.device | None, Arch] = {}
 _logged_specs: set[Spec] = set()  # specs whose run by the reference has been logged

@@ -354,6 +354,7 @@ def test_plots_of_the_documents_are_drawn_from_the_committed_lines():
 
 # ---------------------------------------------------------------------------------------------------------------- a GPU
 @pytest.mark.gpu
+@pytest.mark.timed
 def test_a_call_is_measured_beside_a_copy(tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")

@@ -10,6 +10,7 @@ from bits import equal, same_bits, same_memory
 from checkpointing_cases import Case, arguments, run, verify_many
 from checkpointing_runs import RUNS, WRITES, digest
 from memory import copy, moved, storage
+from shim import fewer
 
 import cute_ssm
 from cute_ssm import tuning
@@ -18,19 +19,21 @@ from cute_ssm.ops.checkpointing_ssu.config import DYNAMIC, FUSED, PAIR
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("case", RUNS, ids=str)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.long if i % 8 else ()) for i, case in enumerate(RUNS)], ids=str
+)
 def test_many_steps(case):
-    verify_many(case, steps=60, device="cuda")
+    verify_many(case, steps=fewer(60, 8), device="cuda")
 
 
-@pytest.mark.parametrize("batch", [1, 37, 512])
+@pytest.mark.parametrize("batch", [1, *(pytest.param(batch, marks=pytest.mark.long) for batch in (37, 512))])
 @pytest.mark.parametrize("state", ["f32", "f16", "i8"])
 def test_forms_and_repetitions_have_the_same_bits(state, batch):
     case = dataclasses.replace(WRITES, state=state, rounds=0 if state == "f32" else 10, batch=batch, items=True)
     case = dataclasses.replace(case, nheads=16, dstate=128, tokens=6)
     call, digests = arguments(case), set()
     for form in (FUSED, DYNAMIC, PAIR):
-        for _ in range(5):
+        for _ in range(fewer(5, 2)):
             turn = copy(call)
             with tuning.override(form=form):
                 run(case, turn, "cuda")

@@ -168,6 +168,8 @@ def _check_attributes(kernel: Kernel, config: Config, device: Device) -> None:
             raise Refusal(Error.cudaErrorNotSupported, f"launch attribute {number} is not modelled")
     if config.integer(Attribute.PROGRAMMATIC_STREAM_SERIALIZATION) not in (0, 1):
         raise Refusal(Error.cudaErrorInvalidValue, "programmatic stream serialization is neither 0 nor 1")
+    if not -1 <= config.integer(Attribute.CARVEOUT) <= 100:
+        raise Refusal(Error.cudaErrorInvalidValue, f"carveout of {config.integer(Attribute.CARVEOUT)} percent")
     if config.integer(Attribute.COOPERATIVE):
         shared = config.shared + kernel.static_shared + RESERVED
         resident = min(SM_THREADS // config.threads, SM_CTAS, SM_SHARED // shared)

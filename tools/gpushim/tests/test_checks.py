@@ -72,6 +72,7 @@ REFUSED = {
     "serialization of 2": (
         {"attributes": {Attribute.PROGRAMMATIC_STREAM_SERIALIZATION: number(2)}}, Error.cudaErrorInvalidValue,
     ),
+    "carveout of 101": ({"attributes": {Attribute.CARVEOUT: number(101)}}, Error.cudaErrorInvalidValue),
     "unknown attribute": ({"attributes": {99: number(1)}}, Error.cudaErrorNotSupported),
 }  # fmt: skip
 
