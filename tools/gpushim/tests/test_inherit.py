@@ -22,7 +22,8 @@ else:
 """
 
 
-def run(folder, *command, **variables):
+def run(folder, *command, path=()):
+    variables = {"PYTHONPATH": os.pathsep.join([*path, *sys.path])}
     given = ["--devices", "sm_90a,sm_120a:188", "--folder", str(folder), "--", *command]
     return subprocess.run(
         [sys.executable, "-m", "gpushim", *given], env=os.environ | variables, capture_output=True, text=True
@@ -32,8 +33,7 @@ def run(folder, *command, **variables):
 def test_a_grandchild_has_the_devices_and_its_problems_are_told(tmp_path):
     (tmp_path / "child.py").write_text(CHILD)
     (tmp_path / "sitecustomize.py").write_text("import builtins; builtins.other = 'and its own start'")
-    path = os.pathsep.join([str(tmp_path), *sys.path])
-    done = run(tmp_path / "gpushim", sys.executable, str(tmp_path / "child.py"), "child", PYTHONPATH=path)
+    done = run(tmp_path / "gpushim", sys.executable, str(tmp_path / "child.py"), "child", path=[str(tmp_path)])
     assert done.stdout == "2 (12, 0) cuda:1 and its own start\n", done.stderr
     assert done.returncode == 1 and "grandchild\n  something is wrong" in done.stderr
 
