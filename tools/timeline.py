@@ -42,7 +42,7 @@ def lives(op: str, keys: dict[str, str], gpu: str = "H200", cta: int | None = No
     op, keys
         As for tools/count.py, with ``config.FIELD``.
     gpu : str
-        ``"H200"`` or ``"B200"``.
+        A name of ``gpumodel.MACHINES``, or a target.
     cta : int, optional
         Number of the CTA among those of the SM; default: one that starts when the SM is full, if there is one.
     """

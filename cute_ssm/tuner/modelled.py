@@ -110,7 +110,7 @@ def time_op(
     op, keys
         As for `cute_ssm.workloads.build`.
     machine : str or Machine
-        ``"H200"``, ``"B200"``, or a target.
+        A name of ``gpumodel.MACHINES``, such as ``"H200"``, or a target.
     config : mapping, optional
         Fields of the config to override.
     exact : int

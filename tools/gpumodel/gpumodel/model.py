@@ -71,7 +71,7 @@ class Modelled:
 
 
 def machine_of(name: str | Machine) -> Machine:
-    """Return a machine by name (``"H200"``, ``"B200"``) or by compile target (``"sm_90a"``, ``"sm_100a"``)."""
+    """Return a machine by name, such as ``"H200"``, or by compile target; of several, the first of `MACHINES`."""
     if isinstance(name, Machine):
         return name
     for machine in MACHINES.values():
@@ -249,7 +249,7 @@ def time_call(
     run : callable
         Makes the call on CPU tensors.  Only the CTAs of one SM run, so its results are incomplete.
     machine : str or Machine
-        ``"H200"``, ``"B200"``, or a target.
+        A name of ``gpumodel.MACHINES``, such as ``"H200"``, or a target.
     total_bytes : int, optional
         Bytes that the call must move.  Default: what its launches move.
     timeline : bool
