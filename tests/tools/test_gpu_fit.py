@@ -114,7 +114,8 @@ def checkout(tmp_path):
 def test_one_command_takes_a_pass_in(archive, checkout, capsys):
     pytest.importorskip("scipy")
     pytest.importorskip("matplotlib")
-    code = gpu_check.main(["fit", str(archive), "--root", str(checkout), "--constants", "launch_us"])
+    given = ["--constants", "launch_us", "--batches", "1", "2", "3", "4"]
+    code = gpu_check.main(["fit", str(archive), "--root", str(checkout), *given])
     assert code == 1, "the pass has a failure"
     results = checkout / "tools" / "bench" / "results"
     lines = report.read([results / "measured.jsonl"])

@@ -186,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("archives", nargs="+", type=Path, help="of passes on one GPU")
     parser.add_argument("--constants", nargs="*", default=list(observed.CONSTANTS), help="of the model; none: no fit")
     parser.add_argument("--variants", nargs="+", choices=sorted(observed.VARIANTS), default=["chained", "apart"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64], help="of the times of the fit")
     parser.add_argument("--rounds", type=int, default=4, help="of the fit (default: 4)")
     parser.add_argument("--root", type=Path, default=ROOT, help="checkout that takes the results (default: this one)")
     options = parser.parse_args(argv)
