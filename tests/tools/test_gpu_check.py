@@ -303,6 +303,23 @@ def test_a_command_gets_sigint_first_and_what_it_started_is_ended(tmp_path):
     assert runner.run([PYTHON, "-c", "raise SystemExit(3)"], log, runner.Limits(30), os.environ, ROOT) == 3
 
 
+def test_a_worker_whose_device_is_lost_ends_and_another_goes_on(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "from gpu_pass import records\n"
+        "def test_bad():\n    records.device_is_alive = lambda: False\n    assert 1 == 2\n"
+        "def test_good():\n    pass\n"
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    command = [PYTHON, "-m", "pytest", "-q", "-p", "gpu_pass.pytest_records", "--pass-out", str(out), "-n", "1"]
+    command += ["--max-worker-restart=4", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-c", "/dev/null"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tools")}
+    done = subprocess.run([*command, str(tmp_path)], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert "1 failed, 1 passed" in done.stdout, done.stdout
+    failures = [line["error"] for line in records.read(out / records.FAILURES)]
+    assert failures == ["AssertionError: assert 1 == 2", "the device is lost to this process: it ends"]
+
+
 def test_a_test_run_that_is_cut_short_has_named_its_failures(tmp_path):
     """pytest gets SIGINT alone: the report is written, and failures were on disk when they happened."""
     (tmp_path / "test_some.py").write_text(
