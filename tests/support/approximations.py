@@ -56,14 +56,18 @@ class Errors(NamedTuple):
 
 def in_use() -> Errors:
     """Errors of the arithmetic that kernels run with now: zero if it is exact, and where the reference runs."""
+    return of(current_arithmetic())
+
+
+def current_arithmetic() -> Any:
+    """The arithmetic of the emulator that kernels run with now, or that stands for a GPU's."""
     from ptxsim import Session, arithmetic
 
     session = runtime.emulator()
     if session is None:
-        found = arithmetic.HARDWARE if torch.cuda.is_available() else arithmetic.EXACT
-    else:  # of the emulator, or of a GPU
-        found = session.options.arithmetic if isinstance(session, Session) else arithmetic.HARDWARE
-    return of(found)
+        return arithmetic.HARDWARE if torch.cuda.is_available() else arithmetic.EXACT
+    # of the emulator, or of a GPU
+    return session.options.arithmetic if isinstance(session, Session) else arithmetic.HARDWARE
 
 
 def of(arithmetic: Any) -> Errors:

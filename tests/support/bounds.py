@@ -47,11 +47,17 @@ def rms_within(error: float, bound: float, what: str) -> None:
 
 
 def like_float32(
-    got: list, rounded: list, want: list, unit: list, what: list[str], approximate: list | None = None
+    got: list,
+    rounded: list,
+    want: list,
+    unit: list,
+    what: list[str],
+    approximate: list | None = None,
+    lost: list | None = None,
 ) -> None:
     """Assert that errors are at most 1.5 times those of a float32 computation, in each element and in mean square.
 
-    What the hardware's approximate functions add to an element is allowed besides.
+    What the hardware's approximate functions and sums of tensor cores add is allowed besides.
 
     Errors count in units.  What a float32 computation could not promise is always allowed: ``2**-22`` units in an
     element, ``2**-24`` in mean square.
@@ -70,17 +76,24 @@ def like_float32(
         Names of the parts.
     approximate : list of Tensor, optional
         What approximate functions may change each element by: `approximations`.  Default: nothing.
+    lost : list of tensor_sums.Loss, optional
+        What sums of tensor cores lose of each element.  Default: nothing.
     """
     __tracebackhide__ = True
-    extra = approximate if approximate is not None else [0.0] * len(got)
-    parts = [tuple(double(t) for t in part) for part in zip(got, rounded, want, unit, extra, strict=True)]
-    parts = [(*part[:4], np.broadcast_to(part[4], part[2].shape)) for part in parts]
-    allowed = np.concatenate([(np.abs(r - w) / u).ravel() for _, r, w, u, _ in parts])
-    more = np.concatenate([(e / u).ravel() for _, _, _, u, e in parts])
+    nothing = [0.0] * len(got)
+    most, mean = ([loss[i] for loss in lost] if lost is not None else nothing for i in range(2))
+    extras = (approximate if approximate is not None else nothing, most, mean)
+    parts = []
+    for *part, changed, at_most, in_mean in zip(got, rounded, want, unit, *extras, strict=True):
+        g, r, w, u = (double(t) for t in part)
+        shift = [np.broadcast_to(double(t), w.shape) for t in (changed, at_most, in_mean)]
+        parts.append((g, r, w, u, shift[0] + shift[1], shift[0] + shift[2]))
+    allowed = np.concatenate([(np.abs(r - w) / u).ravel() for _, r, w, u, _, _ in parts])
+    more = np.concatenate([(e / u).ravel() for _, _, _, u, _, e in parts])
     mean = np.sqrt(np.mean(np.square(allowed)))
     limit = 1.5 * max(allowed.max(), mean) + 2.0**-22
-    for name, (g, _, w, u, e) in zip(what, parts, strict=True):
+    for name, (g, _, w, u, e, _) in zip(what, parts, strict=True):
         within(g, w, limit * u + e, name)
-    errors = np.concatenate([(np.abs(g - w) / u).ravel() for g, _, w, u, _ in parts])
+    errors = np.concatenate([(np.abs(g - w) / u).ravel() for g, _, w, u, *_ in parts])
     limit = 1.5 * mean + 2.0**-24 + np.sqrt(np.mean(np.square(more)))
     rms_within(np.sqrt(np.mean(np.square(errors))), limit, f"{what[0]} (in its units)")

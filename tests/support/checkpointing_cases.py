@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 import numpy as np
+import tensor_sums
 import torch
 from bits import same_memory
 from bounds import rms_within, within
@@ -346,6 +347,7 @@ class Step:
     """What a call must do to one sequence."""
 
     outputs: list[Value]
+    projections: list[tuple]  # C (nheads, dstate) of each token, and what its product with the stored state counts
     state: Value  # after the pending tokens
     tokens: list[tuple]  # the new (x, B, dt')
     raw: np.ndarray  # (tokens, nheads): dt' before softplus
@@ -357,10 +359,11 @@ class Step:
         raw = dt[..., 0] + (0 if call["dt_bias"] is None else numpy(call["dt_bias"])[:, 0])
         steps = np.where(raw > 20, raw, np.log1p(np.exp(np.minimum(raw, 20)))) if call["dt_softplus"] else raw
         first = running = sequence.state(A)
-        per_group, outputs = x.shape[1] // B.shape[1], []
+        per_group, outputs, projections = x.shape[1] // B.shape[1], [], []
         for t in range(len(x)):
             running = running.token(A, steps[t], x[t], np.repeat(B[t], per_group, 0))
-            y = running.times(np.repeat(C[t], per_group, 0))
+            projection, gate = np.repeat(C[t], per_group, 0), 1.0
+            y = running.times(projection)
             if call["D"] is not None:
                 skip = numpy(call["D"]) * x[t]
                 y = Value(y.value + skip, y.of_state, y.of_tokens + np.abs(skip), y.exponent)
@@ -369,7 +372,8 @@ class Step:
                 gate = z / (1 + np.exp(-z))
                 y = Value(y.value * gate, *(np.abs(gate) * size for size in (y.of_state, y.of_tokens)), y.exponent)
             outputs.append(y)
-        return cls(outputs, first, [(x[t], B[t], steps[t]) for t in range(len(x))], raw)
+            projections.append((projection, np.exp(-y.exponent)[:, None] * np.abs(gate)))
+        return cls(outputs, projections, first, [(x[t], B[t], steps[t]) for t in range(len(x))], raw)
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
@@ -378,11 +382,14 @@ def noise(case: Case, value: Value, compiled: bool) -> np.ndarray:
 
     That is float32, and for the kernel the roundings of what its tensor-core products multiply: coefficients of tokens
     as two 16-bit numbers, but as one of the type of x (11 bits for float16) for new states that are no more exact
-    themselves; and, for outputs, a float32 state as a number of 11 bits.
+    themselves; and, for outputs, a float32 state as a number of 11 bits; and what tensor cores cut off sums.
     """
     of_state = of_tokens = 2.0**-21 * (4 + value.exponent.reshape(-1, *[1] * (value.value.ndim - 1)))
     if compiled:
         is_state = value.value.ndim == 3
+        # products of B and C, and two or three parts of coefficients for each eight positions
+        steps = 2 + 3 * case.window // 8 if is_state else case.dstate // 16 + (case.window + case.tokens) // 4 + 4
+        of_state = of_tokens = of_state + tensor_sums.in_use().most(steps, 16)
         of_tokens = of_tokens + (HALF[case.io] if is_state and case.state in COARSE[case.io] else 2.0**-15)
         if case.state == "f32" and not is_state:
             of_state = of_state + 2.0**-11
@@ -396,13 +403,22 @@ def check_rms(got, want, rounded, more, what):
     rms_within(error, limit, what)
 
 
-def check_outputs(case: Case, got: torch.Tensor, step: Step, b: int, compiled: bool) -> None:
+def product_noise(case: Case, call: dict, slot: int, stored: np.ndarray, projection: tuple) -> np.ndarray:
+    """What products of a stored state with C lose by tensor cores: see `tensor_sums.state_products`."""
+    C, factor = (torch.from_numpy(np.asarray(part)) for part in projection)
+    scale = call["state_scale"][slot].double() if case.state in LARGEST else torch.ones(())
+    codes = torch.from_numpy(stored) / scale[..., None]
+    return numpy(tensor_sums.state_products(tensor_sums.in_use(), case.state, codes, C)[0] * scale * factor)
+
+
+def check_outputs(case: Case, got: torch.Tensor, step: Step, b: int, compiled: bool, products: list) -> None:
+    """`products`: what products of the stored state with C lose, for each token."""
     values = numpy(got)
     rms = np.sqrt(np.mean([np.square(y.value) for y in step.outputs]))
     for t, y in enumerate(step.outputs):
         rounding = 1.01 * np.maximum(HALF[case.io] * np.abs(y.value), SUBNORMAL[case.io] / 2)
         what = f"out of sequence {b}, token {t}"
-        within(values[t], y.value, rounding + noise(case, y, compiled), what)
+        within(values[t], y.value, rounding + noise(case, y, compiled) + products[t], what)
         within(values[t], y.value, CLOSE[case.io] * (np.abs(y.value) + rms) + 1e-30, what)
     wanted = np.stack([y.value for y in step.outputs])
     check_rms(values, wanted, numpy(torch.from_numpy(wanted).to(got.dtype)), 1.0, f"out of sequence {b}")
@@ -441,7 +457,9 @@ def check(case: Case, before: dict, after: dict, sequences: list[Sequence | None
             continue
         step = Step.of(before, b, sequences[b])
         steps.append(step)
-        check_outputs(case, tokens_of(after, "out", b), step, b, compiled)
+        stored = sequences[b].stored
+        lost = [product_noise(case, before, slot, stored, p) if compiled else 0.0 for p in step.projections]
+        check_outputs(case, tokens_of(after, "out", b), step, b, compiled, lost)
         tokens_of(before, "out", b).copy_(tokens_of(after, "out", b))
         writes = accepted + n > case.window
         if writes and accepted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import tensor_sums
 import torch
 from bits import same_bits, same_memory
 from bounds import like_float32
@@ -11,6 +12,7 @@ from cases import Named
 from memory import copy
 
 import cute_ssm
+from cute_ssm.ops._gated_delta.reference import gates
 from cute_ssm.ops.gated_delta_rule_mtp.reference import gated_delta_rule as mathematics
 
 NAN = float("nan")
@@ -141,14 +143,30 @@ def expected(call: dict, compute_dtype: torch.dtype) -> tuple[torch.Tensor, torc
     return out, torch.cat([first.to(compute_dtype)[:, None], states], 1)
 
 
-def within(got: torch.Tensor, rounded: torch.Tensor, want: torch.Tensor, dims: tuple[int, ...], what: str):
+def losses(call: dict) -> tuple[tensor_sums.Loss, tensor_sums.Loss] | None:
+    """What tensor cores lose of outputs, and of states after 0, 1, .. tokens; None: nothing."""
+    sums = tensor_sums.in_use()
+    if not sums.any():
+        return None
+    first = call["initial_state"][call["initial_state_indices"].long().clamp(min=0)].double()
+    q, k, v = (call[name].double().transpose(1, 2) for name in ("q", "k", "v"))
+    q, k = (x.repeat_interleave(v.shape[1] // x.shape[1], dim=1) for x in (q, k))
+    g, beta = (x.transpose(1, 2) for x in gates(*(call[n] for n in ("a", "b", "A_log", "dt_bias")), torch.float64))
+    scale = call["scale"] if call["scale"] is not None else q.shape[-1] ** -0.5
+    none = torch.zeros(2, *first.shape, dtype=first.dtype)
+    found = tensor_sums.gated_delta_chunk(sums, first, none, q, k, v, g, beta, scale, call["use_qk_l2norm"])
+    outputs, states = found.outputs.transpose(2, 3), found.states.transpose(2, 3)
+    return outputs, torch.cat([none[:, :, None], states], 2)
+
+
+def within(got, rounded, want, dims: tuple[int, ...], what: str, lost: tensor_sums.Loss | None = None) -> None:
     """Assert that errors, in units of the largest value along `dims`, are at most 1.5 times those of `rounded`.
 
     Values that cancel to less than a 32nd of the largest of all are measured by that: it is chance how well a sum
-    cancels.
+    cancels.  What tensor cores lose is allowed besides.
     """
     unit = want.abs().amax(dims, keepdim=True).clamp(min=want.abs().max().item() / 32 + 1e-30)
-    like_float32([got], [rounded], [want], [unit], [what])
+    like_float32([got], [rounded], [want], [unit], [what], lost=None if lost is None else [lost])
 
 
 def check(before: dict, after: dict, out: torch.Tensor) -> None:
@@ -158,15 +176,18 @@ def check(before: dict, after: dict, out: torch.Tensor) -> None:
     real = src >= 0
     want, states = expected(before, torch.float64)
     want32, states32 = expected(before, torch.float32)
+    lost_out, lost_states = losses(before) or (None, None)
     if real.any():
-        within(out[real], want32[real].to(out.dtype), want[real], (-1,), "out")
+        lost = None if lost_out is None else lost_out[:, real]
+        within(out[real], want32[real].to(out.dtype), want[real], (-1,), "out", lost)
 
     def check_state(got, request, count, what):
         if count == 0:
             same_bits(got, before["initial_state"][src[request]], "no token: the state moves as it is")
         else:
             rounded = states32[request, count].to(got.dtype)
-            within(got, rounded, states[request, count], (-2, -1), what)
+            lost = None if lost_states is None else lost_states[:, request, count]
+            within(got, rounded, states[request, count], (-2, -1), what, lost)
 
     written = []  # (request, tokens, slot)
     for i in real.nonzero().flatten().tolist():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import bounds
 import gdn_cases
+import tensor_sums
 import torch
 from bits import same_memory
 from gdn_cases import DTYPES, NAN, within
@@ -81,14 +82,39 @@ def expected(call: dict, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor
     return mathematics(state, pending, counts, call["q"], new, scale, call["use_qk_l2norm"], dtype)
 
 
+def losses(call: dict) -> tuple[tensor_sums.Loss, tensor_sums.Loss] | None:
+    """What tensor cores lose of outputs, and of states after the pending tokens; None: nothing."""
+    sums = tensor_sums.in_use()
+    if not sums.any():
+        return None
+    q, k, v = (call[name].double().transpose(1, 2) for name in ("q", "k", "v"))
+    ratio = v.shape[1] // q.shape[1]
+    q, k = (x.repeat_interleave(ratio, dim=1) for x in (q, k))
+    g, beta = (x.transpose(1, 2) for x in gates(*(call[n] for n in ("a", "b", "A_log", "dt_bias")), torch.float64))
+    scale = call["scale"] if call["scale"] is not None else q.shape[-1] ** -0.5
+    _, folded = expected(call, torch.float64)
+    outputs, states = [], []
+    for i, slot in enumerate(call["initial_state_indices"].long().clamp(min=0).tolist()):
+        start, count = (max(int(call[n][slot]), 0) for n in ("ring_start", "prev_num_accepted_tokens"))
+        rows = (start + torch.arange(min(count, call["window"]))) % call["k_cache"].shape[2]
+        keys, *rest = (call[name][slot][:, rows].double() for name in RINGS)
+        keys, norm = keys.repeat_interleave(ratio, dim=0), call["use_qk_l2norm"]
+        states.append(tensor_sums.gated_delta_fold(sums, call["initial_state"][slot].double(), keys, *rest, norm))
+        new = (q[i], k[i], v[i], g[i], beta[i])
+        outputs.append(tensor_sums.gated_delta_chunk(sums, folded[i], states[-1], *new, scale, norm).outputs)
+    return torch.stack(outputs, 1).transpose(2, 3), torch.stack(states, 1)
+
+
 def check(before: dict, after: dict, out: torch.Tensor) -> None:
     """Outputs and flushed states within 1.5 times the errors of float32, the ring appended, all else bit for bit."""
     tokens, window, length = before["q"].shape[1], before["window"], before["k_cache"].shape[2]
     src = before["initial_state_indices"].long()
     real = src >= 0
     (want, folded), (want32, folded32) = (expected(before, dtype) for dtype in (torch.float64, torch.float32))
+    lost_out, lost_states = losses(before) or (None, None)
     if real.any():
-        within(out[real], want32[real].to(out.dtype), want[real], (-1,), "out")
+        lost = None if lost_out is None else lost_out[:, real]
+        within(out[real], want32[real].to(out.dtype), want[real], (-1,), "out", lost)
     g, beta = gates(before["a"], before["b"], before["A_log"], before["dt_bias"], torch.float64)
     # an exponent's relative error is its argument's absolute one, and the sum of a and dt_bias has been rounded
     x = (before["a"].double() + before["dt_bias"].double()).abs().maximum(before["b"].double().abs())
@@ -98,7 +124,8 @@ def check(before: dict, after: dict, out: torch.Tensor) -> None:
         state = after["initial_state"][slot]
         if count + tokens > window and count > 0:
             rounded = folded32[i].to(state.dtype)
-            within(state, rounded, folded[i], (-2, -1), f"state of request {i}, {count} pending")
+            lost = None if lost_states is None else lost_states[:, i]
+            within(state, rounded, folded[i], (-2, -1), f"state of request {i}, {count} pending", lost)
             before["initial_state"][slot] = state
         rows = (start + count + torch.arange(tokens)) % length
         for name, values in (("k_cache", before["k"]), ("v_cache", before["v"])):

@@ -179,7 +179,9 @@ def checkpointing_ssu(
     float16 inputs of two numbers of 11 bits.  Coefficients of new states are too, with two exceptions: sums of three
     for float32 states, and single numbers where rounding the state adds a larger error (float8, and bfloat16 or int8
     with float16 inputs).  Outputs read a float32 state as numbers of 11 bits, and are then off by up to 2^-11 of the
-    terms that they sum over the state, before they are rounded to the type of x.  Everything else is float32.
+    terms that they sum over the state, before they are rounded to the type of x.  Those of an int8 or int16 state are
+    off by up to 2^-13 of the largest element of its row times the sum of ``|C|``, because codes are multiplied with an
+    offset that cancels.  Everything else is float32, but sums are cut by tensor cores, not rounded.
 
     The root mean square error of a new state of any type but float32 is at most 1.1 times that of the exact state
     rounded once, for any decay.  That of a float32 state is at most 1.1 times that of float32 PyTorch which sums the
