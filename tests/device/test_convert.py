@@ -8,6 +8,7 @@ from bits import equal, same_bits
 
 pytest.importorskip("cutlass")
 
+import kernel_backends
 import rounding_kernels as kernels
 
 import ptxsim
@@ -74,7 +75,7 @@ def run(name, arch, values, words):
     out = torch.zeros(rows.shape, dtype=TYPES[name])
     scale = torch.full((len(rows),), -1.0) if name in QUANTISED else None
     kernel = kernels.rounding(name, arch, words is not None)
-    with ptxsim.emulate(arch=arch):
+    with ptxsim.emulate(arch=arch, arithmetic=kernel_backends.arithmetic):
         kernel(rows, words, out, scale)
     assert all(info.spill_bytes == 0 for info in kernel.kernels)
     return out, scale
@@ -115,6 +116,7 @@ def rows_of(name):
     return rows.repeat(2, 1)[:size].contiguous()
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", QUANTISED)
 @pytest.mark.parametrize("random", [True, False], ids=["stochastic", "nearest"])
@@ -132,6 +134,7 @@ def test_quantised(name, arch, random):
         assert out.float()[~finite].isnan().all()
 
 
+@pytest.mark.accuracy
 @pytest.mark.parametrize("name", QUANTISED)
 def test_scale_of_every_mantissa(name):
     """A sample of all; the reciprocal is exactly rounded for each."""
