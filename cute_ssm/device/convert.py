@@ -288,7 +288,8 @@ def row_scale(largest: Float32, dtype: type[Numeric]) -> RowScale:
     """Return the scale of a row whose largest magnitude is `largest`: `reference.rounding.row_scale`.
 
     The reciprocal is correctly rounded: one Newton step is what the compiler emits for ``rcp.rn`` of normal arguments
-    with normal results, and the scale and its reciprocal are always normal.
+    with normal results, and the scale and its reciprocal are always normal.  Any guess within the documented error of
+    rcp will do, but for a mantissa of ones alone, where the lower of the two would give a reciprocal of 2^-k.
     """
     floor = Float32(SMALLEST_SCALE)
     scale = _largest(largest * Float32(SCALE_FACTORS[dtype]), floor)
