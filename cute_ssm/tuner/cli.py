@@ -88,7 +88,7 @@ def main(options: argparse.Namespace) -> int:
         journal.close()
     print("\n".join(report(solved, objective.how)))
     left = len(problems) - len(solved)
-    print(f"{out}: {summary(solved, margin)}{f'; {left} calls were not reached' if left else ''}")
+    print(f"{out}: {summary(solved, tuner.margin)}{f'; {left} calls were not reached' if left else ''}")
     return int(any(one.error for one in solved))
 
 

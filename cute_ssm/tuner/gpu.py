@@ -47,6 +47,7 @@ class Gpu:
 
     how = "measured"
     noise = 0.01
+    error = 0.0
 
     def __init__(self, device: int = 0, replays: int = REPLAYS, sets: int = timing.MOST_SETS):
         self.device = torch.device("cuda", device)

@@ -33,10 +33,13 @@ class Objective(Protocol):
         "measured" or "modelled".
     noise : float
         Part of a cost that means nothing.
+    error : float
+        By how much costs are known to be wrong, relatively: a smaller gain is none.
     """
 
     how: str
     noise: float
+    error: float
 
     def on(self) -> dict[str, Any]:
         """What the costs hold for: machine, versions."""
@@ -52,6 +55,7 @@ class _Emulated(ABC):
 
     how = "modelled"
     noise = 0.0
+    error = 0.0
 
     def __init__(self) -> None:
         self._gates: dict[Case, Gate] = {}
@@ -99,7 +103,14 @@ class _Emulated(ABC):
 
 
 class Model(_Emulated):
-    """The machine model `gpumodel`: a modelled time of the busiest SM."""
+    """The machine model `gpumodel`: a modelled time of the busiest SM, with the error that its validation found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        require("gpumodel")
+        from gpumodel import validated
+
+        self.error = validated.error()
 
     def on(self) -> dict[str, Any]:
         return {"objective": "model", "fitted": bool(require("gpumodel").H200.fitted)}

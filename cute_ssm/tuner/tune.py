@@ -48,7 +48,7 @@ class Tuner:
         Of the kind that the engine's workers have; asked only what its costs hold for.
     journal : Journal
     margin : float
-        As `MARGIN`.
+        As `MARGIN`.  It is raised to the objective's error where that is larger.
     compile_jobs : int, optional
         Processes that compile for GPUs before anything is measured; None: workers compile.
     report : callable, optional
@@ -65,7 +65,8 @@ class Tuner:
         report: Callable[[str], None] | None = None,
     ):
         self.engine, self.objective, self.journal = engine, objective, journal
-        self.margin, self.compile_jobs, self.report = margin, compile_jobs, report or (lambda _: None)
+        self.margin = max(margin, objective.error)
+        self.compile_jobs, self.report = compile_jobs, report or (lambda _: None)
 
     def solve(self, problems: Sequence[Problem], seconds: float | None = None) -> Iterator[Solved]:
         """Yield each problem as it is solved; what is left when time runs out is left out."""

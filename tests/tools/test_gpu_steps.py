@@ -217,7 +217,7 @@ def test_a_peer_that_refuses_a_call_is_absent_and_ours_is_timed(clockwork, monke
 class Objective:
     """Measures: one field's largest value is the fastest."""
 
-    how, noise = "measured", 0.01
+    how, noise, error = "measured", 0.01, 0.0
 
     def on(self):
         return {"objective": "gpu", "device": "none"}

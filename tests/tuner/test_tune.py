@@ -46,7 +46,7 @@ def problem():
 class Fake:
     """Costs without kernels: 10 us, less 2 for each further warp, on a worker that is `slow` times slower."""
 
-    how, noise, slow = "modelled", 0.0, 1.0
+    how, noise, error, slow = "modelled", 0.0, 0.0, 1.0
     calls = 0
 
     def on(self):
@@ -331,6 +331,21 @@ def test_the_default_margin_is_the_documented_one(problem):
     assert solve(problem, Close()).row["config"] == {}, "4 % are no gain"
     own = [row for row in tables.read(tables.BUNDLED) if row["config"]]
     assert own and all(row["evidence"]["us"] <= row["evidence"]["rule_us"] * (1 - tune.MARGIN) + 0.01 for row in own)
+
+
+def test_the_margin_is_at_least_the_error_of_the_machine_model(problem):
+    validated = pytest.importorskip("gpumodel.validated")
+    model = objectives.create("model")
+    assert model.error == validated.error()
+    for asked, used in ((0.0, model.error), (0.05, max(0.05, model.error)), (0.9, 0.9)):
+        assert tune.Tuner(engines.Inline(model), model, Journal(None, ""), asked).margin == used
+
+
+def test_a_gain_within_the_error_of_the_costs_is_a_row_of_the_rule(problem):
+    class Wrong(Fake):
+        error = 0.25
+
+    assert solve(problem, Fake()).row["config"] and solve(problem, Wrong()).row["config"] == {}
 
 
 def test_no_gpu_is_said_clearly(tmp_path, capsys):
