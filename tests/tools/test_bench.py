@@ -180,6 +180,19 @@ def test_mamba_ssm_step_takes_our_arguments(monkeypatch):
     assert torch.equal(out, ours.arguments["out"])
 
 
+def test_vllm_step_takes_our_arguments(monkeypatch):
+    def step(
+        state, x, dt, A, B, C, D, dt_bias, *, z, dt_softplus, out, state_batch_indices, null_block_id, is_blackwell
+    ):
+        assert null_block_id < 0, "slot 0 holds a state"
+        mamba.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices, out=out)
+
+    path = "__".join(peers.VLLM_STEP.split("."))
+    fake = module(path, selective_state_update=step)
+    monkeypatch.setitem(sys.modules, peers.VLLM_STEP, fake)
+    check_peer("selective_state_update", "vllm", STEP, ["state", "out"], monkeypatch)
+
+
 def test_flashinfer_gdn_takes_our_arguments(monkeypatch):
     fake = module("flashinfer.gdn_decode", gated_delta_rule_mtp=gdn_decode.gated_delta_rule_mtp)
     keys = {"B": 2, "T": 2, "H": 1, "HV": 2, "verify": 0}

@@ -14,6 +14,7 @@ Arguments = Mapping[str, Any]
 FLASHINFER_STEP = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "out", "state_batch_indices", "state_scale",
     "intermediate_states_buffer", "intermediate_state_indices", "intermediate_state_scales", "cu_seqlens", "rand_seed",
     "dt_softplus", "disable_state_update")  # fmt: skip
+VLLM_STEP = "vllm.model_executor.layers.mamba.ops.mamba_ssm"
 
 
 class Absent(Exception):
@@ -54,6 +55,27 @@ def mamba_ssm_step(arguments: Arguments) -> Callable[[], object]:
     _require(not arguments["disable_state_update"], "mamba_ssm always writes the state")
     given = {name: arguments[name] for name in ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_softplus")}
     return lambda: function(**given, state_batch_indices=arguments["state_batch_indices"])
+
+
+def vllm_step(arguments: Arguments) -> Callable[[], object]:
+    """vLLM's Triton ``selective_state_update``: one token, states of floats.
+
+    It launches what the tables that vLLM ships say for the GPU, as in a vLLM server, or vLLM's own default.
+    """
+    import torch
+
+    function = _import(VLLM_STEP, "selective_state_update")
+    x, bias = arguments["x"], arguments["dt_bias"]
+    _require(x.dim() == 3, "vLLM takes one token")
+    _require(arguments.get("state_scale") is None, "vLLM has no quantised states")
+    _require(arguments.get("rand_seed") is None, "vLLM's stochastic rounding is another one")
+    _require(not arguments["disable_state_update"], "vLLM always writes the state")
+    _require(arguments.get("D") is not None and bias is not None, "vLLM needs D and dt_bias")
+    given = {name: arguments[name] for name in ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_softplus")}
+    blackwell = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 10
+    none = {"null_block_id": -1, "is_blackwell": blackwell}
+    indices = arguments["state_batch_indices"]
+    return lambda: function(**given, out=arguments["out"], state_batch_indices=indices, **none)
 
 
 def flashinfer_checkpointing(arguments: Arguments) -> Callable[[], object]:
@@ -99,7 +121,7 @@ def mamba_ssm_scan(arguments: Arguments) -> Callable[[], object]:
 
 
 PEERS: dict[str, dict[str, Callable[[Arguments], Callable[[], object]]]] = {
-    "selective_state_update": {"flashinfer": flashinfer_step, "mamba_ssm": mamba_ssm_step},
+    "selective_state_update": {"flashinfer": flashinfer_step, "mamba_ssm": mamba_ssm_step, "vllm": vllm_step},
     "checkpointing_ssu": {"flashinfer": flashinfer_checkpointing},
     "gated_delta_rule_mtp": {"flashinfer": flashinfer_gdn, "fla": fla_gdn},
     "selective_scan": {"mamba_ssm": mamba_ssm_scan},
