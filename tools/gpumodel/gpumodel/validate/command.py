@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         found = validated(options)
     if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        options.out.write_text(tables.text(found), encoding="utf-8")
     if options.page:
         options.page.write_text(tables.rendered(options.page.read_text(encoding="utf-8"), found), encoding="utf-8")
     else:

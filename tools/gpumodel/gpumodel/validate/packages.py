@@ -46,7 +46,7 @@ class NothingModule(types.ModuleType):
         return KNOWN[name] if name in KNOWN else Nothing()
 
 
-KNOWN = {"NULL_BLOCK_ID": 0, "PAD_SLOT_ID": -1}  # constants that kernels take
+KNOWN = {"NULL_BLOCK_ID": 0, "PAD_SLOT_ID": -1, "VLLM_TUNED_CONFIG_FOLDER": None}  # constants that kernels take
 
 
 class _Finder(MetaPathFinder, Loader):

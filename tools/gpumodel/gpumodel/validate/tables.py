@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,18 @@ def result(
         "fit": fitted,
         "constants": {gpu: dataclasses.asdict(MACHINES[gpu]) for gpu in gpus},
     }  # fmt: skip
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """Return a result as JSON with a line per point."""
+    parts = []
+    for key, value in found.items():
+        if isinstance(value, list):
+            items = ",\n".join(json.dumps(item) for item in value)
+            parts.append(f'"{key}": [\n{items}\n]' if items else f'"{key}": []')
+        else:
+            parts.append(f'"{key}": {json.dumps(value)}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def errors(found: Mapping[str, Any]) -> dict[str, dict[str, Errors]]:
