@@ -103,7 +103,8 @@ def environment(out: Path) -> dict[str, str]:
     found = dict(os.environ)
     found["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [found.get("PYTHONPATH", "")])])
     found.setdefault("CUTE_SSM_CACHE_DIR", str(out / "kernels"))
-    return found | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    threads = max(1, (os.cpu_count() or 1) // 4)  # of the reference, beside as many processes of tests
+    return found | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads)}
 
 
 def step(argv: list[str]) -> int:
