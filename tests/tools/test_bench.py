@@ -18,6 +18,7 @@ from cute_ssm.runtime import toolchain
 from cute_ssm.tuner import timing
 
 pytest.importorskip("bench", reason="tools/ is not on the path")
+import machine_code
 from bench import cases, counters, outputs, peers, report, roof, run
 
 STEP = {"batch": 3, "nheads": 4, "dim": 16, "dstate": 32, "state_dtype": "float32"}
@@ -100,6 +101,7 @@ def test_no_tool_overwrites_a_file_that_it_was_not_given(tmp_path, monkeypatch, 
 
 
 def test_counters_are_printed_and_written_only_where_asked(tmp_path, monkeypatch, capsys):
+    machine_code.needed()
     committed = {path: path.read_bytes() for path in (counters.RESULTS, counters.PAGE)}
     monkeypatch.setattr(
         counters, "cases", lambda: [("selective_state_update", {"batch": 1, "nheads": 2, "dstate": 16})]
@@ -107,7 +109,7 @@ def test_counters_are_printed_and_written_only_where_asked(tmp_path, monkeypatch
     monkeypatch.setattr(counters, "ARCHS", ("sm_90a",))
     assert counters.main([]) == 0
     printed = capsys.readouterr().out
-    assert "| `selective_state_update` | batch=1, nheads=2" in printed
+    assert "| `selective_state_update` | `batch=1 nheads=2" in printed
     assert counters.main(["--out", str(tmp_path / "new" / "counters.json")]) == 0
     (row,) = json.loads((tmp_path / "new" / "counters.json").read_text())["rows"]
     assert row["arch"] == "sm_90a" and row["commit"]

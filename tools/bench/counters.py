@@ -10,6 +10,7 @@ import argparse
 import json
 import platform
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -33,23 +34,38 @@ def record(only: list[str], before: Path = RESULTS) -> dict:
     kept = json.loads(before.read_text())["rows"] if only and before.exists() else []
     known = {identity(row["op"], row["keys"], row["arch"]): row for row in kept}
     now, rows = commit(), []
-    for op, keys in cases():
-        for arch in ARCHS:
-            keys = {k: str(v) for k, v in keys.items()}
-            row = known.get(identity(op, keys, arch))
-            if not only or op in only:
-                row = count(op, keys, arch) | {"commit": now}
-                row.pop("tensors")  # names and per-tensor bytes can be had again from tools/count.py
-                for kernel in row["kernels"]:
-                    kernel.pop("name")
-            if row is not None:
-                rows.append(row)
+    for op, keys, arch in calls():
+        row = known.get(identity(op, keys, arch))
+        if not only or op in only:
+            said = " ".join(f"{key}={value}" for key, value in keys.items())
+            row = as_row(count(op, keys, arch)) | {"call": said, "configs": configs(op, keys, arch), "commit": now}
+        if row is not None:
+            rows.append(row)
     versions = {name: metadata.version(name) for name in ("nvidia-cutlass-dsl", "torch", "numpy")}
     return {
-        "method": "tools/count.py: PTX warp instructions and 32-byte sectors in the emulator; nothing here is a time",
+        "method": "tools/count.py: warp instructions and 32-byte sectors in the emulator, and machine code; no times",
         "versions": {"python": platform.python_version(), **versions},
         "rows": rows,
     }
+
+
+def as_row(counted: dict) -> dict:
+    """Return what the results keep of a count; names and bytes of tensors can be had again from tools/count.py."""
+    kernels = [{name: value for name, value in kernel.items() if name != "name"} for kernel in counted["kernels"]]
+    return {name: value for name, value in counted.items() if name != "tensors"} | {"kernels": kernels}
+
+
+def configs(op: str, keys: dict[str, str], arch: str) -> list[dict]:
+    """Return the configs of the kernels that a case runs, which take no compile to know."""
+    from cute_ssm import arch as archs
+    from cute_ssm import tuning
+    from cute_ssm.workloads import plan
+
+    fields = {k.removeprefix("config."): int(v) for k, v in keys.items() if k.startswith("config.")}
+    shapes = {k: v for k, v in keys.items() if not k.startswith("config.")}
+    with tuning.override(**fields):
+        kernels = plan.of_call(op, shapes, archs.by_name(arch))
+    return [plan.as_entry(*kernel)["config"] for kernel in dict.fromkeys(kernels)]
 
 
 def cases() -> list[tuple[str, dict]]:
@@ -59,6 +75,13 @@ def cases() -> list[tuple[str, dict]]:
     return [(op, keys) for op in workloads.OPERATORS for keys in workloads.counted(op)]
 
 
+def calls() -> Iterator[tuple[str, dict[str, str], str]]:
+    """Yield the operator, parameters and target of every row."""
+    for op, keys in cases():
+        for arch in ARCHS:
+            yield op, {key: str(value) for key, value in keys.items()}, arch
+
+
 def identity(op: str, keys: dict, arch: str) -> tuple:
     """What makes a row: the same call of the same operator for the same target, whatever is left to its defaults."""
     from cute_ssm import workloads
@@ -66,26 +89,69 @@ def identity(op: str, keys: dict, arch: str) -> tuple:
     return op, arch, *sorted((k, str(v)) for k, v in {**workloads.parameters(op), **keys}.items())
 
 
+COLUMNS = (
+    "operator", "call", "target", "PTX slots / unit", "machine slots / unit", "DRAM / floor", "L2 / floor",
+    "registers", "spills", "LDL, STL", "code KB", "loop KB",
+)  # fmt: skip
+
+
 def table(results: dict) -> str:
     """Markdown table of the recorded counts."""
-    lines = [
-        "| operator | call | target | issue slots / unit | DRAM / floor | L2 / floor | registers | spills |",
-        "|---|---|---|---|---|---|---|---|",
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    return "\n".join([*lines, *map(line, results["rows"])])
+
+
+def line(row: dict) -> str:
+    """Return the line of a row; of several kernels, the sums of what adds up and the greatest of the rest."""
+    codes = [kernel["machine_code"] for kernel in row["kernels"]]
+    cells = [
+        f"`{row['op']}`",
+        f"`{row['call']}`",
+        row["arch"],
+        figure(row["issue_slots_per_unit"]),
+        machine_slots(row["machine_slots_per_unit"]),
+        f"{row['dram_over_floor']:.3f}",
+        f"{row['l2_over_floor']:.3f}",
+        str(max(kernel["registers"] for kernel in row["kernels"])),
+        str(sum(kernel["spill_bytes"] for kernel in row["kernels"])),
+        f"{sum(code['local_loads'] for code in codes)}, {sum(code['local_stores'] for code in codes)}",
+        f"{sum(code['code_bytes'] for code in codes) / 1024:.1f}",
+        f"{max(code['largest_loop_bytes'] for code in codes) / 1024:.1f}",
     ]
-    for row in results["rows"]:
-        hidden = {"ngroups", "input_dtype", "dt_dtype", "update"}
-        usual = {("T", "1"), ("layout", "tied"), ("rounding", "nearest")}
-        keys = {k: str(v) for k, v in row["keys"].items() if k not in hidden}
-        shown = {k: v for k, v in keys.items() if (v != "0" or k.startswith("config.")) and (k, v) not in usual}
-        call = ", ".join(f"{k}={v}" for k, v in shown.items())
-        registers = max(kernel["registers"] for kernel in row["kernels"])
-        spills = sum(kernel["spill_bytes"] for kernel in row["kernels"])
-        slots = row["issue_slots_per_unit"]
-        lines.append(
-            f"| `{row['op']}` | {call} | {row['arch']} | {slots:.{0 if slots >= 100 else 2}f} | "
-            f"{row['dram_over_floor']:.3f} | {row['l2_over_floor']:.3f} | {registers} | {spills} |"
-        )
+    return "| " + " | ".join(cells) + " |"
+
+
+def figure(slots: float) -> str:
+    """Instructions of a unit, in at least three digits."""
+    return f"{slots:.{0 if slots >= 100 else 2}f}"
+
+
+def machine_slots(bounds: list[float] | None) -> str:
+    """The least and the most instructions of the machine code, or one figure where both are shown alike."""
+    if bounds is None:
+        return "not known"
+    least, most = map(figure, bounds)
+    return least if least == most else f"{least} to {most}"
+
+
+def summary(results: dict) -> str:
+    """Markdown table: of every operator, the range over its rows of machine slots by PTX slots, and of sizes."""
+    lines = ["| operator | machine / PTX slots | code KB | loop KB |", "|---|---|---|---|"]
+    for op in dict.fromkeys(row["op"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["op"] == op]
+        known = [row for row in rows if row["machine_slots"] is not None]
+        least = min((row["machine_slots"][0] / row["issue_slots"] for row in known), default=None)
+        most = max((row["machine_slots"][1] / row["issue_slots"] for row in known), default=None)
+        ratio = "not known" if least is None else f"{least:.2f} to {most:.2f}"
+        codes = [kernel["machine_code"] for row in rows for kernel in row["kernels"]]
+        sizes = [[code[name] / 1024 for code in codes] for name in ("code_bytes", "largest_loop_bytes")]
+        lines.append("| " + " | ".join([f"`{op}`", ratio, *(report.span(s, "{:.1f}") for s in sizes)]) + " |")
     return "\n".join(lines)
+
+
+def page(results: dict) -> str:
+    """Return what the page of the docs has between its marks."""
+    return f"{summary(results)}\n\n{table(results)}\n\n({about(results)})"
 
 
 def about(results: dict) -> str:
@@ -111,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     print(table(results))
     if options.docs:
         committed = json.loads(RESULTS.read_text())
-        report.write_page("counters", f"{table(committed)}\n\n({about(committed)})", PAGE)
+        report.write_page("counters", page(committed), PAGE)
     return 0
 
 
