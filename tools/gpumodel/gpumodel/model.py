@@ -22,8 +22,8 @@ REPLAYED = tuple(  # constants that only a replay reads: machines that differ in
     entry.name for entry in fields(Machine)
     if entry.name not in ("name", "arch", "pipes", "mma_clocks", "mma_latency", "window", "code_growth")
 )  # fmt: skip
-SMALL_BYTES = 4 << 20  # of a tensor that lies in the L2 when a model calls an operator
-FOLLOWS = 4000.0  # clocks that a call's first launch starts early, at most, if it follows another one
+SMALL_BYTES = 4 << 20  # G: of a tensor that lies in the L2 when a model calls an operator
+FOLLOWS = 4000.0  # G: clocks that a call's first launch starts early, at most, if it follows another one
 _lowered: WeakKeyDictionary = WeakKeyDictionary()  # program -> {machine: Lowering}
 
 

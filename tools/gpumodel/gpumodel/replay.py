@@ -77,7 +77,6 @@ class Timing:
     shared: int = 0  # wavefronts
     tensor: float = 0.0  # clocks of one sub-partition's pipe, summed
     ctas: int = 0
-    depends_at: float | None = None  # when the first warp reached griddepcontrol.wait
     triggers_at: float | None = None  # when all CTAs had let the next kernel start, by griddepcontrol or their end
     stalls: Counter[tuple[int, str]] = field(default_factory=Counter)  # (warp of the CTA, reason) -> clocks
     lives: dict[int, tuple[float, float]] = field(default_factory=dict)  # warp -> (first clock, last clock)
@@ -560,8 +559,6 @@ class Replay:
         self.pause(warp, t, max(t + self.machine.gpu_fence, warp.written), "fence")
 
     def do_dependency_wait(self, warp, op, t):
-        if self.timing.depends_at is None:
-            self.timing.depends_at = t
         self.pause(warp, t, self.depends_until, "kernel before")
 
     def do_dependents(self, warp, op, t):

@@ -42,6 +42,8 @@ CLASSES = {
     "shared memory": Style("s", "#6aa5d8", ("shared memory", "load/store unit", "lsu", "local memory")),
     "arithmetic": Style("a", "#c9c9c9"),
     "issue slots": Style("i", "#8fbf9f", ("issue",)),
+    "code": Style("c", "#b8a13a", ("instruction cache",)),
+    "the kernel before": Style("k", "#4a4a4a", ("kernel before",)),
 }
 BLOCKS = " ▁▂▃▄▅▆▇█"
 

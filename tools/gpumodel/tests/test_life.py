@@ -51,6 +51,8 @@ def test_watched_loads_have_a_class_of_their_own():
     assert timeline.class_of("load of arg1, arg0", WATCHED) == "watched"
     assert timeline.class_of("copy of arg1", WATCHED) == "other data"
     assert timeline.class_of("barrier 0", WATCHED) == "another warp"
+    assert timeline.class_of("instruction cache") == "code"
+    assert timeline.class_of("kernel before") == "the kernel before"
 
 
 def test_text_names_roles_and_watched_bytes(kernel):
