@@ -93,7 +93,7 @@ def gather() -> Facts:
 
 def bundled(facts: Facts) -> bool:
     """Return whether there is no compiler, by intent: kernels come from bundles alone."""
-    return not facts.dsl and any(facts.bundles.values())
+    return toolchain.DSL not in facts.dsl and any(facts.bundles.values())
 
 
 def problems(facts: Facts) -> list[Problem]:
@@ -242,7 +242,11 @@ def _cuda_problems(facts: Facts) -> list[Problem]:
             f"there is an NVIDIA driver (CUDA {facts.driver_cuda}), but torch {facts.torch} is built for the CPU only"
         )
         found.append(Problem(False, what, f"{PIP} --force-reinstall '{wanted}'"))
-    if facts.dsl and (facts.torch_cuda or "").startswith("13.") and f"{toolchain.DSL}-libs-cu13" not in facts.dsl:
+    if (
+        toolchain.DSL in facts.dsl
+        and (facts.torch_cuda or "").startswith("13.")
+        and f"{toolchain.DSL}-libs-cu13" not in facts.dsl
+    ):
         what = f"torch is built for CUDA {facts.torch_cuda}, the compiler's libraries for CUDA 12"
         found.append(Problem(False, what, f"{PIP} 'cute-ssm[cu13]'"))
     found += _driver_problems(facts)

@@ -66,6 +66,14 @@ def stored_bytes(tensor: torch.Tensor | None) -> int:
 
 
 def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Return a copy on a device, in which dimensions of stride 0 have stride 0 still."""
-    stored = tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
-    return stored.to(device, copy=True).expand(tensor.shape)
+    """Return a copy on a device with the same strides, and the same address modulo 16 bytes.
+
+    The choice of a kernel depends on both.  Memory between the elements is not copied.
+    """
+    sizes = [size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride())]
+    span = 1 + sum((size - 1) * stride for size, stride in zip(sizes, tensor.stride())) if tensor.numel() else 0
+    offset = tensor.data_ptr() % 16 // tensor.element_size()
+    memory = torch.empty(offset + span, dtype=tensor.dtype, device=device)
+    stored = torch.as_strided(memory, sizes, tensor.stride(), offset)
+    stored.copy_(tensor[tuple(slice(0, size) for size in sizes)])
+    return stored.expand(tensor.shape)

@@ -77,6 +77,8 @@ def test_doctor_finds_nothing_broken_where_bundles_stand_for_the_compiler():
     facts = doctor.Facts(**known, ptxsim=True, compiler_error="no module", bundles={"kit": 3})
     assert [problem.what for problem in doctor.problems(facts) if problem.broken] == []
     assert doctor.backends(facts)["cuda"] == "yes: cuda:0 (sm_90a), kernels of bundles only: there is no compiler"
+    facts.dsl = {"nvidia-cutlass-dsl-libs-cu12": "4.8.1"}  # the runtime library alone
+    assert [problem.what for problem in doctor.problems(facts) if problem.broken] == []
     facts.bundles = {"kit": 0}
     assert [problem.what for problem in doctor.problems(facts) if problem.broken] == [
         "nvidia-cutlass-dsl is not installed"

@@ -6,6 +6,7 @@ import dataclasses
 
 import gpu_calls
 import pytest
+from gpu_pass.calls import on_device
 from tiny_spec import TinyConfig, TinySpec
 
 from cute_ssm import arch, runtime, workloads
@@ -52,6 +53,14 @@ def test_batches_are_timed_from_one_request_to_many():
 def test_a_call_that_waits_for_the_kernel_ahead_has_a_kernel_of_its_own():
     specs = [spec for spec, _, _ in gpu_calls.of_calls(gpu_calls.dependent(), TARGET)]
     assert {spec.pdl for spec in specs} == {"wait_first", "early_reads"}
+
+
+def test_calls_that_are_moved_run_the_kernels_of_the_bundle(kernels):
+    """A copy with other strides, or at an address of another alignment, could need others."""
+    for made in [*gpu_calls.modes(), *gpu_calls.checked()]:
+        with runtime.planned(TARGET) as planned:
+            on_device(made.build(fill=False), "cpu").run()
+        assert set(planned.kernels) <= kernels, made.text()
 
 
 def test_candidates_are_distinct_valid_configs_and_the_rules_is_the_first():

@@ -16,6 +16,7 @@ from cute_ssm.errors import CuteSsmError
 from cute_ssm.ops.selective_state_update import config as selective_step
 from cute_ssm.runtime import pool, registry, toolchain
 from cute_ssm.workloads import plan
+from cute_ssm.workloads.maker import moved
 from cute_ssm.workloads.progress import Progress
 
 SMALL = {
@@ -212,3 +213,13 @@ def test_kernels_of_models_compile_without_spills(model, target):
     for kernel in plan.read(model, [arch.by_name(target)]):
         compiled = runtime.emulated(*kernel)
         assert all(k.spill_bytes == 0 for k in compiled.kernels), kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_moved_tensor_keeps_strides_and_the_alignment_of_its_address(dtype):
+    rows = torch.randn(4, 21).to(dtype)
+    for tensor in (rows[:, 3:11], rows[1:, ::2], rows[:, :1].expand(4, 6), rows.t(), rows[:0, 1:], torch.tensor(3.0)):
+        copy = moved(tensor, "cpu")
+        assert copy.shape == tensor.shape and copy.stride() == tensor.stride()
+        assert copy.data_ptr() % 16 == tensor.data_ptr() % 16 or not tensor.numel()
+        assert torch.equal(copy, tensor) and (copy.data_ptr() != tensor.data_ptr() or not tensor.numel())
