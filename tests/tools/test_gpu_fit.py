@@ -106,7 +106,7 @@ def checkout(tmp_path):
     for folder in ("tools/bench/results", "cute_ssm/tuning", "tools/gpumodel/gpumodel", "docs/performance"):
         (tmp_path / folder).mkdir(parents=True)
     for path in ("tools/bench/results/host.json", "docs/performance/index.md", "docs/performance/measured.md",
-                 "docs/performance/modelled.md", "cute_ssm/tuning/tables.json"):  # fmt: skip
+                 "docs/performance/modelled.md", "cute_ssm/tuning/tables.json", "README.md"):  # fmt: skip
         shutil.copy(ROOT / path, tmp_path / path)
     return tmp_path
 
@@ -140,6 +140,7 @@ def test_one_command_takes_a_pass_in(archive, checkout, capsys):
         assert part in page, part
     index = (checkout / "docs" / "performance" / "index.md").read_text()
     assert "Times of NVIDIA H200 are measured" in index and "Nothing was measured on a GPU" not in index
+    assert "**Nothing was measured" not in (checkout / "README.md").read_text()
     assert list((checkout / "docs" / "performance" / "plots").glob("measured-*.svg"))
 
 

@@ -159,6 +159,9 @@ def pages(lines: Sequence[Line], folder: Path = DOCS, results: Path = RESULTS) -
     devices = sorted({line["device"] for line in lines if line["how"] == "measured"})
     measured = f"Times of {', '.join(devices)} are measured: see [Measured times](measured.md)."
     yield "status", measured if devices else UNMEASURED, folder / "index.md"
+    front = f"Times of {', '.join(devices)} are [measured](docs/performance/measured.md). What is known without a GPU:"
+    nothing = "**Nothing was measured on a GPU.** What is known without one:"
+    yield "status", front if devices else nothing, folder.parents[1] / "README.md"
     timed = [line for line in lines if "variants" in line]
     yield "measured-variants", passes.variants(timed) if timed else NOTHING, folder / "measured.md"
     yield "passes", passes.page(passes.read(results)) or NOTHING, folder / "measured.md"
