@@ -272,6 +272,15 @@ def test_a_step_goes_on_behind_an_item_that_ended_it(tmp_path, bad, error):
     assert b'"bad"' in contents(tmp_path / "x.tar.gz")["failures.jsonl"]
 
 
+def test_items_that_were_not_reached_are_counted_in_the_summary(tmp_path):
+    code = "from pathlib import Path; from gpu_pass.records import *; import sys\n"
+    code += f"sys.exit(Records(Path({str(tmp_path / 'out')!r}), 'a', 0).run([Item('x', dict), Item('y', dict)]))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tools")}
+    made = runner.Pass(tmp_path / "out", tmp_path / "x.tar.gz", environment, ROOT)
+    (done,) = made.carry_out([Step("a", 1, (PYTHON, "-c", code), 1.0, items="a")], 60)
+    assert (done.status, done.line) == ("out of time", "2 not reached")
+
+
 def test_a_step_that_dies_without_progress_is_not_started_for_ever(tmp_path):
     starts = []
 

@@ -194,7 +194,10 @@ class Pass:
             return Done(step.name, "left out", seconds, refusal, limit, log.name, code, starts)
         if step.items:
             lines = records.read(self.out / f"items-{step.items}.jsonl")
-            line = records.told(lines) + (f"; {line}" if line and step.last != r"\S" else "")
+            own = last_line(log, rf"^{re.escape(step.items)}: \d+ \w+").partition(": ")[2]  # knows what was not reached
+            if not own or code not in (0, records.FAILED, records.LATE):
+                own = records.told(lines)
+            line = own + (f"; {line}" if line and step.last != r"\S" else "")
             if any(one["state"] == "failed" for one in lines):
                 status = "failed"
         return Done(step.name, status, seconds, line, limit, log.name, code, starts)
