@@ -11,7 +11,7 @@ from typing import Any
 from ptxsim import cubin
 
 from .driver import Driver
-from .inherit import after_import
+from .startup.after_import import after_import
 
 
 class Compiler:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import atexit
-import importlib.abc
-import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,31 +49,3 @@ def note_at_exit(driver: Any, folder: Path) -> None:
             (notes(folder) / str(os.getpid())).write_text(text)
 
     atexit.register(write)
-
-
-def after_import(name: str, function: Callable[[], None]) -> None:
-    """Call a function when a module has been imported: now, or when it is."""
-    if name in sys.modules:
-        function()
-    else:
-        sys.meta_path.insert(0, _After(name, function))
-
-
-class _After(importlib.abc.MetaPathFinder):
-    def __init__(self, name: str, function: Callable[[], None]):
-        self.name, self.function = name, function
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != self.name:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def then(module: Any) -> None:
-                execute(module)
-                self.function()
-
-            spec.loader.exec_module = then  # type: ignore[method-assign]
-        return spec
