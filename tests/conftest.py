@@ -42,9 +42,8 @@ def pytest_collection_modifyitems(config, items):
 
     slices.mark(items)
     if config.getoption("--arithmetic") != "exact":
-        runs = [item for item in items if "backend" in item.fixturenames or "accuracy" in item.keywords]
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(runs)])
-        items[:] = runs
+        config.hook.pytest_deselected(items=[item for item in items if not kernel_backends.runs_a_kernel(item)])
+        items[:] = [item for item in items if kernel_backends.runs_a_kernel(item)]
     shim.mark(items)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a GPU")

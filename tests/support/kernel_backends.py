@@ -50,5 +50,13 @@ def reference(arch: str = "sm_90a", checks: bool = True, **options: Any) -> cont
     return contextlib.nullcontext()
 
 
+def runs_a_kernel(item: pytest.Item) -> bool:
+    """Whether `arithmetic` matters to a test: it takes the fixture `backend`, of kernels, or is marked ``accuracy``."""
+    if "accuracy" in item.keywords:
+        return True
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return "backend" in item.fixturenames and parameters.get("backend") != "reference"
+
+
 BACKENDS = {"reference": reference, "kernel": kernel}
 both = pytest.mark.parametrize("backend", list(BACKENDS), indirect=True)

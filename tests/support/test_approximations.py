@@ -76,6 +76,10 @@ def test_kernel(backend):
     with backend() as session:
         assert session.options.arithmetic.name == "exact"
 
+@kernel_backends.both
+def test_both(backend):
+    assert kernel_backends.arithmetic == "exact"
+
 @pytest.mark.accuracy
 def test_marked():
     assert kernel_backends.arithmetic == "exact"
@@ -89,7 +93,7 @@ def test_the_option_selects_what_depends_on_it(pytester):
     pytester.makeini(CONFIG)
     pytester.makeconftest(CONFTEST.read_text())
     pytester.makepyfile(test_some=TESTS)
-    pytester.runpytest_inprocess("-p", "no:cacheprovider").assert_outcomes(passed=3)
+    pytester.runpytest_inprocess("-p", "no:cacheprovider").assert_outcomes(passed=5)
     result = pytester.runpytest_inprocess("--arithmetic", "hardware", "-p", "no:cacheprovider")
-    result.assert_outcomes(failed=2, deselected=1)
+    result.assert_outcomes(failed=3, deselected=2)
     assert "pytest test_some.py::test_kernel --arithmetic hardware" in result.outlines
