@@ -185,7 +185,8 @@ def checkpointing_ssu(
 
     The root mean square error of a new state of any type but float32 is at most 1.1 times that of the exact state
     rounded once, for any decay.  That of a float32 state is at most 1.1 times that of float32 PyTorch which sums the
-    exponents of the decays from the last token on: 1.2 to 3 roundings.
+    exponents of the decays from the last token on, 1.2 to 3 roundings, plus the error of the hardware's 2^x: up to
+    2^-22 of the terms that an element is a sum of.
 
     The signature follows ``flashinfer.mamba.checkpointing_ssu`` of FlashInfer 0.6, whose kernel restarts the running
     sums where a step appends to a history.  The recurrence is that of Dao and Gu, "Transformers are SSMs" (2024).
