@@ -153,13 +153,16 @@ def test_messages_name_the_python_line(no_wait):
 )
 def test_kinds_of_launch(enable_pdl, pdl):
     """Of both operators, and of FlashInfer's functions, whose True means the safe kind here."""
-    for history in ("double", "ring"):
+    functions = {
+        "double": (cute_ssm.checkpointing_ssu, flashinfer.checkpointing_ssu_double_buffer),
+        "ring": (cute_ssm.checkpointing_ssu_ring, flashinfer.checkpointing_ssu),
+    }
+    for history in functions:
         call = arguments(Case(history=history))
         call["enable_pdl"] = enable_pdl
-        name = "checkpointing_ssu_ring" if history == "ring" else "checkpointing_ssu"
-        for module in (cute_ssm, flashinfer):
+        for function in functions[history]:
             with emulation.planned(archs.SM_90A) as plan:
-                getattr(module, name)(**call)
+                function(**call)
             assert plan.kernels[0][0].pdl == pdl
 
 
