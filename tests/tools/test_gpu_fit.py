@@ -177,6 +177,29 @@ def test_a_pass_without_times_still_leaves_its_record(tmp_path, checkout):
     assert (checkout / "tools" / "bench" / "results" / "pass-nvidia-h200.json").exists()
 
 
+def test_a_model_that_cannot_be_fitted_keeps_nothing_else_back(archive, checkout, monkeypatch, capsys):
+    seen = []
+
+    def fails(lines, *_):
+        seen.extend(line["batch"] for line in lines)
+        raise ImportError("no scipy")
+
+    monkeypatch.setattr(observed, "fit", fails)
+    assert gpu_check.main(["fit", str(archive), "--root", str(checkout), "--batches", "1", "4"]) == 1
+    assert seen == [1, 4]
+    assert "the model is not fitted: no scipy" in capsys.readouterr().err
+    record = json.loads((checkout / "tools" / "bench" / "results" / "pass-nvidia-h200.json").read_text())
+    assert "fit" not in record and record["functions"]
+    assert "Times of NVIDIA H200 are measured" in (checkout / "docs" / "performance" / "index.md").read_text()
+
+
+def test_times_within_the_noise_of_what_was_subtracted_are_no_observations():
+    line = timed(1)
+    line["variants"]["apart"] = {"median": -0.1}
+    names = [point.name for point in observed.observations([line], ["chained", "apart", "evicted"])]
+    assert [name.rpartition(", ")[2] for name in names] == ["chained", "copy on H200"]
+
+
 def test_later_times_of_a_call_replace_earlier_ones(tmp_path):
     path = tmp_path / "measured.jsonl"
     for us in (3.0, 4.0):

@@ -32,7 +32,7 @@ def parts(record: Record) -> list[str]:
     """Return the paragraphs and tables of a device."""
     about = record["about"][0]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    found = [f"### {about['device']}", f"{told(record)} (commit {about['commit'][:10]}; {about['began']}; {versions})"]
+    found = [f"### {about['device']}", f"{told(record)} ({_source(about['commit'])}; {about['began']}; {versions})"]
     rows = [(f"`{one['name']}`", one["status"], f"{one['seconds']:.0f}", one["line"]) for one in record["steps"]]
     found.append(table(("step", "outcome", "seconds", "in short"), rows))
     if record["failures"]:
@@ -108,6 +108,10 @@ def variants(lines: Sequence[dict[str, Any]]) -> str:
 
 def _us(one: dict[str, float] | None) -> str:
     return "" if one is None else f"{one['median']:.2f}" if one["median"] < 100 else f"{one['median']:.0f}"
+
+
+def _source(commit: str) -> str:
+    return commit if commit.startswith("no commit") else f"commit {commit[:10]}{commit[40:]}"
 
 
 def _short(text: str) -> str:

@@ -204,17 +204,23 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{rows} rows of tuned configs")
     record = summed_up(found)
     record["beside_emulator"] = beside_emulator(found, found[0].about["arch"])
-    if times and options.constants:
-        fitted = observed.fit(
-            times, options.constants, options.variants, options.rounds, lambda text: print(text, flush=True)
-        )
-        source = f"{devices[0]}, commit {found[0].about['commit'][:10]}"
-        path = options.root / "tools" / "gpumodel" / "gpumodel" / "fitted.json"
-        record["fit"] = observed.store(fitted, path, source)
+    problem = ""
+    chosen = [line for line in times if line["batch"] in options.batches]
+    if chosen and options.constants:
+        try:
+            fitted = observed.fit(chosen, options.constants, options.variants, options.rounds, print)
+        except (ImportError, ValueError) as error:  # everything else is taken in all the same
+            problem = f"the model is not fitted: {error}"
+        else:
+            source = f"{devices[0]}, commit {found[0].about['commit'][:10]}"
+            path = options.root / "tools" / "gpumodel" / "gpumodel" / "fitted.json"
+            record["fit"] = observed.store(fitted, path, source)
     (results_folder / file_of(devices[0])).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     documents(options.root, results_folder)
     print(pages.told(record))
-    return int(bool(record["failures"]))
+    if problem:
+        print(problem, file=sys.stderr)
+    return int(bool(record["failures"] or problem))
 
 
 def documents(root: Path, results_folder: Path) -> None:

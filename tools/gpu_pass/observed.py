@@ -85,7 +85,10 @@ def machine_name(device: str) -> str:
 
 
 def observations(lines: Iterable[Mapping[str, Any]], variants: Sequence[str]) -> list[Any]:
-    """Return the observations of lines, and of the copy that they were held against."""
+    """Return the observations of lines, and of the copy that they were held against.
+
+    A variant whose time is not above zero is none: what was subtracted from it was as long, within its noise.
+    """
     import gpumodel
     from gpumodel.fit import Observation
 
@@ -97,14 +100,15 @@ def observations(lines: Iterable[Mapping[str, Any]], variants: Sequence[str]) ->
         recorded = Recorded(line["op"], keys, gpumodel.MACHINES[name])
         half = "held out" if number % HELD_OUT == HELD_OUT - 1 else "fit"
         for variant in variants:
-            if variant not in line.get("variants", {}):
+            us = line.get("variants", {}).get(variant, {"median": 0.0})["median"]
+            if us <= 0:
                 continue
             data, code, follows = VARIANTS[variant]
             if variant in ("chained", "warm"):
                 follows = line["pdl"] == "always"
             conditions = gpumodel.Conditions(data=data, code=code, follows=follows)
             found.append(Observation(
-                f"{line['op']} {line['case']} batch {line['batch']}, {variant}", line["variants"][variant]["median"],
+                f"{line['op']} {line['case']} batch {line['batch']}, {variant}", us,
                 _modelled(recorded, conditions), name, variant, half,
             ))  # fmt: skip
     for name, gbs in copies.items():
