@@ -86,6 +86,11 @@ def test_marked():
 
 def test_without():
     pass
+
+@pytest.mark.accuracy
+@pytest.mark.parametrize("n", range(5))
+def test_cases(n):
+    pass
 """
 
 
@@ -93,7 +98,9 @@ def test_the_option_selects_what_depends_on_it(pytester):
     pytester.makeini(CONFIG)
     pytester.makeconftest(CONFTEST.read_text())
     pytester.makepyfile(test_some=TESTS)
-    pytester.runpytest_inprocess("-p", "no:cacheprovider").assert_outcomes(passed=5)
+    pytester.runpytest_inprocess("-p", "no:cacheprovider").assert_outcomes(passed=10)
     result = pytester.runpytest_inprocess("--arithmetic", "hardware", "-p", "no:cacheprovider")
-    result.assert_outcomes(failed=3, deselected=2)
+    result.assert_outcomes(failed=3, passed=5, deselected=2)
     assert "pytest test_some.py::test_kernel --arithmetic hardware" in result.outlines
+    result = pytester.runpytest_inprocess("--arithmetic", "hardware", "-m", "not wide", "-p", "no:cacheprovider")
+    result.assert_outcomes(failed=3, passed=3, deselected=4)  # every second case is left to wider runs
