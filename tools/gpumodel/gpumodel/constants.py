@@ -19,7 +19,8 @@ D  Luo et al., "Dissecting the NVIDIA Hopper Architecture through Microbenchmark
 E  Bandwidth of published kernels: vLLM pull request 44251, H200, float32 state: 3.76 TB/s; vLLM pull request 43083,
    B200, float32 state: 6.63 TB/s (its float16 table, 4.07 TB/s, is bound by instructions); FlashInfer pull request
    2588, gated delta rule, B200: 6.84 TB/s.  A kernel's bandwidth is a lower bound of the memory's.
-F  Fitted to the published times of sources E and of TensorRT-LLM pull request 14203; no microbenchmark is known.
+F  Fitted to the published times of sources E, of vLLM pull request 31722 and of TensorRT-LLM pull request 14203; no
+   microbenchmark is known.
 G  A guess of the right order of magnitude; fit these first.
 H  "CUDA Performance Study - H100 SXM5", CUDA 12.8: latencies of L2 and DRAM in clocks of 1.98 GHz.
 I  Instruction caches: Jia et al., "Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking", 2018 (a cache
@@ -216,7 +217,8 @@ H200 = Machine(
     "H200", "sm_90a", sms=132, ghz=1.83, dram_bytes=4.8e12,  # C; clocks under load G
     dram_efficiency=0.81,  # E: above 0.78
     dram_read_efficiency=0.84, dram_bulk_efficiency=0.84, dram_write_efficiency=0.85,  # N: above 0.81, board unknown
-    dram_latency=600,  # D: 480-560 in an idle memory, G: more than on the H100
+    dram_latency=646,  # F: `gpumodel.validate`, state updates and gated delta rules; D: 480-560 in an idle memory
+    stream_launch_us=4.84,  # F: the same, a gated delta rule between two events; N: 2.5 one after the other
 )  # fmt: skip
 B200 = Machine(
     "B200", "sm_100a", sms=148, ghz=1.85, dram_bytes=8.0e12,  # C; clocks under load G
