@@ -7,6 +7,7 @@ their kernels before, by ``python tools/gpu_calls.py kernels.json``, a file of s
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
 import json
 import sys
@@ -23,6 +24,7 @@ from gpu_pass import probes  # noqa: E402
 import cute_ssm  # noqa: E402
 from cute_ssm import arch as archs  # noqa: E402
 from cute_ssm import runtime, workloads  # noqa: E402
+from cute_ssm.ops import operators  # noqa: E402
 from cute_ssm.runtime import registry, shelves, toolchain  # noqa: E402
 from cute_ssm.runtime.store import EMULATED  # noqa: E402
 from cute_ssm.tuner import problems, search  # noqa: E402
@@ -30,80 +32,21 @@ from cute_ssm.workloads import plan  # noqa: E402
 
 BATCHES = (1, 16, 64, 512)  # of the calls that are timed
 CANDIDATES = 40  # configs of a call that is tuned, at most
-TESTS = (  # of `pytest --gpu`, the most telling first
-    "tests/test_gpu.py",
-    "tests/ops/checkpointing_ssu/test_checkpointing_ssu_gpu.py",
-    "tests/ops/test_serving_gpu.py",
-    "tests/ops/selective_state_update/test_selective_state_update.py",
-    "tests/ops/checkpointing_ssu/test_checkpointing_ssu.py",
-    "tests/ops/gated_delta_rule_mtp/test_gated_delta_rule_mtp.py",
-    "tests/ops/gated_delta_rule_replay/test_gated_delta_rule_replay.py",
-    "tests/ops/selective_scan/test_selective_scan.py",
-    "tests/ops/commit",
-    "tests/ops/materialize",
-    "tests/ops/materialize_gated_delta",
-)
 SELECTED = "not test_reference and not configuration_of_the_reference"  # what runs no kernel is left out
 
-_STATES = ("bfloat16", "float32", "int16", "int8", "float8_e4m3fn")  # float16 is the default
-SMALL: dict[str, dict[str, Any]] = {
-    "selective_state_update": {"batch": 3, "nheads": 4},
-    "checkpointing_ssu": {"batch": 3, "nheads": 4},
-    "selective_scan": {"batch": 2, "dim": 64, "length": 40},
-    "gated_delta_rule_mtp": {"B": 2, "H": 2, "HV": 4},
-    "gated_delta_rule_replay": {"B": 2, "H": 2, "HV": 4},
-}
-MODES: dict[str, list[dict[str, Any]]] = {
-    "selective_state_update": [
-        {},
-        *({"state_dtype": dtype} for dtype in _STATES),
-        {"input_dtype": "float16"},
-        {"input_dtype": "float32", "state_dtype": "float32"},
-        {"layout": "dense", "dstate": 16},
-        {"z": 1},
-        {"update": 0},
-        {"rounding": "stochastic"},
-        {"rounding": "stochastic", "state_dtype": "int8"},
-        {"T": 4},
-        {"T": 6, "intermediates": 1},
-        {"T": 3, "varlen": 1, "ngroups": 2},
-    ],
-    "checkpointing_ssu": [
-        {},
-        *({"state_dtype": dtype} for dtype in _STATES),
-        {"input_dtype": "float16"},
-        {"rounding": "stochastic"},
-        {"z": 1},
-        {"items": 1},
-        {"fused": 1},
-        {"T": 1, "W": 4, "ngroups": 2},
-        {"pnat": 16},
-    ],
-    "selective_scan": [
-        {},
-        {"input_dtype": "float16"},
-        {"input_dtype": "float32"},
-        {"state_dtype": "bfloat16"},
-        {"z": 0},
-        {"varlen": 1},
-        {"length": 700},
-    ],
-    "gated_delta_rule_mtp": [
-        {},
-        {"verify": 0, "state_dtype": "bfloat16"},
-        {"state_dtype": "float16"},
-        {"input_dtype": "float16"},
-        {"T": 1},
-        {"T": 8, "buffer": 1},
-    ],
-    "gated_delta_rule_replay": [
-        {},
-        {"state_dtype": "bfloat16"},
-        {"state_dtype": "float16"},
-        {"input_dtype": "float16"},
-        {"T": 1, "pnat": 16},
-    ],
-}
+
+def tests() -> list[str]:
+    """Return paths for ``pytest --gpu``: what needs a GPU, then each operator beside its oracle."""
+
+    def depth(path: Path) -> tuple[int, Path]:
+        return len(path.parts), path
+
+    found = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "tests").rglob("test_*gpu.py"), key=depth)]
+    for operator in operators():
+        folder = f"tests/ops/{operator.name}"
+        own = f"{folder}/test_{operator.name}.py"
+        found.append(own if (ROOT / own).exists() else folder)
+    return found
 
 
 class Made(NamedTuple):
@@ -129,12 +72,13 @@ class Made(NamedTuple):
 
 def base(op: str) -> Made:
     """Return the smallest call of an operator."""
-    return Made(op, dict(SMALL[op]))
+    return Made(op, workloads.tiny(op))
 
 
 def modes(op: str | None = None) -> list[Made]:
     """Return small calls, one for every mode and type of every operator, or of one."""
-    return [Made(name, {**SMALL[name], **mode}) for name in MODES if op in (None, name) for mode in MODES[name]]
+    chosen = [name for name in workloads.OPERATORS if op in (None, name)]
+    return [Made(name, keys) for name in chosen for keys in workloads.modes(name)]
 
 
 def checked() -> list[Made]:
@@ -157,10 +101,13 @@ def timed(op: str | None = None) -> list[Made]:
 
 
 def dependent() -> list[Made]:
-    """Return calls that wait for the kernel ahead of them (``enable_pdl``), of the operator that has the choice."""
-    waits = (True, "early_reads")
-    small = [Made("checkpointing_ssu", {**SMALL["checkpointing_ssu"]}, (("enable_pdl", wait),)) for wait in waits]
-    return [*small, *(call._replace(arguments=(("enable_pdl", True),)) for call in timed("checkpointing_ssu"))]
+    """Return calls that wait for the kernel ahead of them, of the operators that have the choice (``enable_pdl``)."""
+    found = []
+    for op in workloads.OPERATORS:
+        if "enable_pdl" in inspect.signature(getattr(cute_ssm, op)).parameters:
+            found += [base(op)._replace(arguments=(("enable_pdl", wait),)) for wait in (True, "early_reads")]
+            found += [call._replace(arguments=(("enable_pdl", True),)) for call in timed(op)]
+    return found
 
 
 def tuned(arch: archs.Arch, sm_count: int | None = None) -> list[problems.Problem]:

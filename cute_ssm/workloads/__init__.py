@@ -10,6 +10,8 @@ These calls drive warm-up, bundles, the tuner, compile tests and the checks on a
 - ``COUNTED``: calls that `tools/bench/counters.py` counts, with ``config.FIELD`` where a config is not the chosen one;
 - ``SMALL``, ``CHECKED``, optional: parameters of a small call, other than `BATCH`; and of more calls, each beside
   ``SMALL``, that are compared on a GPU;
+- ``TINY``, ``MODES``: all parameters of the least call; and one call for every mode and type, each beside ``TINY``, for
+  checks that make many calls;
 - ``pool(...) -> StatePool``, where an engine keeps one for it: with one slot, from the parameters of ``build``.
 """
 
@@ -129,6 +131,16 @@ def pool(op: str, keys: Keys) -> StatePool | None:
 def small(op: str) -> dict[str, int | str]:
     """Return the parameters of a small call of an operator, for two requests."""
     return {batch_key(op): 2, **getattr(_module(op), "SMALL", {})}
+
+
+def tiny(op: str) -> dict[str, int | str]:
+    """Return the parameters of the least call of an operator that shows what it does."""
+    return dict(_module(op).TINY)
+
+
+def modes(op: str) -> list[dict[str, int | str]]:
+    """Return the parameters of one such call for every mode and type of an operator, the usual one first."""
+    return [{**tiny(op), **mode} for mode in _module(op).MODES]
 
 
 def checked(op: str) -> list[dict[str, int | str]]:

@@ -94,4 +94,4 @@ def test_a_file_of_specs_holds_them_and_what_tests_have_run(kernels, settings, t
 
 
 def test_the_tests_of_a_pass_exist():
-    assert all((gpu_calls.ROOT / path).exists() for path in gpu_calls.TESTS)
+    assert all((gpu_calls.ROOT / path).exists() for path in gpu_calls.tests())

@@ -24,7 +24,7 @@ def plain() -> list[Made]:
 
 def dependent() -> list[Made]:
     """Return small calls that ask for programmatic dependent launch, of operators that have the choice."""
-    return [made for made in gpu_calls.dependent() if made.keys == gpu_calls.SMALL[made.op]]
+    return [made for made in gpu_calls.dependent() if made.keys == workloads.tiny(made.op)]
 
 
 def made_on(made: Made, device: str = "cuda") -> workloads.Call:

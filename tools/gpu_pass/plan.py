@@ -11,12 +11,14 @@ from pathlib import Path
 
 import gpu_calls
 
+from cute_ssm import workloads
+
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = "{seconds}"  # in a command: what the step may take
 PARTS = (1, 2)
 EMULATED = Path(__file__).with_name("emulated.npz")  # made by `gpu_check.py emulate`, before
 WHERE = ("usr/local/cuda*/bin/", "usr/local/cuda*/compute-sanitizer/", "opt/nvidia/nsight-compute/*/")
-PROFILED = ("selective_state_update", "checkpointing_ssu", "gated_delta_rule_mtp")
+PROFILED = workloads.OPERATORS[:3]
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ def tests(out: Path, rehearse: bool, jobs: int) -> tuple[str, ...]:
     command = [sys.executable, "-m", "pytest", "--gpu", "-q", "-p", "no:cacheprovider", "-p", "gpu_pass.pytest_records"]
     command += ["--pass-out", str(out), f"--junitxml={out / 'tests.xml'}", "-n", str(jobs)]
     command += ["--max-worker-restart=40", "-k"]
-    command += ["results_are_those and selective_state" if rehearse else gpu_calls.SELECTED]
-    return (*command, *gpu_calls.TESTS[: 1 if rehearse else None])
+    command += [f"results_are_those and {workloads.OPERATORS[0]}" if rehearse else gpu_calls.SELECTED]
+    return (*command, *gpu_calls.tests()[: 1 if rehearse else None])
 
 
 def of_parts(found: Iterable[Step], part: int | None) -> list[Step]:

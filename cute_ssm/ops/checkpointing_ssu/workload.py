@@ -134,3 +134,19 @@ COUNTED: list[dict[str, int | str]] = [
     {"batch": 1, **_SIZES, "pnat": 8},
 ]
 CHECKED: list[dict[str, int | str]] = [{"state_dtype": "float32"}, {"state_dtype": "int8"}, {"rounding": "stochastic"}]
+TINY: dict[str, int | str] = {"batch": 3, "nheads": 4}
+MODES: list[dict[str, int | str]] = [
+    {},
+    {"state_dtype": "bfloat16"},
+    {"state_dtype": "float32"},
+    {"state_dtype": "int16"},
+    {"state_dtype": "int8"},
+    {"state_dtype": "float8_e4m3fn"},
+    {"input_dtype": "float16"},
+    {"rounding": "stochastic"},
+    {"z": 1},
+    {"items": 1},
+    {"fused": 1},
+    {"T": 1, "W": 4, "ngroups": 2},
+    {"pnat": 16},
+]

@@ -65,3 +65,12 @@ COUNTED: list[dict[str, int | str]] = [
     {"B": 1, "T": 1, "verify": 0, "config.sequential": 0},
 ]
 CHECKED: list[dict[str, int | str]] = [{"state_dtype": "bfloat16", "verify": 0}, {"T": 8}]
+TINY: dict[str, int | str] = {"B": 2, "H": 2, "HV": 4}
+MODES: list[dict[str, int | str]] = [
+    {},
+    {"verify": 0, "state_dtype": "bfloat16"},
+    {"state_dtype": "float16"},
+    {"input_dtype": "float16"},
+    {"T": 1},
+    {"T": 8, "buffer": 1},
+]

@@ -82,3 +82,11 @@ COUNTED: list[dict[str, int | str]] = [
     {"B": 16, "T": 4, "state_dtype": "bfloat16"},
     {"B": 16, "T": 8, "W": 24},
 ]
+TINY: dict[str, int | str] = {"B": 2, "H": 2, "HV": 4}
+MODES: list[dict[str, int | str]] = [
+    {},
+    {"state_dtype": "bfloat16"},
+    {"state_dtype": "float16"},
+    {"input_dtype": "float16"},
+    {"T": 1, "pnat": 16},
+]

@@ -62,3 +62,13 @@ COUNTED: list[dict[str, int | str]] = [
     {"batch": 1, "dim": 1536, "length": 2048, "config.splits": 1},
     {"batch": 1, "dim": 1536, "length": 2048},
 ]
+TINY: dict[str, int | str] = {"batch": 2, "dim": 64, "length": 40}
+MODES: list[dict[str, int | str]] = [
+    {},
+    {"input_dtype": "float16"},
+    {"input_dtype": "float32"},
+    {"state_dtype": "bfloat16"},
+    {"z": 0},
+    {"varlen": 1},
+    {"length": 700},
+]

@@ -128,3 +128,22 @@ CHECKED: list[dict[str, int | str]] = [
     {"T": 6},
     {"T": 6, "intermediates": 1},
 ]
+TINY: dict[str, int | str] = {"batch": 3, "nheads": 4}
+MODES: list[dict[str, int | str]] = [
+    {},
+    {"state_dtype": "bfloat16"},
+    {"state_dtype": "float32"},
+    {"state_dtype": "int16"},
+    {"state_dtype": "int8"},
+    {"state_dtype": "float8_e4m3fn"},
+    {"input_dtype": "float16"},
+    {"input_dtype": "float32", "state_dtype": "float32"},
+    {"layout": "dense", "dstate": 16},
+    {"z": 1},
+    {"update": 0},
+    {"rounding": "stochastic"},
+    {"rounding": "stochastic", "state_dtype": "int8"},
+    {"T": 4},
+    {"T": 6, "intermediates": 1},
+    {"T": 3, "varlen": 1, "ngroups": 2},
+]
