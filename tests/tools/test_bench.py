@@ -222,6 +222,21 @@ def test_absent_peers_say_why(monkeypatch):
     assert "one token" in absent["mamba_ssm"]
 
 
+def test_a_peer_that_fails_costs_only_itself(monkeypatch):
+    """Triton raises RuntimeError, at import or later, where it finds no C compiler."""
+
+    def raises(*_):
+        raise RuntimeError("Failed to find C compiler")
+
+    call = workloads.build("gated_delta_rule_mtp", {"B": 2, "H": 1, "HV": 2, "verify": 0})
+    monkeypatch.setattr(peers, "import_module", raises)
+    present, absent = peers.of("gated_delta_rule_mtp", [call.arguments])
+    assert not present and "RuntimeError: Failed to find C compiler" in absent["fla"]
+    monkeypatch.setitem(peers.PEERS["gated_delta_rule_mtp"], "fla", raises)
+    _, absent = peers.of("gated_delta_rule_mtp", [call.arguments])
+    assert absent["fla"] == "RuntimeError: Failed to find C compiler"
+
+
 # ---------------------------------------------------------------------------------------------------- lines and reports
 @pytest.fixture(scope="module")
 def modelled(tmp_path_factory):
