@@ -76,6 +76,24 @@ def test_failures_do_not_stop_what_follows(tmp_path):
     assert [one.returncode for one in done] == [1, 1]
 
 
+def test_a_step_that_fails_without_naming_a_failure_is_one(tmp_path):
+    """A sanitizer, say, finds errors in calls that passed."""
+
+    def run(command, log, limits, environment, cwd):
+        log.write_text("ERROR SUMMARY: 2 errors")
+        if command[1] == "tests":
+            records.fail(tmp_path / "out", "tests", "test_bad", "AssertionError")
+        return 9
+
+    found = [*steps("driver"), *steps("memcheck", items="memcheck"), *steps("tests")]
+    done = carried_out(found, tmp_path, 8, run)
+    failures = [(one["step"], one["name"], one["error"]) for one in records.read(tmp_path / "out" / records.FAILURES)]
+    whole = ("the step as a whole", "the process ended with code 9")
+    assert failures == [("driver", *whole), ("memcheck", *whole), ("tests", "test_bad", "AssertionError")]
+    assert [one.status for one in done] == ["failed"] * 3
+    assert b"ERROR SUMMARY" in contents(tmp_path / "out.tar.gz")["failures.jsonl"]
+
+
 def test_time_is_shared_and_never_exceeded(tmp_path):
     clock = Clock()
     done = carried_out(steps("a", "b", "c", "d"), tmp_path, 2, clock.runner(1e9), clock)

@@ -200,6 +200,10 @@ class Pass:
             line = own + (f"; {line}" if line and step.last != r"\S" else "")
             if any(one["state"] == "failed" for one in lines):
                 status = "failed"
+        names = {step.name, step.items}
+        if status == "failed" and not any(one["step"] in names for one in records.read(self.out / records.FAILURES)):
+            how = f"no end after {self.stall_s:.0f} s" if code == HUNG else f"the process ended with code {code}"
+            records.fail(self.out, step.name, "the step as a whole", how, tail(log))  # a sanitizer's errors, say
         return Done(step.name, status, seconds, line, limit, log.name, code, starts)
 
 
