@@ -29,15 +29,16 @@ DOCS = ROOT / "docs" / "performance"
 MOST_CURVES = 6  # of a panel
 Line = dict[str, Any]
 NOTES = {
-    "modelled": "**Modelled, not measured**: by `tools/gpumodel`, whose constants are published figures fitted to no "
-    "hardware. Good for comparing configurations; no number here is a claim about a GPU.",
+    "modelled": "**Modelled, not measured**: by `tools/gpumodel`, whose constants are published figures, none "
+    "fitted to a measurement of this project. Good for comparing configurations; no number here is a claim about a "
+    "GPU.",
     "measured": "Measured by `tools/bench/circumstances.py`: CUDA graphs of calls one behind the other over rotated "
     "arguments of three times the L2, median.",
 }
 UNMEASURED = """\
 !!! warning "Nothing was measured on a GPU"
     No kernel of this package has run on a GPU yet. This section holds what can be known without one: exact counts, and
-    times from a machine model that is fitted to no hardware. No number here is a claim about a GPU."""
+    times from a machine model of published figures. No number here is a claim about a GPU."""
 NOTHING = "No such result is recorded yet."
 AXES = {
     "of-copy": "% of the bandwidth of a copy",

@@ -8,11 +8,12 @@
 `record` runs a call in ``ptxsim``, but only the CTAs of one SM, and records what every warp did (`trace`).  `lower`
 gives each instruction a pipe, a latency and issue slots, and orders basic blocks as a compiler would.  `replay` runs
 the record on a model of the SM: in order, with a scoreboard, and as many CTAs at a time as are resident.  `constants`
-has the figures of H200 and B200 with their sources.  The modelled time is that of the SM with the most CTAs, plus a
+has the figures of each GPU with their sources.  The modelled time is that of the SM with the most CTAs, plus a
 constant per launch.  `timeline` draws the life of a CTA.
 
 Use it to compare configs of a kernel: it accounts for overlap, not only for totals.  The constants are published
-figures, fitted to no measurement; ``fitted`` says so in every result.  No number of this model is a measurement.
+figures, and a few that fit published times; ``fitted`` tells whether some fit times that were measured for this
+project.  No number of this model is a measurement.
 """
 
 from .code import MachineCode

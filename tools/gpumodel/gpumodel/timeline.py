@@ -1,7 +1,7 @@
 """Draw the modelled life of a CTA: what every warp waits for, and how many bytes are on their way.
 
 `life_of` takes a `KernelTime` that was modelled with ``timeline=True``; `text` and `picture` draw the result.  The
-model is fitted to no measurement: a drawing shows the order of events and what overlaps, not times.
+model is validated for whole calls alone: a drawing shows the order of events and what overlaps, not times.
 """
 
 from __future__ import annotations
