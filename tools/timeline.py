@@ -3,9 +3,9 @@
     python tools/timeline.py selective_state_update batch=128 nheads=16 --machine H200 --png timeline.png
     python tools/timeline.py gated_delta_rule_mtp B=32 T=4 config.rows=64 --cta 2
 
-Keys are those of tools/count.py.  The clocks are those of `gpumodel`, whose constants are fitted to no measurement: the
-picture shows the order of events and what overlaps, not times.  A call that is larger than the model replays is drawn
-with as many requests as it does replay, and the config of the large one.
+Keys are those of tools/count.py.  The clocks are those of `gpumodel`, modelled and not
+measured: the picture shows the order of events and what overlaps, not times.  A call that is larger than the model
+replays is drawn with as many requests as it does replay, and the config of the large one.
 
 Warps have the names that their kernel class gives them: ``ROLES``, a tuple of one name per warp, of which the last is
 that of all further warps; or a function ``roles(spec, config)`` that returns such a tuple.

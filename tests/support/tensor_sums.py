@@ -5,7 +5,7 @@ zero (`ptxsim.arithmetic.TENSOR_SUMS`, with sources).  With p_i the sum after in
 largest of its ``terms`` products and p_(i-1), the chain loses
 
     at most   sum_i  2^-23 |p_i|  +  terms 2^-25 a_i
-    in mean   sum_i  2^-24 |p_i|  +  sqrt(sum_i terms / 3) 2^-25 a_i
+    in mean   sum_i  2^-24 |p_i|  +  2^-25 sqrt(terms / 3 sum_i a_i^2)
 
 since a cut takes half a unit on average, and addends of either sign lose with either sign.  Float32 sums, whose
 roundings have both signs, err by less, so that bounds made of float32 PyTorch's errors need these terms.  They are zero

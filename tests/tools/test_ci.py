@@ -49,6 +49,17 @@ def test_workflow_installs_and_tests_as_ci_run_does():
     assert "mkdocs build --strict" in commands("docs") and "mkdocs build --strict" in local
 
 
+def test_workflow_runs_every_test_command_of_ci_run():
+    local = re.findall(r"^pytest.*$", (ROOT / ".ci" / "run").read_text(), re.M)
+    always = [command for job, steps in JOBS.items() if "if" not in steps for command in commands(job)]
+    assert {command.replace("-n 2", "-n auto") for command in local} <= {*always}
+
+
+def test_all_tests_of_kernels_run_under_hardware_arithmetic_nightly():
+    nightly = [command for job, steps in JOBS.items() if "schedule" in steps.get("if", "") for command in commands(job)]
+    assert 'pytest -n auto --arithmetic hardware -m "slow or not slow" tests' in nightly
+
+
 def test_the_image_installs_and_runs_what_the_readme_does():
     image, workflow = (ROOT / "Dockerfile").read_text(), yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     readme = (ROOT / "README.md").read_text()
