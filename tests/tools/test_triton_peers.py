@@ -6,6 +6,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 from cute_ssm import workloads
 
@@ -23,7 +24,7 @@ def test_peers_without_a_triton_kernel_are_absent():
 def test_peers_that_are_not_installed_are_absent(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.setitem(sys.modules, peers.VLLM_STEP, None)
-    monkeypatch.setattr(triton_peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(peers.util, "find_spec", lambda name: None)
     found, absent = triton_peers.modelled("selective_state_update", {"batch": 1}, "H200")
     assert not found
     assert peers.VLLM_STEP in absent["vllm"]
@@ -42,7 +43,7 @@ def test_a_triton_kernel_has_a_modelled_time(gpu, monkeypatch):
     fake = types.ModuleType("step")
     fake.selective_state_update = without_more
     monkeypatch.setitem(sys.modules, peers.VLLM_STEP, fake)
-    monkeypatch.setattr(triton_peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(peers.util, "find_spec", lambda name: None)
     keys = {"nheads": 4, "state_dtype": "float32"}
     few, many = (
         triton_peers.modelled("selective_state_update", {**keys, "batch": batch}, gpu)[0]["vllm"] for batch in (8, 256)
@@ -90,7 +91,7 @@ def override_ssm_config(config):
     pinned.pop()
 
 def selective_state_update(state, **more):
-    launched.append((state.shape[0], pinned[-1]))
+    launched.append((state.shape[0], pinned[-1] if pinned else get_ssm_device_name()))
 """
 
 
@@ -102,4 +103,20 @@ def test_vllm_launches_what_its_tables_say_for_the_whole_call(vllm, gpu, batch, 
         peers.vllm_step(call.arguments)()
         module = sys.modules[peers.VLLM_STEP]
     assert module.launched[-1][1] == want
+    assert peers.VLLM_STEP not in sys.modules
+
+
+def test_on_a_gpu_the_kernels_files_alone_are_enough(vllm, monkeypatch):
+    """A kit has no more of vLLM; the tables are those for the GPU."""
+    call = workloads.build("selective_state_update", {"batch": 2, "nheads": 4}, fill=False)
+    _, absent = peers.of("selective_state_update", [call.arguments])
+    assert "needs a GPU" in absent["vllm"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    present, absent = peers.of("selective_state_update", [call.arguments])
+    assert "vllm" in present, absent
+    (run,) = present["vllm"]
+    run()
+    assert peers.vllm_kernels("NVIDIA_H200").launched == [(call.arguments["state"].shape[0], "NVIDIA_H200")]
     assert peers.VLLM_STEP not in sys.modules

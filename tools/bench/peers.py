@@ -7,7 +7,8 @@ the peer's call on the same tensors; it raises `Absent` if the peer is not insta
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
+from importlib import import_module, util
+from pathlib import Path
 from typing import Any
 
 Arguments = Mapping[str, Any]
@@ -57,6 +58,37 @@ def mamba_ssm_step(arguments: Arguments) -> Callable[[], object]:
     return lambda: function(**given, state_batch_indices=arguments["state_batch_indices"])
 
 
+def vllm_kernels(device: str) -> Any | None:
+    """Return vLLM's file of the kernel, loaded without the rest of vLLM, with the tables for a device of that name.
+
+    None where vLLM is not installed.
+    """
+    found = util.find_spec("vllm")
+    if found is None or not found.submodule_search_locations:
+        return None
+    from gpumodel.validate.packages import kernels_of
+
+    ops = VLLM_STEP.rpartition(".")[0]
+    module = kernels_of(Path(found.submodule_search_locations[0]).parent, VLLM_STEP, lambda n: n.startswith(ops))
+    module.get_ssm_device_name = lambda: device
+    for kept in (module.get_ssm_configs, module._try_get_optimal_ssm_config_cached):
+        kept.cache_clear()
+    return module
+
+
+def _vllm_function() -> Any:
+    """Return vLLM's function; of a kit, which has the kernel's files alone, that of these files."""
+    import torch
+
+    try:
+        return _import(VLLM_STEP, "selective_state_update")
+    except Absent:
+        module = vllm_kernels(torch.cuda.get_device_name().replace(" ", "_")) if torch.cuda.is_available() else None
+        if module is None:
+            raise
+        return module.selective_state_update
+
+
 def vllm_step(arguments: Arguments) -> Callable[[], object]:
     """vLLM's Triton ``selective_state_update``: one token, states of floats.
 
@@ -64,7 +96,7 @@ def vllm_step(arguments: Arguments) -> Callable[[], object]:
     """
     import torch
 
-    function = _import(VLLM_STEP, "selective_state_update")
+    function = _vllm_function()
     x, bias = arguments["x"], arguments["dt_bias"]
     _require(x.dim() == 3, "vLLM takes one token")
     _require(arguments.get("state_scale") is None, "vLLM has no quantised states")

@@ -8,10 +8,8 @@ vLLM's form stands for mamba_ssm's, which is the same kernel without tables.  Ke
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import peers
@@ -32,17 +30,12 @@ def tuned(gpu: gpumodel.Machine, batch: int, state: Any) -> Iterator[None]:
 
     A call of fewer requests that stands for a larger one has the configuration of that.
     """
-    found = importlib.util.find_spec("vllm")
-    if found is None or not found.submodule_search_locations:
+    module = peers.vllm_kernels(DEVICES.get(gpu.name, gpu.name))
+    if module is None:
         yield
         return
-    from gpumodel.validate.packages import kernels_of, on_cpu
+    from gpumodel.validate.packages import on_cpu
 
-    ops = peers.VLLM_STEP.rpartition(".")[0]
-    module = kernels_of(Path(found.submodule_search_locations[0]).parent, peers.VLLM_STEP, lambda n: n.startswith(ops))
-    module.get_ssm_device_name = lambda: DEVICES.get(gpu.name, gpu.name)
-    for kept in (module.get_ssm_configs, module._try_get_optimal_ssm_config_cached):
-        kept.cache_clear()
     _, nheads, headdim, dstate = state.shape
     dtype = str(state.dtype).removeprefix("torch.")
     chosen = module.try_get_optimal_ssm_config(headdim, dstate, batch, nheads, dtype, gpu.arch.startswith("sm_10"))
