@@ -120,7 +120,8 @@ def tests(out: Path, rehearse: bool, jobs: int) -> tuple[str, ...]:
     """Return the command of the tests; a few of the first file to rehearse."""
     command = [sys.executable, "-m", "pytest", "--gpu", "-q", "-p", "no:cacheprovider", "-p", "gpu_pass.pytest_records"]
     command += ["--pass-out", str(out), f"--junitxml={out / 'tests.xml'}", "-n", str(jobs)]
-    command += ["--max-worker-restart=40", "-k"]
+    command += ["--max-worker-restart=40", "-o", "faulthandler_timeout=60"]  # the log names a test that hangs
+    command += ["-k"]
     command += [f"results_are_those and {workloads.OPERATORS[0]}" if rehearse else gpu_calls.SELECTED]
     return (*command, *gpu_calls.tests()[: 1 if rehearse else None])
 
