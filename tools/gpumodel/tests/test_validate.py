@@ -18,6 +18,7 @@ from gpumodel import MachineCode, validated
 from gpumodel.constants import MACHINES
 from gpumodel.validate import points, recordings, sweeps, tables, times
 from gpumodel.validate.command import main
+from gpumodel.validate.kernels import Call
 
 ROOT = Path(__file__).resolve().parents[3]
 GOOD = {"name": "p", "source": "s", "gpu": "H200", "kernel": "vllm selective_state_update", "us": 2.0,
@@ -137,6 +138,22 @@ def test_what_the_first_ctas_of_all_sms_read_together_is_counted(recording):
     assert list(launch.together.values()) == [1.0]  # no CTA reads what another one does
 
 
+def test_a_call_of_cute_dsl_is_recorded_for_the_architecture_of_the_gpu(monkeypatch):
+    import small_cute
+
+    monkeypatch.setattr(recordings, "code_of", lambda function: MachineCode(4096, 200, straight=False))
+    (launch,) = times.recorded(Call(small_cute.doubled, language="CuTe DSL"), MACHINES["B200"]).launches
+    assert ".target sm_100a" in launch.ptx
+    assert (launch.grid, launch.block_threads, launch.all_ctas) == ((296, 1, 1), 32, 2)
+    assert launch.registers > 0
+
+
+def test_a_launch_is_of_the_function_that_has_its_kernel():
+    a, b = (types.SimpleNamespace(kernels=[types.SimpleNamespace(name=name)]) for name in "ab")
+    launch = types.SimpleNamespace(program=types.SimpleNamespace(kernel=types.SimpleNamespace(name="b")))
+    assert recordings.function_of(types.SimpleNamespace(functions=[a, b]), launch) is b
+
+
 # --------------------------------------------------------------------------------------------------------------- tables
 def test_the_regret_is_of_the_published_winner():
     sweep = sweeps.Sweep("s", (4, 4), {(4, 1): 2.0, (4, 4): 3.0, (8, 1): 2.5})
@@ -174,7 +191,7 @@ def test_the_validated_error_is_the_larger_one_of_all_and_held_out_points(tmp_pa
 
 
 @pytest.mark.peers
-def test_two_recorded_points_are_modelled_as_the_result_says(tmp_path):
+def test_three_recorded_points_are_modelled_as_the_result_says(tmp_path):
     peers = os.environ.get("GPUMODEL_PEERS")
     if not peers:
         pytest.skip("GPUMODEL_PEERS names no folder of packages")
@@ -183,6 +200,7 @@ def test_two_recorded_points_are_modelled_as_the_result_says(tmp_path):
     for point in points.read()[0]:
         if point.name in (
             "vLLM #43083 H100 fp16 batch x heads 128 (8, 2)", "vLLM #31722 B200 value heads 8 batch 32 columns 32",
+            "FlashInfer #2588 B200 value heads 32 batch 1",
         ):  # fmt: skip
             us = library.modelled(point, MACHINES[point.gpu])
             assert us == pytest.approx(found[point.name]["modelled"], rel=0.01)

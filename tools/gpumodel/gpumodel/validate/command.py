@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ptxsim.errors import PtxError
+
 from ..constants import MACHINES
 from ..fit import Fit, fit
 from . import sweeps, tables
@@ -18,7 +20,7 @@ from .points import PUBLISHED, Point, Refused, read
 from .times import Library
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gpumodel"
-WRONG = (Absent, ValueError, KeyError, ImportError, RuntimeError, OSError, AttributeError, TypeError)
+WRONG = (Absent, PtxError, ValueError, KeyError, ImportError, RuntimeError, OSError, AttributeError, TypeError)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+import ptxsim
 from ptxsim.launch import load
 from ptxsim.ptxas import KernelInfo
 
@@ -133,7 +134,8 @@ def recording_of(session: Any, sms: int) -> Recording:
     """Return the launches of a session that ran with `options`."""
     found = []
     for launch in session.launches:
-        registers = launch.function.kernels[0].registers
+        function = function_of(session, launch)
+        registers = function.kernels[0].registers
         mine = len(range(0, int(np.prod(launch.grid)), sms))
         trace, others = launch.trace, min(sms, int(np.prod(launch.grid))) - 1
         ran = {warp // trace.warps_per_cta for warp in trace.warps}
@@ -141,12 +143,22 @@ def recording_of(session: Any, sms: int) -> Recording:
         warps = {warp: visits for warp, visits in trace.warps.items() if warp < ctas * trace.warps_per_cta}
         recorded = RecordedLaunch(
             launch.program, launch.grid, launch.block, launch.block_threads, launch.smem_total, launch.cluster_size,
-            launch.pdl, registers, mine, ctas, launch.function.ptx,
-            code_of(launch.function.cubin), together_of(trace, ctas),
+            launch.pdl, registers, mine, ctas, function.ptx,
+            code_of(function), together_of(trace, ctas),
         )  # fmt: skip
         recorded.trace = trace_of(recorded, warps, plain(launch.trace))
         found.append(recorded)
     return Recording(found)
+
+
+def function_of(session: Any, launch: Any) -> Any:
+    """Return the compiled function that made a launch: named by Triton's launches, found by kernel for CuTe DSL."""
+    if hasattr(launch, "function"):
+        return launch.function
+    (function,) = (
+        f for f in session.functions if [kernel.name for kernel in f.kernels] == [launch.program.kernel.name]
+    )
+    return function
 
 
 def together_of(trace: Trace, ctas: int) -> dict[int, float]:
@@ -178,17 +190,26 @@ def together_of(trace: Trace, ctas: int) -> dict[int, float]:
     return found
 
 
-def code_of(cubin: bytes) -> MachineCode:
-    """Return what the machine code of a Triton kernel is made of; Triton has a disassembler."""
-    from triton import knobs
-
+def code_of(function: Any) -> MachineCode:
+    """Return what the machine code of a compiled function's kernel is made of."""
     from ptxsim import sass
+
+    if isinstance(function, ptxsim.CompiledKernel):
+        data = sass.cubin_of(function)
+    else:
+        data = function.cubin
+        _disassembler_of_triton()
+    (kernel,) = sass.of_cubin(data).values()
+    return MachineCode.of(kernel)
+
+
+def _disassembler_of_triton() -> None:
+    """Put the folder of Triton's disassembler on the PATH."""
+    from triton import knobs
 
     folder = str(Path(knobs.nvidia.cuobjdump.path).parent)
     if folder not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], folder])
-    (kernel,) = sass.of_cubin(cubin).values()
-    return MachineCode.of(kernel)
 
 
 def plain(trace: Trace) -> dict[str, Any]:

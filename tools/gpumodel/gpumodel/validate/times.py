@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
+
+import ptxsim
 
 from ..constants import MACHINES, Machine
 from ..fit import Observation
 from ..model import resident_ctas, time_session
-from .kernels import KERNELS
+from .kernels import KERNELS, Call
 from .points import Point
 from .recordings import Cache, RecordedLaunch, Recording, options, recording_of
 
@@ -39,7 +40,7 @@ class Library:
             found = self.cache.get(key)
             if found is None:
                 call = KERNELS[point.kernel].make(self.peers, point.keys)
-                found = recorded(call.run, MACHINES[point.gpu], call.whole)
+                found = recorded(call, MACHINES[point.gpu])
                 self.cache.put(key, found)
             self.held[name] = found
             while len(self.held) > HELD:
@@ -57,15 +58,20 @@ class Library:
         )
 
 
-def recorded(run: Callable[[], object], machine: Machine, whole: bool) -> Recording:
-    """Record a call of Triton kernels."""
+def recorded(call: Call, machine: Machine) -> Recording:
+    """Record a call."""
+    chosen = options(machine.sms, call.whole)
+    if call.language == "CuTe DSL":
+        with ptxsim.emulate(arch=machine.arch, **chosen) as session:
+            call.run()
+        return recording_of(session, machine.sms)
     from ptxsim.triton_hook import emulate_triton
 
     from .packages import on_cpu
 
     digits = int("".join(c for c in machine.arch if c.isdigit()))
-    with on_cpu(), emulate_triton(arch=digits, **options(machine.sms, whole)) as session:
-        run()
+    with on_cpu(), emulate_triton(arch=digits, **chosen) as session:
+        call.run()
     return recording_of(session, machine.sms)
 
 
