@@ -67,5 +67,5 @@ def test_errors_are_those_of_the_scan():
     args = list(inputs())
     with pytest.raises(TypeError, match="A: expected dtype float32, got complex64"):
         selective_scan_fn(*args[:2], args[2].to(torch.complex64), *args[3:])
-    with pytest.raises(TypeError, match=r"u: expected a torch\.Tensor, got NoneType"):
+    with pytest.raises(TypeError, match=r"u: expected a torch\.Tensor, or an array with __dlpack__, got NoneType"):
         selective_scan_fn(None, *args[1:], return_last_state=True)
