@@ -104,6 +104,7 @@ def test_too_large_an_archive_is_refused_and_its_size_and_checksum_told(made):
 SHOW = """
 import os, sys, pathlib
 import cute_ssm, gpumodel, gpushim, ptxsim
+assert all(module.__file__ for module in (gpumodel, gpushim, ptxsim)), "a folder of tools is no package"
 from bench import outputs
 from cute_ssm import env
 print(pathlib.Path(cute_ssm.__file__).parents[1], pathlib.Path.cwd(), *env.settings().aot_dirs, outputs.commit())
