@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 import traceback
@@ -39,7 +40,7 @@ ITEM_STEPS = ("smoke", "launching", "emulated", "times", "times-more", "arithmet
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks for."""
     argv = sys.argv[1:] if argv is None else argv
-    inner = {"step": step, "emulate": emulate, "fit": fit}
+    inner = {"about": about, "step": step, "emulate": emulate, "fit": fit}
     if argv and argv[0] in inner:
         return inner[argv[0]](argv[1:])
     return whole(argv)
@@ -68,13 +69,19 @@ def whole(argv: list[str]) -> int:
         for one in found:
             print(f"{one.part} {one.name:28} {' '.join(one.command)}")
         return 0
-    import torch
-
-    if not torch.cuda.is_available():
-        print("gpu_check: needs a GPU that torch sees; --dry-run prints what it would do", file=sys.stderr)
+    began = {"began": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
+    try:
+        command = [sys.executable, str(Path(__file__).resolve()), "about"]
+        told = subprocess.run(command, env=environment(out), capture_output=True, text=True, timeout=options.stall)
+    except subprocess.TimeoutExpired:
+        print(f"gpu_check: CUDA does not open the GPU within {options.stall:g} seconds", file=sys.stderr)
         return 2
+    if told.returncode:
+        print(told.stderr, end="", file=sys.stderr)
+        return 2
+    chosen = {"part": options.part, "minutes": options.minutes, "rehearsal": options.rehearse}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "about.json").write_text(json.dumps(about(options), indent=1) + "\n")
+    (out / "about.json").write_text(json.dumps({**json.loads(told.stdout), **chosen, **began}, indent=1) + "\n")
     archive = (options.tar or out.with_name(f"{out.name}.tar.gz")).absolute()
     doer = runner.Pass(out, archive, environment(out), ROOT, options.stall)
     done = doer.carry_out(found, 60 * options.minutes)
@@ -82,20 +89,25 @@ def whole(argv: list[str]) -> int:
     return int(any(one.status == "failed" for one in done))
 
 
-def about(options: argparse.Namespace) -> dict[str, object]:
-    """Return what results depend on: GPU, versions, commit, and how much was done."""
+def about(argv: list[str]) -> int:
+    """Print what results depend on: GPU, versions, commit.  In a process of its own, as a sick driver may hang here."""
+    argparse.ArgumentParser(prog="gpu_check.py about").parse_args(argv)
     import torch
+
+    if not torch.cuda.is_available():
+        print("gpu_check: needs a GPU that torch sees; --dry-run prints what it would do", file=sys.stderr)
+        return 2
     from bench import roof
     from bench.outputs import commit
     from bench.run import versions
 
     properties = torch.cuda.get_device_properties(0)
-    return {
+    found = {
         "device": properties.name, "arch": "sm_{}{}a".format(*torch.cuda.get_device_capability(0)),
         "sms": properties.multi_processor_count, "clocks": roof.clocks(0), "versions": versions(), "commit": commit(),
-        "part": options.part, "minutes": options.minutes, "rehearsal": options.rehearse,
-        "began": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }  # fmt: skip
+    print(json.dumps(found))
+    return 0
 
 
 def environment(out: Path) -> dict[str, str]:

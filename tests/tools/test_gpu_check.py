@@ -426,3 +426,6 @@ def test_the_command_line(tmp_path, capsys):
         return
     assert gpu_check.main(["--out", str(tmp_path / "out")]) == 2
     assert "needs a GPU" in capsys.readouterr().err
+    assert gpu_check.main(["--out", str(tmp_path / "out"), "--stall", "0.01"]) == 2
+    assert "CUDA does not open the GPU within 0.01 seconds" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
