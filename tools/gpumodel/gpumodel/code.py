@@ -12,30 +12,39 @@ from typing import NamedTuple
 from .constants import Machine
 
 STEP = 16  # bytes of a machine instruction
+WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # bytes, of machine opcodes
 
 
 class MachineCode(NamedTuple):
     """What is known of a kernel's machine code.
 
     ``instructions`` leaves padding out; ``spills`` are those that access spilled registers (LDL, STL).  ``straight``:
-    there are no loops.
+    there are no loops.  ``loads`` are the loads of global memory, in order: (bytes per lane, instructions before it).
     """
 
     code_bytes: int
     instructions: int
     spills: int = 0
     straight: bool = False
+    loads: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, kernel) -> MachineCode:
         """Return that of a ``ptxsim.sass.KernelCode``."""
         spills = sum(instruction.base in ("LDL", "STL") for instruction in kernel.code)
-        return cls(kernel.code_bytes, len(kernel.code), spills, not kernel.loops)
+        loads = tuple((width_of(each.opcode), at) for at, each in enumerate(kernel.code) if each.base == "LDG")
+        return cls(kernel.code_bytes, len(kernel.code), spills, not kernel.loops, loads)
 
     @property
     def spill_share(self) -> float:
         """Share of the instructions that access spilled registers."""
         return self.spills / self.instructions
+
+
+def width_of(opcode: str) -> int:
+    """Return how many bytes a load of global memory gives each lane, by its machine opcode."""
+    parts = opcode.split(".")
+    return next((n for name, n in WIDTHS.items() if name in parts), 4)
 
 
 class CodeCache:

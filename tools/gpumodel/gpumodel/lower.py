@@ -10,6 +10,7 @@ import functools
 import re
 import weakref
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ptxsim.nodes import Mem, Not, Pair, Reg, Special, Vec
@@ -82,6 +83,33 @@ class Lowering:
         self.program = weakref.proxy(program)  # which may be a key of the lowerings
         self.names, self.blocks, self.counts, self.skips = {}, {}, {}, {}
         self.ops = [self.lower(ins) for ins in program.kernel.instrs]
+        self.places: dict[int, float] = {}
+
+    def follow(self, code: MachineCode | None) -> None:
+        """Let loads of global memory stand no earlier than in the machine code, if that has no loops.
+
+        ptxas delays loads so that their results do not all need registers at once; which of them wait, registers alone
+        do not say.  Loads of equal width are told apart by their order only.
+        """
+        places: dict[int, float] = {}
+        if code is not None and code.straight and code.loads:
+            mine = self.scheduled_loads()
+            growth = self.growth(code)
+            for width in {width for width, _ in code.loads}:
+                found = [at for wide, at in code.loads if wide == width]
+                loads = mine.get(width, [])
+                if len(found) == len(loads):
+                    places.update(zip(loads, (at / growth for at in found)))
+        if places != self.places:
+            self.places, self.blocks = places, {}
+
+    def scheduled_loads(self) -> dict[int, list[int]]:
+        """Return the loads of global memory by bytes per lane, in the order of a schedule that nothing delays."""
+        found: dict[int, list[int]] = {}
+        for op in schedule([op for op in self.ops if self.skipped(op.pc) is None], self.machine.window):
+            if op.kind == "memory" and op.space == "global" and op.text.split(".")[0].endswith("ld"):
+                found.setdefault(bytes_per_lane(op.text), []).append(op.pc)
+        return found
 
     def block(self, block, stop):
         """Return the scheduled ops from the start of ``block`` to before the instruction ``stop``.
@@ -91,7 +119,8 @@ class Lowering:
         known = self.blocks.get((block.pc, stop))
         if known is None:
             ops = [op for op in self.ops[block.pc : stop] if self.skipped(op.pc) is None]
-            known = self.blocks[block.pc, stop] = schedule(ops, self.machine.window)
+            before = sum(op.slots for op in self.ops[: block.pc] if self.skipped(op.pc) is None)
+            known = self.blocks[block.pc, stop] = schedule(ops, self.machine.window, self.places, before)
         return known
 
     def skipped(self, pc):
@@ -378,22 +407,42 @@ class Lowering:
         return machine.mma_clocks * share, machine.mma_latency * (0.5 + 0.5 * min(1.0, share))
 
 
-def schedule(ops, window):
-    """Return the ops of a basic block as a compiler orders them; control and synchronisation ops do not move."""
+def bytes_per_lane(text: str) -> int:
+    """Return how many bytes a PTX load gives each lane."""
+    mods = re.sub(r"^@\S+\s+", "", text).split()[0].split(".")
+    bits = next(int(m[1:]) for m in reversed(mods) if re.fullmatch(r"[busf]\d+", m))
+    return bits // 8 * next((int(m[1:]) for m in mods if re.fullmatch(r"v\d", m)), 1)
+
+
+def schedule(ops, window, places=MappingProxyType({}), before=0.0):
+    """Return the ops of a basic block as a compiler orders them; control and synchronisation ops do not move.
+
+    ``places`` are the issue slots of the kernel before which some of them do not stand, by their number; ``before`` are
+    those before the block.
+    """
     out, start = [], 0
+
+    def add(part):
+        nonlocal before
+        out.extend(_list_schedule(part, window, places, before))
+        before += sum(op.slots for op in part)
+
     for i, op in enumerate(ops):
         if op.kind not in ("math", "memory", "matrix"):
-            out += _list_schedule(ops[start:i], window)
+            add(ops[start:i])
             out.append(op)
+            before += op.slots
             start = i + 1
-    return out + _list_schedule(ops[start:], window)
+    add(ops[start:])
+    return out
 
 
-def _list_schedule(ops, window):
+def _list_schedule(ops, window, places, before):
     """Schedule by longest path, among the next ``window`` ops whose inputs are scheduled."""
     n = len(ops)
     if n < 3:
         return list(ops)
+    at = before
     writer, readers = {}, {}
     last_store, loads = {}, {}  # by state space
     after, missing = [[] for _ in range(n)], [0] * n
@@ -435,10 +484,18 @@ def _list_schedule(ops, window):
     while len(out) < n:
         while done[first]:
             first += 1
-        best = None
+        best = late = None
         for i in range(first, min(n, first + window)):
-            if not done[i] and missing[i] == 0 and (best is None or height[i] > height[best]):
+            if done[i] or missing[i]:
+                continue
+            place = places.get(ops[i].pc, 0.0)
+            if place > at:
+                if late is None or place < places[ops[late].pc]:
+                    late = i
+            elif best is None or height[i] > height[best]:
                 best = i
+        best = late if best is None else best
+        at += ops[best].slots
         done[best] = True
         out.append(ops[best])
         for j in after[best]:

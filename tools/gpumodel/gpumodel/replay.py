@@ -149,6 +149,7 @@ class Replay:
         self.code = CodeCache(machine, lowering.block_bytes(machine_code), setting.code)
         self.spills = machine_code.spill_share if machine_code else 0.0
         self.growth = lowering.growth(machine_code)
+        lowering.follow(machine_code)
         threads = launch.block_threads
         self.cta_interval = machine.cta_ns * machine.ghz * active * (1 + machine.cta_threads * (threads - 32) / 992)
         self.dispatched = 0.0  # when the next CTA of this SM may start

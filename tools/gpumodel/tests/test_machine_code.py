@@ -9,6 +9,8 @@ import small_kernels
 import gpumodel
 import ptxsim
 from gpumodel import MachineCode, Residency, Setting
+from gpumodel.code import width_of
+from gpumodel.lower import bytes_per_lane
 from gpumodel.model import lowered
 
 H200 = gpumodel.H200
@@ -72,3 +74,41 @@ def test_lines_that_another_sm_has_fetched_come_from_the_l2():
 
     assert clocks(1.0) - clocks(0.01) == pytest.approx(32 * (H200.dram_latency - H200.l2_latency), rel=0.1)
     assert clocks(0.01) < clocks(0.5) < clocks(1.0)
+
+
+def test_loads_stand_where_the_machine_code_without_loops_has_them():
+    """Two independent loads with work on the first between them: side by side, or the second one behind that work."""
+    launch = ptxsim.run(
+        small_kernels.HEAD
+        + """.visible .entry two(.param .u64 in) {
+.reg .f32 %f<8>; .reg .b64 %d<2>;
+ld.param.u64 %d1, [in]; ld.global.f32 %f1, [%d1];"""
+        + "fma.rn.f32 %f1, %f1, %f1, %f1;" * 40
+        + """ld.global.f32 %f3, [%d1+4096]; add.f32 %f4, %f3, %f1; st.global.f32 [%d1+8192], %f4; ret; }""",
+        "two", 1, 1, [np.zeros(4096, np.float32)], trace=gpumodel.Trace, wave_lanes=None,
+    )  # fmt: skip
+
+    def clocks(*loads, straight=True):
+        code = MachineCode(16 * 45, 45, straight=straight, loads=loads)
+        return gpumodel.time_launch(launch, 32, H200, setting=Setting(machine_code=code)).timing.clocks
+
+    early = clocks()
+    assert clocks((4, 0), (4, 41)) - early == pytest.approx(H200.dram_latency, rel=0.3)
+    assert clocks((4, 0), (4, 1)) == early
+    assert clocks((4, 0), (4, 41), straight=False) == pytest.approx(early, rel=0.05), "loops: the places say nothing"
+    assert clocks((16, 0), (16, 41)) == early, "other widths: not these loads"
+
+
+@pytest.mark.parametrize(
+    "opcode, width", [("LDG.E", 4), ("LDG.E.64", 8), ("LDG.E.128.CONSTANT", 16), ("LDG.E.U16", 2), ("LDG.E.U8", 1)]
+)
+def test_width_of_a_load_by_its_machine_opcode(opcode, width):
+    assert width_of(opcode) == width
+
+
+@pytest.mark.parametrize(
+    "text, width",
+    [("ld.global.v4.b32 {%r1}, [%d1]", 16), ("@%p1 ld.global.b16 %r1, [%d1]", 2), ("ld.global.nc.v2.f32 {}, [%d]", 8)],
+)  # fmt: skip
+def test_width_of_a_load_in_ptx(text, width):
+    assert bytes_per_lane(text) == width

@@ -29,7 +29,7 @@ from ..model import resident_ctas
 from ..trace import Trace, Visit
 
 EVENTS = {kind.__name__: kind for kind in tracing.Event.__args__}
-FORMAT = 3  # of the files
+FORMAT = 4  # of the files
 LEAST_CTAS = 16  # of an SM that are recorded, if there are as many
 WAVES = 3  # of resident CTAs that are recorded
 
@@ -250,7 +250,8 @@ def from_json(data: dict[str, Any]) -> Recording:
         found = dict(found)
         kernel, state, warps = found.pop("kernel"), found.pop("state"), found.pop("warps")
         program = load(found["ptx"]).program(kernel)
-        found["code"] = MachineCode(*found["code"])
+        *code, loads = found["code"]
+        found["code"] = MachineCode(*code, tuple(map(tuple, loads)))
         found["together"] = {int(line): share for line, share in found["together"].items()}
         found["grid"], found["block"] = tuple(found["grid"]), tuple(found["block"])
         launch = RecordedLaunch(program=program, **found)
