@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from cute_ssm.errors import UnsupportedSpecError, describe
+from cute_ssm.ops._arguments import name_of
 from cute_ssm.ops._gradients import refuse
 from cute_ssm.ops.gated_delta_rule_mtp.operator import gated_delta_rule_mtp
 from cute_ssm.spec import FLOATS
@@ -198,7 +199,7 @@ def _pool(initial_state: Any, sequences: int, q: Tensor, v: Tensor, state_v_firs
     pool = torch.zeros(sequences, value_heads, V, q.shape[-1], device=v.device)
     if initial_state is not None:
         like = pool if state_v_first else pool.mT
-        if initial_state.shape != like.shape or str(initial_state.dtype).removeprefix("torch.") not in FLOATS:
+        if initial_state.shape != like.shape or name_of(initial_state.dtype) not in FLOATS:
             axes = "(sequences, value_heads, V, K)" if state_v_first else "(sequences, value_heads, K, V)"
             got = f"{tuple(initial_state.shape)}, {initial_state.dtype}"
             raise ValueError(describe("initial_state", f"shape {axes} = {tuple(like.shape)}, of floats", got))

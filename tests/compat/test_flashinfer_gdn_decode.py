@@ -175,3 +175,8 @@ def test_arguments_of_replayssm_that_do_not_fit_are_named():
         commit(*whole, indices, indices, track_state_indices=indices)
     with pytest.raises(ValueError, match="rawk_cache: expected 5 dimensions, layers first, contiguous"):
         commit(whole[0], whole[1], whole[2][0], *whole[3:], indices, indices)
+    whole = [torch.ones_like(tensor) for tensor in whole]
+    before = whole[0].clone()
+    with pytest.raises(TypeError, match=r"accept_lens: expected a torch\.Tensor, got int"):
+        commit(*whole, indices, 1, track_state_indices=indices + 1, track_steps=indices)
+    same_memory(whole[0], before, "not even the further checkpoints are written")

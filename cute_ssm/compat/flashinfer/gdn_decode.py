@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cute_ssm.compat._arguments import checked_tensor
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops.gated_delta_rule_mtp.operator import gated_delta_rule_mtp as _mtp
 from cute_ssm.ops.gated_delta_rule_replay.operator import gated_delta_rule_replay as _replay
@@ -93,9 +94,9 @@ def gated_delta_rule_mtp(
             "intermediate_states_buffer": intermediate_states_buffer, "ssm_state_indices": ssm_state_indices,
             "output_state_indices": output_state_indices, "accepted_steps": accepted_steps,
         }  # fmt: skip
-        pool = _tensor("initial_state", initial_state)
+        pool = checked_tensor("initial_state", initial_state)
         _check_verification(disable_state_update, others)
-        rawk, rawv, g, beta = (_tensor(name, window) for name, window in windows.items())
+        rawk, rawv, g, beta = (checked_tensor(name, window) for name, window in windows.items())
         if q.dim() == 4 and v.dim() == 4 and pool.dim() == 4:  # the operator refuses any others
             slots, tokens, heads, value_heads = len(pool), q.shape[1], q.shape[2], v.shape[2]
             _check_window("replayssm_rawk", rawk, (slots, heads, tokens, q.shape[3]), q.dtype)
@@ -190,14 +191,14 @@ def gated_delta_rule_decode_pretranspose(
         ):
             if slots is not None:
                 raise ValueError(describe(name, "None with state", "a tensor", "pass initial_state in place of state"))
-        pool = _tensor("state", state)
+        pool = checked_tensor("state", state)
         initial_state_indices = torch.arange(len(pool) if pool.dim() else 0, dtype=torch.int32, device=pool.device)
     else:
-        pool = _tensor("initial_state", initial_state)
+        pool = checked_tensor("initial_state", initial_state)
         if pool.dim() == 5:
             fix = "there are no kernels for Rubin"
             raise UnsupportedSpecError(describe("initial_state", "4 dimensions", "a pool of two halves", fix))
-        initial_state_indices = _tensor("initial_state_indices", initial_state_indices)
+        initial_state_indices = checked_tensor("initial_state_indices", initial_state_indices)
     return gated_delta_rule_mtp(
         q, k, v, pool, initial_state_indices, A_log, a, dt_bias, b, scale, output, intermediate_states_buffer, None,
         disable_state_update, use_qk_l2norm, output_state_indices,
@@ -244,7 +245,7 @@ def gated_delta_rule_decode(
     The kernels have the layout [V, K]: every call copies the states there and back, which takes twice their traffic.
     Keep states as [V, K] and call `gated_delta_rule_decode_pretranspose`.
     """
-    if _tensor("state", state).dim() != 4:
+    if checked_tensor("state", state).dim() != 4:
         raise ValueError(describe("state", "shape (batch, value_heads, K, V)", tuple(state.shape)))
     copy = state.mT.contiguous()
     output, copy = gated_delta_rule_decode_pretranspose(
@@ -312,9 +313,10 @@ def gated_delta_rule_replayssm_commit(
         "checkpoint_state": checkpoint_state, "rawk_cache": rawk_cache, "rawv_cache": rawv_cache, "g_cache": g_cache,
         "beta_cache": beta_cache,
     }  # fmt: skip
+    src, accepted = checked_tensor("state_indices", state_indices), checked_tensor("accept_lens", accept_lens)
     for name, tensor in caches.items():
         rank = 4 if name in ("g_cache", "beta_cache") else 5
-        if _tensor(name, tensor).dim() != rank or not tensor.is_contiguous():
+        if checked_tensor(name, tensor).dim() != rank or not tensor.is_contiguous():
             raise ValueError(describe(name, f"{rank} dimensions, layers first, contiguous", tuple(tensor.shape)))
     layers, slots, value_heads, V, K = checkpoint_state.shape
     tokens = rawk_cache.shape[3]
@@ -326,7 +328,6 @@ def gated_delta_rule_replayssm_commit(
     start = torch.zeros(layers * slots, dtype=torch.int32, device=checkpoint_state.device)
     pending = torch.full_like(start, tokens)
     base = torch.arange(0, layers * slots, slots, device=checkpoint_state.device)[:, None]
-    src = _tensor("state_indices", state_indices)
 
     def in_all_layers(indices: Tensor, used: Tensor) -> Tensor:
         return torch.where(used, base + indices, -1).flatten()
@@ -339,9 +340,9 @@ def gated_delta_rule_replayssm_commit(
         )  # fmt: skip
 
     if track_state_indices is not None and track_steps is not None:  # before the states that they start from change
-        accepted = (track_steps >= 0) & (track_steps < accept_lens) & (track_state_indices > null_block_id)
-        fold(track_state_indices, accepted, track_steps + 1)
-    fold(src, _tensor("accept_lens", accept_lens) > 0, accept_lens)
+        reached = (track_steps >= 0) & (track_steps < accepted) & (track_state_indices > null_block_id)
+        fold(track_state_indices, reached, track_steps + 1)
+    fold(src, accepted > 0, accepted)
 
 
 def _check_window(name: str, window: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -359,9 +360,3 @@ def _check_verification(disabled: bool | None, others: dict[str, Tensor | None])
     for name, value in others.items():
         if value is not None:
             raise ValueError(describe(name, "None with cache_replayssm", "a tensor", "states are not written"))
-
-
-def _tensor(name: str, value: Tensor | None) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(describe(name, "a torch.Tensor", type(value).__name__))
-    return value

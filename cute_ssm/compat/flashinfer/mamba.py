@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cute_ssm.compat._arguments import checked_tensor
 from cute_ssm.compat._padding import NOBODY, padding
 from cute_ssm.errors import describe
 from cute_ssm.ops.checkpointing_ssu.operator import checkpointing_ssu as _checkpointing
@@ -99,9 +100,8 @@ def selective_state_update(
     """
     if backend not in BACKENDS:
         raise ValueError(describe("backend", " or ".join(BACKENDS), repr(backend)))
-    for name, tensor in (("state", state), ("x", x)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(describe(name, "a torch.Tensor", type(tensor).__name__))
+    checked_tensor("state", state)
+    checked_tensor("x", x)
     if isinstance(cache_steps, int) and 0 < cache_steps < _steps(x) and intermediate_states_buffer is not None:
         raise ValueError(describe("cache_steps", f"at least T = {_steps(x)}", cache_steps))
     if isinstance(state_scale, Tensor) and state_scale.dim() == 4 and state_scale.shape[3] == 1:
@@ -209,8 +209,8 @@ def checkpointing_ssu(
         if tensor is None and (algorithm == "two-kernel" or any(other is not None for other in scratch.values())):
             why = "with algorithm = 'two-kernel'" if algorithm == "two-kernel" else "with the other scratch tensors"
             raise ValueError(describe(name, f"a tensor {why}", None, f"pass all of {', '.join(scratch)}, or none"))
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise TypeError(describe(name, "a torch.Tensor", type(tensor).__name__))
+        if tensor is not None:
+            checked_tensor(name, tensor)
     rand_seed = _seed(state, rand_seed)
     return _checkpointing_ring(
         state, x_cache, B_cache, dt_cache, ring_start, prev_num_accepted_tokens, x, dt, A, B, C, out, D, z, dt_bias,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cute_ssm import env, tuning
+from cute_ssm.compat._arguments import checked_tensor
 from cute_ssm.compat._padding import NOBODY, padding
 from cute_ssm.compat.vllm import configs as vllm_configs
 from cute_ssm.errors import describe
@@ -124,9 +125,8 @@ def selective_state_update(
     """
     if not isinstance(out, Tensor):
         raise TypeError(describe("out", "a torch.Tensor of the shape of x", type(out).__name__, "allocate it"))
-    for name, tensor in (("state", state), ("x", x)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(describe(name, "a torch.Tensor", type(tensor).__name__))
+    checked_tensor("state", state)
+    checked_tensor("x", x)
     if x.dim() not in (2, 3):
         fix = "pack the tokens and pass cu_seqlens"
         raise ValueError(describe("x", "shape (tokens, nheads, dim) or (tokens, dim)", tuple(x.shape), fix))
@@ -173,9 +173,7 @@ def selective_state_update(
 
 
 def _batch(cu_seqlens: Tensor) -> int:
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(describe("cu_seqlens", "a torch.Tensor", type(cu_seqlens).__name__))
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+    if checked_tensor("cu_seqlens", cu_seqlens).dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(describe("cu_seqlens", "shape (batch + 1,)", tuple(cu_seqlens.shape)))
     return cu_seqlens.shape[0] - 1
 
@@ -184,9 +182,7 @@ def _indices(name: str, indices: Tensor | None, batch: int, speculative: bool) -
     """Return the used part of an index tensor: a matrix for speculative decoding, else a vector."""
     if indices is None:
         return None
-    if not isinstance(indices, Tensor):
-        raise TypeError(describe(name, "a torch.Tensor", type(indices).__name__))
-    if indices.dim() not in (1, 2) or indices.shape[0] < batch:
+    if checked_tensor(name, indices).dim() not in (1, 2) or indices.shape[0] < batch:
         raise ValueError(describe(name, f"shape (n,) or (n, columns), n >= batch = {batch}", tuple(indices.shape)))
     if indices.dim() == 2 and indices.shape[1] == 0:
         raise ValueError(describe(name, "at least one column", tuple(indices.shape)))
