@@ -10,10 +10,11 @@ import torch
 from bits import equal, same_memory
 from cases import vary
 from memory import copy
-from token_cases import LARGEST, Tokens, arguments, verify
+from token_cases import LARGEST, Path, Tokens, arguments, path_of, verify
 
 import cute_ssm
-from cute_ssm import tuning
+import ptxsim
+from cute_ssm import arch, runtime, tuning
 
 BASE = Tokens()
 
@@ -96,6 +97,30 @@ def test_products_and_loop(case, config, backend):
             verify(case)
     multiplies = any("mma.sync" in function.ptx for function in session.functions)
     assert multiplies == (not config and max(case.lengths) > 1)
+
+
+@pytest.mark.parametrize(
+    "case, config, path",
+    [
+        (BASE, {}, Path(multiplies=True)),
+        (BASE, LOOP, Path(divides=True)),
+        (Tokens(state="f32"), {}, Path(divides=True)),
+        (Tokens(layout="dense_A"), {}, Path()),
+        (Tokens(lengths=(1,), pads=()), {}, Path()),
+    ],
+    ids=str,
+)
+def test_bounds_have_the_terms_of_the_code_that_runs(case, config, path):
+    """Without softplus and gate, only divisions by running products take rcp."""
+    call = arguments(dataclasses.replace(case, has_z=False)) | {"dt_softplus": False}
+    assert path_of(call) == Path(), "by the reference"
+    with ptxsim.emulate(), tuning.override(**config):
+        assert path_of(call) == path
+        with runtime.planned(arch.SM_90A) as plan:
+            cute_ssm.selective_state_update(**call)
+    ((spec, chosen, target),) = plan.kernels
+    ptx = runtime.emulated(spec, chosen, target).ptx
+    assert Path("rcp.approx" in ptx, "mma.sync" in ptx) == path
 
 
 @pytest.mark.parametrize(
