@@ -1,10 +1,11 @@
 """Signatures that `cute_ssm.compat` follows: names, order and defaults, read from the sources of other packages.
 
-    python tools/peer_signatures.py flashinfer-python=FOLDER fla-core=FOLDER   # where the packages are unpacked
-    python tools/peer_signatures.py --check                                    # packages that are installed
+    python tools/peer_signatures.py flashinfer-python=FOLDER vllm=FOLDER  # where the packages are unpacked
+    python tools/peer_signatures.py --check                               # packages that are installed
 
 The first form rewrites the table of the packages that it names, in ``tests/compat/signatures.json``.  The second reads
 the packages of the table that are installed, without importing them, and fails if one has other signatures.
+Constants that are the default of a parameter are in the table with their values.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import ast
 import importlib.metadata
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +38,37 @@ def read(source: str, name: str) -> str:
     raise LookupError(name)
 
 
-def signatures(folder: Path, functions: Iterable[str]) -> dict[str, str]:
-    """Return the functions of a package with their parameters as the sources in a folder have them."""
-    found = {}
-    for path in functions:
-        file, _, name = path.partition("::")
-        found[path] = read((folder / file).read_text(encoding="utf-8"), name)
-    return found
+def constant(source: str, name: str) -> Any:
+    """Return the value that a source assigns to a name at the top level.
+
+    Raises
+    ------
+    LookupError
+        No such assignment, or not of a literal.
+    """
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            if name in (target.id for target in node.targets if isinstance(target, ast.Name)):
+                return node.value.value
+    raise LookupError(name)
 
 
-def differences(package: dict[str, Any], found: dict[str, str], version: str) -> list[str]:
-    """Return a line for each function that is not as in the table."""
+def found(folder: Path, package: dict[str, Any]) -> dict[str, Any]:
+    """Return the functions and constants of a package of the table as the sources in a folder have them."""
+    result = {}
+    for kind, reader in (("functions", read), ("constants", constant)):
+        for path in package.get(kind, ()):
+            file, _, name = path.partition("::")
+            result[path] = reader((folder / file).read_text(encoding="utf-8"), name)
+    return result
+
+
+def differences(package: dict[str, Any], other: dict[str, Any], version: str) -> list[str]:
+    """Return a line for each function or constant of the table that is another in a version that was read."""
     return [
-        f"{path}: {version} has ({found[path]}), the table, of {package['version']}, ({wanted})"
-        for path, wanted in package["functions"].items()
-        if found[path] != wanted
+        f"{path}: {version} has ({other[path]}), the table, of {package['version']}, ({wanted})"
+        for path, wanted in (package["functions"] | package.get("constants", {})).items()
+        if other[path] != wanted
     ]
 
 
@@ -76,14 +92,18 @@ def main(argv: list[str] | None = None) -> int:
         name, _, folder = given.partition("=")
         if name not in table:
             parser.error(f"{name}: expected one of {', '.join(table)}")
-        table[name]["functions"] = signatures(Path(folder), table[name]["functions"])
+        package = table[name]
+        values = found(Path(folder), package)
+        for kind in ("functions", "constants"):
+            if kind in package:
+                package[kind] = {path: values[path] for path in package[kind]}
     if options.packages:
         TABLE.write_text(json.dumps(table, indent=1) + "\n")
     wrong = []
     for name, package in table.items() if options.check else ():
         place = installed(name)
         if place is not None:
-            wrong += differences(package, signatures(place[0], package["functions"]), f"{name} {place[1]}")
+            wrong += differences(package, found(place[0], package), f"{name} {place[1]}")
     print("\n".join(wrong), end="\n" if wrong else "")
     return int(bool(wrong))
 

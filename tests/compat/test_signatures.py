@@ -8,19 +8,25 @@ import json
 import peer_signatures
 import pytest
 
-from cute_ssm.compat import fla
+from cute_ssm.compat import fla, vllm
 from cute_ssm.compat.flashinfer import gdn_decode, mamba
 
 TABLE = json.loads(peer_signatures.TABLE.read_text())
 EACH = [(name, path) for name, package in TABLE.items() for path in package["functions"]]
-ABSENT = {"replayssm_materialize"}  # layers by tables of pointers
-OURS = {"flashinfer/mamba": mamba, "flashinfer/gdn_decode.py": gdn_decode, "fla/ops": fla}
+ABSENT = {"replayssm_materialize", "selective_state_update_replayssm_output_only"}
+OURS = {
+    "flashinfer/mamba": mamba,
+    "flashinfer/gdn_decode.py": gdn_decode,
+    "fla/ops": fla,
+    "vllm/model_executor/layers/mamba/ops": vllm,
+}
 VARIADIC = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
 
-def parameters(text: str) -> list[inspect.Parameter]:
-    """Those of a signature in the table."""
-    scope: dict[str, object] = {}
+def parameters(package: str, path: str) -> list[inspect.Parameter]:
+    """Those of a function in the table."""
+    text = TABLE[package]["functions"][path]
+    scope = {name.partition("::")[2]: value for name, value in TABLE[package].get("constants", {}).items()}
     exec(f"def function({text}): ...", scope)  # the text is a constant of this repository
     return list(inspect.signature(scope["function"]).parameters.values())
 
@@ -32,7 +38,7 @@ def ours(path: str):
 
 @pytest.mark.parametrize(("package", "path"), [each for each in EACH if each[1].partition("::")[2] not in ABSENT])
 def test_parameters_are_those_of_the_peer(package, path):
-    wanted = parameters(TABLE[package]["functions"][path])
+    wanted = parameters(package, path)
     found = {name: p for name, p in inspect.signature(ours(path)).parameters.items()}
     more = [found.pop(name) for name in list(found) if name not in {p.name for p in wanted}]
     assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in more), "extensions change no call"
@@ -49,7 +55,7 @@ def test_an_installed_package_has_the_signatures_of_the_table(package):
     place = peer_signatures.installed(package)
     if place is None:
         pytest.skip(f"{package} is not installed")
-    found = peer_signatures.signatures(place[0], TABLE[package]["functions"])
+    found = peer_signatures.found(place[0], TABLE[package])
     assert not peer_signatures.differences(TABLE[package], found, f"{package} {place[1]}")
 
 
@@ -59,8 +65,15 @@ def test_drift_is_told_with_both_versions(tmp_path):
     with pytest.raises(LookupError, match="stride"):
         peer_signatures.read(source, "stride")
     (tmp_path / "ops.py").write_text(source)
-    package = {"version": "1.0", "functions": {"ops.py::step": "state, x"}}
-    found = peer_signatures.signatures(tmp_path, package["functions"])
-    (line,) = peer_signatures.differences(package, found, "peer 1.1")
-    assert line == "ops.py::step: peer 1.1 has (state, x, *, scale=1.0, **kwargs), the table, of 1.0, (state, x)"
-    assert not peer_signatures.differences({**package, "functions": found}, found, "peer 1.1")
+    (tmp_path / "names.py").write_text("import os\nPAD = 1\n")
+    with pytest.raises(LookupError, match="NULL"):
+        peer_signatures.constant("NULL = int()", "NULL")
+    functions, constants = {"ops.py::step": "state, x"}, {"names.py::PAD": 0}
+    package = {"version": "1.0", "functions": functions, "constants": constants}
+    found = peer_signatures.found(tmp_path, package)
+    assert peer_signatures.differences(package, found, "peer 1.1") == [
+        "ops.py::step: peer 1.1 has (state, x, *, scale=1.0, **kwargs), the table, of 1.0, (state, x)",
+        "names.py::PAD: peer 1.1 has (1), the table, of 1.0, (0)",
+    ]
+    same = {"functions": {"ops.py::step": found["ops.py::step"]}, "constants": {"names.py::PAD": 1}}
+    assert not peer_signatures.differences({**package, **same}, found, "peer 1.1")

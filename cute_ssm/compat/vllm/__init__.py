@@ -1,4 +1,6 @@
-"""vLLM's ``selective_state_update`` and its tuned configs, with this package's operator.
+"""vLLM's functions of Mamba layers and its tuned configs, with this package's operators.
+
+Signatures and conventions are those of vLLM 0.33.
 
 Files of tuned configs are named as `get_ssm_config_file_name` returns, and are searched for in the folder
 ``VLLM_TUNED_CONFIG_FOLDER``, then in `_CONFIGS_DIR`, where this package has none.  Without such a file, and without
@@ -13,6 +15,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +25,7 @@ from cute_ssm.compat._arguments import checked_tensor
 from cute_ssm.compat._padding import NOBODY, padding
 from cute_ssm.compat.vllm import configs as vllm_configs
 from cute_ssm.errors import describe
+from cute_ssm.ops.selective_scan.operator import selective_scan_fn
 from cute_ssm.ops.selective_state_update.operator import selective_state_update as _update
 
 NULL_BLOCK_ID = 0
@@ -34,6 +38,7 @@ __all__ = [
     "get_ssm_configs",
     "get_ssm_device_name",
     "override_ssm_config",
+    "selective_scan_fn",
     "selective_state_update",
     "try_get_optimal_ssm_config",
 ]
@@ -65,18 +70,19 @@ def selective_state_update(
 ) -> None:
     """Advance states by their tokens, like vLLM's function of this name.
 
-    `cute_ssm.selective_state_update` documents the recurrence, and the layouts and types of tensors.
+    `cute_ssm.selective_state_update` documents the recurrence, and the layouts of tensors.  Here x, B, C, z and ``out``
+    may have different types.
 
     Parameters
     ----------
     state : Tensor, (slots[, nheads], dim, dstate), float32/bfloat16/float16
         Pool of states, **updated in place**.
-    x, dt : Tensor, (tokens[, nheads], dim)
+    x, dt : Tensor, (tokens[, nheads], dim), float32/bfloat16/float16
         One row per sequence, or packed rows with ``cu_seqlens``.
     A : Tensor, ([nheads, ]dim, dstate)
-    B, C : Tensor, (tokens[, ngroups], dstate)
+    B, C : Tensor, (tokens[, ngroups], dstate), float32/bfloat16/float16
     D, dt_bias : Tensor, ([nheads, ]dim), or None
-    z : Tensor, like x, optional
+    z : Tensor, (tokens[, nheads], dim), float32/bfloat16/float16, optional
         Gate.
     dt_softplus : bool
         Apply softplus to dt + dt_bias.
@@ -87,7 +93,7 @@ def selective_state_update(
         written.
     null_block_id : int
         A sequence with this slot reads a zero state and writes none.
-    out : Tensor, like x
+    out : Tensor, (tokens[, nheads], dim), float32/bfloat16/float16
         **Written.**  Required.
     num_accepted_tokens : Tensor, (batch,), int32/int64, optional
         Speculative decoding.  Sequence b starts from the slot in column ``num_accepted_tokens[b] - 1`` (at least 0),
@@ -120,6 +126,10 @@ def selective_state_update(
     speculative decoding only; stochastic rounding works on every supported GPU; and softplus of very negative inputs is
     not rounded to 0.
 
+    If x, B, C, z and ``out`` have different types, those that are not float32 are converted to it, and ``out`` back:
+    nothing but ``out`` is rounded, as in vLLM.  Each conversion is a small PyTorch kernel; with one type for all, as
+    in vLLM's layers, there is none.
+
     A file of tuned configs (`get_ssm_configs`) or `override_ssm_config` selects the tiles of calls of this function.
     Such calls validate their arguments every time, which costs host time, but none when replayed in a CUDA graph.
     """
@@ -137,6 +147,8 @@ def selective_state_update(
     if speculative and src is not None and dst is None:
         dst = src
     seed = _seed(state, enable_stochastic_rounding, cache_philox_rounds, rand_seed, speculative)
+    result = out
+    x, B, C, z, out = _of_one_type(x, B, C, z, out)
 
     def update(pool: Tensor, slots: Tensor | None, destinations: Tensor | None, pad: int, scratch: bool) -> None:
         _update(
@@ -170,6 +182,16 @@ def selective_state_update(
     if write_padded_rows and src is not None:
         padded = padding(state, None, src, num_accepted_tokens, null_block_id)
         update(padded.state, padded.slots, None, NOBODY, scratch=True)
+    if out is not result:
+        result.copy_(out)
+
+
+def _of_one_type(*rows: Any) -> list[Any]:
+    """Return the tensors, as float32 if their types differ; others than of floats are left to the operator's checks."""
+    types = {tensor.dtype for tensor in rows if isinstance(tensor, Tensor)}
+    if len(types) == 1 or not types <= {torch.float32, torch.bfloat16, torch.float16}:
+        return list(rows)
+    return [tensor.float() if isinstance(tensor, Tensor) else tensor for tensor in rows]
 
 
 def _batch(cu_seqlens: Tensor) -> int:
@@ -243,13 +265,14 @@ def get_ssm_config_file_name(headdim: int, dstate: int, cache_dtype: str, device
     return f"headdim={headdim},dstate={dstate},device_name={device_name},cache_dtype={cache_dtype}.json"
 
 
-def get_ssm_device_name() -> str:
-    """Return the name of the current GPU as in vLLM's file names; ``"cpu"`` without a GPU.
+def _canonical_cache_dtype(cache_dtype: str) -> str:
+    """Return the dtype in the names of files: states of bfloat16 use those of float16."""
+    return "float16" if cache_dtype == "bfloat16" else cache_dtype
 
-    Runs of white space, slashes and dashes become one underscore; characters that file systems reject are removed.
-    """
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return re.sub(r'[\x00-\x1f\x7f\\:*?"<>|]', "", re.sub(r"[\s/-]+", "_", name)).rstrip(" .")
+
+def get_ssm_device_name() -> str:
+    """Return the name of the first GPU (else ``"cpu"``) as in vLLM's file names: underscores for spaces and slashes."""
+    return re.sub(r"[\s/]+", "_", torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu")
 
 
 @functools.cache
@@ -270,8 +293,7 @@ def get_ssm_configs(headdim: int, dstate: int, cache_dtype: str) -> dict[int, di
     dict or None
         In the order of the file.  Empty if the file has no config, which selects this package's own.
     """
-    dtype = str(cache_dtype).removeprefix("torch.")
-    dtype = "float16" if dtype == "bfloat16" else dtype
+    dtype = _canonical_cache_dtype(str(cache_dtype).removeprefix("torch."))
     name = get_ssm_config_file_name(headdim, dstate, dtype, get_ssm_device_name())
     own = env.vllm_tuned_config_folder()
     for folder in ([own] if own is not None else []) + [Path(_CONFIGS_DIR)]:
