@@ -149,6 +149,27 @@ def merge(path: Path, found: Iterable[Row]) -> int:
     return len(ordered)
 
 
+def withdraw(path: Path, margin: float) -> int:
+    """Give the calls of a file back to the rule whose configs were modelled and gain less than ``margin``.
+
+    Their rows stay, with an empty config.  Returns how many these were.
+    """
+    found = read(path)
+    weak = [row for row in found if row["config"] and not _measured(row) and gain(row) < margin]
+    for row in weak:
+        row["config"] = {}
+        row[EVIDENCE] = {**row[EVIDENCE], "us": row[EVIDENCE]["rule_us"], "margin": margin}
+    if weak:
+        merge(path, found)
+    return len(weak)
+
+
+def gain(row: Row) -> float:
+    """Return by how much a row's config is faster than the rule's, relatively, as its evidence says; 0 without any."""
+    evidence = row.get(EVIDENCE, {})
+    return 1 - evidence["us"] / evidence["rule_us"] if {"us", "rule_us"} <= set(evidence) else 0.0
+
+
 def _identity(row: Row) -> str:
     return json.dumps([row["op"], row["arch"], sorted(row["spec"].items()), f"{row['heads']:012d}"])
 

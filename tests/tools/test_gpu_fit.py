@@ -18,7 +18,8 @@ from paths import ROOT
 import gpumodel
 import ptxsim
 from cute_ssm.arch import SM_90A
-from gpumodel import constants
+from gpumodel import constants, validated
+from gpumodel.fit import Errors, Fit
 
 OP, KEYS = "selective_state_update", {"nheads": 4, "dim": 64, "dstate": 16}
 ABOUT = {
@@ -129,6 +130,7 @@ def test_one_command_takes_a_pass_in(archive, checkout, capsys):
 
     record = json.loads((results / "pass-nvidia-h200.json").read_text())
     assert record["fit"]["errors"]["fit"]["after"][0] < 0.02 < record["fit"]["errors"]["fit"]["before"][0]
+    assert stored["H200"]["error"] == pytest.approx(record["fit"]["errors"]["held out"]["after"][0], abs=1e-4)
     assert record["errors"] == {OP: 0.5}
     assert record["beside_emulator"]["equal"] == {"float16": 1.0}
     assert record["beside_emulator"]["within"]["rcp"] == 48 / 64
@@ -142,6 +144,21 @@ def test_one_command_takes_a_pass_in(archive, checkout, capsys):
     assert "Times of NVIDIA H200 are measured" in index and "Nothing was measured on a GPU" not in index
     assert "**Nothing was measured" not in (checkout / "README.md").read_text()
     assert list((checkout / "docs" / "performance" / "plots").glob("measured-*.svg"))
+
+
+def test_a_fit_that_errs_much_raises_the_margin_and_withdraws_modelled_configs(archive, checkout, monkeypatch, capsys):
+    """Those with `config` in the copied table gain less than the error; the measured row of the pass stays."""
+    given = Errors(3, 0.9, 1.0)
+    found = Fit({"H200": gpumodel.H200}, {}, {}, {"fit": Errors(9, 0.1, 1.0), "held out": given}, {})
+    monkeypatch.setattr(observed, "fit", lambda *_: found)
+    monkeypatch.setattr(Fit, "as_json", lambda self: {"constants": {}, "errors": {}, "points": {}})
+    monkeypatch.setattr(fit, "documents", lambda *_: None)
+    assert gpu_check.main(["fit", str(archive), "--root", str(checkout)]) == 1
+    stored = checkout / "tools" / "gpumodel" / "gpumodel" / "fitted.json"
+    assert validated.error(fitted=stored) == 0.9
+    table = json.loads((checkout / "cute_ssm" / "tuning" / "tables.json").read_text())
+    assert [one["evidence"]["how"] for one in table if one["config"]] == ["measured"]
+    assert "margin of modelled configs: 90.0%" in capsys.readouterr().out
 
 
 def test_a_rehearsal_is_never_taken_for_a_measurement(tmp_path, checkout, capsys):

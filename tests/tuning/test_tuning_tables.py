@@ -100,6 +100,20 @@ def test_an_empty_config_is_the_rule(write):
     assert chosen(60).warps == 3
 
 
+def test_modelled_configs_that_gain_less_than_a_margin_are_withdrawn(tmp_path):
+    path = tmp_path / "table.json"
+
+    def found(heads, how, us):
+        return {**row(heads, warps=3), "evidence": {"how": how, "us": us, "rule_us": 10.0}}
+
+    tables.merge(path, [found(1, "modelled", 9.1), found(2, "modelled", 8.9), found(3, "measured", 9.1), row(4)])
+    assert tables.withdraw(path, 0.1) == 1
+    weak, good, measured, rule = tables.read(path)
+    assert weak["config"] == {} and weak["evidence"]["us"] == weak["evidence"]["rule_us"] == 10.0
+    assert (good, measured, rule) == (found(2, "modelled", 8.9), found(3, "measured", 9.1), row(4))
+    assert tables.withdraw(path, 0.1) == 0
+
+
 def test_merging_replaces_rows_of_the_same_call(tmp_path):
     path = tmp_path / "deep" / "table.json"
     first, second = row(64, warps=2), row(9, warps=3)

@@ -4,7 +4,8 @@
 - ``tools/bench/results/pass-DEVICE.json`` records what the steps found: failures, errors, the GPU's arithmetic beside
   the emulator's, and the fit.
 - Tuned configs go into the package's tables; measured rows replace modelled ones.
-- Constants of the machine model are fitted to the times and stored beside it.
+- Constants of the machine model are fitted to the times and stored beside it, with the error that is left.  That error
+  raises the margin by which a modelled config must beat the rule's; rows of the tables that gain less are withdrawn.
 - Tables and plots of docs/performance are written anew.
 
 Rehearsals, and passes on devices that are not there, are refused: their times are none.
@@ -29,6 +30,7 @@ from bench import report
 
 from cute_ssm.tuning import tables
 from gpu_pass import arithmetic, observed, probes, records, tuning
+from gpumodel import validated
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -200,7 +202,8 @@ def main(argv: list[str] | None = None) -> int:
     results_folder = options.root / "tools" / "bench" / "results"
     times = take_times(found, results_folder / "measured.jsonl")
     print(f"{len(times)} times")
-    rows = take_tables(found, options.root / "cute_ssm" / "tuning" / "tables.json")
+    table = options.root / "cute_ssm" / "tuning" / "tables.json"
+    rows = take_tables(found, table)
     print(f"{rows} rows of tuned configs")
     record = summed_up(found)
     record["beside_emulator"] = beside_emulator(found, found[0].about["arch"])
@@ -215,6 +218,8 @@ def main(argv: list[str] | None = None) -> int:
             source = f"{devices[0]}, commit {found[0].about['commit'][:10]}"
             path = options.root / "tools" / "gpumodel" / "gpumodel" / "fitted.json"
             record["fit"] = observed.store(fitted, path, source)
+            margin = validated.error(fitted=path)
+            print(f"margin of modelled configs: {margin:.1%}; {tables.withdraw(table, margin)} rows gain less")
     (results_folder / file_of(devices[0])).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     documents(options.root, results_folder)
     print(pages.told(record))

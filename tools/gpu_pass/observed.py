@@ -148,9 +148,14 @@ def fit(
 
 
 def store(fitted: Any, path: Path, source: str) -> dict[str, Any]:
-    """Write fitted constants where the model reads them; return what is known of the fit."""
+    """Write fitted constants and their error where the model reads them; return what is known of the fit.
+
+    The error is that of the times held out, or of those of the fit where all are: see ``gpumodel.validated.error``.
+    """
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     values = {name: change.after for name, change in fitted.changes.items()}
-    known[fitted.machine.name] = {"constants": values, "source": source}
+    held, used = fitted.after["held out"], fitted.after["fit"]
+    error = held.median_error if held.n else used.median_error
+    known[fitted.machine.name] = {"constants": values, "error": round(error, 4), "source": source}
     path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     return {"machine": fitted.machine.name, **fitted.as_json()}

@@ -43,7 +43,7 @@ from typing import Any
 
 FITTED = Path(__file__).with_name(
     "fitted.json"
-)  # {machine: {"constants": {name: value}, ...}}: those of measured times
+)  # {machine: {"constants": {name: value}, "error": median error that is left, ...}}: those of measured times
 
 
 @dataclass(frozen=True)

@@ -181,13 +181,22 @@ def test_the_validated_error_is_the_larger_one_of_all_and_held_out_points(tmp_pa
     def error(*pairs):
         path = tmp_path / "v.json"
         path.write_text(json.dumps({"points": [{"ratio": ratio, "half": half} for ratio, half in pairs]}))
-        return validated.error(path)
+        return validated.error(path, tmp_path / "none.json")
 
     assert error((1.1, "fit"), (1.3, "held out")) == pytest.approx(0.3)
     assert error((1.5, "fit"), (1.1, "held out")) == pytest.approx(0.3)
     with pytest.raises(ValueError, match="no point"):
         error()
     assert 0 < validated.error() < 0.5
+
+
+@pytest.mark.parametrize("errors,expected", [((0.1, 0.4), 0.4), ((0.1, 0.2), 0.3)])
+def test_the_error_of_a_fit_counts_where_it_is_larger_than_that_of_the_validation(errors, expected, tmp_path):
+    result, fitted = tmp_path / "v.json", tmp_path / "fitted.json"
+    result.write_text(json.dumps({"points": [{"ratio": 1.3, "half": "held out"}]}))
+    fits = {gpu: {"constants": {}, "error": error} for gpu, error in zip(("H100", "H200"), errors)}
+    fitted.write_text(json.dumps(fits))
+    assert validated.error(result, fitted) == pytest.approx(expected)
 
 
 @pytest.mark.peers
