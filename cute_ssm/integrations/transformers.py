@@ -1,67 +1,135 @@
-"""Run decode steps and Mamba-1 prefill of Hugging Face ``transformers`` with this package's operators."""
+"""Run decode steps, and prefill where there is a kernel, of Hugging Face ``transformers`` with this package."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+from cute_ssm.errors import CuteSsmError, describe
+from cute_ssm.integrations import _transformers_calls as calls
 
-from cute_ssm import env
-from cute_ssm.compat.mamba_ssm import selective_scan_fn, selective_state_update
-from cute_ssm.errors import CuteSsmError, UnsupportedArchError, UnsupportedSpecError, describe
-
-# The folders of transformers.models that define the functions, as of transformers 5.24.
+# The folders of transformers.models with layers of a kind of `RECURRENCES` or `OTHERS`, as of transformers 5.24.
 MODELS = (
-    "mamba", "mamba2", "falcon_mamba", "jamba", "zamba", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h",
-    "zamba2",
+    "mamba", "falcon_mamba", "jamba", "zamba",
+    "mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2",
+    "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "olmo_hybrid", "lara_mini",
+    "kimi_linear", "bailing_hybrid", "glm5_next",
 )  # fmt: skip
-FUNCTIONS = ("mamba_selective_state_update", "mamba2_selective_state_update")
-SCAN = "mamba_selective_scan"
-CHUNKS = "mamba2_chunk_scan"
+UNCHANGED = "unchanged"
 
-# Functions of models with other recurrences -> what such a model is, and what to do.
-OTHERS = {
-    "torch_recurrent_gated_delta_rule": (
-        "a gated delta net, whose layers patch() does not replace: use the model unpatched, or call "
-        "cute_ssm.gated_delta_rule_mtp in your own layer"
+Replace = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Recurrence(NamedTuple):
+    """A kind of layers: their functions in a model's file, and what replaces these.
+
+    Attributes
+    ----------
+    layers : str
+        What the layers are called.
+    step, prefill : str
+        Functions that run a decode step and a prompt.
+    replace_step, replace_prefill : callable, optional
+        Return the replacement of such a function.  None: it is not replaced.
+    step_runs, prefill_runs : str
+        The operator that a replacement runs, with the launches of a call.
+    reason : str
+        Why the prefill is not replaced.
+    """
+
+    layers: str
+    step: str
+    prefill: str
+    replace_step: Replace
+    replace_prefill: Replace | None
+    step_runs: str
+    prefill_runs: str = UNCHANGED
+    reason: str = ""
+
+
+RECURRENCES = (
+    Recurrence(
+        "Mamba-1", "mamba_selective_state_update", "mamba_selective_scan", calls.update, calls.scan,
+        "selective_state_update, 1", "selective_scan, 1 or 2",
     ),
+    Recurrence(
+        "Mamba-2", "mamba2_selective_state_update", "mamba2_chunk_scan", calls.update, None,
+        "selective_state_update, 1", reason="this package has no kernel for Mamba-2 prefill",
+    ),
+    Recurrence(
+        "gated delta", "torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule",
+        calls.delta_step, calls.delta_prefill,
+        "gated_delta_rule_mtp, 1", "gated_delta_rule_mtp, 1 for 16 tokens",
+    ),
+)  # fmt: skip
+FLA = "the kernels of fla, which is installed, take fewer launches"
+
+# Functions of other recurrences -> what the layers are called, and why they are not changed.
+OTHERS = {
     "recurrent_kimi_delta_attention": (
-        "Kimi delta attention, whose decay per channel this package does not support: use the model unpatched"
+        "Kimi delta",
+        "this package has no kernel for Kimi delta attention, whose decay is per channel; use the model unpatched",
     ),
 }
-# Arguments that change a result and that the operators lack; transformers' own functions ignore all others.
-MEANT = ("cu_seqlens", "seq_idx", "state_batch_indices")
 
-_originals: dict[tuple[ModuleType, str], Callable[..., Any]] = {}
+
+class Row(NamedTuple):
+    """What runs where in a model: operators with their launches for a layer, or "unchanged" and the reason."""
+
+    model: str
+    layers: str
+    decode: str
+    prefill: str
+    reason: str = ""
+
+
+class _Function(NamedTuple):
+    """A function of a model's file."""
+
+    module: ModuleType
+    name: str
+
+
+class _Found(NamedTuple):
+    """What a model has: its row of the report, and the functions to replace."""
+
+    row: Row
+    functions: dict[_Function, Replace]
+    skipped: str = ""  # the function that is not replaced, for the reason in the row
+
+
+_originals: dict[_Function, Callable[..., Any]] = {}
 
 
 def patch(*models: str) -> Patch:
-    """Make models use `cute_ssm.selective_state_update` for decode steps and `cute_ssm.selective_scan` for prefill.
+    """Make models use this package's operators for decode steps and, where there is a kernel, for prefill.
 
-    Prefill is replaced in Mamba-1 models only; Mamba-2 prefill and training do not change.  ``patch()`` is in effect
-    until `unpatch`, ``with patch(): ...`` until the end of the block.  It applies to existing and to new models,
-    because transformers looks the functions up at every call; graphs that ``torch.compile`` has already traced do not
-    change.
+    Mamba-1 and Mamba-2 layers decode by `cute_ssm.selective_state_update`, and gated delta nets by
+    `cute_ssm.gated_delta_rule_mtp`.  The prefill of Mamba-1 layers runs by `cute_ssm.selective_scan`, that of Mamba-2
+    layers does not change, and that of gated delta nets runs by `cute_ssm.gated_delta_rule_mtp`, 16 tokens at a time,
+    unless ``fla`` is installed, whose kernels of chunks take fewer launches.  Training does not change.
 
-    A call that an operator does not support (for example dstate below 16 in a decode step), or that needs gradients,
-    runs transformers' own function; the first such call is logged.  Arguments that transformers' functions ignore, such
-    as those that hybrid models pass to all layers, are ignored.
+    ``patch()`` is in effect until `unpatch`, ``with patch(): ...`` until the end of the block.  It applies to existing
+    and to new models, because transformers looks the functions up at every call; graphs that ``torch.compile`` has
+    already traced do not change.
+
+    A call that an operator does not support (for example gated delta nets in float32), or that needs gradients, runs
+    transformers' own function; the first such call is logged.  Arguments that transformers' functions ignore, such as
+    those that hybrid models pass to all layers, are ignored.
 
     Parameters
     ----------
     *models : str
-        Folders of ``transformers.models`` that define ``mamba_selective_state_update`` and ``mamba_selective_scan``, or
-        ``mamba2_selective_state_update``.  Default: all of `MODELS` that the installed transformers has.
+        Folders of ``transformers.models`` whose layers are of a kind of `RECURRENCES`.  Default: all of `MODELS` that
+        the installed transformers has.
 
     Returns
     -------
     Patch
-        Lists what is patched and what is not.  As a context manager, its exit undoes this call.
+        Lists what is patched and what is not; printed, it is a table.  As a context manager, its exit undoes this call.
 
     Raises
     ------
@@ -69,6 +137,11 @@ def patch(*models: str) -> Patch:
         transformers, or a named model, is missing.
     CuteSsmError
         A named model has no such layers, or the installed transformers defines them elsewhere.
+
+    Notes
+    -----
+    States of a gated delta net that a cache holds are updated in place.  Their shape is that of transformers, (batch,
+    value_heads, K, V), with K last in memory.
 
     Examples
     --------
@@ -79,25 +152,30 @@ def patch(*models: str) -> Patch:
     ('bamba.mamba2_selective_state_update',)
     """
     import_transformers()
-    found: list[tuple[ModuleType, str]] = []
+    rows: list[Row] = []
+    functions: dict[_Function, Replace] = {}
+    names: list[str] = []
     skipped: dict[str, str] = {}
     for model in models or MODELS:
         try:
-            functions = _find(model)
+            found = _find(model)
         except (ImportError, CuteSsmError) as error:
             if models:
                 raise
             skipped[model] = str(error)
             continue
-        found += functions
-        if callable(getattr(functions[0][0], CHUNKS, None)):
-            skipped[f"{model}.{CHUNKS}"] = "this package has no kernel for Mamba-2 prefill"
-    names = tuple(f"{module.__name__.split('.')[-2]}.{name}" for module, name in dict.fromkeys(found))
-    added = [function for function in dict.fromkeys(found) if function not in _originals]
-    for module, name in added:
-        original = _originals[module, name] = getattr(module, name)
-        setattr(module, name, (_scan if name == SCAN else _update)(original))
-    return Patch(names, skipped, added)
+        if models and not found.functions:
+            raise CuteSsmError(describe("models", _expected(), repr(model), found.row.reason))
+        rows.append(found.row)
+        functions |= found.functions
+        names += [f"{model}.{function.name}" for function in found.functions if function.name != found.skipped]
+        if found.row.reason:
+            skipped[f"{model}.{found.skipped}" if found.skipped else model] = found.row.reason
+    added = [function for function in functions if function not in _originals]
+    for function in added:
+        original = _originals[function] = getattr(*function)
+        setattr(*function, functions[function](original))
+    return Patch(tuple(names), skipped, tuple(rows), added)
 
 
 def import_transformers() -> ModuleType:
@@ -136,16 +214,23 @@ class Patch:
         ``model.function`` of each replaced function, by this or an earlier call.
     skipped : dict
         ``model`` or ``model.function`` that is not replaced -> the reason.
+    rows : tuple of Row
+        What runs where in each model: ``model, layers, decode, prefill, reason``.  ``print`` shows them as a table.
     """
 
     def __init__(
-        self, patched: tuple[str, ...], skipped: dict[str, str], functions: list[tuple[ModuleType, str]]
+        self, patched: tuple[str, ...], skipped: dict[str, str], rows: tuple[Row, ...], functions: list[_Function]
     ) -> None:
-        self.patched, self.skipped = patched, skipped
+        self.patched, self.skipped, self.rows = patched, skipped, rows
         self._functions = functions
 
     def __repr__(self) -> str:
         return f"Patch(patched={self.patched}, skipped={self.skipped})"
+
+    def __str__(self) -> str:
+        head = ("model", "layers", "decode step, launches", "prefill, launches")
+        lines = [head, tuple("---" for _ in head), *(row[: len(head)] for row in self.rows)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def __enter__(self) -> Patch:
         return self
@@ -154,112 +239,39 @@ class Patch:
         _restore(self._functions)
 
 
-def _restore(functions: list[tuple[ModuleType, str]]) -> None:
+def _restore(functions: list[_Function]) -> None:
     for function in functions:
         original = _originals.pop(function, None)
         if original is not None:
             setattr(*function, original)
 
 
-def _find(model: str) -> list[tuple[ModuleType, str]]:
-    """Return the functions of a model to replace: its decode step and, for Mamba-1, its scan."""
+def _find(model: str) -> _Found:
+    """Return what `patch` can do for a model, which may be nothing; raise if its layers are of no known kind."""
     module = import_module(f"transformers.models.{model}.modeling_{model}")
-    steps = [name for name in FUNCTIONS if callable(getattr(module, name, None))]
-    names = [*steps[:1], *([SCAN] if FUNCTIONS[0] in steps else [])]
-    if names and all(callable(getattr(module, name, None)) for name in names):
-        return [(module, name) for name in names]
+
+    def has(name: str) -> bool:
+        return callable(getattr(module, name, None))
+
+    for kind in RECURRENCES:
+        replacements = {kind.step: kind.replace_step}
+        row = Row(model, kind.layers, kind.step_runs, kind.prefill_runs, kind.reason)
+        skipped = "" if kind.replace_prefill else kind.prefill
+        if kind.replace_prefill:
+            replacements[kind.prefill] = kind.replace_prefill
+            if kind.replace_prefill is calls.delta_prefill and find_spec("fla") is not None:
+                row, skipped = row._replace(prefill=UNCHANGED, reason=FLA), kind.prefill
+                replacements[kind.prefill] = calls.delta_layout
+        if all(map(has, replacements)):
+            return _Found(row, {_Function(module, name): new for name, new in replacements.items()}, skipped)
+    for name, (layers, reason) in OTHERS.items():
+        if has(name):
+            return _Found(Row(model, layers, UNCHANGED, UNCHANGED, reason), {})
     version = import_transformers().__version__
-    expected = f"a model of transformers that defines {FUNCTIONS[0]} and {SCAN}, or {FUNCTIONS[1]}"
-    other = next((words for name, words in OTHERS.items() if callable(getattr(module, name, None))), None)
-    if other is not None:
-        raise CuteSsmError(describe("models", expected, repr(model), f"it is {other}"))
     known = f"known models are {', '.join(MODELS)}, in transformers 5.23 and 5.24"
-    raise CuteSsmError(describe("models", expected, f"{model!r} of transformers {version}", known))
+    raise CuteSsmError(describe("models", _expected(), f"{model!r} of transformers {version}", known))
 
 
-class _Fallback:
-    """Runs a call by an operator if possible, else by the replaced function; logs the first such call."""
-
-    def __init__(self, original: Callable[..., Any]) -> None:
-        self.original, self.logged = original, False
-
-    def __call__(
-        self, operator: Callable[[], Any], original: Callable[[], Any], operands: Any, others: dict[str, Any]
-    ) -> Any:
-        """Run one call; `others` are arguments that the operator lacks, of which those in `MEANT` change a result."""
-        reason: object = "gradients are not supported; generate under torch.no_grad()"
-        meant = [name for name in MEANT if others.get(name) is not None]
-        if meant:
-            reason = f"the operator has no {' or '.join(meant)}"
-        elif not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in operands):
-            try:
-                return operator()
-            except (UnsupportedArchError, UnsupportedSpecError) as error:
-                reason = error
-        if not self.logged:
-            self.logged = True
-            env.logger().warning("%s runs without cute_ssm: %s", self.original.__qualname__, reason)
-        return original()
-
-
-def _update(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the replacement of a decode step."""
-    run = _Fallback(original)
-
-    @functools.wraps(original)
-    def update(
-        state: Tensor,
-        hidden_states: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None = None,
-        dt_bias: Tensor | None = None,
-        dt_softplus: bool = False,
-        z: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        output: Tensor = run(
-            lambda: selective_state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus),
-            lambda: original(
-                state, hidden_states, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, z=z, **kwargs
-            ),
-            (state, hidden_states, dt, A, B, C, D, dt_bias, z),
-            kwargs,
-        )
-        return output
-
-    return update
-
-
-def _scan(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the replacement of the scan of a prefill, which starts from zero states."""
-    run = _Fallback(original)
-
-    @functools.wraps(original)
-    def scan(
-        hidden_states: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None = None,
-        z: Tensor | None = None,
-        delta_bias: Tensor | None = None,
-        delta_softplus: bool = False,
-        return_last_state: bool = False,
-        use_mambapy: bool = False,
-        use_associative_scan: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        tensors = (hidden_states, dt, A, B, C, D, z, delta_bias)
-        fallbacks = {"use_mambapy": use_mambapy, "use_associative_scan": use_associative_scan}  # read by transformers
-        return run(
-            lambda: selective_scan_fn(*tensors, delta_softplus, return_last_state),
-            lambda: original(*tensors, delta_softplus, return_last_state, **fallbacks, **kwargs),
-            tensors,
-            kwargs,
-        )
-
-    return scan
+def _expected() -> str:
+    kinds = [kind.step + (f" and {kind.prefill}" if kind.replace_prefill else "") for kind in RECURRENCES]
+    return f"a model of transformers that defines {', or '.join(kinds)}"

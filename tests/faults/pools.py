@@ -42,7 +42,7 @@ FAULTS = [
     ),
     Fault(
         "D, dt_bias and z of a decode step do not count as needing gradients",
-        "cute_ssm/integrations/transformers.py",
+        "cute_ssm/integrations/_transformers_calls.py",
         "(state, hidden_states, dt, A, B, C, D, dt_bias, z),\n",
         "(state, hidden_states, dt, A, B, C),\n",
         ("tests/integrations/test_transformers.py::test_a_step_runs_unpatched_if_any_one_tensor_requires_grad",),

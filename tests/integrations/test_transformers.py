@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -15,11 +17,13 @@ import cute_ssm
 from cute_ssm import tuning
 from cute_ssm.compat import mamba_ssm
 from cute_ssm.errors import CuteSsmError
+from cute_ssm.integrations import _transformers_calls
 
 transformers = pytest.importorskip("transformers", minversion="5.23")
 
 from cute_ssm.integrations import transformers as integration  # noqa: E402
 
+STEPS = ("selective_state_update", "torch_recurrent_gated_delta_rule")
 PROMPT = torch.tensor([[5, 3, 60, 7], [1, 2, 9, 40]])
 MAMBA2 = {"num_heads": 4, "head_dim": 32, "state_size": 32, "n_groups": 2, "chunk_size": 8}
 CONFIGS = {
@@ -239,10 +243,11 @@ def test_a_context_undoes_its_patch_after_an_error():
         ("nemotron_h", ["mamba2_selective_state_update"]),
         ("zamba", ["mamba_selective_state_update", "mamba_selective_scan"]),
         ("zamba2", ["mamba2_selective_state_update"]),
+        ("qwen3_next", ["torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule"]),
     ],
 )
 def test_models_that_have_the_functions(model, functions):
-    places = integration._find(model)
+    places = list(integration._find(model).functions)
     assert [name for _, name in places] == functions
     before = [getattr(*place) for place in places]
     with integration.patch(model):
@@ -254,13 +259,28 @@ def test_models_that_have_the_functions(model, functions):
 
 def test_every_family_is_patched_by_default():
     with integration.patch() as done:
-        assert [name.split(".")[0] for name in done.patched if "state_update" in name] == list(integration.MODELS)
+        assert tuple(row.model for row in done.rows) == integration.MODELS
+        decoded = [row.model for row in done.rows if row.decode != "unchanged"]
+        assert [name.split(".")[0] for name in done.patched if name.endswith(STEPS)] == decoded
         assert sum("scan" in name for name in done.patched) == 4, "of Mamba-1 alone"
-        assert {name.split(".")[0] for name in done.skipped} == {
-            name.split(".")[0] for name in done.patched if "mamba2_" in name
-        }
-        assert "skipped={'mamba2.mamba2_chunk_scan'" in repr(done)
+        assert {name.split(".")[0] for name in done.skipped} == {row.model for row in done.rows if row.reason}
+        assert "'mamba2.mamba2_chunk_scan': 'this package has no kernel for Mamba-2 prefill'" in repr(done)
+        assert done.skipped["kimi_linear"].startswith("this package has no kernel for Kimi delta attention")
         assert integration.patch("bamba").patched == ("bamba.mamba2_selective_state_update",), "patched before"
+
+
+def test_no_family_of_the_installed_version_is_missing():
+    """Every file of transformers that defines one of the functions."""
+    kinds = [*(kind.step for kind in integration.RECURRENCES), *integration.OTHERS]
+    defined = re.compile(rf"^def ({'|'.join(kinds)})\(", re.MULTILINE)
+    files = pathlib.Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
+    assert {file.parent.name for file in files if defined.search(file.read_text())} == set(integration.MODELS)
+
+
+def test_the_guide_has_the_table():
+    guide = pathlib.Path(__file__).parents[2] / "docs" / "guides" / "transformers.md"
+    with integration.patch() as done:
+        assert str(done) in guide.read_text(), f"the table of the guide is print(patch()):\n{done}"
 
 
 def test_a_family_that_this_version_lacks_is_reported_not_raised(monkeypatch):
@@ -335,10 +355,10 @@ def test_hybrid_models_decode_through_the_operators(name, calls, scans, caplog):
     assert "runs without cute_ssm" not in caplog.text
 
 
-@pytest.mark.parametrize("name", integration.MEANT)
+@pytest.mark.parametrize("name", _transformers_calls.MEANT)
 def test_arguments_that_change_a_result_are_not_ignored(name, caplog):
     ran = []
-    step = integration._update(lambda *args, **kwargs: ran.append(kwargs))
+    step = _transformers_calls.update(lambda *args, **kwargs: ran.append(kwargs))
     call = {"state": torch.zeros(1, 2, 16, 16), "hidden_states": torch.zeros(1, 2, 16), "dt": torch.zeros(1, 2, 16)}
     call |= {"A": torch.zeros(2, 16, 16), "B": torch.zeros(1, 1, 16), "C": torch.zeros(1, 1, 16)}
     step(**call, **{name: None}, position_embeddings=1)
@@ -350,12 +370,8 @@ def test_arguments_that_change_a_result_are_not_ignored(name, caplog):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [
-        ("qwen3_next", "gated delta net"), ("qwen3_5", "gated delta net"), ("qwen3_5_moe", "gated delta net"),
-        ("olmo_hybrid", "gated delta net"), ("bailing_hybrid", "Kimi delta attention"),
-        ("kimi_linear", "Kimi delta attention"),
-    ],
-)  # fmt: skip
+    [(name, "Kimi delta attention") for name in ("bailing_hybrid", "kimi_linear", "glm5_next")],
+)
 def test_other_recurrences_are_refused_for_what_they_are(name, words):
     pytest.importorskip(f"transformers.models.{name}.modeling_{name}")
     with pytest.raises(CuteSsmError, match=f"models: .*{name}.*{words}"):
@@ -413,7 +429,7 @@ def test_gradients_run_as_before(calls, scans):
 def test_a_step_runs_unpatched_if_any_one_tensor_requires_grad(argument):
     """Also what no layer computes from activations, such as D."""
     ran = []
-    step = integration._update(lambda *args, **kwargs: ran.append("original"))
+    step = _transformers_calls.update(lambda *args, **kwargs: ran.append("original"))
     call = {"state": torch.zeros(1, 2, 16, 16), "hidden_states": torch.zeros(1, 2, 16), "dt": torch.zeros(1, 2, 16)}
     call |= {"A": torch.zeros(2, 16, 16), "B": torch.zeros(1, 1, 16), "C": torch.zeros(1, 1, 16)}
     call |= {"D": torch.zeros(2, 16), "dt_bias": torch.zeros(2, 16), "z": torch.zeros(1, 2, 16)}
@@ -426,7 +442,7 @@ def test_a_step_runs_unpatched_if_any_one_tensor_requires_grad(argument):
 @pytest.mark.parametrize("argument", range(8))
 def test_a_scan_runs_unpatched_if_any_one_tensor_requires_grad(argument):
     ran = []
-    scan = integration._scan(lambda *args, **kwargs: ran.append("original"))
+    scan = _transformers_calls.scan(lambda *args, **kwargs: ran.append("original"))
     tokens, columns = (1, 4, 3), (1, 2, 3)
     call = [torch.zeros(*size) for size in (tokens, tokens, (4, 2), columns, columns, (4,), tokens, (4,))]
     assert scan(*call).shape == tokens and not ran
