@@ -13,6 +13,7 @@ from cute_ssm import arch as archs
 from cute_ssm.errors import UnsupportedArchError, describe
 
 PREFIX = "CUTE_SSM_"
+VLLM_PARTS = ("ssu", "replay", "gdn")
 LOG_LEVELS = {"off": logging.WARNING, "compile": logging.INFO, "calls": logging.DEBUG}
 
 
@@ -36,6 +37,14 @@ VARIABLES = (
         "off, compile (compilations, cache, what runs by the reference), calls (path and arguments of every call too)",
     ),
     Variable("CUTE_SSM_TUNING_DIR", "none", "folder of measured configs, preferred to the package's own"),
+    Variable(
+        "CUTE_SSM_VLLM",
+        "none",
+        "parts of vLLM that run through this package: ssu, replay and gdn, separated by commas, or all",
+    ),
+    Variable(
+        "CUTE_SSM_STRICT", "0", "1: calls of vLLM and SGLang that no operator supports raise, and run nowhere else"
+    ),
     Variable("VLLM_TUNED_CONFIG_FOLDER", "none", "vLLM's folder of tuned configs, which `cute_ssm.compat.vllm` reads"),
 )
 
@@ -98,6 +107,29 @@ def logger() -> logging.Logger:
             handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
             log.addHandler(handler)
     return log
+
+
+def vllm_parts() -> tuple[str, ...]:
+    """Return the parts that CUTE_SSM_VLLM names, of `VLLM_PARTS`.
+
+    Raises
+    ------
+    ValueError
+        It names another one.
+    """
+    names = [name.strip() for name in _value("CUTE_SSM_VLLM").split(",") if name.strip()]
+    if names == ["all"]:
+        return VLLM_PARTS
+    wrong = [name for name in names if name not in VLLM_PARTS]
+    if wrong:
+        expected = f"all, or some of {', '.join(VLLM_PARTS)}"
+        raise ValueError(describe("CUTE_SSM_VLLM", expected, repr(wrong[0]), "correct or unset the variable"))
+    return tuple(part for part in VLLM_PARTS if part in names)
+
+
+def strict() -> bool:
+    """Return whether CUTE_SSM_STRICT is set: engines' calls that no operator supports raise."""
+    return _choice("CUTE_SSM_STRICT", "0", ("0", "1")) == "1"
 
 
 def vllm_tuned_config_folder() -> Path | None:

@@ -5,7 +5,8 @@
 
 The first form rewrites the table of the packages that it names, in ``tests/compat/signatures.json``.  The second reads
 the packages of the table that are installed, without importing them, and fails if one has other signatures.
-Constants that are the default of a parameter are in the table with their values.
+Constants that are the default of a parameter are in the table with their values.  Functions and methods that
+`cute_ssm.integrations` hooks into are in the table under ``hooks``.
 """
 
 from __future__ import annotations
@@ -22,15 +23,19 @@ TABLE = Path(__file__).resolve().parents[1] / "tests" / "compat" / "signatures.j
 
 
 def read(source: str, name: str) -> str:
-    """Return the parameters of a function in a source, without their types.
+    """Return the parameters of a function, or of a method ``Class.function``, in a source, without their types.
 
     Raises
     ------
     LookupError
-        No such function at the top level.
+        No such function at the top level, or in the class.
     """
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef) and node.name == name:
+    body: list[ast.stmt] = ast.parse(source).body
+    *classes, function = name.split(".")
+    for owner in classes:
+        body = next((node.body for node in body if isinstance(node, ast.ClassDef) and node.name == owner), [])
+    for node in body:
+        if isinstance(node, ast.FunctionDef) and node.name == function:
             for arg in ast.walk(node.args):
                 if isinstance(arg, ast.arg):
                     arg.annotation = None
@@ -54,9 +59,9 @@ def constant(source: str, name: str) -> Any:
 
 
 def found(folder: Path, package: dict[str, Any]) -> dict[str, Any]:
-    """Return the functions and constants of a package of the table as the sources in a folder have them."""
+    """Return the functions, hooks and constants of a package of the table as the sources in a folder have them."""
     result = {}
-    for kind, reader in (("functions", read), ("constants", constant)):
+    for kind, reader in (("functions", read), ("hooks", read), ("constants", constant)):
         for path in package.get(kind, ()):
             file, _, name = path.partition("::")
             result[path] = reader((folder / file).read_text(encoding="utf-8"), name)
@@ -67,7 +72,7 @@ def differences(package: dict[str, Any], other: dict[str, Any], version: str) ->
     """Return a line for each function or constant of the table that is another in a version that was read."""
     return [
         f"{path}: {version} has ({other[path]}), the table, of {package['version']}, ({wanted})"
-        for path, wanted in (package["functions"] | package.get("constants", {})).items()
+        for path, wanted in (package["functions"] | package.get("hooks", {}) | package.get("constants", {})).items()
         if other[path] != wanted
     ]
 
@@ -94,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"{name}: expected one of {', '.join(table)}")
         package = table[name]
         values = found(Path(folder), package)
-        for kind in ("functions", "constants"):
+        for kind in ("functions", "hooks", "constants"):
             if kind in package:
                 package[kind] = {path: values[path] for path in package[kind]}
     if options.packages:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import inspect
 import json
 
+import peer_doubles
 import peer_signatures
 import pytest
 
-from cute_ssm.compat import fla, vllm
+from cute_ssm.compat import fla, sglang, vllm
 from cute_ssm.compat.flashinfer import gdn_decode, mamba
+from cute_ssm.compat.vllm import gated_delta
+from cute_ssm.integrations import _engines
+from cute_ssm.integrations import sglang as in_sglang
+from cute_ssm.integrations import vllm as in_vllm
 
 TABLE = json.loads(peer_signatures.TABLE.read_text())
 EACH = [(name, path) for name, package in TABLE.items() for path in package["functions"]]
@@ -19,16 +24,23 @@ OURS = {
     "flashinfer/gdn_decode.py": gdn_decode,
     "fla/ops": fla,
     "vllm/model_executor/layers/mamba/ops": vllm,
+    "vllm/third_party/flash_linear_attention": gated_delta,
+    "sglang/kernels/ops": sglang,
 }
 VARIADIC = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
 
+HOOKS = [
+    (package, hook)
+    for package, module in (("vllm", in_vllm), ("sglang", in_sglang))
+    for hooks in (value for name, value in vars(module).items() if name.endswith("_HOOKS"))
+    for hook in hooks
+]
+
+
 def parameters(package: str, path: str) -> list[inspect.Parameter]:
     """Those of a function in the table."""
-    text = TABLE[package]["functions"][path]
-    scope = {name.partition("::")[2]: value for name, value in TABLE[package].get("constants", {}).items()}
-    exec(f"def function({text}): ...", scope)  # the text is a constant of this repository
-    return list(inspect.signature(scope["function"]).parameters.values())
+    return list(peer_doubles.signature(TABLE[package], path).parameters.values())
 
 
 def ours(path: str):
@@ -48,6 +60,17 @@ def test_parameters_are_those_of_the_peer(package, path):
         assert mine.kind is p.kind, p.name
         if p.kind not in VARIADIC and p.default is not p.empty:
             assert mine.default == p.default, p.name
+
+
+@pytest.mark.parametrize(("package", "hook"), HOOKS, ids=[hook.name for _, hook in HOOKS])
+def test_integrations_expect_the_parameters_of_the_table(package, hook):
+    path = f"{hook.module.replace('.', '/')}.py::{hook.name}"
+    assert hook.parameters == _engines.parameters(peer_doubles.function(TABLE[package], path))
+
+
+def test_every_hook_of_the_table_is_expected_by_an_integration():
+    expected = {f"{hook.module.replace('.', '/')}.py::{hook.name}" for _, hook in HOOKS}
+    assert {path for package in TABLE.values() for path in package.get("hooks", ())} <= expected
 
 
 @pytest.mark.parametrize("package", TABLE)

@@ -1,0 +1,294 @@
+"""SGLang's decode functions (0.5.23), with this package's operators.
+
+`selective_state_update` is that of ``sglang.kernels.ops.mamba.triton_ops``; the others are in
+``sglang.kernels.ops.attention``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cute_ssm.compat import _gated_delta
+from cute_ssm.compat._arguments import checked_tensor
+from cute_ssm.compat._padding import NOBODY, padding
+from cute_ssm.errors import describe
+from cute_ssm.ops.gated_delta_rule_mtp.operator import gated_delta_rule_mtp
+from cute_ssm.ops.selective_state_update.operator import selective_state_update as _update
+
+PAD_SLOT_ID = -1
+PHILOX_ROUNDS = 10  # for `cache_philox_rounds` = 0
+
+__all__ = [
+    "PAD_SLOT_ID",
+    "fused_recurrent_gated_delta_rule_packed_decode",
+    "fused_sigmoid_gating_delta_rule_update",
+    "selective_state_update",
+]
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+    pad_slot_id: int = PAD_SLOT_ID,
+    out: Tensor | None = None,
+    disable_state_update: bool = False,
+    intermediate_states_buffer: Tensor | None = None,
+    cache_steps: int | None = None,
+    retrieve_parent_token: Tensor | None = None,
+    intermediate_state_indices: Tensor | None = None,
+    *,
+    enable_stochastic_rounding: bool = False,
+    cache_philox_rounds: int = 0,
+    write_padded_rows: bool = True,
+) -> None:
+    """Advance states by their tokens, like SGLang's function of this name.
+
+    Parameters
+    ----------
+    state : Tensor, (slots, nheads, dim, dstate), float32/bfloat16/float16
+        Pool of states, **updated in place**.  The layout of SGLang's Mamba-1 layers, (slots, channels, 1, dstate) with
+        one group, is supported too.
+    x, dt : Tensor, (batch[, T], nheads, dim)
+    A : Tensor, (nheads, dim, dstate)
+    B, C : Tensor, (batch[, T], ngroups, dstate)
+        Converted to the type of x, which costs small kernels, if theirs is another one.
+    D, dt_bias : Tensor, (nheads, dim), optional
+    z : Tensor, like x, optional
+    dt_softplus : bool
+        Apply softplus to dt + dt_bias.
+    state_batch_indices : Tensor, (batch,), int32/int64, optional
+        Slot of each request.
+    pad_slot_id : int
+        A request with this slot reads a zero state and writes none.
+    out : Tensor, like x
+        **Written.**  Required.
+    disable_state_update : bool
+        Do not write ``state``.
+    intermediate_states_buffer : Tensor, (rows, steps, nheads, dim, dstate), type of state, optional
+        **Written** with the state after each token.
+    cache_steps : int, optional
+        Number of steps of that buffer.
+    retrieve_parent_token
+        Not supported: trees of draft tokens.
+    intermediate_state_indices : Tensor, (>= batch,), int32/int64, optional
+        Row of each request in that buffer.
+    enable_stochastic_rounding : bool
+        Of SGLang's Triton function.  Round float16 states stochastically, with a seed drawn on the device.
+    cache_philox_rounds : int
+        Of SGLang's Triton function.  0: 10.
+    write_padded_rows : bool
+        Not in SGLang.  False does not write padding rows of ``out``, which saves a few small kernels.
+
+    Raises
+    ------
+    ValueError, TypeError, UnsupportedSpecError, UnsupportedArchError
+        As for `cute_ssm.selective_state_update`.  Nothing has been written.
+    """
+    _gated_delta.refuse({"retrieve_parent_token": retrieve_parent_token is not None}, "trees have no kernel")
+    if not isinstance(out, Tensor):
+        raise TypeError(describe("out", "a torch.Tensor of the shape of x", type(out).__name__, "allocate it"))
+    if intermediate_states_buffer is not None and cache_steps is not None:
+        steps = checked_tensor("intermediate_states_buffer", intermediate_states_buffer).shape[1]
+        if cache_steps != steps:
+            raise ValueError(describe("cache_steps", f"{steps}, as intermediate_states_buffer has", cache_steps))
+    seed = None
+    if enable_stochastic_rounding:
+        if checked_tensor("state", state).dtype != torch.float16:
+            raise TypeError(describe("state", "dtype float16 with enable_stochastic_rounding", state.dtype))
+        seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=state.device)
+    kind = checked_tensor("x", x).dtype
+    B, C = checked_tensor("B", B).to(kind), checked_tensor("C", C).to(kind)
+    if isinstance(z, Tensor):
+        z = z.to(kind)
+    if checked_tensor("state", state).dim() == 4 and state.shape[2] == 1 and state.shape[1] > 1:
+        state, x, dt, z, out = (_swap(t, -3, -2) if t is state else _swap(t, -2, -1) for t in (state, x, dt, z, out))
+        A, D, dt_bias = _swap(A, 0, 1), _swap(D, 0, 1), _swap(dt_bias, 0, 1)
+        intermediate_states_buffer = _swap(intermediate_states_buffer, -3, -2)
+
+    def update(pool: Tensor, slots: Tensor | None, pad: int, scratch: bool) -> None:
+        _update(
+            pool, x, dt, A, B, C, D, z, dt_bias, dt_softplus, slots, pad, out=out,
+            disable_state_update=scratch or disable_state_update,
+            intermediate_states_buffer=None if scratch else intermediate_states_buffer,
+            intermediate_state_indices=None if scratch else intermediate_state_indices,
+            rand_seed=None if scratch else seed, philox_rounds=cache_philox_rounds or PHILOX_ROUNDS,
+        )  # fmt: skip
+
+    update(state, state_batch_indices, pad_slot_id, False)
+    if write_padded_rows and state_batch_indices is not None:
+        padded = padding(state, None, state_batch_indices, None, pad_slot_id)
+        update(padded.state, padded.slots, NOBODY, True)
+
+
+def _swap(tensor: Any, first: int, second: int) -> Any:
+    """Return a view with two axes swapped: heads of one channel become channels of one head."""
+    return tensor.transpose(first, second) if isinstance(tensor, Tensor) else tensor
+
+
+def fused_recurrent_gated_delta_rule_packed_decode(
+    mixed_qkv: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    scale: float,
+    initial_state: Tensor,
+    out: Tensor,
+    ssm_state_indices: Tensor,
+    use_qk_l2norm_in_kernel: bool = False,
+    *,
+    write_padded_rows: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Run one token of every request on the packed output of the convolution, like SGLang's function of this name.
+
+    Parameters
+    ----------
+    mixed_qkv, a, b, A_log, dt_bias, scale, initial_state, out, use_qk_l2norm_in_kernel, write_padded_rows
+        As for `cute_ssm.compat.vllm.gated_delta.fused_recurrent_gated_delta_rule_packed_decode`.
+    ssm_state_indices : Tensor, (batch,), int32/int64
+        Slots; negative ones are padding.
+
+    Returns
+    -------
+    out, initial_state : Tensor
+
+    Raises
+    ------
+    ValueError, TypeError, UnsupportedSpecError, UnsupportedArchError
+        As for `cute_ssm.gated_delta_rule_mtp`.  Nothing has been written.
+
+    Notes
+    -----
+    SGLang rounds sigmoid(b) to the type of b; this function does not.
+    """
+    rows = _gated_delta.split(mixed_qkv, initial_state)
+    slots = checked_tensor("ssm_state_indices", ssm_state_indices)
+    _gated_delta.packed_step(
+        rows, a, b, A_log, dt_bias, scale, initial_state, slots, out, use_qk_l2norm_in_kernel, write_padded_rows
+    )
+    return out, initial_state
+
+
+def fused_sigmoid_gating_delta_rule_update(
+    A_log: Tensor,
+    a: Tensor,
+    dt_bias: Tensor,
+    softplus_beta: float,
+    softplus_threshold: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    b: Tensor,
+    initial_state_source: Tensor,
+    initial_state_indices: Tensor,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    is_kda: bool = False,
+    lower_bound: float | None = None,
+    disable_state_update: bool = False,
+    intermediate_states_buffer: Tensor | None = None,
+    intermediate_state_indices: Tensor | None = None,
+    cache_steps: int | None = None,
+    retrieve_parent_token: Tensor | None = None,
+    cache_ring: bool = False,
+    replayssm_rawv: Tensor | None = None,
+    replayssm_rawk: Tensor | None = None,
+    replayssm_g: Tensor | None = None,
+    replayssm_beta: Tensor | None = None,
+    match_cutedsl_decode: bool = False,
+    *,
+    positional_rows: bool = False,
+) -> Tensor:
+    """Run the same number of tokens of every request, like SGLang's function of this name.
+
+    Parameters
+    ----------
+    A_log, dt_bias : Tensor, (value_heads,)
+        ``A_log`` is converted to float32, which costs a small kernel if it has another type.
+    a, b : Tensor, (tokens, value_heads) or (batch, tokens, value_heads)
+        Logits of the decay and of beta.
+    softplus_beta, softplus_threshold : float
+        1 and 20 only.
+    q, k : Tensor, (batch, tokens, heads, K), bfloat16/float16
+        With ``cu_seqlens``, all sequences in a batch of 1.
+    v : Tensor, (batch, tokens, value_heads, V)
+    initial_state_source : Tensor, (slots, value_heads, V, K), float32/bfloat16/float16
+        Pool of states, **updated in place** unless that is disabled.
+    initial_state_indices : Tensor, (>= sequences,), int32/int64
+        Slots; negative ones are padding.
+    scale : float, optional
+        Factor of the queries.  None: ``K ** -0.5``.
+    use_qk_l2norm_in_kernel : bool
+        Normalise queries and keys.
+    cu_seqlens : Tensor, (sequences + 1,), int32/int64, optional
+        Offsets of packed sequences, which have equal lengths: on a GPU the host cannot check that they do.
+    disable_state_update : bool
+        Do not write the pool.
+    intermediate_states_buffer : Tensor, (rows, steps, value_heads, V, K), type of the states, optional
+        **Written** with the state after each token.
+    intermediate_state_indices : Tensor, (>= sequences,), int32/int64, with that buffer only
+        Row of each request, 0 or more; that of padding holds anything afterwards.  The kernel writes rows in order, so
+        a copy moves them to these rows.
+    cache_steps : int, optional
+        Number of steps of that buffer.
+    is_kda, lower_bound, retrieve_parent_token, cache_ring, replayssm_rawv, replayssm_rawk, replayssm_g, \
+    replayssm_beta, match_cutedsl_decode
+        Not supported: their defaults only.
+    positional_rows : bool
+        Not in SGLang.  True: request i has row i of the buffer, and ``intermediate_state_indices`` is ignored, which
+        saves the copy.
+
+    Returns
+    -------
+    Tensor, of the shape of v
+        Rows of padding are zero.
+
+    Raises
+    ------
+    ValueError, TypeError, UnsupportedSpecError, UnsupportedArchError
+        As for `cute_ssm.gated_delta_rule_mtp`, or a feature named above is asked for.  Nothing has been written.
+    """
+    features = {
+        "is_kda": is_kda, "lower_bound": lower_bound is not None, "softplus_beta": softplus_beta != 1,
+        "softplus_threshold": softplus_threshold != 20, "retrieve_parent_token": retrieve_parent_token is not None,
+        "cache_ring": cache_ring, "match_cutedsl_decode": match_cutedsl_decode,
+        **{name: value is not None for name, value in (
+            ("replayssm_rawv", replayssm_rawv), ("replayssm_rawk", replayssm_rawk), ("replayssm_g", replayssm_g),
+            ("replayssm_beta", replayssm_beta))},
+    }  # fmt: skip
+    _gated_delta.refuse(features)
+    sequences, tokens = _gated_delta.tokens_of(q, cu_seqlens)
+    buffer, rows = intermediate_states_buffer, None
+    if buffer is not None:
+        if checked_tensor("intermediate_states_buffer", buffer).dim() != 5:
+            expected = "shape (rows, steps, value_heads, V, K)"
+            raise ValueError(describe("intermediate_states_buffer", expected, tuple(buffer.shape)))
+        if cache_steps is not None and cache_steps != buffer.shape[1]:
+            raise ValueError(
+                describe("cache_steps", f"{buffer.shape[1]}, as intermediate_states_buffer has", cache_steps)
+            )
+        if not positional_rows:
+            rows = checked_tensor("intermediate_state_indices", intermediate_state_indices)[:sequences].long()
+            buffer = buffer.new_empty(sequences, tokens, *buffer.shape[2:])
+    q, k, v_rows, a, b = (_gated_delta.sequences_of(tensor, sequences, tokens) for tensor in (q, k, v, a, b))
+    out, _ = gated_delta_rule_mtp(
+        q, k, v_rows, initial_state_source, checked_tensor("initial_state_indices", initial_state_indices),
+        checked_tensor("A_log", A_log).float(), a, dt_bias, b, scale, intermediate_states_buffer=buffer,
+        disable_state_update=disable_state_update, use_qk_l2norm=use_qk_l2norm_in_kernel,
+    )  # fmt: skip
+    if rows is not None and intermediate_states_buffer is not None and buffer is not None:
+        intermediate_states_buffer[:, :tokens].index_copy_(0, rows, buffer)
+    return out.view(v.shape)

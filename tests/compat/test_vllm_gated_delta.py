@@ -1,0 +1,117 @@
+"""vLLM's decode functions for gated delta nets against a loop in float64 that follows vLLM's rules of slots."""
+
+from __future__ import annotations
+
+import kernel_backends
+import numpy as np
+import pytest
+import torch
+from bits import same_bits
+from gated_loop import packed, pool, rows, step
+from step_oracle import close, wide
+
+from cute_ssm.compat.vllm import gated_delta as vllm
+from cute_ssm.errors import UnsupportedSpecError
+
+WEIGHTS = ("A_log", "dt_bias")
+
+
+def gates(call):
+    return {name: call[name] for name in ("a", "b", *WEIGHTS)}
+
+
+def check_states(state, before, stored):
+    for slot in range(len(state)):
+        if slot in stored:
+            assert close(state[slot], stored[slot]), f"state[{slot}]"
+        else:
+            same_bits(state[slot], before[slot], f"state[{slot}] changed where it must not")
+
+
+@kernel_backends.both
+def test_packed_decode_takes_slices_of_a_row_and_skips_the_null_slot(backend):
+    call, state, slots = rows(), pool(6), torch.tensor([3, 0, 5, 2], dtype=torch.int32)
+    before, out = state.clone(), torch.full((4, 1, 4, 32), float("nan"), dtype=torch.bfloat16)
+    with backend():
+        result = vllm.fused_recurrent_gated_delta_rule_packed_decode(
+            packed(call), **gates(call), scale=32**-0.5, initial_state=state, out=out, ssm_state_indices=slots,
+            use_qk_l2norm_in_kernel=True,
+        )  # fmt: skip
+    assert result[0] is out and result[1] is state
+    stored = {}
+    for row, slot in enumerate(slots.tolist()):
+        if slot == 0:
+            assert not out[row].any(), "rows of padding are zero"
+            continue
+        stored[slot], want = step(wide(before[slot]), call, row)
+        assert close(out[row, 0], want), f"out[{row}]"
+    check_states(state, before, stored)
+
+
+def speculative(call, state, indices, accepted):
+    return vllm.fused_sigmoid_gating_delta_rule_update(
+        **gates(call), q=call["q"][None], k=call["k"][None], v=call["v"][None], initial_state=state,
+        cu_seqlens=torch.arange(0, len(call["q"]) + 1, indices.shape[-1] if indices.dim() == 2 else 1),
+        ssm_state_indices=indices, num_accepted_tokens=accepted, use_qk_l2norm_in_kernel=True,
+    )  # fmt: skip
+
+
+def test_a_speculative_step_starts_from_the_accepted_column_and_stores_every_state():
+    call, state = rows(6), pool(9)
+    indices = torch.tensor([[3, 1, 2], [8, 0, 6]], dtype=torch.int32)
+    accepted, before = torch.tensor([2, 1], dtype=torch.int32), state.clone()
+    out, final = speculative(call, state, indices, accepted)
+    assert final is state and out.shape == (1, 6, 4, 32)
+    stored = {}
+    for i in range(2):
+        h = wide(before[indices[i, accepted[i] - 1]])
+        for t in range(3):
+            h, want = step(h, call, 3 * i + t)
+            assert close(out[0, 3 * i + t], want), f"out of token {t} of sequence {i}"
+            if indices[i, t] > 0:
+                stored[int(indices[i, t])] = h
+    check_states(state, before, stored)
+
+
+def test_a_step_of_one_token_per_sequence_updates_states_in_place():
+    call, state, slots = rows(3), pool(5), torch.tensor([4, 0, 1, 3])
+    before = state.clone()
+    out, _ = speculative(call, state, slots, None)
+    stored = {}
+    for row, slot in ((0, 4), (2, 1)):
+        stored[slot], want = step(wide(before[slot]), call, row)
+        assert close(out[0, row], want)
+    assert not out[0, 1].any()
+    check_states(state, before, stored)
+
+
+REFUSED = {
+    "is_kda": True,
+    "beta": 2.0,
+    "threshold": 10.0,
+    "inplace_final_state": False,
+    "ssm_state_indices": None,
+    "cu_seqlens": torch.tensor([0, 1, 4]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_operator_lacks_is_refused_by_name_before_anything_is_written(name):
+    call, state = rows(), pool(6)
+    given = {"cu_seqlens": torch.tensor([0, 2, 4]), "ssm_state_indices": torch.tensor([[1, 2], [3, 4]])}
+    before = state.clone()
+    inputs = {key: call[key][None] for key in ("q", "k", "v")}
+    with pytest.raises(UnsupportedSpecError, match=name):
+        vllm.fused_sigmoid_gating_delta_rule_update(
+            **gates(call), **inputs, initial_state=state, num_accepted_tokens=torch.ones(2, dtype=torch.int32),
+            **{**given, name: REFUSED[name]},
+        )  # fmt: skip
+    same_bits(state, before, "state")
+
+
+def test_columns_that_are_no_heads_are_refused():
+    call, state = rows(), pool(6)
+    with pytest.raises(ValueError, match="mixed_qkv: expected 2 heads K"):
+        vllm.fused_recurrent_gated_delta_rule_packed_decode(
+            packed(call)[:, :-1], **gates(call), scale=1.0, initial_state=state, out=np.empty(0), ssm_state_indices=None
+        )

@@ -1,0 +1,82 @@
+"""Import serving engines' own modules where neither a GPU nor all of their packages are: what is absent is a stand-in.
+
+A stand-in answers every attribute with a class that does nothing, so that imports succeed and uses fail.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import types
+
+# What the engines import at the top of modules, and the tested paths do not use.
+ABSENT = {
+    "anthropic", "compressed_tensors", "cv2", "flashinfer", "gguf", "llguidance", "mistral_common", "numba", "openai",
+    "openai_harmony", "opentelemetry", "outlines", "outlines_core", "ray", "sentencepiece", "sgl_kernel", "soundfile",
+    "tiktoken", "torchao", "torchaudio", "torchvision", "xgrammar",
+}  # fmt: skip
+stood_in: set[str] = set()  # what was imported so
+
+
+class _Anything(type):
+    """Of classes whose attributes are such classes."""
+
+    def __getattr__(cls, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return anything(name)
+
+    def __getitem__(cls, parameters: object) -> type:
+        return cls
+
+
+def anything(name: str) -> type:
+    def schema(cls, source, handler):  # of fields of pydantic models
+        return {"type": "any"}
+
+    def subclassed(cls, **options):
+        pass
+
+    body = {"__init__": lambda self, *args, **kwargs: None, "__get_pydantic_core_schema__": classmethod(schema)}
+    body["__init_subclass__"] = classmethod(subclassed)
+    return _Anything(name, (), body)
+
+
+class _Module(types.ModuleType):
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return anything(name)
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Last in line: finds the modules of absent packages."""
+
+    def find_spec(self, name, path=None, target=None):
+        caller = sys._getframe(1)
+        while caller is not None and "importlib._bootstrap" in caller.f_code.co_filename:
+            caller = caller.f_back
+        asked = caller is not None and caller.f_globals.get("__name__") == "importlib.util"  # is it there: no
+        if asked or name.partition(".")[0] not in ABSENT:
+            return None
+        stood_in.add(name)
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec):
+        return _Module(spec.name)
+
+    def exec_module(self, module):
+        pass
+
+
+def available(package: str) -> bool:
+    """Whether an engine's sources are on the path."""
+    return importlib.util.find_spec(package) is not None
+
+
+def install() -> None:
+    """Let absent packages be imported."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
