@@ -1,7 +1,7 @@
 """What a GPU pass calls, and the kernels of these calls, which the kit holds: one list for both.
 
 ``tools/gpu_check.py`` makes these calls on the GPU machine, where there is no compiler; ``tools/make_kit.sh`` compiles
-their kernels before, by ``python tools/gpu_calls.py kernels.json``, a file of specs for ``tools/build_aot.py``.
+their kernels before, by ``python tools/gpu_calls.py kernels.json --tests``, a file of specs for ``tools/build_aot.py``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import argparse
 import inspect
 import itertools
 import json
+import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +28,6 @@ import cute_ssm  # noqa: E402
 from cute_ssm import arch as archs  # noqa: E402
 from cute_ssm import runtime, workloads  # noqa: E402
 from cute_ssm.ops import operators  # noqa: E402
-from cute_ssm.runtime import registry, shelves, toolchain  # noqa: E402
-from cute_ssm.runtime.store import EMULATED  # noqa: E402
 from cute_ssm.tuner import problems, search  # noqa: E402
 from cute_ssm.workloads import plan  # noqa: E402
 
@@ -160,17 +161,34 @@ def kernels(arch: archs.Arch, sm_count: int | None = None) -> list[plan.Kernel]:
     return list(dict.fromkeys(found))
 
 
-def tested(folder: Path, arch: archs.Arch) -> list[dict[str, Any]]:
-    """Return entries of the kernels that tests ran in the emulator, by the cache that they filled.
+def tested(arch: archs.Arch, sm_count: int, chosen: Sequence[str] = ()) -> list[plan.Kernel]:
+    """Return the kernels that ``pytest --gpu`` runs on such a GPU.
 
-    Those of other sources are left out, and those that tests themselves define.
+    Tests run on one of gpushim, in a process of their own, without compiling anything: see `gpu_pass.pytest_kernels`.
+
+    Parameters
+    ----------
+    chosen : sequence of str
+        Paths of tests, by default those of `tests`.
+
+    Raises
+    ------
+    RuntimeError
+        They do not run.
     """
-    known = {kind.__name__ for kind, path in registry.KERNELS.items() if path.startswith("cute_ssm.")}
-    found = []
-    for item in shelves.listing(folder):
-        if (item.version, item.arch, item.stack) == (cute_ssm.__version__, arch.name, toolchain.stack()):
-            if item.path.suffix == EMULATED and item.record["spec"]["type"] in known:
-                found.append({part: item.record[part] for part in ("spec", "config", "arch")})
+    folders = (".", "tools", "tools/ptxsim", "tools/gpumodel", "tools/gpushim", os.environ.get("PYTHONPATH", ""))
+    path = os.pathsep.join(str(ROOT / folder) for folder in folders if folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "kernels.json"
+        shim = ("-m", "gpushim", "--devices", f"{arch.name}:{sm_count}", "--folder", str(Path(scratch) / "gpushim"))
+        pytest = ("-m", "pytest", "--gpu", "-q", "--tb=no", "-p", "no:cacheprovider", "-k", SELECTED)
+        command = [sys.executable, *shim, sys.executable, *pytest, "-p", "gpu_pass.pytest_kernels"]
+        command += ["--kernels-out", str(out), *(chosen or tests())]
+        environment = {**os.environ, "PYTHONPATH": path}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        found = plan.read(str(out), [arch]) if out.exists() else []
+    if not found:  # a test that looks at its results may fail
+        raise RuntimeError(f"the tests do not run on a GPU of gpushim:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return found
 
 
@@ -179,16 +197,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="file of specs to write")
     parser.add_argument("--arch", default="sm_90a", choices=tuple(archs.ARCHS), help="target (default: sm_90a)")
-    parser.add_argument("--sm-count", type=int, help="SMs of the GPU (default: those of the target's reference board)")
     parser.add_argument(
-        "--tested", type=Path, metavar="FOLDER", help="cache of a run of the tests, whose kernels are added"
-    )
+        "--sms", type=int, nargs="+", metavar="N",
+        help="SMs of the GPU; of several, what any of them needs (default: those of the target's reference board)",
+    )  # fmt: skip
+    parser.add_argument("--tests", action="store_true", help="add the kernels of the tests; needs gpushim")
     options = parser.parse_args(argv)
-    arch = archs.by_name(options.arch)
-    found = dict.fromkeys(kernels(arch, options.sm_count))
+    arch, found = archs.by_name(options.arch), dict[plan.Kernel, None]()
+    for sm_count in options.sms or [arch.sm_count]:
+        found |= dict.fromkeys(kernels(arch, sm_count))
+        if options.tests:
+            found |= dict.fromkeys(tested(arch, sm_count))
     entries = [plan.as_entry(*kernel) for kernel in found]
-    if options.tested is not None:
-        entries += [entry for entry in tested(options.tested, arch) if entry not in entries]
     options.out.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     print(f"{options.out}: {len(entries)} kernels for {arch.name}")
     return 0

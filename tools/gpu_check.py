@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -60,33 +61,41 @@ def whole(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
     options = parser.parse_args(argv)
     out = options.out.absolute()
-    found = plan.of_parts(plan.steps(out, options.rehearse, options.jobs), options.part)
-    if options.only:
-        found = [one for one in found if any(word in one.name for word in options.only)]
-        if not found:
-            parser.error(f"--only: expected words in names of steps, got {' '.join(options.only)}")
+    found = chosen(options, out, options.jobs)
+    if not found:
+        parser.error(f"--only: expected words in names of steps, got {' '.join(options.only)}")
     if options.dry_run:
         for one in found:
             print(f"{one.part} {one.name:28} {' '.join(one.command)}")
         return 0
-    began = {"began": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
+    began, start = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), time.monotonic()
+    limit = min(runner.STARTING * options.stall, 30 * options.minutes)  # half of the time
     try:
         command = [sys.executable, str(Path(__file__).resolve()), "about"]
-        told = subprocess.run(command, env=environment(out), capture_output=True, text=True, timeout=options.stall)
+        told = subprocess.run(command, env=environment(out), capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
-        print(f"gpu_check: CUDA does not open the GPU within {options.stall:g} seconds", file=sys.stderr)
+        print(f"gpu_check: CUDA does not open the GPU within {limit:g} seconds", file=sys.stderr)
         return 2
     if told.returncode:
         print(told.stderr, end="", file=sys.stderr)
         return 2
-    chosen = {"part": options.part, "minutes": options.minutes, "rehearsal": options.rehearse}
+    known = json.loads(told.stdout.splitlines()[-1])
+    if known["driver"].get("compute_mode", "Default") != "Default":  # one process at a time may open the GPU
+        found = chosen(options, out, 1)
+    asked = {"part": options.part, "minutes": options.minutes, "rehearsal": options.rehearse, "began": began}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "about.json").write_text(json.dumps({**json.loads(told.stdout), **chosen, **began}, indent=1) + "\n")
+    (out / "about.json").write_text(json.dumps({**known, **asked}, indent=1) + "\n")
     archive = (options.tar or out.with_name(f"{out.name}.tar.gz")).absolute()
     doer = runner.Pass(out, archive, environment(out), ROOT, options.stall)
-    done = doer.carry_out(found, 60 * options.minutes)
+    done = doer.carry_out(found, 60 * options.minutes - (time.monotonic() - start))
     print(runner.write_summary(done, out, archive), end="")
     return int(any(one.status == "failed" for one in done))
+
+
+def chosen(options: argparse.Namespace, out: Path, jobs: int) -> list[plan.Step]:
+    """Return the steps that the command line asks for."""
+    found = plan.of_parts(plan.steps(out, options.rehearse, jobs), options.part)
+    return [one for one in found if not options.only or any(word in one.name for word in options.only)]
 
 
 def about(argv: list[str]) -> int:
@@ -105,9 +114,17 @@ def about(argv: list[str]) -> int:
     found = {
         "device": properties.name, "arch": "sm_{}{}a".format(*torch.cuda.get_device_capability(0)),
         "sms": properties.multi_processor_count, "clocks": roof.clocks(0), "versions": versions(), "commit": commit(),
+        "driver": roof.asked(("driver_version", "compute_mode", "mig.mode.current"), 0), "programs": programs(),
     }  # fmt: skip
     print(json.dumps(found))
     return 0
+
+
+def programs() -> dict[str, str]:
+    """Return the paths of programs that some steps need, and of a C compiler, by which Triton links launchers."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    found = {name: plan.located(name) for name in ("nvidia-smi", "ncu", "compute-sanitizer")}
+    return {name: path or "not installed" for name, path in (*found.items(), ("C compiler", compiler))}
 
 
 def environment(out: Path) -> dict[str, str]:
@@ -116,7 +133,9 @@ def environment(out: Path) -> dict[str, str]:
     found["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [found.get("PYTHONPATH", "")])])
     found.setdefault("CUTE_SSM_CACHE_DIR", str(out / "kernels"))
     threads = max(1, (os.cpu_count() or 1) // 4)  # of the reference, beside as many processes of tests
-    return found | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads)}
+    # of the plugins of pytest, those that the command names: others may be of any age, and one that breaks ends it
+    alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return found | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads), **alone}
 
 
 def step(argv: list[str]) -> int:

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Makes one archive for a GPU pass on a machine that has Python, PyTorch and Triton, but no compiler of CuTe DSL and no
 # package index: the checkout, kernels compiled here, what the tests import, and peers that are written in Triton.
-#   tools/make_kit.sh OUT [CACHE]     # writes OUT/kit.tar.xz and OUT/kit.tar.xz.sha256, and fails above 60 MiB
+#   tools/make_kit.sh [--sms N[,N...]] OUT     # writes OUT/kit.tar.xz and OUT/kit.tar.xz.sha256, and fails above 60 MiB
 # There, in one command:
 #   tar xJf kit.tar.xz && kit/enter python3 tools/gpu_check.py --minutes 12
-# CACHE is the folder of kernels of a run of the tests (CUTE_SSM_CACHE_DIR=CACHE pytest): what they ran is compiled too.
-# What is committed is packed.  Kernels stay in OUT; those that are there are not compiled again.
+# What is committed is packed.  Kernels stay in OUT; those that are there are not compiled again.  Needs a CPU build of
+# PyTorch: which kernels the tests run, gpushim tells.
 #
+#   --sms   SMs of the GPU there, on which the choice of some kernels depends; of several, kernels for each, and the
+#           emulator's results for the first (default: 132 of sm_90a, as H100 SXM and H200 have; an H100 PCIe has 114)
 #   ARCH    target (sm_90a)                  CUDA    flavour of the runtime library (cu13)
 #   PYTHON  version of Python there (3.12)   JOBS    compiling processes (2)
 #   PEERS   folder into which mamba_ssm and vllm have been installed, by pip install --no-deps --target PEERS; their
@@ -16,9 +18,13 @@
 #   EMULATED  file of the emulator's results by gpu_check.py emulate, instead of a new one
 #   LIMIT_MIB largest size of the archive (60)
 set -euo pipefail
+sms=()
+if [ "${1:-}" = --sms ]; then
+  IFS=, read -ra sms <<<"${2:?usage: make_kit.sh [--sms N[,N...]] OUT}"
+  shift 2
+fi
 limit_mib=${LIMIT_MIB:-60}
-out=$(mkdir -p "${1:?usage: make_kit.sh OUT [CACHE]}" && cd "$1" && pwd)
-cache=${2:+$(cd "$2" && pwd)}
+out=$(mkdir -p "${1:?usage: make_kit.sh [--sms N[,N...]] OUT}" && cd "$1" && pwd)
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 arch=${ARCH:-sm_90a} cuda=${CUDA:-cu13} python=${PYTHON:-3.12}
 scratch=$(mktemp -d)
@@ -29,7 +35,7 @@ version() { python3 -c 'import importlib.metadata, sys; print(importlib.metadata
 
 git -C "$root" archive HEAD | tar x -C "$kit/cute_ssm"
 cd "$kit/cute_ssm"
-export PYTHONPATH=$PWD:$PWD/tools:$PWD/tools/ptxsim:$PWD/tools/gpumodel PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH=$PWD:$PWD/tools:$PWD/tools/ptxsim:$PWD/tools/gpumodel:$PWD/tools/gpushim PYTHONDONTWRITEBYTECODE=1
 sources=$(python3 -c 'from cute_ssm.runtime import toolchain; print(toolchain.sources_digest())')
 echo "$(git -C "$root" rev-parse HEAD) $sources" >COMMIT # which bench/outputs.py reads where there is no repository
 
@@ -60,7 +66,7 @@ if [ -n "${BUNDLE:-}" ]; then
   cp -r "$BUNDLE" "$kit/bundle"
 else
   bundle=$out/bundle-$sources
-  python3 tools/gpu_calls.py "$scratch/kernels.json" --arch "$arch" ${cache:+--tested "$cache"}
+  python3 tools/gpu_calls.py "$scratch/kernels.json" --arch "$arch" --tests ${sms:+--sms "${sms[@]}"}
   python3 tools/build_aot.py --specs "$scratch/kernels.json" --register gpu_pass.probes:register \
     --arch "$arch" --jobs "${JOBS:-2}" --out "$bundle"
   cp -r "$bundle" "$kit/bundle"
@@ -70,7 +76,7 @@ fi
 if [ -n "${EMULATED:-}" ]; then
   cp "$EMULATED" tools/gpu_pass/emulated.npz
 else
-  CUTE_SSM_CACHE_DIR=${cache:-$out/cache} python3 tools/gpu_check.py emulate --arch "$arch"
+  CUTE_SSM_CACHE_DIR=$out/cache python3 tools/gpu_check.py emulate --arch "$arch" ${sms:+--sms "${sms[0]}"}
 fi
 
 if [ -n "${PEERS:-}" ]; then # without the __init__.py of mamba_ssm and vllm, which import what is not there
@@ -85,10 +91,18 @@ if [ -n "${PEERS:-}" ]; then # without the __init__.py of mamba_ssm and vllm, wh
   done
 fi
 
-cat >"$kit/enter" <<'ENTER'
+cat >"$kit/enter" <<ENTER
 #!/bin/sh
 # kit/enter COMMAND...: runs a command in the checkout of this kit, with all that it needs on Python's path.
+wanted=$python
+ENTER
+cat >>"$kit/enter" <<'ENTER'
 kit=$(cd "$(dirname "$0")" && pwd)
+found=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+if [ "$found" != "$wanted" ]; then
+  echo "kit/enter: expected python3 to be Python $wanted, for which the kit was made, got Python ${found:-none}" >&2
+  exit 2
+fi
 cd "$kit/cute_ssm" || exit 1
 tools=$PWD/tools
 export PYTHONPATH="$PWD:$tools:$tools/ptxsim:$tools/gpumodel:$tools/gpushim:$kit/site:$kit/peers${PYTHONPATH:+:$PYTHONPATH}"

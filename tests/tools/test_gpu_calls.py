@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 
 import gpu_calls
 import pytest
 from gpu_pass.calls import on_device
-from tiny_spec import TinyConfig, TinySpec
 
 from cute_ssm import arch, runtime, workloads
+from cute_ssm.ops.checkpointing_ssu.config import DYNAMIC, FUSED, PAIR
 from cute_ssm.runtime import registry
 from cute_ssm.workloads import plan
 
@@ -79,18 +80,41 @@ def test_kernels_are_those_of_the_calls_and_of_what_an_engine_runs_around_them(k
     assert {type(spec) for spec, _, _ in kernels} == own
 
 
-def test_a_file_of_specs_holds_them_and_what_tests_have_run(kernels, settings, tmp_path, capsys):
-    """Of the cache that tests filled, neither kernels of the tests' own nor those for other targets."""
-    settings(CACHE_DIR=tmp_path)
-    extra = (TinySpec(), TinyConfig(), TARGET)
-    (own,) = plan.of_call("selective_state_update", {"dstate": 32}, TARGET)
-    assert own not in kernels
-    for kernel in (extra, own, (own[0], own[1], arch.SM_100A)):
-        runtime.emulated(*kernel)
+def test_a_file_of_specs_holds_the_kernels_for_each_number_of_sms(kernels, monkeypatch, tmp_path, capsys):
+    """An H100 has 132 or 114, and of some calls the config depends on it."""
+    own = (*plan.of_call("selective_state_update", {"dstate": 32}, TARGET),)
+    asked = []
+    monkeypatch.setattr(gpu_calls, "tested", lambda arch, sms: asked.append((arch, sms)) or list(own))
     out = tmp_path / "kernels.json"
-    assert gpu_calls.main([str(out), "--tested", str(tmp_path)]) == 0
-    assert set(plan.read(str(out), [TARGET])) == kernels | {own}
-    assert f"{len(kernels) + 1} kernels for sm_90a" in capsys.readouterr().out
+    assert gpu_calls.main([str(out)]) == 0 and not asked
+    assert set(plan.read(str(out), [TARGET])) == kernels
+    assert f"{len(kernels)} kernels for sm_90a" in capsys.readouterr().out
+    assert gpu_calls.main([str(out), "--sms", "132", "114", "--tests"]) == 0
+    fewer = set(gpu_calls.kernels(TARGET, 114))
+    assert fewer - kernels and not set(own) & kernels
+    assert set(plan.read(str(out), [TARGET])) == kernels | fewer | set(own)
+    assert asked == [(TARGET, 132), (TARGET, 114)]
+
+
+def test_kernels_of_tests_are_those_that_they_run_on_such_a_gpu():
+    """Of calls by the fixture, and on CUDA tensors, also where the test is a long one."""
+    forms = "checkpointing_ssu/test_checkpointing_ssu_gpu.py::test_forms_and_repetitions_have_the_same_bits[f32-37]"
+    configs = "commit/test_commit_and_build_work_items.py::test_bits_do_not_depend_on_the_config"
+    small = "tests/test_gpu.py::test_a_call_in_steady_state_does_not_synchronise"
+    found = set(gpu_calls.tested(TARGET, 114, [small, f"tests/ops/{forms}", f"tests/ops/{configs}"]))
+    for op in workloads.OPERATORS:
+        made = gpu_calls.Made(op, {**workloads.small(op), workloads.batch_key(op): 3})
+        assert set(gpu_calls.of_calls([made], TARGET, 114)) <= found, op
+    assert {config.form for spec, config, _ in found if spec.op == "checkpointing_ssu"} >= {FUSED, DYNAMIC, PAIR}
+    assert {config.warps for spec, config, _ in found if spec.op == "serving_commit"} == {1, 2, 32}
+    assert all(target == TARGET for _, _, target in found)
+
+
+def test_tests_that_do_not_run_are_no_empty_list(monkeypatch):
+    refused = subprocess.CompletedProcess([], 4, "", "gpushim needs a build of PyTorch without CUDA")
+    monkeypatch.setattr(gpu_calls.subprocess, "run", lambda *_, **__: refused)
+    with pytest.raises(RuntimeError, match="the tests do not run on a GPU of gpushim:\ngpushim needs a build"):
+        gpu_calls.tested(TARGET, 132)
 
 
 def test_the_tests_of_a_pass_exist():

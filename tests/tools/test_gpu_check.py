@@ -13,6 +13,7 @@ import gpu_check
 import gpu_pass.plan as plans
 import pytest
 import torch
+from bench import roof
 from gpu_pass import calls, records, runner
 from gpu_pass.plan import SECONDS, Step
 from gpu_pass.records import Item, Records, Wrong
@@ -427,5 +428,72 @@ def test_the_command_line(tmp_path, capsys):
     assert gpu_check.main(["--out", str(tmp_path / "out")]) == 2
     assert "needs a GPU" in capsys.readouterr().err
     assert gpu_check.main(["--out", str(tmp_path / "out"), "--stall", "0.01"]) == 2
-    assert "CUDA does not open the GPU within 0.01 seconds" in capsys.readouterr().err
+    assert "CUDA does not open the GPU within 0.05 seconds" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+class Opened:
+    """Stands for the process that opens the GPU, and for the steps after it."""
+
+    about: dict = {"driver": {}, "device": "none"}  # noqa: RUF012
+
+    def __init__(self, monkeypatch, takes=0.0, **driver):
+        self.seconds, self.steps = None, []
+        told = "a line of a library\n" + json.dumps({**self.about, "driver": driver})
+        self.now = 0.0
+        monkeypatch.setattr(gpu_check.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(gpu_check.subprocess, "run", lambda *_, **__: self.open(takes, told))
+        monkeypatch.setattr(runner.Pass, "carry_out", self.carry_out)
+
+    def open(self, takes, told):
+        self.now += takes
+        return subprocess.CompletedProcess([], 0, told, "")
+
+    def carry_out(self, found, seconds):
+        self.steps, self.seconds = found, seconds
+        return [runner.Done(found[0].name, "passed", 1.0, "line")]
+
+
+def test_the_time_that_the_gpu_takes_to_open_is_part_of_the_pass(tmp_path, monkeypatch):
+    opened = Opened(monkeypatch, takes=40.0)
+    assert gpu_check.main(["--minutes", "6", "--out", str(tmp_path / "out")]) == 0
+    assert opened.seconds == 320
+    assert json.loads((tmp_path / "out" / "about.json").read_text())["device"] == "none"
+
+
+@pytest.mark.parametrize(("mode", "jobs"), [({}, "3"), ({"compute_mode": "Default"}, "3"),
+                                            ({"compute_mode": "Exclusive_Process"}, "1")])  # fmt: skip
+def test_one_process_tests_a_gpu_that_takes_one(tmp_path, monkeypatch, mode, jobs):
+    opened = Opened(monkeypatch, **mode)
+    gpu_check.main(["--only", "tests", "--jobs", "3", "--out", str(tmp_path / "out")])
+    (step,) = opened.steps
+    assert step.command[step.command.index("-n") + 1] == jobs
+
+
+def test_what_a_pass_lacks_is_told_and_ends_nothing(monkeypatch):
+    """No nvidia-smi, no profiler, no C compiler for Triton's launchers."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(plans, "WHERE", ())
+    assert set(gpu_check.programs().values()) == {"not installed"}
+    assert set(gpu_check.programs()) == {"nvidia-smi", "ncu", "compute-sanitizer", "C compiler"}
+    assert roof.asked(("driver_version",), 0) == {} == roof.clocks(0)
+    assert plans.located("ncu") is None and runner.missing(plans.steps(ROOT)[1]) == "nvidia-smi is not installed"
+
+
+def test_plugins_of_pytest_that_a_machine_has_do_not_end_the_tests(tmp_path):
+    """One that is installed there and breaks would end pytest before the first test."""
+    info = tmp_path / "site" / "bad-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bad\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[pytest11]\nbad = no_such_module\n")
+    command = list(next(step for step in plans.steps(tmp_path) if step.name == "tests").command)
+    options = command[: command.index("-k")]
+    (tmp_path / "test_some.py").write_text("def test_good():\n    pass\n")
+    options.remove("--gpu")
+    environment = gpu_check.environment(tmp_path)
+    environment["PYTHONPATH"] += os.pathsep + str(tmp_path / "site")
+    command = [*options, "-n", "0", "-c", "/dev/null", "--rootdir", str(tmp_path), str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    assert "no_such_module" not in done.stderr

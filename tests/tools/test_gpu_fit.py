@@ -170,6 +170,36 @@ def test_a_rehearsal_is_never_taken_for_a_measurement(tmp_path, checkout, capsys
     assert not (checkout / "tools" / "bench" / "results" / "measured.jsonl").exists()
 
 
+def test_a_rehearsal_is_taken_in_without_a_trace_in_a_dry_run(tmp_path, checkout, monkeypatch, capsys):
+    """A GPU that is not there stands for one of the model with as many SMs."""
+    about = {**ABOUT, "device": "gpushim sm_90a", "sms": 132, "rehearsal": True}
+    files = {"about.json": about, "tuned.json": [row()]}
+    packing = {name: json.dumps(value).encode() for name, value in files.items()}
+    packing["times.jsonl"] = of_lines(timed(1, "gpushim sm_90a"))
+    path = packed(tmp_path / "rehearsal.tar.gz", packing)
+    before = {file: file.read_bytes() for file in checkout.rglob("*") if file.is_file()}
+    seen = []
+
+    def fails(lines, *_):
+        seen.extend(line["device"] for line in lines)
+        raise ImportError("no scipy")
+
+    monkeypatch.setattr(observed, "fit", fails)
+    assert gpu_check.main(["fit", "--dry-run", str(path), "--root", str(checkout)]) == 1
+    printed = capsys.readouterr().out
+    assert {file: file.read_bytes() for file in checkout.rglob("*") if file.is_file()} == before
+    assert seen == ["NVIDIA H200"], "the first of the model's that has 132 SMs"
+    for name in ("docs/performance/measured.md", "tools/bench/results/measured.jsonl", "cute_ssm/tuning/tables.json",
+                 "tools/bench/results/pass-nvidia-h200.json"):  # fmt: skip
+        assert f"would write {name}\n" in printed, name
+
+
+def test_times_of_another_board_or_of_a_part_of_one_are_not_fitted():
+    line = {**timed(1, "NVIDIA H100 80GB HBM3 MIG 1g.10gb"), "sms": 16}
+    with pytest.raises(ValueError, match="sms: expected 132, those of the model's H100, got 16"):
+        observed.observations([line], ["chained"])
+
+
 def test_what_is_no_archive_of_a_pass_is_refused(tmp_path, checkout, capsys):
     (tmp_path / "torn.tar.gz").write_bytes(b"1234")
     for path in (tmp_path / "torn.tar.gz", packed(tmp_path / "other.tar.gz", {"x": b""})):

@@ -32,7 +32,7 @@ def stored(tmp_path_factory):
 @pytest.mark.parametrize("made", [STEP, GATED], ids=lambda made: made.op)
 def test_stored_results_are_those_of_another_run(stored, made):
     with ptxsim.emulate(arch="sm_90a", sm_count=132, arithmetic="hardware"):
-        found = emulated.Stored(stored, "sm_90a", 132).compare(made, "cpu")
+        found = emulated.Stored(stored, "sm_90a").compare(made, "cpu")
     assert found["ratio"] <= 1
     assert all(one["equal"] == 1 and one["all_bytes_equal"] for one in found["outputs"].values())
 
@@ -65,9 +65,9 @@ def test_other_inputs_are_said_and_not_taken_for_errors(stored, monkeypatch):
         emulated.Stored(stored).compare(STEP, "cpu")
 
 
-def test_a_file_for_another_gpu_is_refused(stored):
-    with pytest.raises(ValueError, match="got form 1 for sm_90a with 132; make it anew"):
-        emulated.Stored(stored, "sm_100a", 148)
+def test_a_file_for_another_target_is_refused(stored):
+    with pytest.raises(ValueError, match="got form 1 for sm_90a; make it anew"):
+        emulated.Stored(stored, "sm_100a")
 
 
 def test_the_verdict_is_by_errors():

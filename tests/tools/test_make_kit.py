@@ -26,9 +26,9 @@ def wheel(folder, name, *files):
             archive.writestr(file, "")
 
 
-def make(folder, **variables):
-    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
-    command = ["bash", ROOT / "tools" / "make_kit.sh", folder / "out"]
+def make(folder, *options, path="", **variables):
+    path = os.pathsep.join([str(path or os.path.dirname(sys.executable)), os.environ["PATH"]])
+    command = ["bash", ROOT / "tools" / "make_kit.sh", *options, folder / "out"]
     return subprocess.run(
         command, env={**os.environ, **variables, "PATH": path}, capture_output=True, text=True, timeout=600
     )
@@ -56,7 +56,7 @@ def made(tmp_path_factory):
     (folder / "peers" / "vllm-0.1.dist-info" / "licenses" / "LICENSE").touch()
     (folder / "emulated").write_bytes(b"results")
     given = {name.upper(): str(folder / name) for name in ("wheels", "bundle", "peers", "emulated")}
-    done = make(folder, **given, LIMIT_MIB="1")
+    done = make(folder, **given, LIMIT_MIB="1", PYTHON=f"{sys.version_info.major}.{sys.version_info.minor}")
     with tarfile.open(folder / "out" / "kit.tar.xz") as archive:
         archive.extractall(folder, filter="data")
     return done, folder / "kit"
@@ -115,11 +115,55 @@ def test_a_command_runs_in_it_from_anywhere(made, tmp_path):
     _, kit = made
     own = kit / "cute_ssm"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("CUTE_SSM", "PYTHON"))}
+    environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     command = [kit / "enter", sys.executable, "-c", SHOW]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == [str(own), str(own), str(kit / "bundle"), (own / "COMMIT").read_text().split()[0]], (
         done.stderr
     )
+
+
+def test_another_python_than_that_of_the_kit_is_refused(made, tmp_path):
+    """The binding of the kernels' libraries is for one version."""
+    _, kit = made
+    (tmp_path / "python3").write_text("#!/bin/sh\necho 3.4\n")
+    (tmp_path / "python3").chmod(0o755)
+    command = [kit / "enter", "python3", "-c", "pass"]
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    own = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"kit/enter: expected python3 to be Python {own}, for which the kit was made, got Python 3.4\n"
+    )
+
+
+STUB = """#!/bin/sh
+echo "$@" >>"$SAID"
+case $1 in
+-c) echo 0123456789abcdef ;;
+tools/build_aot.py) while [ "$1" != --out ]; do shift; done; mkdir -p "$2"; touch "$2/kernel.so" ;;
+-m) mkdir -p "$5/nvidia_cutlass_dsl/cu13/lib"; touch "$5/nvidia_cutlass_dsl/cu13/lib/libcute_dsl_runtime.so" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "kernels", "results"), [((), "", ""), (("--sms", "132,114"), " --sms 132 114", " --sms 132")]
+)
+def test_kernels_and_results_are_those_of_the_gpus_sms(tmp_path, options, kernels, results):
+    for folder in ("bin", "wheels"):
+        (tmp_path / folder).mkdir()
+    wheel(tmp_path / "wheels", "nvidia_cutlass_dsl_libs_cu13", "cutlass/__init__.py")
+    (tmp_path / "bin" / "python3").write_text(STUB)
+    (tmp_path / "bin" / "python3").chmod(0o755)
+    said = tmp_path / "said"
+    done = make(tmp_path, *options, path=tmp_path / "bin", SAID=str(said), WHEELS=str(tmp_path / "wheels"))
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in said.read_text().splitlines() if line.startswith("tools/")]
+    assert lines[0].endswith(f"kernels.json --arch sm_90a --tests{kernels}")
+    assert lines[1].startswith("tools/build_aot.py") and "kernels.json --register gpu_pass.probes:register" in lines[1]
+    assert lines[2] == f"tools/gpu_check.py emulate --arch sm_90a{results}"
 
 
 def test_a_bundle_of_other_sources_is_refused(tmp_path):

@@ -38,8 +38,12 @@ def copy_bandwidth(device: torch.device, samples: int = 20, n_bytes: int = 1 << 
 
 
 def clocks(index: int) -> dict[str, str]:
-    """Return clocks, power limit and temperature as nvidia-smi tells them; nothing without it."""
-    fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
+    """Return clocks, power limit and temperature; nothing without nvidia-smi."""
+    return asked(("clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu"), index)
+
+
+def asked(fields: Sequence[str], index: int) -> dict[str, str]:
+    """Return what nvidia-smi says of a GPU; nothing without it, or if it does not know a field."""
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", str(index)]
     try:
         done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10)

@@ -61,7 +61,7 @@ def write(
     Parameters
     ----------
     arch, sm_count
-        Of the GPU that it is for.
+        Of the GPU that is emulated.  The verdict is by errors, so one with other SMs may be held against it.
     arithmetic : str
         Of ``ptxsim.emulate``.
     """
@@ -105,18 +105,18 @@ class Stored:
     Raises
     ------
     ValueError
-        It is of another form, or for another GPU.
+        It is of another form, or for another target.
     """
 
-    def __init__(self, path: Path, arch: str | None = None, sm_count: int | None = None):
+    def __init__(self, path: Path, arch: str | None = None):
         with np.load(path) as arrays:
             self.arrays = dict(arrays)
         self.about = json.loads(str(self.arrays.pop("about")))
-        made = (self.about["arch"], self.about["sm_count"])
-        if self.about["form"] != FORM or (arch is not None and made != (arch, sm_count)):
+        made = self.about["arch"]
+        if self.about["form"] != FORM or arch not in (None, made):
             raise ValueError(
-                f"{path.name}: expected results of form {FORM} for {arch} with {sm_count} SMs, got form "
-                f"{self.about['form']} for {made[0]} with {made[1]}; make it anew: gpu_check.py emulate"
+                f"{path.name}: expected results of form {FORM} for {arch}, got form {self.about['form']} for {made}; "
+                "make it anew: gpu_check.py emulate"
             )
         self.rows = {row["name"]: row for row in self.about["rows"]}
 
@@ -194,8 +194,6 @@ def items(path: Path) -> list[Item]:
     """Return the comparisons of all calls of a file."""
     from cute_ssm import arch as archs
 
-    device = torch.device("cuda", torch.cuda.current_device())
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
-    stored = Stored(path, archs.of_device(device).name, sms)
+    stored = Stored(path, archs.of_device(torch.device("cuda", torch.cuda.current_device())).name)
     known = {made.text(): made for made in calls.every_mode()}
     return [Item(name, lambda one=known[name]: stored.compare(one)) for name in stored.rows if name in known]

@@ -1,5 +1,7 @@
 """Take the results of passes in: ``python tools/gpu_check.py fit pass1.tar.gz pass2.tar.gz``.
 
+With ``--dry-run`` nothing is written: all goes into a copy, and the files that would change are named.
+
 - Times go to ``tools/bench/results/measured.jsonl``, in the place of earlier ones of the same calls on the same GPU.
 - ``tools/bench/results/pass-DEVICE.json`` records what the steps found: failures, errors, the GPU's arithmetic beside
   the emulator's, and the fit.
@@ -8,7 +10,7 @@
   raises the margin by which a modelled config must beat the rule's; rows of the tables that gain less are withdrawn.
 - Tables and plots of docs/performance are written anew.
 
-Rehearsals, and passes on devices that are not there, are refused: their times are none.
+Rehearsals, and passes on devices that are not there, are refused: their times are none.  A dry run takes them.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import shutil
 import sys
 import tarfile
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +37,15 @@ from gpu_pass import arithmetic, observed, probes, records, tuning
 from gpumodel import validated
 
 ROOT = Path(__file__).resolve().parents[2]
+SHIM = "gpushim "  # that a device's name begins with which is not there
+# of a checkout, what takes results
+TAKING = (
+    "README.md",
+    "cute_ssm/tuning/tables.json",
+    "docs/performance",
+    "tools/bench/results",
+    "tools/gpumodel/gpumodel",
+)
 
 
 @dataclass
@@ -57,8 +70,13 @@ class Results:
         return found
 
 
-def read(path: Path) -> Results:
+def read(path: Path, dry: bool = False) -> Results:
     """Return the contents of an archive.
+
+    Parameters
+    ----------
+    dry : bool
+        Take a rehearsal too; a GPU of the model with as many SMs stands for one that is not there.
 
     Raises
     ------
@@ -71,8 +89,15 @@ def read(path: Path) -> Results:
         about = json.loads(files["about.json"])
     except (OSError, tarfile.TarError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: expected the archive of a pass, got {type(error).__name__}: {error}") from None
-    if about["rehearsal"] or about["device"].startswith("gpushim"):
-        raise ValueError(f"{path}: expected a pass on a GPU, got a rehearsal on {about['device']}")
+    if not dry and (about["rehearsal"] or about["device"].startswith(SHIM)):
+        raise ValueError(f"{path}: expected a pass on a GPU, got a rehearsal on {about['device']}; see --dry-run")
+    if about["device"].startswith(SHIM):
+        name = observed.machine_like(about["arch"], about["sms"])
+        files = {
+            file: data.replace(json.dumps(about["device"]).encode(), json.dumps(name).encode())
+            if file.endswith((".json", ".jsonl")) else data for file, data in files.items()
+        }  # fmt: skip
+        about["device"] = name
     return Results(path, about, files)
 
 
@@ -191,18 +216,50 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64], help="of the times of the fit")
     parser.add_argument("--rounds", type=int, default=4, help="of the fit (default: 4)")
     parser.add_argument("--root", type=Path, default=ROOT, help="checkout that takes the results (default: this one)")
+    parser.add_argument("--dry-run", action="store_true", help="take a rehearsal too, and write nothing")
     options = parser.parse_args(argv)
     try:
-        found = [read(path) for path in options.archives]
+        found = [read(path, options.dry_run) for path in options.archives]
     except ValueError as error:
         parser.error(str(error))
     devices = sorted({results.about["device"] for results in found})
     if len(devices) != 1:
         parser.error(f"archives: expected passes on one GPU, got those on {', '.join(devices)}")
-    results_folder = options.root / "tools" / "bench" / "results"
+    if not options.dry_run:
+        return take_in(found, options, options.root)
+    with tempfile.TemporaryDirectory() as folder:
+        code = take_in(found, options, copied(options.root, Path(folder)))
+        for name in changed(options.root, Path(folder)):
+            print(f"would write {name}")
+    return code
+
+
+def copied(root: Path, folder: Path) -> Path:
+    """Copy what takes results to a folder, and return it."""
+    for name in TAKING:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if (root / name).is_dir():
+            shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(root / name, folder / name)
+    return folder
+
+
+def changed(root: Path, folder: Path) -> list[str]:
+    """Return the files of a copy that differ from the original, or that it lacks."""
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return [
+        file.as_posix() for file in files
+        if not (root / file).exists() or (root / file).read_bytes() != (folder / file).read_bytes()
+    ]  # fmt: skip
+
+
+def take_in(found: Sequence[Results], options: argparse.Namespace, root: Path) -> int:
+    """Write the results into a checkout, or a copy of what takes them; return 1 if something failed."""
+    device, results_folder = found[0].about["device"], root / "tools" / "bench" / "results"
     times = take_times(found, results_folder / "measured.jsonl")
     print(f"{len(times)} times")
-    table = options.root / "cute_ssm" / "tuning" / "tables.json"
+    table = root / "cute_ssm" / "tuning" / "tables.json"
     rows = take_tables(found, table)
     print(f"{rows} rows of tuned configs")
     record = summed_up(found)
@@ -215,13 +272,13 @@ def main(argv: list[str] | None = None) -> int:
         except (ImportError, ValueError) as error:  # everything else is taken in all the same
             problem = f"the model is not fitted: {error}"
         else:
-            source = f"{devices[0]}, commit {found[0].about['commit'][:10]}"
-            path = options.root / "tools" / "gpumodel" / "gpumodel" / "fitted.json"
+            source = f"{device}, commit {found[0].about['commit'][:10]}"
+            path = root / "tools" / "gpumodel" / "gpumodel" / "fitted.json"
             record["fit"] = observed.store(fitted, path, source)
             margin = validated.error(fitted=path)
             print(f"margin of modelled configs: {margin:.1%}; {tables.withdraw(table, margin)} rows gain less")
-    (results_folder / file_of(devices[0])).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    documents(options.root, results_folder)
+    (results_folder / file_of(device)).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    documents(root, results_folder)
     print(pages.told(record))
     if problem:
         print(problem, file=sys.stderr)

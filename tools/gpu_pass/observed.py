@@ -84,6 +84,22 @@ def machine_name(device: str) -> str:
     raise ValueError(f"device: expected one whose name has {' or '.join(gpumodel.MACHINES)}, got {device!r}")
 
 
+def machine_like(arch: str, sms: int) -> str:
+    """Return the name of a device that has a machine of the model, for a target and a number of SMs.
+
+    Raises
+    ------
+    ValueError
+        There is none.
+    """
+    import gpumodel
+
+    for name, machine in gpumodel.MACHINES.items():
+        if (machine.arch, machine.sms) == (arch, sms):
+            return f"NVIDIA {name}"
+    raise ValueError(f"device: expected one of the model's, got {arch} with {sms} SMs")
+
+
 def observations(lines: Iterable[Mapping[str, Any]], variants: Sequence[str]) -> list[Any]:
     """Return the observations of lines, and of the copy that they were held against.
 
@@ -95,6 +111,11 @@ def observations(lines: Iterable[Mapping[str, Any]], variants: Sequence[str]) ->
     found, copies = [], {}
     for number, line in enumerate(line for line in lines if is_short(line)):
         name = machine_name(line["device"])
+        if line.get("sms", gpumodel.MACHINES[name].sms) != gpumodel.MACHINES[name].sms:
+            raise ValueError(
+                f"sms: expected {gpumodel.MACHINES[name].sms}, those of the model's {name}, got {line['sms']} of "
+                f"{line['device']}: another board, or a part of one (MIG)"
+            )
         copies[name] = line["copy_gbs"]
         keys = {**line["keys"], workloads.batch_key(line["op"]): line["batch"]}
         recorded = Recorded(line["op"], keys, gpumodel.MACHINES[name])

@@ -118,7 +118,8 @@ def profile(op: str, own: tuple[str, ...], more: tuple[str, ...]) -> Step:
 
 def tests(out: Path, rehearse: bool, jobs: int) -> tuple[str, ...]:
     """Return the command of the tests; a few of the first file to rehearse."""
-    command = [sys.executable, "-m", "pytest", "--gpu", "-q", "-p", "no:cacheprovider", "-p", "gpu_pass.pytest_records"]
+    plugins = ("no:cacheprovider", "xdist", "hypothesispytest", "gpu_pass.pytest_records")
+    command = [sys.executable, "-m", "pytest", "--gpu", "-q", *(word for name in plugins for word in ("-p", name))]
     command += ["--pass-out", str(out), f"--junitxml={out / 'tests.xml'}", "-n", str(jobs)]
     command += ["--max-worker-restart=40", "-o", "faulthandler_timeout=60"]  # the log names a test that hangs
     command += ["-k"]
