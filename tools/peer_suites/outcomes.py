@@ -1,0 +1,9 @@
+"""What becomes of a case of a suite."""
+
+PASSED = "passed"
+NO_KERNEL = "passed without a kernel"  # no launch: a refusal, or a test of the host
+NOT_APPLICABLE = "not applicable"
+SKIPPED = "skipped by the suite"
+TOO_LONG, TOO_LARGE = "over the time", "over the memory"
+LEFT_OUT = "left out"
+FAILED, STALE = "failed", "rule is stale"

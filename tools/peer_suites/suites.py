@@ -1,0 +1,162 @@
+"""Which suites are run, where they come from, and which of their cases are not applicable.
+
+A suite is one file of tests of another project, as it is published there.  It is never kept here, nor changed: the
+functions under test are replaced by those of `cute_ssm.compat` before it is imported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+
+from peer_suites import stand_ins
+
+REFERENCE, KERNEL = BACKENDS = ("reference", "kernel")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A project, and where its tests are.
+
+    Attributes
+    ----------
+    package, version : str
+        On the package index; `version` is that of the signatures that `cute_ssm.compat` follows.
+    tests : str
+        Where the tests are, in words.
+    folders : tuple of str
+        What is fetched.
+    repository, commit : str, optional
+        Of a project whose source distribution has no tests of these functions.
+    build : mapping of str to str
+        Variables of the environment with which the source distribution answers without a GPU.
+    """
+
+    package: str
+    version: str
+    tests: str
+    folders: tuple[str, ...]
+    repository: str | None = None
+    commit: str | None = None
+    build: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Cases that are not applicable, and why.
+
+    Attributes
+    ----------
+    cases : str
+        Regular expression that is searched for in a case's name.
+    reason : str
+    error : str, optional
+        Regular expression of the error that such a case must end with.  None: such a case is not run.
+    """
+
+    cases: str
+    reason: str
+    error: str | None = None
+
+    def of(self, case: str) -> bool:
+        """Return whether the rule is about a case."""
+        return re.search(self.cases, case) is not None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A file of tests.
+
+    Attributes
+    ----------
+    name : str
+    peer : str
+        Key of `PEERS`.
+    file : str
+        Within the peer's folder.
+    prepare : function
+        Puts modules that the file imports into ``sys.modules``, given the peer's folder and the target.
+    rules : tuple of Rule
+    every : mapping of str to int
+        By backend: of each test, the first case and every n-th are run.
+    needs : tuple of str
+        Packages that must be installed.
+    no_grad : bool
+        Inputs require grad although nothing is differentiated: cases run in ``torch.no_grad()``.
+    """
+
+    name: str
+    peer: str
+    file: str
+    prepare: Callable[..., Mapping[str, ModuleType]]
+    rules: tuple[Rule, ...] = ()
+    every: Mapping[str, int] = field(default_factory=dict)
+    needs: tuple[str, ...] = ("triton", "einops")
+    no_grad: bool = False
+
+
+PEERS = {
+    "flashinfer": Peer(
+        package="flashinfer-python",
+        version="0.7.2.post1",
+        tests="repository; neither wheel nor source distribution has any",
+        folders=("tests/mamba", "tests/gdn"),
+        repository="https://github.com/flashinfer-ai/flashinfer",
+        commit="fb28d7242",
+    ),
+    "fla": Peer(
+        package="fla-core",
+        version="0.6.0",
+        tests="repository; neither wheel nor source distribution has any",
+        folders=("fla", "tests/ops"),
+        repository="https://github.com/fla-org/flash-linear-attention",
+        commit="bc3b101d",
+    ),
+    "mamba_ssm": Peer(
+        package="mamba-ssm",
+        version="2.3.2.post1",
+        tests="repository; the source distribution has those of training alone",
+        folders=("mamba_ssm", "tests/ops"),
+        repository="https://github.com/state-spaces/mamba",
+        commit="v2.3.2.post1",
+    ),
+}
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite(
+            "flashinfer-ssu-stp", "flashinfer", "tests/mamba/test_selective_state_update_stp.py", stand_ins.flashinfer,
+            every={REFERENCE: 4, KERNEL: 12},
+        ),
+        Suite(
+            "flashinfer-ssu-mtp", "flashinfer", "tests/mamba/test_selective_state_update_mtp.py", stand_ins.flashinfer,
+            every={REFERENCE: 12, KERNEL: 40},
+        ),
+        Suite(
+            "flashinfer-ssu-varlen", "flashinfer", "tests/mamba/test_selective_state_update_varlen.py",
+            stand_ins.flashinfer, every={REFERENCE: 2, KERNEL: 6},
+        ),
+        Suite(
+            "flashinfer-checkpointing-ssu", "flashinfer", "tests/mamba/test_checkpointing_ssu.py",
+            stand_ins.flashinfer, every={REFERENCE: 6, KERNEL: 24},
+        ),
+        Suite(
+            "flashinfer-gdn-decode", "flashinfer", "tests/gdn/test_decode_delta_rule.py", stand_ins.flashinfer,
+            every={REFERENCE: 12, KERNEL: 24},
+        ),
+        Suite(
+            "fla-gated-delta-rule", "fla", "tests/ops/test_gdn.py", stand_ins.fla,
+            rules=(
+                Rule(r"::(?!test_fused_recurrent)", "chunked prefill and fla's own parts, not in cute_ssm.compat"),
+            ),
+            every={KERNEL: 8}, no_grad=True,
+        ),
+        Suite(
+            "mamba_ssm-state-update", "mamba_ssm", "tests/ops/triton/test_selective_state_update.py",
+            stand_ins.mamba_ssm, every={REFERENCE: 12, KERNEL: 24},
+        ),
+    )
+}  # fmt: skip
