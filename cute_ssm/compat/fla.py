@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import pad, softplus
 
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops._arguments import name_of
@@ -16,6 +17,7 @@ from cute_ssm.ops.gated_delta_rule_mtp.operator import gated_delta_rule_mtp
 from cute_ssm.spec import FLOATS
 
 TOKENS = 16  # of a call of the operator
+COLUMNS = 16  # that K and V are multiples of there
 OLD_NAME = "transpose_state_layout"  # of state_v_first
 
 
@@ -45,9 +47,9 @@ def fused_recurrent_gated_delta_rule(
     Parameters
     ----------
     q, k : Tensor, (batch, tokens, heads, K), bfloat16/float16/float32
-        K is a multiple of 16 up to 256.  Rounded to the type of v, or to bfloat16 if that is float32.
+        K is at most 256.  Rounded to the type of v, or to float16 if that is float32.
     v : Tensor, (batch, tokens, value_heads, V), bfloat16/float16/float32
-        V is a multiple of 16 up to 256, or 512.  float32 is rounded to bfloat16.
+        V is at most 256, or from 497 to 512.  float32 is rounded to float16.
     g : Tensor, (batch, tokens, value_heads), optional
         Logarithms of the decays, of any sign.  None: no decay.
     gk, gv
@@ -91,11 +93,18 @@ def fused_recurrent_gated_delta_rule(
     Notes
     -----
     The operator takes 16 tokens, so longer sequences take a launch for every 16.  Every call copies states to and from
-    its layout, and gates are computed by PyTorch.  Serving engines should call `cute_ssm.gated_delta_rule_mtp`, which
-    updates a pool in place.
+    its layout, and gates are computed by PyTorch.  K and V that are no multiples of 16 are padded with zeros.
+
+    With v of float32, q, k and v are rounded to float16, which has eight times the precision of bfloat16, and reaches
+    65504: larger values on the CPU are refused, and on a GPU make results infinite or NaN.
+
+    Serving engines should call `cute_ssm.gated_delta_rule_mtp`, which updates a pool in place.
     """
     if OLD_NAME in kwargs:
-        state_v_first = kwargs.pop(OLD_NAME) or state_v_first
+        if state_v_first:
+            raise ValueError(describe(OLD_NAME, "not both names of one argument", "both", "pass state_v_first alone"))
+        warnings.warn(f"{OLD_NAME} is called state_v_first since fla 0.6", DeprecationWarning, stacklevel=2)
+        state_v_first = kwargs.pop(OLD_NAME)
     if kwargs:
         raise TypeError(describe(next(iter(kwargs)), "an argument of fla 0.6.0", "an unknown one"))
     for name, value in (("gk", gk), ("gv", gv)):
@@ -111,14 +120,17 @@ def fused_recurrent_gated_delta_rule(
     layout = _layout(q, cu_seqlens)
     sequences = v.shape[0] if layout is None else len(layout.lengths)
     pool = _pool(initial_state, sequences, q, v, state_v_first)
-    kind = v.dtype if v.dtype != torch.float32 else torch.bfloat16
-    rows = [tensor.to(kind) for tensor in (q, k, v)] + [gates.decay, gates.step]
+    K, V = q.shape[3], v.shape[3]
+    kind = v.dtype if v.dtype != torch.float32 else torch.float16
+    scale = K**-0.5 if scale is None else scale
+    rows = [_rounded(name, tensor, kind) for name, tensor in (("q", q), ("k", k), ("v", v))]
+    rows += [gates.decay, gates.step]
     if layout is not None:
         rows = [layout.padded(tensor) for tensor in rows]
     zeros = torch.zeros(v.shape[2], device=v.device)
     indices = torch.arange(sequences, device=v.device, dtype=torch.int32)
     tokens = rows[0].shape[1]
-    out = torch.empty(sequences, tokens, *v.shape[2:], dtype=v.dtype, device=v.device)
+    out = torch.empty(sequences, tokens, v.shape[2], rows[2].shape[3], dtype=kind, device=v.device)
     for first in range(0, tokens, TOKENS):
         part = slice(first, first + TOKENS)
         new_q, new_k, new_v, decay, step = (tensor[:, part].contiguous() for tensor in rows)
@@ -127,10 +139,10 @@ def fused_recurrent_gated_delta_rule(
             disable_state_update=first + TOKENS >= tokens and not output_final_state,
             use_qk_l2norm=use_qk_l2norm_in_kernel, gate_logits=False,
         )  # fmt: skip
-    if layout is not None:
-        out = layout.packed(out)
+    out = (out if layout is None else layout.packed(out))[..., :V].to(v.dtype)
     if not output_final_state:
         return out, None
+    pool = pool[..., :V, :K]
     return out, pool if state_v_first else pool.mT
 
 
@@ -193,12 +205,21 @@ def _layout(q: Tensor, cu_seqlens: Any) -> _Layout | None:
     return _Layout(row, place, lengths)
 
 
+def _rounded(name: str, tensor: Tensor, kind: torch.dtype) -> Tensor:
+    """Return a tensor rounded to the type that the operator gets, with columns of zeros up to a multiple of 16."""
+    if not tensor.is_cuda and kind is torch.float16 and bool((tensor.abs() > torch.finfo(kind).max).any()):
+        fix = "float32 is rounded to float16; pass v as bfloat16"
+        raise ValueError(describe(name, "values up to 65504", float(tensor.abs().max()), fix))
+    return pad(tensor.to(kind), (0, -tensor.shape[-1] % COLUMNS))
+
+
 def _pool(initial_state: Any, sequences: int, q: Tensor, v: Tensor, state_v_first: bool) -> Tensor:
-    """Return the states in the layout of the operator, (sequences, value_heads, V, K), float32."""
+    """Return the states in the layout of the operator, (sequences, value_heads, V, K) with padding, float32."""
     value_heads, V = v.shape[2:]
-    pool = torch.zeros(sequences, value_heads, V, q.shape[-1], device=v.device)
+    K = q.shape[-1]
+    pool = torch.zeros(sequences, value_heads, V + -V % COLUMNS, K + -K % COLUMNS, device=v.device)
     if initial_state is not None:
-        like = pool if state_v_first else pool.mT
+        like = pool[..., :V, :K] if state_v_first else pool[..., :V, :K].mT
         if initial_state.shape != like.shape or name_of(initial_state.dtype) not in FLOATS:
             axes = "(sequences, value_heads, V, K)" if state_v_first else "(sequences, value_heads, K, V)"
             got = f"{tuple(initial_state.shape)}, {initial_state.dtype}"
