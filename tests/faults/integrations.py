@@ -5,6 +5,8 @@ from faults import Fault
 CALLS = "cute_ssm/integrations/_transformers_calls.py"
 TESTS = "tests/integrations/test_transformers_gated_delta.py::"
 
+TRACES = "tests/tools/test_make_traces.py::test_a_reference_does_what_the_operator_does"
+
 FAULTS = [
     Fault(
         "every 16 tokens have the decays of the first",
@@ -40,5 +42,26 @@ FAULTS = [
         "            (*tensors, initial_state),\n            kwargs,\n        )\n\n    return step\n",
         "            tensors,\n            kwargs,\n        )\n\n    return step\n",
         (TESTS + "test_a_call_runs_unpatched_if_any_one_tensor_requires_grad",),
+    ),
+    Fault(
+        "a traced reference sums decays of new tokens alone",
+        "tools/trace_references.py",
+        "new_dt if writes else all_dt",
+        "new_dt",
+        (TRACES,),
+    ),
+    Fault(
+        "arguments of traces are not expanded",
+        "tools/make_traces.py",
+        '(f"    {given.expand}" for given in self.inputs if given.expand)',
+        "()",
+        (TRACES,),
+    ),
+    Fault(
+        "a repository of kernels finds the package only where it is installed",
+        "tools/make_kernels_repo.py",
+        "    sys.path.insert(0, FOLDER)",
+        "    pass",
+        ("tests/tools/test_make_kernels_repo.py::test_it_runs_from_its_folder",),
     ),
 ]
