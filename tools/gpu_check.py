@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -87,6 +88,7 @@ def whole(argv: list[str]) -> int:
     (out / "about.json").write_text(json.dumps({**known, **asked}, indent=1) + "\n")
     archive = (options.tar or out.with_name(f"{out.name}.tar.gz")).absolute()
     doer = runner.Pass(out, archive, environment(out), ROOT, options.stall)
+    signal.signal(signal.SIGTERM, doer.end)
     done = doer.carry_out(found, 60 * options.minutes - (time.monotonic() - start))
     print(runner.write_summary(done, out, archive), end="")
     return int(any(one.status == "failed" for one in done))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -329,6 +330,41 @@ def test_a_command_gets_sigint_first_and_what_it_started_is_ended(tmp_path):
     state = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True).stdout.strip()
     assert not state or state.startswith("Z"), "the child is gone too"
     assert runner.run([PYTHON, "-c", "raise SystemExit(3)"], log, runner.Limits(30), os.environ, ROOT) == 3
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_pass_that_is_ended_leaves_no_step_behind(tmp_path, how):
+    """What asked for it may kill it at a limit of its own; a step that goes on would disturb the next pass."""
+    out = tmp_path / "out"
+    sleeper = (PYTHON, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+    found = [Step("first", 1, (PYTHON, "-c", "print('done')"), 1.0), Step("second", 1, sleeper, 1.0)]
+    child = os.fork()
+    if child == 0:
+        try:
+            made = runner.Pass(out, tmp_path / "x.tar.gz", dict(os.environ), ROOT)
+            signal.signal(signal.SIGTERM, made.end)
+            made.carry_out(found, 60)
+        finally:
+            os._exit(0)
+    step = 0
+    for _ in range(200):
+        time.sleep(0.05)
+        log = out / "second.log"
+        if log.exists() and log.read_text().endswith("\n"):
+            step = int(log.read_text())
+            break
+    (out / "more").write_text("of the second step")
+    os.kill(child, how)
+    os.waitpid(child, 0)
+    for _ in range(200):
+        state = subprocess.run(["ps", "-o", "stat=", "-p", str(step)], capture_output=True, text=True).stdout.strip()
+        if not state or state.startswith("Z"):
+            break
+        time.sleep(0.05)
+    assert step and (not state or state.startswith("Z"))
+    packed = contents(tmp_path / "x.tar.gz")
+    assert b"done" in packed["first.log"] and b"first" in packed["summary.txt"]
+    assert ("more" in packed) == (how == signal.SIGTERM)
 
 
 def test_a_worker_whose_device_is_lost_ends_and_another_goes_on(tmp_path):

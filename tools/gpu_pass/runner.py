@@ -2,17 +2,19 @@
 
 A process whose time is over gets SIGINT, alone, so that pytest and the steps write names, tracebacks and reports; its
 group is ended some seconds later.  A step of items that crashes, hangs, or loses the device is started again behind the
-item that did it.
+item that did it.  If the pass itself is ended, by SIGTERM or in a way that it cannot notice, no step outlives it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -69,14 +71,23 @@ class Limits:
 Runner = Callable[[Sequence[str], Path, Limits, Mapping[str, str], Path], "int | None"]
 
 
+def _as_a_step() -> None:
+    """What a step's process does before it is one: a shell in the background ignores SIGINT, and its children would
+    too; and it ends with the pass, lest it should take time from the next one on that GPU."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
 def run(command: Sequence[str], log: Path, limits: Limits, environment: Mapping[str, str], cwd: Path) -> int | None:
     """Run a command, its output appended to a log; return its code, None if its time was over, or `HUNG`."""
     with open(log, "a", encoding="utf-8", errors="replace") as file:
         process = subprocess.Popen(
             command, cwd=cwd, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env=dict(environment), start_new_session=True,
-            # a shell in the background ignores SIGINT, and its children would too
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            env=dict(environment), start_new_session=True, preexec_fn=_as_a_step,
         )  # fmt: skip
         try:
             return _wait(process, limits)
@@ -154,6 +165,13 @@ class Pass:
             write_summary(self.done, self.out, self.archive)
             pack(self.out, self.archive)
         return self.done
+
+    def end(self, number: int, _: object) -> None:
+        """Of SIGTERM: pack what is there, then end, and the step's process with this one; SIGKILL may follow."""
+        if self.done:
+            write_summary(self.done, self.out, self.archive)
+        pack(self.out, self.archive)
+        sys.exit(128 + number)
 
     def _step(self, step: Step, left: Sequence[Step], seconds: float) -> Done:
         if reason := missing(step):
