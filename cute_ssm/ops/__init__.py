@@ -20,6 +20,7 @@ OPERATORS = (
     "selective_scan",
     "gated_delta_rule_mtp",
     "gated_delta_rule_replay",
+    "replay_decode",
     "commit",
     "build_work_items",
     "materialize",

@@ -186,6 +186,23 @@ def check_writable(name: str, tensor: Tensor) -> None:
         raise ValueError(describe(name, expected, f"strides {tensor.stride()}", allocation(tensor)))
 
 
+def check_tied(name: str, tensor: object, inner: int, state: object) -> None:
+    """Raise unless a tensor has one value per head: stride 0 in its `inner` last dimensions, which are a state's."""
+    if not isinstance(tensor, Tensor):
+        raise not_tensor(name, tensor)
+    if not isinstance(state, Tensor):
+        raise not_tensor("state", state)
+    sizes = state.shape[2 : 2 + inner]
+    if tensor.dim() <= inner or tensor.shape[-inner:] != sizes:
+        fix = f"pass {name}[..., {', '.join(['None'] * inner)}].expand(*{name}.shape, {', '.join(map(str, sizes))})"
+        raise ValueError(describe(name, f"last dimensions {tuple(sizes)}", f"shape {tuple(tensor.shape)}", fix))
+    if any(tensor.stride()[-inner:]):
+        several = "dimension" if inner == 1 else f"{inner} dimensions"
+        fix = f"pass {name}[...{', :1' * inner}].expand({name}.shape)"
+        expected = f"one value per head, that is, stride 0 in its last {several}"
+        raise ValueError(describe(name, expected, f"strides {tensor.stride()}", fix))
+
+
 def first_rows(batch: int, *tensors: Any) -> tuple[Any, ...]:
     """Return views of the first `batch` rows of tensors that are longer, such as buffers of a CUDA graph."""
     return tuple([t[:batch] if isinstance(t, Tensor) and t.dim() and t.shape[0] > batch else t for t in tensors])
@@ -199,14 +216,16 @@ def first_of_batch(listed: Any, cu_seqlens: Any, *tensors: Any) -> tuple[Any, ..
     return first_rows(counted.shape[0] - (cu_seqlens is not None), *tensors)
 
 
-def check_slots(name: str, indices: Tensor, used: Tensor, slots: int, pad_slot_id: int | None) -> None:
+def check_slots(
+    name: str, indices: Tensor, used: Tensor, slots: int, pad_slot_id: int | None, pad: str = "pad_slot_id"
+) -> None:
     """Raise if an index on the CPU that is `used` is neither a slot nor the pad; None: there is no pad."""
     outside = used & ((indices < 0) | (indices >= slots))
     if pad_slot_id is not None:
         outside &= indices != pad_slot_id
     if bool(outside.any()):
         at = tuple(outside.nonzero()[0].tolist())
-        expected = f"indices in [0, {slots})" + ("" if pad_slot_id is None else f" or pad_slot_id = {pad_slot_id}")
+        expected = f"indices in [0, {slots})" + ("" if pad_slot_id is None else f" or {pad} = {pad_slot_id}")
         position = at[0] if len(at) == 1 else at
         raise ValueError(describe(name, expected, f"{int(indices[at])} at position {position}"))
 

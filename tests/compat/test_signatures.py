@@ -18,7 +18,7 @@ from cute_ssm.integrations import vllm as in_vllm
 
 TABLE = json.loads(peer_signatures.TABLE.read_text())
 EACH = [(name, path) for name, package in TABLE.items() for path in package["functions"]]
-ABSENT = {"replayssm_materialize", "selective_state_update_replayssm_output_only"}
+ABSENT = {"replayssm_materialize"}
 OURS = {
     "flashinfer/mamba": mamba,
     "flashinfer/gdn_decode.py": gdn_decode,

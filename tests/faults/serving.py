@@ -6,12 +6,42 @@ COMMIT = "cute_ssm/ops/commit/kernel.py"
 ROWS = "cute_ssm/ops/_cursors/rows.py"
 ITEMS = "cute_ssm/ops/build_work_items/kernel.py"
 STATE = "cute_ssm/ops/materialize/kernel.py"
+DECODE = "cute_ssm/ops/replay_decode/kernel.py"
 POOL = "cute_ssm/serving/pool.py"
 CURSORS = "tests/ops/commit/test_commit_and_build_work_items.py::test_emulated_sizes"
 RANGE = "tests/ops/test_serving_out_of_range.py::"
 STATES = "tests/ops/materialize/test_materialize.py::"
+DECODES = "tests/ops/replay_decode/test_replay_decode.py::"
 
 FAULTS = [
+    Fault(
+        "one-token replay: columns beyond the last one count twice",
+        DECODE,
+        "values[at] = values[at] if inside else Float32(0.0)",
+        "values[at] = values[at]",
+        (DECODES + "test_emulated",),
+    ),
+    Fault(
+        "one-token replay: decays of the token itself",
+        DECODE,
+        "after = math.from_lane(later[k], (lane + 1) % WARP)",
+        "after = later[k]",
+        (DECODES + "test_emulated",),
+    ),
+    Fault(
+        "one-token replay: B of the first group alone is appended",
+        DECODE,
+        "stores_B = in_group == 0 and",
+        "stores_B = head == 0 and",
+        (DECODES + "test_emulated",),
+    ),
+    Fault(
+        "one-token replay: positions have one bound",
+        DECODE,
+        "in_range(position, cutlass.min(tensors.dt_cache.shape[2], MOST_TOKENS))",
+        "position < cutlass.min(tensors.dt_cache.shape[2], MOST_TOKENS)",
+        (DECODES + "test_numbers_out_of_range_leave_their_rows_as_they_are",),
+    ),
     Fault(
         "more tokens accepted than a window holds",
         COMMIT,

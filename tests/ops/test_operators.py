@@ -11,6 +11,7 @@ from paths import ROOT
 
 import cute_ssm
 from cute_ssm import ops, serving
+from cute_ssm.compat import vllm
 from cute_ssm.runtime import registry
 
 # Where operators may be named: the list, the names that type checkers see, documents, other projects' signatures and
@@ -32,7 +33,7 @@ def test_a_folder_holds_the_whole_operator(operator):
     for module in ("spec", "reference", "kernel", "operator", *["workload"] * operator.workload):
         assert (folder / f"{module}.py").exists(), module
     assert registry.KERNELS[operator.spec_class] == operator.kernel_path
-    home = {"cute_ssm": cute_ssm, "cute_ssm.serving": serving}[operator.home]
+    home = {"cute_ssm": cute_ssm, "cute_ssm.serving": serving, "cute_ssm.compat.vllm": vllm}[operator.home]
     for name in operator.functions:
         assert getattr(home, name) is operator.function(name)
         assert name in home.__all__

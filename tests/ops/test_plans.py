@@ -17,6 +17,7 @@ import materialize_cases as states
 import materialize_gated_cases as gated
 import pytest
 import replay_cases
+import replay_decode_cases
 import scan_cases
 import step_cases
 import token_cases
@@ -24,6 +25,7 @@ import torch
 
 import cute_ssm
 from cute_ssm import arch, ops, runtime, serving, tuning
+from cute_ssm.compat import vllm
 from cute_ssm.ops import _plans
 from cute_ssm.ops.build_work_items import operator as work_items_operator
 from cute_ssm.ops.checkpointing_ssu import operator as checkpointing_ssu
@@ -32,6 +34,7 @@ from cute_ssm.ops.gated_delta_rule_mtp import operator as gated_delta_rule
 from cute_ssm.ops.gated_delta_rule_replay import operator as gated_delta_rule_replay
 from cute_ssm.ops.materialize import operator as serving_states
 from cute_ssm.ops.materialize_gated_delta import operator as gated_states
+from cute_ssm.ops.replay_decode import operator as replay_decode
 from cute_ssm.ops.selective_scan import operator as selective_scan
 from cute_ssm.ops.selective_state_update import operator as step
 
@@ -88,6 +91,12 @@ CALLS = {
         cute_ssm.gated_delta_rule_replay,
         lambda batch: replay_cases.arguments(replay_cases.Case(batch=batch, pads=())),
         ("q",),
+    ),
+    "replay_decode": (
+        replay_decode,
+        vllm.selective_state_update_replayssm_output_only,
+        lambda batch: replay_decode_cases.arguments(replay_decode_cases.BASE, positions=[1] * batch),
+        ("state",),
     ),
     "selective_scan": (selective_scan, cute_ssm.selective_scan, scan, ("u",)),
     "serving.materialize": (serving_states, serving.materialize, materialize, ("state",)),

@@ -7,6 +7,7 @@ import dataclasses
 
 import checkpointing_cases
 import pytest
+import replay_decode_cases as decode_cases
 import torch
 from memory import copy
 
@@ -14,6 +15,8 @@ import cute_ssm
 import ptxsim
 from cute_ssm import serving
 from cute_ssm import spec as specs
+from cute_ssm.compat import vllm
+from cute_ssm.ops.replay_decode.spec import ReplayDecodeSpec
 from cute_ssm.reference import rounding
 
 NAN, INF = float("nan"), float("inf")
@@ -157,6 +160,21 @@ def gated_between_pools(**options):
     return serving.materialize_gated_delta, call | options, ("out",)
 
 
+def decode(state="f16", **options):
+    """vLLM's one-token replay without decay or history: a flush of a token that adds B."""
+    case = decode_cases.Case(state=state, groups=1, heads=1, dim=16, dstate=64, softplus=False, bias=False)
+    call = decode_cases.arguments(case, positions=[0, 0])
+    flushed = int(call["state_batch_indices"][0])
+    call |= {"A": torch.zeros(1, 1, 1).expand_as(call["A"]), "dt": torch.ones(2, 1, 1).expand_as(call["dt"])}
+    call["is_flush"].fill_(True)
+    call["x"].fill_(1), call["B"].copy_(added(64, torch.bfloat16))
+    if state == "f16":
+        call["state"][flushed] = extremes(1, 16, 64)
+    if "rand_seed" in options:
+        options |= {"enable_stochastic_rounding": True, "cache_philox_rounds": options.pop("philox_rounds")}
+    return vllm.selective_state_update_replayssm_output_only, call | options, ("state",)
+
+
 CALLS = {
     "step": lambda **o: step(1, **o),
     "tokens": lambda **o: step(3, **o),
@@ -166,11 +184,12 @@ CALLS = {
     "gated": gated,
     "gated-buffer": lambda **o: gated(True, **o),
     "replay": replay,
+    "decode": decode,
     "materialize": folded,
     "materialize-pools": between_pools,
     "materialize-gated": gated_between_pools,
 }
-SEEDED = ("step", "tokens", "checkpointing", "ring", "materialize", "materialize-pools")
+SEEDED = ("step", "tokens", "checkpointing", "ring", "decode", "materialize", "materialize-pools")
 CASES = [(name, way) for name in CALLS for way in ROUNDINGS if way == "nearest" or name in SEEDED]
 ALWAYS = [("step", "nearest"), ("checkpointing", "stochastic"), ("scan", "nearest"), ("gated", "nearest")]
 
@@ -226,7 +245,7 @@ def test_rounding_saturates_at_the_edge(stochastic):
 @pytest.mark.parametrize(("name", "pool"), [
     ("step", {"state": torch.bfloat16}), ("checkpointing", {"state": "bf16"}), ("ring", {"state": "f32"}),
     ("scan", {"state": torch.float32}), ("gated", {"state": torch.float32}), ("replay", {"state": torch.bfloat16}),
-    ("materialize-pools", {"out": torch.zeros(1, 1, 16, 64)}),
+    ("decode", {"state": "bf16"}), ("materialize-pools", {"out": torch.zeros(1, 1, 16, 64)}),
     ("materialize-gated", {"out": torch.zeros(1, 1, 64, 64)}),
 ])  # fmt: skip
 def test_states_of_other_types_are_refused(name, pool):
@@ -255,7 +274,7 @@ def test_a_pool_saturates_what_it_writes_to_another(saturate):
 
 def test_the_option_is_part_of_the_key():
     for cls in (specs.SelectiveStateUpdateSpec, specs.SelectiveScanSpec, specs.GatedDeltaRuleSpec,
-                specs.GatedDeltaRuleReplaySpec, specs.CheckpointingSSUSpec, specs.MaterializeSpec,
+                specs.GatedDeltaRuleReplaySpec, ReplayDecodeSpec, specs.CheckpointingSSUSpec, specs.MaterializeSpec,
                 specs.MaterializeGatedDeltaSpec):  # fmt: skip
         (field,) = (field for field in dataclasses.fields(cls) if field.name == "saturate")
         assert field.default is False and field.kw_only

@@ -10,6 +10,7 @@ import functools
 
 import cutlass.cute as cute
 import pytest
+import replay_decode_cases as decode_cases
 import torch
 from cutlass.cute.runtime import make_fake_tensor
 from materialize_cases import Case
@@ -26,6 +27,8 @@ from cute_ssm.ops.commit.spec import CommitSpec
 from cute_ssm.ops.materialize import kernel as serving_materialize
 from cute_ssm.ops.materialize.spec import MaterializeSpec
 from cute_ssm.ops.materialize_gated_delta import kernel as gated_delta_materialize
+from cute_ssm.ops.replay_decode import kernel as replay_decode
+from cute_ssm.ops.replay_decode.spec import ReplayDecodeSpec
 
 
 @cute.jit
@@ -101,6 +104,32 @@ def test_materialize(monkeypatch):
         "num_tokens": None,
     }
     check(function, tensors, [-1], wrong)
+
+
+def test_replay_decode(monkeypatch):
+    spec = ReplayDecodeSpec(
+        "float32", "bfloat16", "float32", "bfloat16", None, None, 64, 128, False, True, "int32", True
+    )
+    function = compiled(replay_decode.ReplayDecode, spec, monkeypatch)
+    call = decode_cases.arguments(decode_cases.Case(D=False, bias=False, z=False))
+    call |= {"A": call["A"][:, 0, 0], "dt": call["dt"][..., 0], "is_flush": call["is_flush"].view(torch.uint8)}
+    tensors = {name: call.get(name) for name in replay_decode.TABLE.tensors}
+    wrong = {
+        "state": call["state"].half(),
+        "x": call["x"].half(),
+        "dt": call["dt"].float(),
+        "A": call["A"][:2],
+        "B": call["B"][..., :64],
+        "D": torch.zeros(4, 64),
+        "x_cache": call["x_cache"][:, :, :7],
+        "B_cache": call["B_cache"].half(),
+        "dt_cache": call["dt_cache"].half(),
+        "write_pos": call["write_pos"].long(),
+        "is_flush": call["is_flush"][:3],
+        "state_batch_indices": None,
+        "out": call["out"][:2],
+    }
+    check(function, tensors, [0], wrong)
 
 
 def test_materialize_gated_delta(monkeypatch):

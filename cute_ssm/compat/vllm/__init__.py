@@ -25,6 +25,7 @@ from cute_ssm.compat._arguments import checked_tensor
 from cute_ssm.compat._padding import NOBODY, padding
 from cute_ssm.compat.vllm import configs as vllm_configs
 from cute_ssm.errors import describe
+from cute_ssm.ops.replay_decode.operator import selective_state_update_replayssm_output_only
 from cute_ssm.ops.selective_scan.operator import selective_scan_fn
 from cute_ssm.ops.selective_state_update.operator import selective_state_update as _update
 
@@ -40,6 +41,7 @@ __all__ = [
     "override_ssm_config",
     "selective_scan_fn",
     "selective_state_update",
+    "selective_state_update_replayssm_output_only",
     "try_get_optimal_ssm_config",
 ]
 

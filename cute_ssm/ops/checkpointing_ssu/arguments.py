@@ -113,23 +113,6 @@ def check(call: Arguments) -> tuple[Arguments, CheckpointingSSUSpec]:
     return call, spec
 
 
-def check_tied(name: str, tensor: object, inner: int, state: object) -> None:
-    """Raise unless a tensor has one value per head: stride 0 in its `inner` last dimensions, which are a state's."""
-    if not isinstance(tensor, Tensor):
-        raise not_tensor(name, tensor)
-    if not isinstance(state, Tensor):
-        raise not_tensor("state", state)
-    sizes = state.shape[2 : 2 + inner]
-    if tensor.dim() <= inner or tensor.shape[-inner:] != sizes:
-        fix = f"pass {name}[..., {', '.join(['None'] * inner)}].expand(*{name}.shape, {', '.join(map(str, sizes))})"
-        raise ValueError(describe(name, f"last dimensions {tuple(sizes)}", f"shape {tuple(tensor.shape)}", fix))
-    if any(tensor.stride()[-inner:]):
-        several = "dimension" if inner == 1 else f"{inner} dimensions"
-        fix = f"pass {name}[...{', :1' * inner}].expand({name}.shape)"
-        expected = f"one value per head, that is, stride 0 in its last {several}"
-        raise ValueError(describe(name, expected, f"strides {tensor.stride()}", fix))
-
-
 def pdl_of(enable_pdl: object) -> str | None:
     """Return the kind of launch that an argument ``enable_pdl`` asks for."""
     if enable_pdl is False:
@@ -344,7 +327,7 @@ def _check_strides(given: Given, ring: bool) -> None:
     """Raise unless all tensors lie in memory as the kernel reads them, and none that is written overlaps itself."""
     for name, count in TIED.items():
         if name in given:
-            check_tied(name, given[name], count, given["state"])
+            arguments.check_tied(name, given[name], count, given["state"])
     if not ring:  # tokens are rows of all heads, or groups
         for name, axes in (("x_history", X_HISTORY["double"]), ("B_history", B_HISTORY[ring])):
             arguments.check_contiguous(given.public(name), given[name], 2, axes, written=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from cute_ssm.arch import Arch
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops import _library
-from cute_ssm.ops._arguments import first_of_batch, first_rows
+from cute_ssm.ops._arguments import check_tied, first_of_batch, first_rows
 from cute_ssm.ops._calls import CallPath, Checked, Plan
 from cute_ssm.ops._dlpack import NotTensorError, again, not_tensor
 from cute_ssm.ops.checkpointing_ssu import arguments, config
@@ -430,7 +430,7 @@ def _traced(*values: Any) -> None:
     for name, inner in TIED.items():
         tensor = getattr(call, name)
         if tensor is not None:
-            arguments.check_tied(name, tensor, inner, call.state)
+            check_tied(name, tensor, inner, call.state)
             tied[name] = tensor[(..., *[0] * inner)]
     _REGISTERED.overload(*call._replace(**tied))
 
