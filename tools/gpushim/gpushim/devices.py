@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -246,8 +246,14 @@ def _replace_functions(driver: Driver, tensors: Tensors) -> None:
         "_exchange_device": exchange, "_maybe_exchange_device": exchange,
     }  # fmt: skip
     for name, value in replaced.items():
-        setattr(torch.cuda, name, value)
-    torch._C._cuda_getDevice, torch._C._cuda_setDevice = lambda: driver.device, set_device
+        setattr(torch.cuda, name, _copied(value) if isinstance(value, FunctionType) else value)
+    torch._C._cuda_getDevice, torch._C._cuda_setDevice = lambda: driver.device, _copied(set_device)
+
+
+def _copied(function: FunctionType) -> FunctionType:
+    """Return another function of the same code: ``torch._dynamo`` refuses one that has two names in PyTorch."""
+    parts = function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    return FunctionType(*parts)
 
 
 def _check(driver: Driver, tensors: Tensors) -> None:

@@ -19,6 +19,14 @@ def test_types(dtype):
     assert (x.dtype, x.device.index) == (dtype, 1) and torch.equal(x.cpu(), torch.ones(3).to(dtype))
 
 
+def test_the_compiler_of_pytorch_can_be_imported_later():
+    """It lists the functions of PyTorch by what it does with them, and refuses one under two names."""
+    from torch._dynamo import trace_rules
+
+    trace_rules.get_torch_obj_rule_map.cache_clear()
+    assert torch.cuda.set_device in trace_rules.get_torch_obj_rule_map()
+
+
 def test_memory_is_known_while_it_lives(driver):
     x = torch.empty(1000, device="cuda:1")
     at, view = x.data_ptr(), x[10:]
