@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from cute_ssm import env
 from cute_ssm.errors import CompileError, CuteSsmError, UnsupportedArchError, describe
 
-CALLER_ERRORS = (CuteSsmError, ValueError, TypeError)  # raised before anything is written
-LASTING = (CompileError, UnsupportedArchError)  # the next call would meet the same, after another compilation
+LASTING = (CompileError, UnsupportedArchError, ImportError)  # the next call would meet the same, and compile again
+CALLER_ERRORS = (CuteSsmError, ValueError, TypeError, ImportError)  # raised before anything is written
 
 
 class Hook(NamedTuple):
@@ -94,8 +94,8 @@ def rebind(name: str, original: Any, replacement: Any) -> list[ModuleType]:
 class Call:
     """Runs calls by this package, and those that it does not support by the engine; logs the first of these.
 
-    After an error that every later call would meet too, because the kernel does not compile or the GPU is not
-    supported, all calls go to the engine.
+    After an error that every later call would meet too, because the kernel does not compile, the GPU is not
+    supported or a package is missing, all calls go to the engine.
 
     Parameters
     ----------

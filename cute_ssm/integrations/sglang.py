@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from cute_ssm.integrations._engines import Call, EngineError, Hook
 NAME = "cute_ssm"  # of the backends, in SGLang's options
 DISPATCH = "sglang.kernels.ops.mamba.triton_ops.ssu_dispatch"
 LINEAR = "sglang.srt.layers.attention.linear"
-ARGUMENTS = "sglang.srt.arg_groups"
+ARGUMENTS = "sglang.srt.server_args"
 STEP = (
     "state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, state_batch_indices=None, pad_slot_id=-1, "
     "out=None, disable_state_update=False, intermediate_states_buffer=None, cache_steps=None, "
@@ -35,8 +36,9 @@ SSU_HOOKS = (
     Hook(DISPATCH, "selective_state_update", STEP),
     Hook(DISPATCH, "MambaSSUBackend.__call__", f"self, {STEP}"),
     Hook(DISPATCH, "TritonSSUBackend.__init__", BACKEND_INIT),
+    Hook(ARGUMENTS, "ServerArgs.add_cli_args", "parser"),
 )
-CHOICES_HOOKS = (Hook(f"{LINEAR}.utils", "resolve_linear_attn_backends", "prefill_default=None"),)
+LINEAR_HOOKS = (Hook(f"{LINEAR}.utils", "resolve_linear_attn_backends", "prefill_default=None"),)
 GDN_HOOKS = (
     Hook(
         f"{LINEAR}.gdn_backend",
@@ -65,7 +67,10 @@ def plugin() -> None:
 
 
 def register(*, strict: bool = False) -> tuple[str, ...]:
-    """Add the backends ``cute_ssm`` to SGLang's options.  Call it before the arguments of the server are parsed.
+    """Add the backends ``cute_ssm`` to SGLang's options, as the plugin does in every process.
+
+    Without the plugin, call it before the arguments of the server are parsed, and ``HookRegistry.apply_hooks()`` of
+    ``sglang.srt.plugins.hook_registry`` after it.
 
     ``--mamba-backend cute_ssm`` selects `selective_state_update` for Mamba-1 and Mamba-2 layers.
     ``--linear-attn-decode-backend cute_ssm`` selects `gated_delta_rule_mtp` for gated delta layers: decode, and the
@@ -93,28 +98,36 @@ def register(*, strict: bool = False) -> tuple[str, ...]:
 
 
 def _register_ssu(strict: bool) -> str:
-    dispatch = _engines.find_all("sglang", SSU_HOOKS)[0].module
+    dispatch: Any = _engines.find_all("sglang", SSU_HOOKS)[0].module
     registry = getattr(dispatch, "_BACKEND_REGISTRY", None)
     if not isinstance(registry, dict) or "triton" not in registry:
         raise EngineError(describe(f"{DISPATCH}._BACKEND_REGISTRY", "a dict with triton", type(registry).__name__))
-    _add_choice("ExecMamba", "mamba_backend")
-    registry[NAME] = _backend(dispatch.MambaSSUBackend, registry["triton"], strict)
+    hooks = _hooks()
+    if NAME not in registry:
+        hooks.HookRegistry.register(f"{ARGUMENTS}.ServerArgs.add_cli_args", _add_choice, hooks.HookType.AFTER)
+        registry[NAME] = _backend(dispatch.MambaSSUBackend, registry["triton"], strict)
     return "SGLang has --mamba-backend cute_ssm"
 
 
-def _add_choice(owner: str, field: str) -> None:
-    """Add our name to the choices of an option of the command line."""
-    place = f"{ARGUMENTS}.fields.exec_.{owner}.{field}"
+def _hooks() -> Any:
+    """Return SGLang's module of hooks."""
+    name = "sglang.srt.plugins.hook_registry"
     try:
-        hints = importlib.import_module(f"{ARGUMENTS}.fields.exec_")
-        (argument,) = getattr(hints, owner).__annotations__[field].__metadata__
-        choices = argument.choices
-    except (ImportError, AttributeError, KeyError, ValueError, TypeError) as error:
-        raise EngineError(describe(place, f"choices, in sglang {_engines.version('sglang')}", f"{error!r}")) from error
-    if not isinstance(choices, list):
-        raise EngineError(describe(f"{place}.choices", "a list", type(choices).__name__))
-    if NAME not in choices:
-        choices.append(NAME)
+        module: Any = importlib.import_module(name)
+    except ImportError as error:
+        raise EngineError(
+            describe(name, f"to be there in sglang {_engines.version('sglang')}", f"{error!r}")
+        ) from error
+    if not (hasattr(module, "HookRegistry") and hasattr(getattr(module, "HookType", None), "AFTER")):
+        raise EngineError(describe(name, "HookRegistry and HookType.AFTER", "neither or one"))
+    return module
+
+
+def _add_choice(result: Any, parser: argparse.ArgumentParser) -> None:
+    """After SGLang has added its options to a parser: add our name to the choices of one."""
+    for action in parser._actions:
+        if action.dest == "mamba_backend" and action.choices is not None and NAME not in action.choices:
+            action.choices = [*action.choices, NAME]
 
 
 def _backend(base: type[Any], triton: type[Any], strict: bool) -> type[Any]:
@@ -148,13 +161,12 @@ def _backend(base: type[Any], triton: type[Any], strict: bool) -> type[Any]:
 
 def _register_gdn(strict: bool) -> str:
     """Add the name to the choices, and wrap the dispatcher in processes that resolve it: others do not load layers."""
-    utils, _ = _engines.find_all("sglang", CHOICES_HOOKS)[0]
+    utils: Any = _engines.find_all("sglang", LINEAR_HOOKS)[0].module
+    hooks = _hooks()
     try:
-        registry = importlib.import_module("sglang.srt.plugins.hook_registry")
-        choices = importlib.import_module(f"{ARGUMENTS}.choices")
+        choices = importlib.import_module("sglang.srt.arg_groups.choices")
         add, known = choices.add_linear_attn_kernel_backend_choices, choices.LINEAR_ATTN_KERNEL_BACKEND_CHOICES
         custom = utils.LinearAttnKernelBackend(NAME).is_custom()
-        hooks, after = registry.HookRegistry, registry.HookType.AFTER
     except (ImportError, AttributeError, ValueError) as error:
         place = f"sglang {_engines.version('sglang')}"
         raise EngineError(describe(place, "backends of linear attention that plugins add", f"{error!r}")) from error
@@ -162,15 +174,24 @@ def _register_gdn(strict: bool) -> str:
         raise EngineError(describe(f"{LINEAR}.utils.LinearAttnKernelBackend", "CUSTOM for other names", "none"))
     if NAME not in known:
         add([NAME])
-        hooks.register(
-            f"{LINEAR}.utils.resolve_linear_attn_backends", functools.partial(_resolved, strict, utils), after
-        )
+        after = functools.partial(_resolved, strict, utils)
+        hooks.HookRegistry.register(f"{LINEAR}.utils.resolve_linear_attn_backends", after, hooks.HookType.AFTER)
     return "SGLang has --linear-attn-decode-backend cute_ssm"
 
 
-def _selected(utils: Any) -> bool:
+class _Selected(NamedTuple):
+    """Which calls the options select our backend for; verification follows decode by default."""
+
+    decode: bool
+    verify: bool
+    follows: bool
+
+
+def _selected(utils: Any) -> _Selected:
     mamba = utils.get_exec().mamba
-    return bool((mamba.linear_attn_decode_backend or mamba.linear_attn_backend) == NAME)
+    decode = (mamba.linear_attn_decode_backend or mamba.linear_attn_backend) == NAME
+    verify = mamba.linear_attn_verify_backend
+    return _Selected(decode, verify == NAME, verify is None and decode)
 
 
 def _resolved(strict: bool, utils: Any, backends: Any, *args: Any, **kwargs: Any) -> None:
@@ -181,7 +202,8 @@ def _resolved(strict: bool, utils: Any, backends: Any, *args: Any, **kwargs: Any
     EngineError
         The dispatcher is another one than expected.
     """
-    if not _selected(utils):
+    selected = _selected(utils)
+    if not (selected.decode or selected.verify):
         return
     if backends.prefill.is_custom():
         fix = "pass --linear-attn-decode-backend cute_ssm, and leave --linear-attn-backend as it is"
@@ -205,15 +227,14 @@ def _init_dispatcher(
     verify_backend: Any = None,
 ) -> None:
     """``GDNKernelDispatcher.__init__`` that knows our name; SGLang's own refuses it."""
-    ours = decode_backend.is_custom() and _selected(utils)
+    selected = _selected(utils)
     triton = utils.LinearAttnKernelBackend("triton")
-    self.cute_ssm_init(triton if ours else decode_backend, prefill_backend, verify_backend)
-    if not ours:
-        return
-    kernel = _kernel(base, self.decode_kernel, strict)
-    self.decode_kernel, self.supports_packed_decode = kernel, True
-    if utils.get_exec().mamba.linear_attn_verify_backend is None and not self.verify_kernel_is_flashinfer:
-        self.verify_kernel = kernel
+    self.cute_ssm_init(triton if selected.decode else decode_backend, prefill_backend, verify_backend)
+    kernel = _kernel(base, self.tree_verify_kernel, strict)  # Triton's, whatever is selected
+    if selected.decode:
+        self.decode_kernel, self.supports_packed_decode = kernel, True
+    if selected.verify or (selected.follows and not self.verify_kernel_is_flashinfer):
+        self.verify_kernel, self.verify_kernel_is_flashinfer = kernel, False
 
 
 def _kernel(base: type[Any], triton: Any, strict: bool) -> Any:

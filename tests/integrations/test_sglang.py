@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 
 import engine_doubles
@@ -21,6 +22,12 @@ def engine(monkeypatch):
     return engine_doubles.sglang(monkeypatch)
 
 
+def hook_of(engine, target):
+    ((hook, kind),) = ((hook, kind) for name, hook, kind in engine.layer.hooks if name.endswith(target))
+    assert kind.name == "AFTER"
+    return hook
+
+
 def start(engine, **options):
     """Select the backend as ``--mamba-backend cute_ssm`` does."""
     engine.dispatch._mamba_ssu_backend = engine.dispatch._BACKEND_REGISTRY["cute_ssm"](**options)
@@ -31,14 +38,24 @@ def test_registration_adds_names_and_selects_nothing(engine):
     before = dict(engine.dispatch._BACKEND_REGISTRY)
     init = engine.layer.GDNKernelDispatcher.__init__
     assert sglang.register() == ("ssu", "gdn") == sglang.register()
-    assert engine.layer.argument.choices == ["triton", "flashinfer", "cute_ssm"] == engine.layer.known
+    assert engine.layer.known == ["triton", "flashinfer", "cute_ssm"]
     added = dict(engine.dispatch._BACKEND_REGISTRY)
     assert added.pop("cute_ssm") and added == before
-    assert engine.layer.GDNKernelDispatcher.__init__ is init and len(engine.layer.hooks) == 1
-    ((target, hook, kind),) = engine.layer.hooks
-    assert target.endswith("linear.utils.resolve_linear_attn_backends") and kind.name == "AFTER"
+    assert engine.layer.GDNKernelDispatcher.__init__ is init and len(engine.layer.hooks) == 2
+    hook = hook_of(engine, "linear.utils.resolve_linear_attn_backends")
     assert hook(engine.layer.utils.resolve_linear_attn_backends()) is None
     assert engine.layer.GDNKernelDispatcher.__init__ is init, "no option selects the backend"
+
+
+def test_the_option_takes_the_name_and_refuses_others(engine):
+    sglang.register()
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    engine.layer.arguments.add_cli_args(parser)
+    hook_of(engine, "ServerArgs.add_cli_args")(None, parser)
+    assert parser.parse_args([]).mamba_backend == "triton"
+    assert parser.parse_args(["--mamba-backend", "cute_ssm"]).mamba_backend == "cute_ssm"
+    with pytest.raises(argparse.ArgumentError):
+        parser.parse_args(["--mamba-backend", "cute_ssn"])
 
 
 def test_a_decode_step_of_the_dispatch_runs_by_the_operator_and_trees_by_triton(engine, caplog):
@@ -68,12 +85,11 @@ def test_rounding_of_the_options_reaches_the_operator(engine):
     engine.dispatch.selective_state_update(states(2, dtype=torch.float16), **call, out=out)
 
 
-def dispatcher(engine, **selected):
+def dispatcher(engine, decode="cute_ssm", **selected):
     """What a model runner does: resolve the backends, then build the dispatcher of gated delta layers."""
-    vars(engine.layer.mamba).update(linear_attn_decode_backend="cute_ssm", **selected)
+    vars(engine.layer.mamba).update(linear_attn_decode_backend=decode, **selected)
     backends = engine.layer.utils.resolve_linear_attn_backends()
-    ((_, hook, _),) = engine.layer.hooks
-    hook(backends)
+    hook_of(engine, "resolve_linear_attn_backends")(backends)
     return engine.layer.GDNKernelDispatcher(backends.decode, backends.prefill, None)
 
 
@@ -136,6 +152,8 @@ def test_another_verify_backend_stays_selected(engine):
     sglang.register()
     kernels = dispatcher(engine, linear_attn_verify_backend="triton")
     assert kernels.verify_kernel is not kernels.decode_kernel
+    kernels = dispatcher(engine, decode=None, linear_attn_verify_backend="cute_ssm")
+    assert hasattr(kernels.verify_kernel, "cute_ssm") and not hasattr(kernels.decode_kernel, "cute_ssm")
 
 
 def test_other_parameters_leave_the_options_as_they_were_and_say_why(engine, monkeypatch, caplog):
@@ -144,7 +162,7 @@ def test_other_parameters_leave_the_options_as_they_were_and_say_why(engine, mon
     before = dict(engine.dispatch._BACKEND_REGISTRY)
     sglang.plugin()
     assert engine.dispatch._BACKEND_REGISTRY == before and engine.layer.hooks == []
-    assert engine.layer.argument.choices == ["triton", "flashinfer"] == engine.layer.known
+    assert engine.layer.known == ["triton", "flashinfer"]
     first, second = (r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
     assert "server_args" in first and "prefill_default" in second
 

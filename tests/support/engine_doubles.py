@@ -11,7 +11,7 @@ import json
 import sys
 import types
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import peer_doubles
 import peer_signatures
@@ -140,9 +140,13 @@ def sglang(monkeypatch) -> Engine:
             "sglang", SGLANG_DISPATCH, "selective_state_update", lambda **kw: dispatch._mamba_ssu_backend(**kw)
         ),
     )
-    argument = types.SimpleNamespace(choices=["triton", "flashinfer"])
-    owner = type("ExecMamba", (), {"__annotations__": {"mamba_backend": Annotated[str, argument]}})
-    add(monkeypatch, "sglang.srt.arg_groups.fields.exec_", ExecMamba=owner)
+
+    def options(parser):
+        parser.add_argument("--mamba-backend", choices=["triton", "flashinfer"], default="triton")
+
+    add_cli_args = staticmethod(of("sglang", "sglang.srt.server_args", "ServerArgs.add_cli_args", options))
+    arguments = type("ServerArgs", (), {"add_cli_args": add_cli_args})
+    add(monkeypatch, "sglang.srt.server_args", ServerArgs=arguments)
     known = ["triton", "flashinfer"]
     add(
         monkeypatch,
@@ -201,9 +205,9 @@ def sglang(monkeypatch) -> Engine:
         def __init__(self, decode_backend, prefill_backend, verify_backend=None):
             if decode_backend.is_custom():
                 raise ValueError("Unsupported GDN decode backend")
-            self.decode_kernel = self.verify_kernel = triton
+            self.decode_kernel = self.verify_kernel = self.tree_verify_kernel = triton
             self.verify_kernel_is_flashinfer, self.supports_packed_decode = False, True
 
     gdn = add(monkeypatch, f"{LINEAR}.gdn_backend", GDNKernelDispatcher=GDNKernelDispatcher)
-    gdn.utils, gdn.mamba, gdn.hooks, gdn.known, gdn.argument = utils, mamba, hooks, known, argument
+    gdn.utils, gdn.mamba, gdn.hooks, gdn.known, gdn.arguments = utils, mamba, hooks, known, arguments
     return Engine(dispatch, own, gdn)

@@ -5,11 +5,13 @@ A stand-in answers every attribute with a class that does nothing, so that impor
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
 import types
+from collections.abc import Iterator
 
 # What the engines import at the top of modules, and the tested paths do not use.
 ABSENT = {
@@ -76,7 +78,14 @@ def available(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def install() -> None:
-    """Let absent packages be imported."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+@contextlib.contextmanager
+def stand_ins() -> Iterator[None]:
+    """Let absent packages be imported inside the context, and forget them after it."""
+    finder = _Finder()
+    sys.meta_path.append(finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name, module in sys.modules.items() if isinstance(module, _Module)]:
+            del sys.modules[name]
