@@ -17,7 +17,9 @@ from cute_ssm.errors import describe
 from cute_ssm.integrations import _engines
 from cute_ssm.integrations._engines import Call, EngineError, Hook
 
-DISPATCH = "vllm.model_executor.layers.mamba.ops.ssu_dispatch"
+OPS = "vllm.model_executor.layers.mamba.ops"
+DISPATCH = f"{OPS}.ssu_dispatch"
+OUTPUT_ONLY = "selective_state_update_replayssm_output_only"
 FLA = "vllm.third_party.flash_linear_attention.ops"
 STEP = (
     "state, x, dt, A, B, C, D, dt_bias, z=None, dt_softplus=False, state_batch_indices=None, "
@@ -40,6 +42,13 @@ REPLAY_HOOKS = (
         "logical_window, D=None, dt_bias=None, dt_softplus=False, state_batch_indices=None, null_block_id=0, "
         "scratch=None, update_trackers=True, enable_stochastic_rounding=False, stochastic_rounding_philox_rounds=0, "
         "cu_seqlens=None, max_seqlen=None, enable_pdl=False",
+    ),
+    Hook(
+        f"{OPS}.{OUTPUT_ONLY}",
+        OUTPUT_ONLY,
+        "state, x, dt, A, B, C, D=None, dt_bias=None, z=None, dt_softplus=False, x_cache=None, dt_cache=None, "
+        "B_cache=None, bc_pre=None, write_pos=None, is_flush=None, max_cache_len=16, state_batch_indices=None, "
+        "null_block_id=0, out=None, enable_stochastic_rounding=False, cache_philox_rounds=0",
     ),
 )
 GDN_HOOKS = (
@@ -84,8 +93,9 @@ def register(*parts: str, strict: bool = False) -> tuple[str, ...]:
     ----------
     *parts : {"ssu", "replay", "gdn"}
         ``"ssu"``: `selective_state_update` of Mamba-1 and Mamba-2 layers, in the backends ``triton`` and
-        ``flashinfer``.  ``"replay"``: FlashInfer's ``checkpointing_ssu`` of ``--use-replayssm`` with
-        ``--mamba-backend flashinfer``.  ``"gdn"``: the decode functions of gated delta layers.  Default: all.
+        ``flashinfer``.  ``"replay"``: what ``--use-replayssm`` runs, FlashInfer's ``checkpointing_ssu`` or vLLM's
+        ``selective_state_update_replayssm_output_only``.  ``"gdn"``: the decode functions of gated delta
+        layers.  Default: all.
     strict : bool
         Raise the operator's error instead of running the wrapped backend.
 
@@ -181,7 +191,7 @@ def _backend(wrapped: type[Any], strict: bool) -> type[Any]:
 
 
 def _install_replay(strict: bool, undo: list[Callable[[], object]]) -> str:
-    module, original = _engines.find_all("vllm", REPLAY_HOOKS)[0]
+    (module, original), _, (_, output_only) = _engines.find_all("vllm", REPLAY_HOOKS)
     dispatch: Any = module
     if "_flashinfer_replayssm_kernel" not in vars(dispatch):
         raise EngineError(describe(f"{DISPATCH}._flashinfer_replayssm_kernel", "to be there", "no such variable"))
@@ -204,7 +214,9 @@ def _install_replay(strict: bool, undo: list[Callable[[], object]]) -> str:
         )
 
     _rebind(original, initialize, undo)
-    return "vLLM's ReplaySSM of the FlashInfer backend runs checkpointing_ssu by cute_ssm"
+    step = compat.selective_state_update_replayssm_output_only
+    _rebind(output_only, _either(output_only, step, Call(f"vLLM's {OUTPUT_ONLY}", strict)), undo)
+    return "vLLM's ReplaySSM runs by cute_ssm"
 
 
 def _install_gdn(strict: bool, undo: list[Callable[[], object]]) -> str:

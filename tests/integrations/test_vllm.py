@@ -161,6 +161,22 @@ def test_replay_of_flashinfer_runs_by_our_ring_and_what_it_refuses_by_flashinfer
     assert engine.own.names() == ["checkpointing_ssu"] and "dt_cache" in caplog.text
 
 
+def test_replay_of_triton_runs_by_our_step_and_what_it_refuses_by_vllm(engine, caplog):
+    vllm.register("replay")
+    call, state, history = replay_call()
+    slots, out = torch.tensor([2, 0], dtype=torch.int32), torch.full_like(call["x"], -77.0)
+    before, given = state.clone(), {**call, "z": None, "state_batch_indices": slots[:, None], "out": out}
+    given |= {name: history[name] for name in ("x_cache", "dt_cache", "B_cache")}
+    given |= {"write_pos": torch.zeros(2, dtype=torch.int32), "is_flush": torch.zeros(2, dtype=torch.int8)}
+    step = engine.layer.selective_state_update_replayssm_output_only
+    assert step(state, **given, max_cache_len=5) is out and engine.own == []
+    same_bits(state, before, "nothing is flushed")
+    _, want = token(wide(before[2]), **{**at_row(call, 0), "z": None})
+    assert close(out[0], want) and bool((out[1] == -77).all()), "padding is left as it is"
+    assert step(state, **given, max_cache_len=7) == "out" and "x_cache" in caplog.text
+    assert engine.own.names() == ["selective_state_update_replayssm_output_only"]
+
+
 def test_replay_without_replayssm_or_with_another_flashinfer_is_left_alone(engine, caplog):
     vllm.register("replay")
     start(engine)

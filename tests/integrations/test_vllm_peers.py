@@ -194,6 +194,33 @@ def test_a_mamba_2_layer_replays_by_our_ring_until_the_window_is_full(registered
         pending[slots[:, 0].long()] += 1
 
 
+def test_a_mamba_2_layer_replays_by_our_step_of_vllm_s_triton_backend(registered, monkeypatch):
+    config = start(registered, "triton", use_replayssm=True)
+    state, length = states(4, HEADS, DIM, DSTATE), 4
+    caches = (
+        torch.zeros(4, HEADS, length, DIM).bfloat16(), torch.zeros(4, HEADS, length),
+        torch.zeros(4, GROUPS, length, DSTATE).bfloat16(),
+    )  # fmt: skip
+    layer = layer_of(registered, config, monkeypatch, state, *caches, replay=True)
+    before, slots = state.clone(), torch.tensor([[3], [1]], dtype=torch.int32)
+    exact = {slot: wide(before[slot]) for slot in (3, 1)}
+    for number in range(4):
+        flush, projected = number == 3, rows_of(2, seed=number)
+        position, flushes = torch.full((2,), number, dtype=torch.int32), torch.full((2,), flush).to(torch.int8)
+        with kernel_backends.kernel() as session:
+            out = decode(
+                registered, layer, monkeypatch, projected, slots, write_pos_d=position, is_flush_d=flushes,
+                bc_pre_scratch=torch.zeros(2, GROUPS, length),
+            )  # fmt: skip
+        assert len(session.launches) == 1
+        for row, slot in enumerate((3, 1)):
+            exact[slot], want = expected(layer, exact[slot], projected[row])
+            assert close(out[row], want), f"token {number} of slot {slot}"
+        if not flush:
+            same_bits(state, before, "nothing is flushed")
+    assert all(close(state[slot], exact[slot]) for slot in exact)
+
+
 def test_a_gated_delta_layer_decodes_by_our_kernel(registered, monkeypatch):
     gdn = registered.gdn
     layer = gdn.QwenGatedDeltaNetAttention.__new__(gdn.QwenGatedDeltaNetAttention)

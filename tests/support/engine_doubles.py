@@ -112,6 +112,10 @@ def vllm(monkeypatch) -> Engine:
     ):
         functions[name] = of("vllm", f"{VLLM_FLA}.{module}", name, own(name, ("out", "state")))
         add(monkeypatch, f"{VLLM_FLA}.{module}", **{name: functions[name]})
+    name = "selective_state_update_replayssm_output_only"
+    module = VLLM_DISPATCH.replace("ssu_dispatch", name)
+    functions[name] = of("vllm", module, name, own(name, "out"))
+    add(monkeypatch, module, **{name: functions[name]})
     layer = add(monkeypatch, "vllm.layer", initialize_mamba_ssu_backend=initialize, **functions)
     return Engine(dispatch, own, layer)
 
