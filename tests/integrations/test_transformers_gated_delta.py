@@ -168,6 +168,18 @@ def test_beams_whose_states_move(calls):
     assert len(calls) == 2 + NEW - 1
 
 
+@pytest.mark.wide
+def test_a_compiled_layer():
+    """One graph, which updates the states of the cache as well."""
+    model, token = build("qwen3_next"), torch.randn(2, 1, 64).bfloat16()
+    layer = model.model.layers[0].linear_attn
+    with integration.patch(), torch.no_grad():
+        caches = [model(PROMPT, use_cache=True).past_key_values for _ in range(2)]
+        want = layer(token, cache=caches[0])
+        equal(torch.compile(layer, backend="eager", fullgraph=True)(token, cache=caches[1]), want)
+    equal(*(cache.layers[0].recurrent_states[0] for cache in caches))
+
+
 def test_prefill_stays_with_fla_where_it_is_installed(calls, monkeypatch):
     monkeypatch.setattr(integration, "find_spec", lambda name: object())
     model = build("qwen3_next")
