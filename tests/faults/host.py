@@ -134,8 +134,8 @@ FAULTS = [
     Fault(
         "states of flash-linear-attention are not transposed",
         "cute_ssm/compat/fla.py",
-        "like = pool if state_v_first else pool.mT\n",
-        "like = pool\n",
+        "pool[..., :V, :K] if state_v_first else pool[..., :V, :K].mT\n",
+        "pool[..., :V, :K]\n",
         ("tests/ops/gated_delta_rule_mtp/test_gated_delta_rule_mtp_compat.py::test_fla",),
     ),
     Fault(
