@@ -33,17 +33,23 @@ class Frames:
 
     Chains end at the file ``caller``, which compiles.  ``context`` says whether an operation is being made, and
     ``location`` makes a location of file, line and column.
+
+    Operations that follow each other are mostly made by the same frames, and the callers of a frame stand still while
+    it runs: ``held`` has the frames of the last operation, each with the chain of its callers.
     """
 
     def __init__(self, caller, is_framework, context, location):
         self.caller, self.is_framework, self.context, self.location = caller, is_framework, context, location
-        self.codes, self.chains = {}, {}
+        self.codes, self.chains, self.held = {}, {}, {}
 
     @contextlib.contextmanager
     def installed(self, op):
         """Give every operation that is made its location; ``op`` is the DSL's module of that."""
         with mock.patch.object(op, "_get_caller_frame_info", lambda: None), op.loc_transform(self.locate):
-            yield
+            try:
+                yield
+            finally:
+                self.held.clear()  # whose frames hold this object
 
     def code(self, frame):
         """(file, function, whether the function is part of the next one outwards), or None for the compiler's own."""
@@ -62,24 +68,32 @@ class Frames:
         """The location of an operation that is being made, unless it has one: that of the operation it is part of."""
         if loc is not None or not self.context():
             return loc
-        chain, line, first, frame = [], 0, None, sys._getframe(2)
-        while frame is not None and len(chain) < 2 * DEPTH:
+        inner, tail, frame, held = [], (), sys._getframe(2), self.held
+        while frame is not None:
             code = self.codes.get(frame.f_code, False)
             if code is False:
                 code = self.code(frame)
             if code is STOP:
                 break
             if code is not None:
-                line = line or frame.f_lineno
-                first = first or (code[0], line)
-                if not code[2]:
-                    chain += (code, line)
-                    line = 0
+                inner.append((frame, code))
+                if frame in held:
+                    tail = held[frame]
+                    break
             frame = frame.f_back
-        if first is None:
+        if not inner:
             return None
-        number = self.chains.setdefault(tuple(chain), len(self.chains) + 1)
-        return self.location(*first, number if number <= MOST else 0)
+        while held and next(reversed(held)) is not frame:  # of frames that have returned
+            held.popitem()
+        for frame, code in reversed(inner):
+            held[frame] = tail
+            line = frame.f_lineno
+            if not code[2]:
+                tail = (code, line, *tail[: 2 * (DEPTH - 1)])
+            elif tail:
+                tail = (tail[0], line, *tail[2:])
+        number = self.chains.setdefault(tail, len(self.chains) + 1)
+        return self.location(inner[0][1][0], line, number if number <= MOST else 0)
 
     def note(self, ptx):
         """The PTX text, followed by the chains that it refers to."""
