@@ -44,7 +44,6 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--arithmetic") != "exact":
         config.hook.pytest_deselected(items=[item for item in items if not kernel_backends.runs_a_kernel(item)])
         items[:] = [item for item in items if kernel_backends.runs_a_kernel(item)]
-        slices.halve(items)
     shim.mark(items)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a GPU")

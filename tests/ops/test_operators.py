@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 
@@ -59,8 +60,12 @@ def tracked() -> list[str]:
     return listed.stdout.split("\n")[:-1] if listed.returncode == 0 else []
 
 
-def code(text: str) -> str:
-    """Python without comments and docstrings, where operators may refer to each other."""
+@functools.cache
+def text_of(file: str) -> str:
+    """The text of a file; of Python without comments and docstrings, where operators may refer to each other."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    if not file.endswith(".py"):
+        return text
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
@@ -77,9 +82,6 @@ def test_an_operator_is_named_in_its_folder_and_where_readers_look(name):
     for file in files:
         if file.startswith((f"cute_ssm/ops/{name}/", *ALLOWED)) or not file.endswith((".py", ".toml", ".md", ".json")):
             continue
-        text = (ROOT / file).read_text(encoding="utf-8")
-        if file.endswith(".py"):
-            text = code(text)
-        if re.search(rf"(?<![\w.]){name}(?!\w)|cute_ssm\.ops\.{name}\b", text):
+        if re.search(rf"(?<![\w.]){name}(?!\w)|cute_ssm\.ops\.{name}\b", text_of(file)):
             elsewhere.append(file)
     assert not elsewhere, f"{name} is named outside of its folder"

@@ -31,16 +31,6 @@ def mark(items: Iterable[pytest.Item]) -> None:
                 seen |= values
 
 
-def halve(items: Iterable[pytest.Item]) -> None:
-    """Mark as `wide` every second case of each test that a plain run would take."""
-    kept: dict[str, int] = defaultdict(int)
-    for item in items:
-        if not any(item.get_closest_marker(name) for name in ("slow", "wide")):
-            kept[item.nodeid.partition("[")[0]] += 1
-            if kept[item.nodeid.partition("[")[0]] % 2 == 0:
-                item.add_marker("wide")
-
-
 def _values(item: pytest.Item, names: list[str]) -> Iterator[tuple[str, str]]:
     """(field, value) of a case, of the fields named."""
     for parameter, value in item.callspec.params.items():

@@ -102,5 +102,3 @@ def test_the_option_selects_what_depends_on_it(pytester):
     result = pytester.runpytest_inprocess("--arithmetic", "hardware", "-p", "no:cacheprovider")
     result.assert_outcomes(failed=3, passed=5, deselected=2)
     assert "pytest test_some.py::test_kernel --arithmetic hardware" in result.outlines
-    result = pytester.runpytest_inprocess("--arithmetic", "hardware", "-m", "not wide", "-p", "no:cacheprovider")
-    result.assert_outcomes(failed=3, passed=3, deselected=4)  # every second case is left to wider runs

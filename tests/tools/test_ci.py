@@ -41,18 +41,34 @@ def test_workflow_installs_and_tests_as_ci_run_does():
     local = (ROOT / ".ci" / "run").read_text()
     packages = re.search(r'pip install --quiet (\./tools.*)"\.\[test', local).group(1)
     assert f'python -m pip install {packages}".[test]"' in commands("tests")
-    assert commands("tests")[-1] == "pytest -n auto" and re.search(r"^pytest -n 2$", local, re.M)
-    assert commands("wide")[-1] == 'pytest -n auto -m "wide and not slow"'
-    assert re.search(r'^pytest -n 2 -m "wide and not slow"$', local, re.M)
+    both = re.search(r'^pytest -n 2 -m "not slow"', local, re.M)
+    assert commands("tests")[-1] == "pytest -n auto" and commands("wide")[-1] == 'pytest -n auto -m "wide and not slow"'
+    assert both and "-m 'not slow and not wide'" in (ROOT / "pyproject.toml").read_text(), "the former two are this one"
     assert "mypy" in commands("lint") and re.search(r"^mypy$", local, re.M)
     assert {"ruff check .", "ruff format --check ."} <= {*commands("lint")} & {*local.splitlines()}
     assert "mkdocs build --strict" in commands("docs") and "mkdocs build --strict" in local
 
 
 def test_workflow_runs_every_test_command_of_ci_run():
-    local = re.findall(r"^pytest.*$", (ROOT / ".ci" / "run").read_text(), re.M)
+    local = re.findall(r"^pytest[^#\n]*", (ROOT / ".ci" / "run").read_text(), re.M)
     always = [command for job, steps in JOBS.items() if "if" not in steps for command in commands(job)]
-    assert {command.replace("-n 2", "-n auto") for command in local} <= {*always}
+    halves = {"pytest -n auto", 'pytest -n auto -m "wide and not slow"'}
+    assert halves | {command.strip().replace("-n 2", "-n auto") for command in local} <= {
+        *always,
+        'pytest -n auto -m "not slow"',
+    }
+
+
+def test_packages_are_built_and_checked_as_for_a_release():
+    local, release = ((ROOT / name).read_text() for name in (".ci/run", "docs/release.md"))
+    sources = r"for \w+ in (\. tools/ptxsim [\w /]+); do\s+python -m build"
+    folders = {re.search(sources, text).group(1) for text in (local, release, "\n".join(commands("packages")))}
+    assert len(folders) == 1 and "twine check --strict" in local
+    assert {f"{path.parent.relative_to(ROOT)}" for path in ROOT.glob("tools/*/pyproject.toml")} | {"."} == {
+        *folders.pop().split()
+    }
+    extras = {re.match("[a-z-]+", text).group() for text in PROJECT["optional-dependencies"]["dev"]}
+    assert {"build", "twine"} <= extras
 
 
 def test_all_tests_of_kernels_run_under_hardware_arithmetic_nightly():

@@ -61,15 +61,18 @@ def resources(spec, work, arch):
 
 @pytest.mark.thin(48, "arch")
 @pytest.mark.parametrize(
-    ("name", "work"),
+    ("name", "work", "arch"),
     [
-        pytest.param(name, work, marks=() if name == "base" or work in WORK[2:] else pytest.mark.slow)
-        for name in SPECS
-        for work in WORK
+        pytest.param(
+            *(name, WORK[w], arch),
+            marks=() if name == "base" or w == 2 + (i + a) % 2 else pytest.mark.slow,  # the last two by turns
+        )
+        for i, name in enumerate(SPECS)
+        for w in range(len(WORK))
+        for a, arch in enumerate(("sm_90a", "sm_100a"))
     ],
     ids=str,
 )
-@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 def test_no_spills_and_the_resident_ctas_fit(name, arch, work):
     config, kernels = resources(SPECS[name], work, arch)
     for kernel in kernels:

@@ -280,7 +280,7 @@ def test_random_configuration_of_the_reference(seed):
 
 
 @pytest.mark.thin(20)
-@pytest.mark.parametrize("seed", [pytest.param(s, marks=() if s < 40 else pytest.mark.slow) for s in range(300)])
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=() if s < 20 else pytest.mark.slow) for s in range(300)])
 def test_random_configuration_of_the_kernel(seed, backend):
     case = sample(random.Random(seed))
     with backend(shuffle_sync=False):
