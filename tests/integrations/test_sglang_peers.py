@@ -18,15 +18,13 @@ from bits import same_bits
 from gated_loop import packed, pool, rows, step
 from step_oracle import at_row, close, states, token, tokens, wide
 
-from cute_ssm.integrations import sglang
-
 pytestmark = pytest.mark.peers
 LINEAR = "sglang.srt.layers.attention.linear"
 
 
 @pytest.fixture(scope="module")
-def modules():
-    """What `load_plugins` does with the entry point, before the arguments of the server are parsed."""
+def modules(tmp_path_factory):
+    """SGLang, after it has loaded the plugin by its entry point."""
     if not engines.available("sglang"):
         pytest.skip("SGLang is not on the path")
     names = {
@@ -36,8 +34,10 @@ def modules():
     }  # fmt: skip
     with engines.stand_ins():
         found = types.SimpleNamespace(**{key: importlib.import_module(name) for key, name in names.items()})
-        assert sglang.register(strict=True) == ("ssu", "gdn")
-        found.hooks.HookRegistry.apply_hooks()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(engines.installed(tmp_path_factory.mktemp("installed")))
+            patch.setenv("CUTE_SSM_STRICT", "1")
+            importlib.import_module("sglang.srt.plugins").load_plugins()
     return found
 
 

@@ -60,6 +60,7 @@ def start(modules, backend, **options):
     spec = modules.cache.MambaSpec(block_size=16, shapes=((1,),), dtypes=(torch.float32,))
     groups = types.SimpleNamespace(kv_cache_groups=[types.SimpleNamespace(kv_cache_spec=spec)])
     config = modules.config.MambaConfig(backend=backend)
+    modules.dispatch._mamba_ssu_backend = None  # as in a new process
     modules.dispatch.initialize_mamba_ssu_backend(config, groups, **options)
     return config
 
@@ -265,6 +266,15 @@ def test_a_speculative_step_of_a_gated_delta_layer_runs_by_our_kernel(registered
             assert close(out[0, 2 * i + t], want) and close(state[slots[i, t]], h)
 
 
-def test_a_layer_without_the_integration_has_vllm_s_own_backend(modules):
+def test_vllm_loads_the_plugin_which_does_nothing_until_the_variable_asks(modules, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(engines.installed(tmp_path))
+    plugins = importlib.import_module("vllm.plugins")
+    for value, name in (("", "triton"), ("ssu", "cute_ssm, else triton")):
+        monkeypatch.setenv("CUTE_SSM_VLLM", value)
+        monkeypatch.setattr(plugins, "plugins_loaded", False)
+        plugins.load_general_plugins()
+        start(modules, "triton")
+        assert modules.dispatch.get_mamba_ssu_backend().name == name
+    vllm.unregister()
     start(modules, "triton")
     assert modules.dispatch.get_mamba_ssu_backend().name == "triton"

@@ -9,9 +9,11 @@ import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import re
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 
 # What the engines import at the top of modules, and the tested paths do not use.
 ABSENT = {
@@ -76,6 +78,17 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def available(package: str) -> bool:
     """Whether an engine's sources are on the path."""
     return importlib.util.find_spec(package) is not None
+
+
+def installed(folder: Path) -> str:
+    """Write what an installed package has of the project's entry points; return the folder, for ``sys.path``."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    groups = re.findall(r'^\[project\.entry-points\."(.*)"\]\ncute_ssm = "(.*)"$', text, re.M)
+    info = folder / "cute_ssm_plugins-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: cute-ssm-plugins\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("".join(f"[{group}]\ncute_ssm = {value}\n" for group, value in groups))
+    return str(folder)
 
 
 @contextlib.contextmanager
