@@ -22,7 +22,8 @@ ALLOWED = (
     "examples/", "cute_ssm/compat/", "cute_ssm/serving/", "cute_ssm/integrations/", "cute_ssm/demo/", "tests/",
     "tools/bench/peers.py", "tools/bench/triton_peers.py", "tools/bench/results/", "tools/digests/",
     "cute_ssm/tuning/tables.json", "mkdocs.yml", "tools/ptxsim/README.md",
-    "tools/gpumodel/", "tools/bench/host.py", "cute_ssm/__main__.py", "cute_ssm/tuner/cli.py",
+    "tools/gpumodel/", "tools/bench/host.py", "tools/make_traces.py", "tools/trace_references.py",
+    "tools/peer_suites/", "cute_ssm/__main__.py", "cute_ssm/tuner/cli.py",
 )  # fmt: skip
 
 

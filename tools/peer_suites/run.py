@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         why = missing(suite)
         if why:
             parser.error(why)
-        for backend in [options.backend] if options.backend else BACKENDS:
+        for backend in [options.backend] if options.backend else suite.backends:
             row = run(suite, backend, options.arch, options.seconds)
             print(f"{suite.name} {backend}: {row['outcomes']}", flush=True)
             failed |= bool(row["failures"])

@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -75,6 +75,37 @@ def fla(folder: Path, arch: Arch) -> None:
     module(f"{package}.wy_fast", prepare_wy_repr_bwd=None, recompute_w_u_fwd=None)  # of tests that are not run
     module(package, chunk_gated_delta_rule=None, fused_recurrent_gated_delta_rule=ours.fused_recurrent_gated_delta_rule)
     importlib.import_module("fla.utils").device = "cpu"
+
+
+def vllm(folder: Path, arch: Arch) -> None:
+    """``vllm``: its oracles are next to the tests; the schemas of its own operators are not checked."""
+    from cute_ssm.compat import vllm as ours
+
+    def yes(*_: Any) -> bool:
+        return True
+
+    def no(*_: Any) -> bool:
+        return False
+
+    def is_family(number: int) -> bool:
+        return int(arch.name[3:-2]) * 10 == number
+
+    platform = SimpleNamespace(
+        device_type="cpu", is_cuda=yes, is_cuda_alike=yes, is_cpu=no, is_rocm=no, is_xpu=no,
+        is_device_capability_family=is_family,
+    )  # fmt: skip
+    bare(folder, "tests", "tests.kernels", "tests.kernels.mamba")
+    module("tests.kernels.utils", opcheck=lambda *_, **__: None)
+    torch.ops._C = SimpleNamespace(selective_scan_fwd=None)  # type: ignore[assignment]
+    module("vllm._custom_ops")
+    module("vllm.platforms", current_platform=platform)
+    module("vllm.utils.torch_utils", set_random_seed=torch.manual_seed)
+    module("vllm.v1.attention.backends.utils", NULL_BLOCK_ID=ours.NULL_BLOCK_ID)
+    package = "vllm.model_executor.layers.mamba.ops"
+    name = "selective_state_update_replayssm_output_only"
+    module(f"{package}.{name}", **{name: getattr(ours, name)})
+    module(package).mamba_ssm = ours  # type: ignore[attr-defined]
+    sys.modules[f"{package}.mamba_ssm"] = ours
 
 
 class OnTheCpu(TorchFunctionMode):

@@ -83,6 +83,8 @@ class Suite:
         By backend: of each test, the first case and every n-th are run.
     needs : tuple of str
         Packages that must be installed.
+    backends : tuple of str
+        How it is run: tests of the host by the reference alone.
     no_grad : bool
         Inputs require grad although nothing is differentiated: cases run in ``torch.no_grad()``.
     """
@@ -94,6 +96,7 @@ class Suite:
     rules: tuple[Rule, ...] = ()
     every: Mapping[str, int] = field(default_factory=dict)
     needs: tuple[str, ...] = ("triton", "einops")
+    backends: tuple[str, ...] = BACKENDS
     no_grad: bool = False
 
 
@@ -121,6 +124,14 @@ PEERS = {
         folders=("mamba_ssm", "tests/ops"),
         repository="https://github.com/state-spaces/mamba",
         commit="v2.3.2.post1",
+    ),
+    "vllm": Peer(
+        package="vllm",
+        version="0.33.0",
+        tests="repository and source distribution",
+        folders=("tests/kernels/mamba",),
+        repository="https://github.com/vllm-project/vllm",
+        commit="v0.33.0",
     ),
 }
 
@@ -157,6 +168,26 @@ SUITES = {
         Suite(
             "mamba_ssm-state-update", "mamba_ssm", "tests/ops/triton/test_selective_state_update.py",
             stand_ins.mamba_ssm, every={REFERENCE: 12, KERNEL: 24},
+        ),
+        Suite(
+            "vllm-mamba-ssm", "vllm", "tests/kernels/mamba/test_mamba_ssm.py", stand_ins.vllm,
+            rules=(
+                Rule(
+                    r"_with_heads_with_batch_indices\[4096-64-4-True-True-itype1\]",
+                    "with the CPU's random numbers, the suite's oracle, which rounds the state to bfloat16 before the "
+                    "output, errs by more than the tolerance",
+                    "AssertionError",
+                ),
+            ),
+            every={KERNEL: 12}, needs=("einops",),
+        ),
+        Suite(
+            "vllm-tuned-configs", "vllm", "tests/kernels/mamba/test_mamba_ssm_configs.py", stand_ins.vllm, needs=(),
+            backends=(REFERENCE,),
+        ),
+        Suite(
+            "vllm-replayssm", "vllm", "tests/kernels/mamba/test_replayssm_standard_decode_mamba2.py", stand_ins.vllm,
+            every={KERNEL: 6}, needs=("einops",),
         ),
     )
 }  # fmt: skip
