@@ -138,8 +138,7 @@ def test_fla_gates_in_the_call_and_states_with_values_first(kind):
     raw, logits = torch.randn(batch, tokens, value_heads), torch.randn(batch, tokens, value_heads)
     A_log, dt_bias = torch.rand(value_heads), torch.randn(value_heads)
     state = torch.randn(batch, value_heads, V, K)
-    near = torch.bfloat16 if kind is torch.float32 else kind
-    rounded = [x.to(near) for x in (q, k, v)]
+    rounded = [x.half() for x in (q, k, v)]
     g = -A_log.exp() * torch.nn.functional.softplus(raw + dt_bias)
     want, final = recurrence(*rounded, g, 2 * logits.sigmoid(), K**-0.5, state.mT, False)
     out, got = fused_recurrent_gated_delta_rule(
@@ -147,14 +146,41 @@ def test_fla_gates_in_the_call_and_states_with_values_first(kind):
         dt_bias=dt_bias, use_beta_sigmoid_in_kernel=True, allow_neg_eigval=True, state_v_first=True,
     )  # fmt: skip
     assert out.dtype is kind and got.shape == state.shape
-    assert (out - want).abs().max() < (2**-10 if kind is torch.float16 else 1e-5) * want.abs().max()
+    assert (out - want).abs().max() < 2**-10 * want.abs().max()
     assert (got.mT - final).abs().max() < 1e-5 * final.abs().max()
     plain, _ = fused_recurrent_gated_delta_rule(q, k, v, raw, beta=logits, allow_neg_eigval=True)
     same, _ = fused_recurrent_gated_delta_rule(q, k, v, raw, beta=logits)
     equal(plain, same, "allow_neg_eigval acts on the sigmoid alone")
-    old, _ = fused_recurrent_gated_delta_rule(q, k, v, initial_state=state, transpose_state_layout=True)
+    with pytest.warns(DeprecationWarning, match="transpose_state_layout is called state_v_first"):
+        old, _ = fused_recurrent_gated_delta_rule(q, k, v, initial_state=state, transpose_state_layout=True)
     new, _ = fused_recurrent_gated_delta_rule(q, k, v, initial_state=state, state_v_first=True)
     equal(old, new)
+    with pytest.raises(ValueError, match="transpose_state_layout: expected not both names"):
+        fused_recurrent_gated_delta_rule(q, k, v, state_v_first=True, transpose_state_layout=True)
+
+
+@both
+def test_fla_sizes_that_are_no_multiples_of_sixteen(backend):
+    torch.manual_seed(4)
+    batch, tokens, K, V = 2, 3, 20, 36
+    q, k, v = (torch.randn(batch, tokens, 1, size) for size in (K, K, V))
+    g, beta = -torch.rand(batch, tokens, 1), torch.rand(batch, tokens, 1)
+    state = torch.randn(batch, 1, K, V)
+    want, last = recurrence(q.half(), k.half(), v.half(), g, beta, K**-0.5, state, True)
+    with backend(checks=False):
+        out, final = fused_recurrent_gated_delta_rule(
+            q, k, v, g, beta=beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
+        )
+    assert out.shape == v.shape and final.shape == state.shape and out.dtype is torch.float32
+    assert (out - want).abs().max() < 2**-10 * want.abs().max()
+    assert (final - last).abs().max() < 1e-5 * last.abs().max()
+
+
+def test_fla_values_beyond_float16_are_refused():
+    q = torch.zeros(1, 1, 1, 16)
+    for name in ("q", "k", "v"):
+        with pytest.raises(ValueError, match=f"{name}: expected values up to 65504, got 70000"):
+            fused_recurrent_gated_delta_rule(**{n: q + 7e4 if n == name else q for n in ("q", "k", "v")})
 
 
 @both
