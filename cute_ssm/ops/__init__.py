@@ -24,6 +24,7 @@ OPERATORS = (
     "commit",
     "build_work_items",
     "materialize",
+    "materialize_layers",
     "materialize_gated_delta",
 )
 

@@ -10,6 +10,7 @@ from cute_ssm.ops.build_work_items.operator import build_work_items as build_wor
 from cute_ssm.ops.commit.operator import commit as commit
 from cute_ssm.ops.materialize.operator import materialize as materialize
 from cute_ssm.ops.materialize_gated_delta.operator import materialize_gated_delta as materialize_gated_delta
+from cute_ssm.ops.materialize_layers.operator import materialize_layers as materialize_layers
 from cute_ssm.serving.pool import StatePool as StatePool
 
-__all__ = ["StatePool", "build_work_items", "commit", "materialize", "materialize_gated_delta"]
+__all__ = ["StatePool", "build_work_items", "commit", "materialize", "materialize_gated_delta", "materialize_layers"]

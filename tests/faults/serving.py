@@ -12,8 +12,31 @@ CURSORS = "tests/ops/commit/test_commit_and_build_work_items.py::test_emulated_s
 RANGE = "tests/ops/test_serving_out_of_range.py::"
 STATES = "tests/ops/materialize/test_materialize.py::"
 DECODES = "tests/ops/replay_decode/test_replay_decode.py::"
+LAYERS = "cute_ssm/ops/materialize_layers/kernel.py"
+ALL_STATES = "tests/ops/materialize_layers/test_materialize_layers.py::"
 
 FAULTS = [
+    Fault(
+        "strides of the first layer for all",
+        LAYERS,
+        "stride=(slot_strides[layer], *strides)",
+        "stride=(slot_strides[0], *strides)",
+        (ALL_STATES + "test_emulated",),
+    ),
+    Fault(
+        "a negative slot of a layer is written",
+        LAYERS,
+        "dst_slot != sizes.pad_slot_id and dst_slot >= 0",
+        "dst_slot != sizes.pad_slot_id",
+        (ALL_STATES + "test_what_is_out_of_range_is_left_alone_on_a_gpu",),
+    ),
+    Fault(
+        "one seed for all layers",
+        LAYERS,
+        "tables.rand_seed.iterator + layer",
+        "tables.rand_seed.iterator",
+        (ALL_STATES + "test_each_layer_has_the_bits_of_materialize",),
+    ),
     Fault(
         "one-token replay: columns beyond the last one count twice",
         DECODE,

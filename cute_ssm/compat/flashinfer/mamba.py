@@ -12,6 +12,7 @@ from cute_ssm.compat._padding import NOBODY, padding
 from cute_ssm.errors import describe
 from cute_ssm.ops.checkpointing_ssu.operator import checkpointing_ssu as _checkpointing
 from cute_ssm.ops.checkpointing_ssu.operator import checkpointing_ssu_ring as _checkpointing_ring
+from cute_ssm.ops.materialize_layers.operator import materialize_layers as _materialize_layers
 from cute_ssm.ops.selective_state_update.operator import selective_state_update as _update
 
 BACKENDS = ("auto", "flashinfer", "cake")
@@ -325,6 +326,110 @@ def allocate_checkpointing_ssu_scratch(
         scratch(tokens, of=torch.float32),
         scratch(32, window // 2, of=dtype),
     )
+
+
+def replayssm_materialize(
+    state_ptrs: Tensor,
+    state_slot_strides: Tensor,
+    x_cache_ptrs: Tensor,
+    x_cache_slot_strides: Tensor,
+    B_cache_ptrs: Tensor,
+    B_cache_slot_strides: Tensor,
+    dt_cache_ptrs: Tensor,
+    dt_cache_slot_strides: Tensor,
+    A_ptrs: Tensor,
+    state_scale_ptrs: Tensor,
+    state_scale_slot_strides: Tensor,
+    src_slots: Tensor,
+    dst_slots: Tensor,
+    ring_start: Tensor,
+    replay_prefix_len: Tensor,
+    active_request_indices: Tensor,
+    *,
+    state_dtype: torch.dtype,
+    input_dtype: torch.dtype,
+    matrixA_dtype: torch.dtype,
+    dim: int,
+    dstate: int,
+    num_heads: int,
+    heads_per_group: int,
+    max_window: int,
+    ring_buffer_len: int,
+    pad_slot_id: int = -1,
+    rand_seed: Tensor | None = None,
+    philox_rounds: int = 0,
+    dependency_inputs: list[Tensor] | None = None,
+    dependency_outputs: list[Tensor] | None = None,
+) -> None:
+    """Fold a prefix of each replay ring into a state, and store it in another slot, in all layers by one launch.
+
+    Parameters
+    ----------
+    state_ptrs, state_slot_strides, x_cache_ptrs, x_cache_slot_strides, B_cache_ptrs, B_cache_slot_strides, \
+    dt_cache_ptrs, dt_cache_slot_strides, A_ptrs, state_scale_ptrs, state_scale_slot_strides
+        As for `cute_ssm.serving.materialize_layers`.
+    src_slots, dst_slots, ring_start, replay_prefix_len, active_request_indices
+        As there.
+    state_dtype, input_dtype, matrixA_dtype, dim, dstate, num_heads, heads_per_group, max_window, ring_buffer_len
+        As there.
+    pad_slot_id
+        As there.
+    rand_seed : Tensor, one element of any shape, int64, with ``philox_rounds`` only
+        Round stochastically.  Each layer has a seed of its own, derived from this one as in FlashInfer.
+    philox_rounds : int
+        0: round to nearest even, and ignore ``rand_seed``.
+    dependency_inputs, dependency_outputs : list of Tensor, optional
+        Accepted for compatibility: a call breaks a graph of ``torch.compile``, which keeps the order.
+
+    Raises
+    ------
+    ValueError, TypeError, UnsupportedSpecError, UnsupportedArchError
+        As for `cute_ssm.serving.materialize_layers`.
+
+    Notes
+    -----
+    Differences from FlashInfer:
+
+    * float16 inputs, windows of up to 64 tokens, and 8-bit states of all sizes are accepted, and so are a source and a
+      destination that are the same slot.
+    * Requests with a negative slot, or with a row or a number of tokens out of range, are skipped on a GPU, and errors
+      on the CPU.
+    * States of all dtypes but float32 may be rounded stochastically.  Which random bits an element takes is that of
+      `cute_ssm.reference.rounding`.
+    """
+    for name, tensors in (("dependency_inputs", dependency_inputs), ("dependency_outputs", dependency_outputs)):
+        for tensor in tensors or ():
+            checked_tensor(name, tensor)
+    seeds = None
+    if philox_rounds and state_dtype is not torch.float32:
+        seed = checked_tensor("rand_seed", rand_seed)
+        if seed.numel() != 1 or seed.dtype is not torch.int64:
+            raise ValueError(describe("rand_seed", "one element of int64", f"{tuple(seed.shape)}, {seed.dtype}"))
+        seeds = _layer_seeds(seed.reshape(1), checked_tensor("src_slots", src_slots).shape[0])
+    _materialize_layers(
+        state_ptrs, state_slot_strides, x_cache_ptrs, x_cache_slot_strides, B_cache_ptrs, B_cache_slot_strides,
+        dt_cache_ptrs, dt_cache_slot_strides, A_ptrs, state_scale_ptrs, state_scale_slot_strides, src_slots, dst_slots,
+        ring_start, replay_prefix_len, active_request_indices, state_dtype=state_dtype, input_dtype=input_dtype,
+        matrixA_dtype=matrixA_dtype, dim=dim, dstate=dstate, num_heads=num_heads, heads_per_group=heads_per_group,
+        max_window=max_window, ring_buffer_len=ring_buffer_len, pad_slot_id=pad_slot_id, rand_seed=seeds,
+        philox_rounds=0 if seeds is None else philox_rounds,
+    )  # fmt: skip
+
+
+def _layer_seeds(seed: Tensor, layers: int) -> Tensor:
+    """Return FlashInfer's seeds of layers: SplitMix64 of the seed and the layer, in 64-bit integers that wrap."""
+
+    def wrapped(value: int) -> int:
+        return value - (1 << 64) if value >> 63 else value
+
+    def mixed(z: Tensor, shift: int) -> Tensor:
+        return z ^ (z >> shift & (1 << 64 - shift) - 1)  # a logical shift
+
+    place = torch.arange(1, layers + 1, device=seed.device)
+    z = seed ^ (place * wrapped(0x9E3779B97F4A7C15))
+    z = mixed(z, 30) * wrapped(0xBF58476D1CE4E5B9)
+    z = mixed(z, 27) * wrapped(0x94D049BB133111EB)
+    return mixed(z, 31)
 
 
 def _seed(state: Any, rand_seed: Any) -> Any:
