@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--suite", choices=sorted(SUITES), required=True)
     parser.addoption("--backend", required=True)
     parser.addoption("--arch", required=True)
-    parser.addoption("--seconds", type=int, required=True, help="time of a case")
+    parser.addoption("--seconds", type=int, required=True, help="processor time of a case")
     parser.addoption("--report", type=Path, required=True)
 
 
@@ -105,13 +105,13 @@ class Run:
         def stop(*_: Any) -> None:
             raise TookTooLong
 
-        before = signal.signal(signal.SIGALRM, stop)
-        signal.alarm(self.seconds)
+        before = signal.signal(signal.SIGPROF, stop)
+        signal.setitimer(signal.ITIMER_PROF, self.seconds)
         try:
             yield
         finally:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, before)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, before)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:

@@ -37,7 +37,7 @@ from peer_suites.suites import BACKENDS, KERNEL, PEERS, SUITES, Peer, Suite  # n
 RESULTS = outputs.RESULTS / "peer_suites.json"
 PAGE = ROOT / "docs" / "peers.md"
 ARCH = "sm_90a"
-SECONDS, GIB = 120, 12  # of a case; of a process
+SECONDS, GIB = 60, 10  # of a case; of a process
 
 
 def missing(suite: Suite) -> str | None:
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--clone", action="append", default=[], metavar="PEER=FOLDER", help="a clone to fetch from")
     parser.add_argument("--backend", choices=BACKENDS)
     parser.add_argument("--arch", default=ARCH)
-    parser.add_argument("--seconds", type=int, default=SECONDS, help="time of a case")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="processor time of a case")
     parser.add_argument("--out", type=Path, help="results; rows of other suites stay as in the file")
     parser.add_argument("--docs", action="store_true", help="rewrite the table of docs/peers.md")
     options = parser.parse_args(argv)

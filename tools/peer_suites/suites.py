@@ -140,23 +140,34 @@ SUITES = {
     for suite in (
         Suite(
             "flashinfer-ssu-stp", "flashinfer", "tests/mamba/test_selective_state_update_stp.py", stand_ins.flashinfer,
-            every={REFERENCE: 4, KERNEL: 12},
+            every={REFERENCE: 16, KERNEL: 64},
         ),
         Suite(
             "flashinfer-ssu-mtp", "flashinfer", "tests/mamba/test_selective_state_update_mtp.py", stand_ins.flashinfer,
-            every={REFERENCE: 12, KERNEL: 40},
+            every={REFERENCE: 64, KERNEL: 200},
         ),
         Suite(
             "flashinfer-ssu-varlen", "flashinfer", "tests/mamba/test_selective_state_update_varlen.py",
-            stand_ins.flashinfer, every={REFERENCE: 2, KERNEL: 6},
+            stand_ins.flashinfer, every={REFERENCE: 4, KERNEL: 8},
         ),
         Suite(
             "flashinfer-checkpointing-ssu", "flashinfer", "tests/mamba/test_checkpointing_ssu.py",
-            stand_ins.flashinfer, every={REFERENCE: 6, KERNEL: 24},
+            stand_ins.flashinfer, every={REFERENCE: 24, KERNEL: 200},
         ),
         Suite(
             "flashinfer-gdn-decode", "flashinfer", "tests/gdn/test_decode_delta_rule.py", stand_ins.flashinfer,
-            every={REFERENCE: 12, KERNEL: 24},
+            rules=(
+                Rule("test_verify_kernel_mtp_reuses_compile|compile_cache", "FlashInfer's own cache of kernels"),
+                Rule(
+                    "test_decode_kernel_bf16_padding_indices", "padding updates slot 0 there, and no slot here",
+                    error="Slot 0 .null buffer. should have been updated",
+                ),
+                Rule(
+                    "fp16_inputs_are_converted", "float16 is rounded to bfloat16 there, and not here",
+                    error="Tensor-likes are not equal",
+                ),
+            ),
+            every={REFERENCE: 24, KERNEL: 100},
         ),
         Suite(
             "fla-gated-delta-rule", "fla", "tests/ops/test_gdn.py", stand_ins.fla,
@@ -167,7 +178,7 @@ SUITES = {
         ),
         Suite(
             "mamba_ssm-state-update", "mamba_ssm", "tests/ops/triton/test_selective_state_update.py",
-            stand_ins.mamba_ssm, every={REFERENCE: 12, KERNEL: 24},
+            stand_ins.mamba_ssm, every={REFERENCE: 12, KERNEL: 60},
         ),
         Suite(
             "vllm-mamba-ssm", "vllm", "tests/kernels/mamba/test_mamba_ssm.py", stand_ins.vllm,
