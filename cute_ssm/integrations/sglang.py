@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,6 @@ from cute_ssm.integrations._engines import Call, EngineError, Hook
 NAME = "cute_ssm"  # of the backends, in SGLang's options
 DISPATCH = "sglang.kernels.ops.mamba.triton_ops.ssu_dispatch"
 LINEAR = "sglang.srt.layers.attention.linear"
-ARGUMENTS = "sglang.srt.server_args"
 STEP = (
     "state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, state_batch_indices=None, pad_slot_id=-1, "
     "out=None, disable_state_update=False, intermediate_states_buffer=None, cache_steps=None, "
@@ -36,8 +36,8 @@ SSU_HOOKS = (
     Hook(DISPATCH, "selective_state_update", STEP),
     Hook(DISPATCH, "MambaSSUBackend.__call__", f"self, {STEP}"),
     Hook(DISPATCH, "TritonSSUBackend.__init__", BACKEND_INIT),
-    Hook(ARGUMENTS, "ServerArgs.add_cli_args", "parser"),
 )
+CLI_HOOKS = (Hook("sglang.srt.server_args", "ServerArgs.add_cli_args", "parser"),)
 LINEAR_HOOKS = (Hook(f"{LINEAR}.utils", "resolve_linear_attn_backends", "prefill_default=None"),)
 GDN_HOOKS = (
     Hook(
@@ -86,8 +86,8 @@ def register(*, strict: bool = False) -> tuple[str, ...]:
     -------
     tuple of str
         ``"ssu"`` and ``"gdn"``, if they are registered.  Others are not, because the installed SGLang has other
-        functions or parameters than 0.5.23: a warning says which, nothing of SGLang has been changed, and its parser
-        refuses the option.
+        functions or parameters than 0.5.23: a warning says which, nothing of SGLang has been changed, and it does not
+        start with the option.
     """
     parts = {"ssu": _register_ssu, "gdn": _register_gdn}
     return tuple(
@@ -98,14 +98,18 @@ def register(*, strict: bool = False) -> tuple[str, ...]:
 
 
 def _register_ssu(strict: bool) -> str:
-    dispatch: Any = _engines.find_all("sglang", SSU_HOOKS)[0].module
-    registry = getattr(dispatch, "_BACKEND_REGISTRY", None)
-    if not isinstance(registry, dict) or "triton" not in registry:
-        raise EngineError(describe(f"{DISPATCH}._BACKEND_REGISTRY", "a dict with triton", type(registry).__name__))
+    """Add the name to the choices, and the backend in processes that have the dispatch: its import initialises CUDA."""
+    _engines.find_all("sglang", CLI_HOOKS)
     hooks = _hooks()
-    if NAME not in registry:
-        hooks.HookRegistry.register(f"{ARGUMENTS}.ServerArgs.add_cli_args", _add_choice, hooks.HookType.AFTER)
-        registry[NAME] = _backend(dispatch.MambaSSUBackend, registry["triton"], strict)
+    if DISPATCH in sys.modules:
+        dispatch: Any = _engines.find_all("sglang", SSU_HOOKS)[0].module
+        registry = getattr(dispatch, "_BACKEND_REGISTRY", None)
+        if not isinstance(registry, dict) or "triton" not in registry:
+            raise EngineError(describe(f"{DISPATCH}._BACKEND_REGISTRY", "a dict with triton", type(registry).__name__))
+        registry.setdefault(NAME, _backend(dispatch.MambaSSUBackend, registry["triton"], strict))
+    if not getattr(hooks.HookRegistry, "cute_ssm", False):
+        hooks.HookRegistry.cute_ssm = True
+        hooks.HookRegistry.register(f"{CLI_HOOKS[0].module}.{CLI_HOOKS[0].name}", _add_choice, hooks.HookType.AFTER)
     return "SGLang has --mamba-backend cute_ssm"
 
 

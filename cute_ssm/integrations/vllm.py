@@ -33,8 +33,9 @@ SSU_HOOKS = (
     Hook(DISPATCH, "MambaSSUBackend.__init__", "self, mamba_config"),
     Hook(DISPATCH, "MambaSSUBackend.__call__", f"self, {STEP}"),
 )
+START = Hook(DISPATCH, "initialize_mamba_ssu_backend", "mamba_config, kv_cache_config, *, use_replayssm=False")
 REPLAY_HOOKS = (
-    Hook(DISPATCH, "initialize_mamba_ssu_backend", "mamba_config, kv_cache_config, *, use_replayssm=False"),
+    START,
     Hook(
         DISPATCH,
         "selective_state_update_replayssm_flashinfer",
@@ -103,7 +104,8 @@ def register(*parts: str, strict: bool = False) -> tuple[str, ...]:
     -------
     tuple of str
         The parts that are registered.  Others are not, because the installed vLLM has other functions or parameters
-        than 0.33: a warning says which, and nothing of that part has been changed.
+        than 0.33: a warning says which, and nothing of that part has been changed.  The functions of ``"gdn"`` are
+        replaced, and compared first, when a worker starts.
 
     Raises
     ------
@@ -197,9 +199,7 @@ def _install_replay(strict: bool, undo: list[Callable[[], object]]) -> str:
         raise EngineError(describe(f"{DISPATCH}._flashinfer_replayssm_kernel", "to be there", "no such variable"))
     ours = _engines.parameters(flashinfer.checkpointing_ssu)
 
-    @functools.wraps(original)
-    def initialize(*args: Any, **kwargs: Any) -> None:
-        original(*args, **kwargs)
+    def use_ring() -> None:
         kernel = dispatch._flashinfer_replayssm_kernel
         if kernel is None:
             return
@@ -213,13 +213,27 @@ def _install_replay(strict: bool, undo: list[Callable[[], object]]) -> str:
             kernel, flashinfer.checkpointing_ssu, Call("FlashInfer's checkpointing_ssu in vLLM", strict)
         )
 
-    _rebind(original, initialize, undo)
+    _after(original, use_ring, undo)
     step = compat.selective_state_update_replayssm_output_only
     _rebind(output_only, _either(output_only, step, Call(f"vLLM's {OUTPUT_ONLY}", strict)), undo)
     return "vLLM's ReplaySSM runs by cute_ssm"
 
 
 def _install_gdn(strict: bool, undo: list[Callable[[], object]]) -> str:
+    """Replace the functions when a worker starts: importing their modules initialises CUDA, too early for a plugin."""
+    start = _engines.find("vllm", START).value
+    installed = False
+
+    def install() -> None:
+        nonlocal installed
+        if not installed:
+            installed = _engines.unless_other("vllm", "gdn", functools.partial(_replace_gdn, strict, undo))
+
+    _after(start, install, undo)
+    return "vLLM's gated delta layers will decode by cute_ssm"
+
+
+def _replace_gdn(strict: bool, undo: list[Callable[[], object]]) -> str:
     packed, gating = (hooked.value for hooked in _engines.find_all("vllm", GDN_HOOKS))
     call = functools.partial(Call, strict=strict)
 
@@ -235,6 +249,17 @@ def _install_gdn(strict: bool, undo: list[Callable[[], object]]) -> str:
     update = gated_delta.fused_sigmoid_gating_delta_rule_update
     _rebind(gating, _either(gating, update, call(f"vLLM's {gating.__name__}")), undo)
     return "vLLM's gated delta layers decode by cute_ssm"
+
+
+def _after(start: Callable[..., Any], then: Callable[[], None], undo: list[Callable[[], object]]) -> None:
+    """Run something after each time that a worker has chosen its SSU backend, which all do once they have a cache."""
+
+    @functools.wraps(start)
+    def initialize(*args: Any, **kwargs: Any) -> None:
+        start(*args, **kwargs)
+        then()
+
+    _rebind(start, initialize, undo)
 
 
 def _either(theirs: Callable[..., Any], ours: Callable[..., Any], call: Call) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 
 import engine_doubles
 import kernel_backends
@@ -45,6 +46,12 @@ def test_registration_adds_names_and_selects_nothing(engine):
     hook = hook_of(engine, "linear.utils.resolve_linear_attn_backends")
     assert hook(engine.layer.utils.resolve_linear_attn_backends()) is None
     assert engine.layer.GDNKernelDispatcher.__init__ is init, "no option selects the backend"
+
+
+def test_a_process_without_the_dispatch_does_not_import_it(engine, monkeypatch):
+    monkeypatch.delitem(sys.modules, engine_doubles.SGLANG_DISPATCH)
+    assert sglang.register() == ("ssu", "gdn")
+    assert "cute_ssm" not in engine.dispatch._BACKEND_REGISTRY and hook_of(engine, "ServerArgs.add_cli_args")
 
 
 def test_the_option_takes_the_name_and_refuses_others(engine):

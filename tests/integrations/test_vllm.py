@@ -111,8 +111,9 @@ def test_other_parameters_leave_the_engine_as_it_was(engine, monkeypatch, caplog
     packed_before = engine.layer.fused_recurrent_gated_delta_rule_packed_decode
     monkeypatch.setattr(engine.dispatch, "selective_state_update", lambda state, x, dt, fused_gate=None: None)
     monkeypatch.delattr(f"{engine_doubles.VLLM_FLA}.fused_sigmoid_gating.fused_sigmoid_gating_delta_rule_update")
-    assert vllm.register() == ("replay",)
+    assert vllm.register() == ("replay", "gdn")
     assert engine.dispatch._BACKEND_REGISTRY == before
+    start(engine)
     assert engine.layer.fused_recurrent_gated_delta_rule_packed_decode is packed_before
     first, second = (r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
     assert "cute_ssm is not used by vllm for ssu" in first and "fused_gate" in first
@@ -190,6 +191,9 @@ def test_replay_without_replayssm_or_with_another_flashinfer_is_left_alone(engin
 def test_gated_delta_layers_that_imported_the_functions_before_decode_by_the_operator(engine):
     original = engine.layer.fused_recurrent_gated_delta_rule_packed_decode
     assert vllm.register("gdn") == ("gdn",)
+    assert engine.layer.fused_recurrent_gated_delta_rule_packed_decode is original, "no module is imported for it yet"
+    for _ in range(2):  # a target and its draft
+        start(engine)
     call, state, slots = rows(3), pool(4), torch.tensor([3, 0, 1])
     before, out = state.clone(), torch.full((3, 1, 4, 32), float("nan"), dtype=torch.bfloat16)
     weights = {name: call[name] for name in ("a", "b", "A_log", "dt_bias")}

@@ -51,6 +51,7 @@ def registered(modules, monkeypatch):
     for module in (package, mamba, ring):
         monkeypatch.setitem(importlib.sys.modules, module.__name__, module)
     assert vllm.register(strict=True) == ("ssu", "replay", "gdn")
+    start(modules, "triton")  # replaces the functions of gated delta layers
     yield modules
     vllm.unregister()
 
