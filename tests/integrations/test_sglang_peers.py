@@ -1,7 +1,8 @@
 """SGLang's own modules with the integration: options, dispatch and kernels of layers, in the emulator, on CPU tensors.
 
 Run with ``-m peers`` where SGLang 0.5.23 is on the path.  Stand-ins: third-party packages that are absent
-(`engines.ABSENT`), and the options that a running server has resolved.
+(`engines.ABSENT`); convolutions of a layer, which are kernels of a GPU, by the identity, as are its projections and its
+norm; weights; and the options that a running server has resolved.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import types
 
 import engines
 import kernel_backends
+import numpy as np
 import pytest
 import torch
 from bits import same_bits
@@ -62,19 +64,82 @@ def started(modules):
     return modules
 
 
-def test_the_dispatch_of_a_mamba_2_layer_decodes_by_our_kernel(started):
-    call = tokens(rows=3, dtype=torch.bfloat16)
-    call["dt"] = call["dt"][..., 0].bfloat16()[..., None].expand_as(call["x"])  # as the layer expands them
-    call |= {"z": None, "D": call["D"].bfloat16(), "dt_bias": call["dt_bias"].bfloat16()}
-    state, slots = states(5), torch.tensor([4, -1, 2], dtype=torch.int32)
-    before, out = state.clone(), torch.full_like(call["x"], float("nan"))
-    with kernel_backends.kernel() as session, torch.inference_mode():
-        started.layer.selective_state_update(state, **call, state_batch_indices=slots, out=out)
+HEADS, DIM, GROUPS, DSTATE = 4, 64, 2, 64
+
+
+def forward(modules, monkeypatch, projected, slots, state, **verify):
+    """Run a `MambaMixer2` with random weights on projected rows: its outputs (tokens, heads, dim), and the layer."""
+    mixer = modules.layer
+    g = torch.Generator().manual_seed(3)
+    layer = mixer.MambaMixer2.__new__(mixer.MambaMixer2)
+    torch.nn.Module.__init__(layer)
+    vars(layer).update(
+        in_proj=lambda rows: (rows, None), out_proj=lambda rows: (rows, None), norm=lambda rows, gate: rows,
+        intermediate_size=HEADS * DIM, conv_dim=HEADS * DIM + 2 * GROUPS * DSTATE, num_heads=HEADS, head_dim=DIM,
+        n_groups=GROUPS, groups_ssm_state_size=GROUPS * DSTATE, ssm_state_size=DSTATE, tp_size=1, activation="silu",
+        conv1d=types.SimpleNamespace(weight=torch.zeros(8, 1, 4), bias=None),
+        A=-torch.exp(torch.rand(HEADS, generator=g)), D=torch.randn(HEADS, generator=g),
+        dt_bias=torch.randn(HEADS, generator=g).bfloat16(),
+    )  # fmt: skip
+    for name in ("causal_conv1d_update", "causal_conv1d_update_triton"):
+        monkeypatch.setattr(mixer, name, lambda rows, *args, **kwargs: rows, raising=False)
+    pool = importlib.import_module("sglang.srt.mem_cache.memory_pool").MambaPool
+    cache = object.__new__(pool.SpeculativeState if verify else pool.State)
+    held = {"conv": [torch.zeros(1, 8, 3)], "temporal": state, "intermediate_conv_window": [None]}
+    for name, value in (held | verify).items():
+        object.__setattr__(cache, name, value)
+    steps = len(projected) // len(slots)
+    metadata = types.SimpleNamespace(
+        mamba_cache_indices=slots, query_start_loc=torch.arange(len(slots) + 1), num_prefills=0, num_prefill_tokens=0,
+        num_decodes=len(slots), is_target_verify=bool(verify), draft_token_num=steps, retrieve_next_token=None,
+        retrieve_next_sibling=None, retrieve_parent_token=None, has_mamba_track_mask=False,
+    )  # fmt: skip
+    with torch.inference_mode():
+        result = layer.forward(
+            hidden_states=projected, layer_cache=cache, metadata=metadata, use_triton_causal_conv=bool(verify)
+        )
+    return result[0].unflatten(1, (HEADS, DIM)), layer
+
+
+def rows_of(count):
+    columns = 2 * HEADS * DIM + 2 * GROUPS * DSTATE + HEADS
+    return torch.randn(count, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+def expected(layer, h, row):
+    """One token of a projected row, in float64."""
+    _, x, B, C, dt = torch.split(row, [HEADS * DIM, HEADS * DIM, GROUPS * DSTATE, GROUPS * DSTATE, HEADS])
+    dt, D, bias = (np.repeat(wide(value)[:, None], DIM, 1) for value in (dt, layer.D, layer.dt_bias))
+    A = np.broadcast_to(wide(layer.A)[:, None, None], (HEADS, DIM, DSTATE))
+    B, C = (wide(value).reshape(GROUPS, DSTATE) for value in (B, C))
+    return token(h, wide(x).reshape(HEADS, DIM), dt, A, B, C, D, None, bias, True)
+
+
+def test_a_mamba_2_layer_decodes_by_our_kernel(started, monkeypatch):
+    state, slots = states(5, HEADS, DIM, DSTATE), torch.tensor([4, -1, 2], dtype=torch.int32)
+    before, projected = state.clone(), rows_of(3)
+    with kernel_backends.kernel() as session:
+        out, layer = forward(started, monkeypatch, projected, slots, state)
     assert len(session.launches) == 1
     for row, slot in ((0, 4), (2, 2)):
-        new, want = token(wide(before[slot]), **at_row(call, row))
+        new, want = expected(layer, wide(before[slot]), projected[row])
         assert close(out[row], want) and close(state[slot], new)
     assert not out[1].any(), "padding"
+
+
+def test_a_mamba_2_layer_verifies_drafts_by_our_kernel(started, monkeypatch):
+    state, slots = states(4, HEADS, DIM, DSTATE), torch.tensor([1, 3], dtype=torch.int32)
+    before, projected = state.clone(), rows_of(4)
+    buffer = torch.zeros(3, 2, HEADS, DIM, DSTATE)
+    with kernel_backends.kernel() as session:
+        out, layer = forward(started, monkeypatch, projected, slots, state, intermediate_ssm=buffer)
+    assert len(session.launches) == 1
+    same_bits(state, before, "the pool")
+    for i in range(2):
+        h = wide(before[slots[i]])
+        for t in range(2):
+            h, want = expected(layer, h, projected[2 * i + t])
+            assert close(out[2 * i + t], want) and close(buffer[i, t], h)
 
 
 def test_the_dispatch_of_a_mamba_1_layer_decodes_by_our_kernel(started):
