@@ -222,7 +222,21 @@ class TestStochasticRounding:
             ValueError,
             "state_batch_indices: .*one column",
         ),
-        ({"state_batch_indices": torch.tensor([1, 2, 9])}, ValueError, r"state_batch_indices: expected .* in \[0, 4\)"),
+        (
+            {"state_batch_indices": torch.tensor([1, 2, 9])},
+            ValueError,
+            r"state_batch_indices: expected indices in \[0, 4\) or null_block_id = 0, got 9",
+        ),
+        ({"null_block_id": 0.5}, TypeError, "null_block_id: expected an int"),
+        (
+            {
+                "cu_seqlens": torch.tensor([0, 3]),
+                "state_batch_indices": torch.tensor([[1, 2]]),
+                "num_accepted_tokens": torch.tensor([1]),
+            },
+            ValueError,
+            r"cu_seqlens: expected sequences of at most 2 tokens, got one of 3; give dst_state_batch_indices as many",
+        ),
         (
             {"dst_state_batch_indices": torch.tensor([1.0, 2, 3])},
             TypeError,

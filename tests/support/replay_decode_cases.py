@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import approximations
 import numpy as np
 import torch
 from bits import same_bits
-from bounds import within
+from bounds import like_float32, within
 from cases import Named, vary
 from memory import copy
 from step_oracle import token, wide
 
 from cute_ssm.compat import vllm
+from cute_ssm.ops.replay_decode import reference
+from cute_ssm.reference import rounding
 
 NAN = float("nan")
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-HALF_UNITS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-FLOAT32_SUMS = 12 * 2.0**-24  # relative to sums of magnitudes: of exponents, of products, and of the gate
 NULL = 0
 
 
@@ -156,12 +157,41 @@ def outcome(call: dict, b: int, slot: int, magnitudes: bool = False) -> tuple[np
     return h, y
 
 
-def processed_step(call: dict, b: int) -> np.ndarray:
-    """dt' of the new token, in float64."""
-    step = wide(call["dt"][b][:, 0])
-    if call["dt_bias"] is not None:
-        step = step + wide(call["dt_bias"][:, 0])
-    return np.log1p(np.exp(step)) if call["dt_softplus"] else step
+def float32(call: dict, b: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What float32 PyTorch computes, rounded to the types of ``out`` and ``state``, at random if the call is."""
+    k, dtype = int(call["write_pos"][b]), call["state"].dtype
+    x, B = (
+        torch.cat([call[cache][slot, :, :k].transpose(0, 1), call[new][b, None]])
+        for cache, new in (("x_cache", "x"), ("B_cache", "B"))
+    )
+    dt = torch.cat([call["dt_cache"][slot, :, :k], processed(call, b, torch.float32)[:, None]], 1)
+    weights = reference.Weights(call["A"][:, 0, 0], call["D"])
+    z = None if call["z"] is None else call["z"][b]
+    out, state = reference.replay_decode(call["state"][slot].float(), x, B, dt, call["C"][b], z, weights)
+    bits = None
+    if "rand_seed" in call:
+        places = torch.meshgrid(*(torch.arange(size) for size in state.shape), indexing="ij")
+        bits = rounding.random_bits(call["rand_seed"][0], 10, slot, *places, state.shape[-1], k)
+    return out.to(call["out"].dtype), rounding.store(state, dtype, bits=bits)[0]
+
+
+def processed(call: dict, b: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """dt' of the new token."""
+    step = logits(call, b).to(dtype)
+    return torch.nn.functional.softplus(step) if call["dt_softplus"] else step
+
+
+def logits(call: dict, b: int) -> torch.Tensor:
+    """dt and its bias, in float64."""
+    step = call["dt"][b][:, 0].double()
+    return step if call["dt_bias"] is None else step + call["dt_bias"][:, 0].double()
+
+
+def approximate(call: dict, b: int) -> torch.Tensor:
+    """How much of the terms of a head the hardware's functions may change: decays, dt' in a product, dt' in decays."""
+    errors = approximations.in_use()
+    step = errors.softplus(logits(call, b)) if call["dt_softplus"] else torch.zeros(len(call["A"])).double()
+    return errors.ex2 + step / processed(call, b) + call["A"][:, 0, 0].double().abs() * step
 
 
 def verify(case: Case, seed: int = 0) -> None:
@@ -169,24 +199,26 @@ def verify(case: Case, seed: int = 0) -> None:
     call = arguments(case, seed)
     before = copy(call)
     assert vllm.selective_state_update_replayssm_output_only(**call) is call["out"]
-    # the hardware's 2^x errs by two units; an exponent of hundreds, by that many
-    unit = FLOAT32_SUMS * (1 + 0.1 * case.rate)
     want = {name: before[name].clone() for name in ("state", "x_cache", "B_cache", "dt_cache", "out")}
     for b, slot in sequences(before):
-        h, y = outcome(before, b, slot)
-        h_sum, y_sum = outcome(before, b, slot, magnitudes=True)
-        k, flush = int(before["write_pos"][b]), bool(before["is_flush"][b])
-        bound = HALF_UNITS[call["out"].dtype] * np.abs(y) + unit * y_sum + 1e-7
-        within(call["out"][b], y, bound, f"out[{b}]")
+        h, y = map(torch.from_numpy, outcome(before, b, slot))
+        h_sum, y_sum = map(torch.from_numpy, outcome(before, b, slot, magnitudes=True))
+        y_rounded, h_rounded = float32(before, b, slot)
+        changed = approximate(before, b)[:, None] * y_sum
+        if before["z"] is not None:
+            changed += y.abs() * approximations.in_use().silu(before["z"][b])
+        like_float32([call["out"][b]], [y_rounded], [y], [y_sum + 1e-30], [f"out[{b}]"], [changed])
         want["out"][b] = call["out"][b]
-        if flush:
-            rounding = HALF_UNITS[call["state"].dtype] * (2 if "rand_seed" in call else 1)
-            within(call["state"][slot], h, rounding * np.abs(h) + unit * h_sum + 1e-7, f"state[{slot}]")
+        k = int(before["write_pos"][b])
+        if bool(before["is_flush"][b]):
+            changed = approximate(before, b)[:, None, None] * h_sum
+            like_float32([call["state"][slot]], [h_rounded], [h], [h_sum + 1e-30], [f"state[{slot}]"], [changed])
             want["state"][slot] = call["state"][slot]
         else:
             want["x_cache"][slot, :, k], want["B_cache"][slot, :, k] = before["x"][b], before["B"][b]
-            step = processed_step(before, b)
-            within(call["dt_cache"][slot, :, k], step, 6 * 2.0**-24 * np.abs(step) + 1e-9, f"dt_cache[{slot}]")
+            step = processed(before, b)
+            bound = approximations.in_use().softplus(logits(before, b)) + 6 * 2.0**-24 * step
+            within(call["dt_cache"][slot, :, k], step, bound, f"dt_cache[{slot}]")
             want["dt_cache"][slot, :, k] = call["dt_cache"][slot, :, k]
     for name, tensor in want.items():
         same_bits(call[name], tensor, name)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cute_ssm import env, tuning
-from cute_ssm.compat._arguments import checked_tensor
+from cute_ssm.compat._arguments import checked_tensor, rename
 from cute_ssm.compat._padding import NOBODY, padding
 from cute_ssm.compat.vllm import configs as vllm_configs
 from cute_ssm.errors import describe
@@ -31,6 +31,13 @@ from cute_ssm.ops.selective_state_update.operator import selective_state_update 
 
 NULL_BLOCK_ID = 0
 PHILOX_ROUNDS = 10  # for `cache_philox_rounds` = 0
+WORDS = {
+    "raise cache_steps, and give dst_state_batch_indices and intermediate_states_buffer as many steps": (
+        "give dst_state_batch_indices as many columns"
+    ),
+    "pad_slot_id": "null_block_id",
+    "philox_rounds": "cache_philox_rounds",
+}  # of the operator's errors, and vLLM's
 
 __all__ = [
     "NULL_BLOCK_ID",
@@ -176,11 +183,15 @@ def selective_state_update(
         )
 
     fields = None if torch.compiler.is_compiling() else _tuned(state, x, batch, speculative or cu_seqlens is not None)
-    if fields is None:
-        update(state, src, dst, null_block_id, scratch=False)
-    else:
-        with tuning.override(**fields):
+    try:
+        if fields is None:
             update(state, src, dst, null_block_id, scratch=False)
+        else:
+            with tuning.override(**fields):
+                update(state, src, dst, null_block_id, scratch=False)
+    except (ValueError, TypeError) as error:
+        rename(error, WORDS)
+        raise
     if write_padded_rows and src is not None:
         padded = padding(state, None, src, num_accepted_tokens, null_block_id)
         update(padded.state, padded.slots, None, NOBODY, scratch=True)
