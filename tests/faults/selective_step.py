@@ -11,7 +11,16 @@ ONE = "tests/ops/selective_state_update/test_selective_state_update.py::"
 MANY = "tests/ops/selective_state_update/test_selective_state_update_tokens.py::"
 RANGE = "tests/ops/test_out_of_range.py::"
 
+BUDGETS = "tests/tools/test_count.py::"
+
 FAULTS = [
+    Fault(
+        "half of the lanes of a row of eight columns are idle",
+        "cute_ssm/ops/selective_state_update/config.py",
+        "else (1, 2, 4, 8, 16, 32)",
+        "else (2, 4, 8, 16, 32)",
+        (BUDGETS + "test_budget_of_rows_of_eight_columns",),
+    ),
     Fault(
         "a scale is written to a padded destination",
         STORES,

@@ -404,7 +404,7 @@ def test_a_model_without_the_function():
 
 
 def test_what_the_operator_does_not_support_runs_as_before(caplog):
-    model = build("mamba", state_size=8)
+    model = build("mamba", state_size=4)
     want = generate(model, 4)
     caplog.set_level(logging.WARNING, logger="cute_ssm")
     with integration.patch():

@@ -91,6 +91,20 @@ def test_budgets_of_modes(keys, slots):
     assert all(kernel["spill_bytes"] == 0 for kernel in got["kernels"])
 
 
+@pytest.mark.thin(2)
+@pytest.mark.parametrize(("state", "slots"), [("float32", 20300), ("bfloat16", 20800)])
+def test_budget_of_rows_of_eight_columns(state, slots):
+    """Mamba-1 with dstate 8: no lane is idle, so a row of 16-bit states is one lane's."""
+    keys = {"batch": "16", "nheads": "1", "dim": "4096", "dstate": "8", "layout": "dense", "state_dtype": state}
+    got = counted("selective_state_update", keys)
+    assert got["issue_slots_per_unit"] <= slots
+    assert got["dram_over_floor"] <= 1.02
+    assert got["smem_excess_fraction"] == 0
+    assert got["launches"] == 1
+    assert got["kernels"]
+    assert all(kernel["spill_bytes"] == 0 for kernel in got["kernels"])
+
+
 def test_floor_of_scales_and_intermediate_states():
     got = counted("selective_state_update", {**BASE, **SIX, **VARLEN, **SAVED, **I8, "z": "1"})
     heads, states = 8 * 16, 8 * 16 * 64 * (128 + 4)

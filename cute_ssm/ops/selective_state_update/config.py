@@ -28,6 +28,7 @@ PRODUCT_TOKENS = 8  # columns of a tensor-core product
 STAGED_ALIGNMENT = 128
 STAGED_TOKENS = 8  # tokens whose B and C are in shared memory at once
 PRODUCT_LANES = 4  # lanes that share a row of a product's operands
+SHARED_ROWS = 16  # columns from which lanes share a row of the state
 FULL = 0.85  # units per SM below which units are made smaller
 
 
@@ -201,7 +202,10 @@ def bank_conflicts(spec: SelectiveStateUpdateSpec, lanes: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def lanes_of(spec: SelectiveStateUpdateSpec) -> int:
-    """Lanes per row: fewest idle lanes, then fewest bank conflicts, then about 16 columns a lane, then fewest lanes."""
+    """Lanes per row: fewest idle lanes, then fewest bank conflicts, then about 16 columns a lane, then fewest lanes.
+
+    A lane has a row to itself only where dstate is below `SHARED_ROWS`, as most such rows are one access.
+    """
     accesses = spec.dstate // state_vector(spec)
 
     def cost(lanes: int) -> tuple[float, int, int, int]:
@@ -210,7 +214,8 @@ def lanes_of(spec: SelectiveStateUpdateSpec) -> int:
         idle = per_lane * lanes / accesses
         return (idle if columns <= 32 else math.inf, bank_conflicts(spec, lanes), abs(columns - 16), lanes)
 
-    return min((n for n in (2, 4, 8, 16, 32) if n * widest_block(spec) >= WARP), key=cost)
+    choices = (2, 4, 8, 16, 32) if spec.dstate >= SHARED_ROWS else (1, 2, 4, 8, 16, 32)
+    return min((n for n in choices if n * widest_block(spec) >= WARP), key=cost)
 
 
 def choose(

@@ -72,7 +72,7 @@ def selective_state_update(
     ----------
     state : Tensor, (slots, nheads, dim, dstate), float32/bfloat16/float16/int16/int8/float8_e4m3fn
         Pool of states, **updated in place**.  The last two dimensions are contiguous; the address and the strides of
-        slots and heads are any multiples of 16 bytes.  dim is a multiple of 8, dstate 16 to 256.
+        slots and heads are any multiples of 16 bytes.  dim is a multiple of 8, dstate 8 to 256.
     x : Tensor, (batch[, T], nheads, dim), float32/bfloat16/float16
         Input.  x, z, B, C and out have stride 1 in the last dimension and any other strides.
     dt : Tensor, (batch[, T], nheads, dim), float32/bfloat16/float16

@@ -119,8 +119,8 @@ class SelectiveStateUpdateSpec(Spec):
                 raise UnsupportedSpecError(describe(name, " or ".join(FLOATS), value))
         if self.dim < 8 or self.dim % 8:
             raise UnsupportedSpecError(describe("dim", "a positive multiple of 8", self.dim))
-        if not 16 <= self.dstate <= 256:
-            raise UnsupportedSpecError(describe("dstate", "16 to 256", self.dstate))
+        if not 8 <= self.dstate <= 256:
+            raise UnsupportedSpecError(describe("dstate", "8 to 256", self.dstate))
         if self.dstate % 8 and (self.scaled or self.philox_rounds):
             what = "a multiple of 8 for quantised states and stochastic rounding"
             raise UnsupportedSpecError(describe("dstate", what, self.dstate))

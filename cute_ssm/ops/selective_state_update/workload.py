@@ -120,6 +120,7 @@ COUNTED: list[dict[str, int | str]] = [
     *({"batch": 64, **_SIZES, **mode} for mode in _MODES),
     {"batch": 64, **_SIZES, "T": 6, "config.matmul": 0},
     {"batch": 16, "T": 6, **_MAMBA1},
+    *({"batch": 16, **_MAMBA1, "dstate": 8, "state_dtype": state} for state in ("float32", "bfloat16")),
 ]
 CHECKED: list[dict[str, int | str]] = [
     {"state_dtype": "float32"},
@@ -139,6 +140,7 @@ MODES: list[dict[str, int | str]] = [
     {"input_dtype": "float16"},
     {"input_dtype": "float32", "state_dtype": "float32"},
     {"layout": "dense", "dstate": 16},
+    {"layout": "dense", "dstate": 8},
     {"z": 1},
     {"update": 0},
     {"rounding": "stochastic"},

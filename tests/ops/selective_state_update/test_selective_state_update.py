@@ -28,7 +28,7 @@ CASES = [
         A=("bf16", "f16"),
         weights=("bf16", "f16"),
         dim=(8, 24, 80, 128),
-        dstate=(16, 17, 64, 96, 100, 256),
+        dstate=(8, 9, 16, 17, 64, 96, 100, 256),
         ngroups=(1, 4),
         layout=("dense", "dense_A", "dense_dt"),
         softplus=(False,),
@@ -45,6 +45,8 @@ CASES = [
         batch=(1,),
     ),
     Case(state="f32", io="f32", layout="dense", dstate=16, nheads=1, ngroups=1, dim=128),  # Mamba-1
+    Case(state="f32", io="bf16", layout="dense", dstate=8, nheads=1, ngroups=1, dim=128),
+    Case(state="bf16", io="bf16", layout="dense", dstate=8, nheads=1, ngroups=1, dim=128),  # a lane for every row
     Case(state="f32", dstate=96, strided=True, layout="dense"),
     Case(state="bf16", dstate=17, dim=40, strided=True, io="f16", dt="f16"),
     Case(state="f32", dstate=256, dim=128, nheads=2, batch=2),

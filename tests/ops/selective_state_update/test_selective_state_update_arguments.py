@@ -304,8 +304,8 @@ def test_broken_precondition(start, name, change, error, message, emulated):
     ("case", "name", "message"),
     [
         (Case(pads=(), dim=12), "dim", "expected a positive multiple of 8, got 12"),
-        (Case(pads=(), dstate=8), "dstate", "expected 16 to 256, got 8"),
-        (Case(pads=(), dstate=264), "dstate", "expected 16 to 256, got 264"),
+        (Case(pads=(), dstate=7), "dstate", "expected 8 to 256, got 7"),
+        (Case(pads=(), dstate=264), "dstate", "expected 8 to 256, got 264"),
         (
             Tokens(pads=(), dstate=20, state="i8"),
             "dstate",

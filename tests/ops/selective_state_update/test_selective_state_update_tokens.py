@@ -29,7 +29,7 @@ CASES = [
         io=("f32", "f16"),
         layout=("dense", "dense_A", "dense_dt"),
         dim=(8, 80, 128),
-        dstate=(16, 96, 100, 128, 256),
+        dstate=(8, 16, 96, 100, 128, 256),
         ngroups=(2,),
         has_z=(False,),
         indices=(None, torch.int64),
@@ -56,6 +56,7 @@ CASES = [
     Tokens(state="bf16", rounds=10, layout="dense", packed=True, lengths=(2, 3)),
     *(Tokens(lengths=(1, 1, 1), state=s, rounds=r) for s in ("i16", "i8", "f8") for r in (0, 10)),
     Tokens(lengths=(1, 1, 1), state="f16", rounds=10, dstate=128),
+    *(Tokens(state=s, rounds=10, layout="dense", dstate=8) for s in ("bf16", "i8")),
 ]
 
 
@@ -254,7 +255,7 @@ def sample(rng: random.Random) -> Tokens:
         packed=packed,
         nheads=nheads,
         dim=rng.choice([8, 16, 64, 80]),
-        dstate=rng.choice([16, 32, 64, 96, 128] + ([] if narrow else [17, 100])),
+        dstate=rng.choice([8, 16, 32, 64, 96, 128] + ([] if narrow else [17, 100])),
         ngroups=rng.choice([g for g in (1, 2, 4) if nheads % g == 0]),
         state=state,
         io=rng.choice(["bf16", "f16", "f32"]),
