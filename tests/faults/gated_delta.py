@@ -6,10 +6,13 @@ PRODUCTS = "cute_ssm/ops/gated_delta_rule_mtp/products.py"
 CHUNK = "cute_ssm/ops/_gated_delta/chunk.py"
 OUTPUTS = "cute_ssm/ops/_gated_delta/outputs.py"
 PENDING = "cute_ssm/ops/_gated_delta/pending.py"
+KERNEL = "cute_ssm/ops/gated_delta_rule_mtp/kernel.py"
+TENSORS = "cute_ssm/ops/gated_delta_rule_mtp/tensors.py"
 SEQUENTIAL = "cute_ssm/ops/gated_delta_rule_mtp/sequential.py"
 REPLAY = "cute_ssm/ops/gated_delta_rule_replay/kernel.py"
 RINGS = "cute_ssm/ops/gated_delta_rule_replay/rings.py"
 RULE = "tests/ops/gated_delta_rule_mtp/test_gated_delta_rule_mtp.py::"
+PACKED = "tests/ops/gated_delta_rule_mtp/test_gated_delta_rule_mtp_packed.py::"
 LATER = "tests/ops/gated_delta_rule_mtp/test_gated_delta_rule_mtp_later_tokens.py::"
 RING = "tests/ops/gated_delta_rule_replay/test_gated_delta_rule_replay.py::"
 RANGE = "tests/ops/test_out_of_range.py::"
@@ -46,15 +49,15 @@ FAULTS = [
     Fault(
         "no barrier before the coefficients are computed",
         PRODUCTS,
-        "        cute.arch.sync_threads()\n        if warp == 0:",
-        "        if warp == 0:",
+        "        cute.arch.sync_threads()\n        if place.warp == 0:",
+        "        if place.warp == 0:",
         (RULE + "test_schedules",),
     ),
     Fault(
         "no barrier before the coefficients are read",
         PRODUCTS,
-        "        cute.arch.sync_threads()\n        coefficients",
-        "        coefficients",
+        "memory, place.lane)\n        cute.arch.sync_threads()\n",
+        "memory, place.lane)\n",
         (RULE + "test_schedules",),
     ),
     Fault(
@@ -67,10 +70,52 @@ FAULTS = [
     Fault(
         "a slot beyond the pool",
         PRODUCTS,
-        "if in_range(slot, state.shape[0]):",
-        "if slot >= 0:",
+        "written = in_range(slot, state.shape[0])",
+        "written = slot >= 0",
         (RANGE + "test_slots_and_counts_of_the_gated_delta_rule",),
         after="accepted = Int32(accepted_steps[i])",
+    ),
+    Fault(
+        "a chunk takes the memory of the one before it too early",
+        PRODUCTS,
+        "            cute.arch.sync_threads()  # the next chunk takes the memory of this one\n",
+        "",
+        (PACKED + "test_schedules",),
+    ),
+    Fault(
+        "every chunk counts accepted tokens from its own first one",
+        PRODUCTS,
+        "                accepted -= span.first\n",
+        "",
+        (PACKED + "test_values_of_later_chunks_and_of_other_requests_reach_nothing", PACKED + "test_kernel"),
+    ),
+    Fault(
+        "the state after a full chunk misses its last token",
+        PRODUCTS,
+        "chunk.tokens - 1, lane), PART)",
+        "chunk.tokens - 2, lane), PART)",
+        (PACKED + "test_a_long_request_has_the_bits_of_its_chunks",),
+    ),
+    Fault(
+        "a packed request is looked for in a row of its own",
+        TENSORS,
+        "_from_token(tensor, first, count, 0)",
+        "_from_token(tensor, first, count, tensor.stride[0])",
+        (PACKED + "test_kernel",),
+    ),
+    Fault(
+        "the end of a packed request is not compared with the tokens that there are",
+        KERNEL,
+        "last <= tensors.q.shape[1] and ",
+        "",
+        (RANGE + "test_offsets_of_packed_requests",),
+    ),
+    Fault(
+        "a packed request may be longer than the call says",
+        KERNEL,
+        " and last - first <= max_seqlen",
+        "",
+        (RANGE + "test_offsets_of_packed_requests",),
     ),
     Fault(
         "small parts of products are left out",

@@ -339,6 +339,21 @@ def spoil_other_destinations(case, run):
         rule.check("ssm_state_indices", values, lambda at: [("initial_state", slot[at])] if slot[at] >= 0 else [])
 
 
+@pytest.mark.parametrize("form", [{}, pytest.param({"tokens": 20, "mode": "buffer_update"}, marks=SLOW)], ids=str)
+def test_offsets_of_packed_requests(form, run):
+    """Of a request whose offsets are out of range, or too far apart, nothing is read or written."""
+    fields = {"tokens": 3, "K": 16, "V": 16, "ratio": 1, "pads": (), "indices": torch.int64, "mode": "accepted", **form}
+    case = gdn_cases.Case(batch=ROWS, lengths=(2,) * ROWS, **fields)
+    call = gdn_cases.arguments(case)
+    slots, starts = call["initial_state_indices"].tolist(), call["cu_seqlens"].tolist()
+
+    def owned(i):
+        buffer = [("intermediate_states_buffer", i)] if "intermediate_states_buffer" in call else []
+        return [("initial_state", slots[i]), ("output", (0, slice(starts[i], starts[i + 1]))), *buffer]
+
+    offsets(Sweep(run(cute_ssm.gated_delta_rule_mtp), call), "cu_seqlens", call["q"].shape[1], owned)
+
+
 REPLAY = [{}, {"tokens": 5, "state": "bf16", "out": "bf16", "K": 128, "indices": torch.int32}]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import tensor_sums
@@ -41,12 +42,16 @@ class Case(Named):
     pads: tuple[int, ...] = (1,)
     l2norm: bool = True
     scale: float | None = None
+    lengths: tuple[int, ...] | None = None  # of packed requests, as many as batch; tokens is max_seqlen
     strided: bool = False  # slots, heads and rows of the pool lie apart; inputs and output are slices of wider rows
     regime: str = "typical"
 
 
 def arguments(case: Case, seed: int = 0) -> dict:
-    """Random arguments.  Gaps, slots that no request reads, what is written, and a buffer's spare rows are NaN."""
+    """Random arguments.  Gaps, slots that no request reads, what is written, and a buffer's spare rows are NaN.
+
+    So are packed tokens of padding, before the first request, and after the last.
+    """
     g = torch.Generator().manual_seed(seed)
     batch, tokens, K, V = case.batch, case.tokens, case.K, case.V
     value_heads = case.heads * case.ratio
@@ -131,11 +136,52 @@ def arguments(case: Case, seed: int = 0) -> dict:
         call["intermediate_states_buffer"] = images(batch + 1, tokens + 1)
     if case.mode == "scatter":
         call["ssm_state_indices"] = scatter.to(case.indices)
-    return call
+    return call if case.lengths is None else packed(call, case)
+
+
+TOKENS = ("q", "k", "v", "a", "b", "output")  # tensors with a row for each token
+
+
+def packed(call: dict, case: Case) -> dict:
+    """The call with the first tokens of every request, as many as `lengths` says, packed."""
+    offsets = torch.tensor([2, *case.lengths]).cumsum(0)
+    active = call["initial_state_indices"] >= 0
+    found = dict(call, cu_seqlens=offsets.to(case.indices), max_seqlen=case.tokens)
+    for name in set(TOKENS) & set(call):
+        old = call[name]
+        new = torch.full((1, int(offsets[-1]) + 3, 8 + old[0, 0].numel() + 8), NAN, dtype=old.dtype)
+        new = new[..., 8:-8] if case.strided else new[..., 16:].contiguous()
+        found[name] = new.unflatten(2, old.shape[2:])
+        for i in active.nonzero().flatten().tolist():
+            found[name][0, offsets[i] : offsets[i + 1]] = old[i, : case.lengths[i]]
+    if "accepted_steps" in call:
+        found["accepted_steps"] = call["accepted_steps"].clamp(max=torch.tensor(case.lengths))
+    return found
+
+
+def dense(call: dict) -> dict:
+    """A packed call with the tokens of every request in rows of their own, zeros after them; others as they are."""
+    if call.get("cu_seqlens") is None:
+        return call
+    offsets, found = call["cu_seqlens"].tolist(), dict(call)
+    for name in set(TOKENS) & set(call):
+        rows = torch.zeros(len(offsets) - 1, call["max_seqlen"], *call[name].shape[2:], dtype=call[name].dtype)
+        for i, (first, last) in enumerate(itertools.pairwise(offsets)):
+            rows[i, : last - first] = call[name][0, first:last]
+        found[name] = rows
+    return found
+
+
+def lengths(call: dict) -> torch.Tensor:
+    """Numbers of tokens of the requests."""
+    if call.get("cu_seqlens") is None:
+        return torch.full((len(call["initial_state_indices"]),), call["q"].shape[1])
+    return call["cu_seqlens"].long().diff()
 
 
 def expected(call: dict, compute_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs of all requests, and their states after 0, 1, .. tokens; padding counts as slot 0."""
+    call = dense(call)
     first = call["initial_state"][call["initial_state_indices"].long().clamp(min=0)]
     scale = call["scale"] if call["scale"] is not None else call["q"].shape[-1] ** -0.5
     names = ("q", "k", "v", "a", "b", "A_log", "dt_bias")
@@ -148,6 +194,7 @@ def losses(call: dict) -> tuple[tensor_sums.Loss, tensor_sums.Loss] | None:
     sums = tensor_sums.in_use()
     if not sums.any():
         return None
+    call = dense(call)
     first = call["initial_state"][call["initial_state_indices"].long().clamp(min=0)].double()
     q, k, v = (call[name].double().transpose(1, 2) for name in ("q", "k", "v"))
     q, k = (x.repeat_interleave(v.shape[1] // x.shape[1], dim=1) for x in (q, k))
@@ -171,15 +218,17 @@ def within(got, rounded, want, dims: tuple[int, ...], what: str, lost: tensor_su
 
 def check(before: dict, after: dict, out: torch.Tensor) -> None:
     """Outputs and states within 1.5 times the errors of sequential float32, all else bit for bit as it was."""
-    tokens = before["q"].shape[1]
+    counts = lengths(before)
     src = before["initial_state_indices"].long()
-    real = src >= 0
+    real = (src >= 0) & (counts > 0)
     want, states = expected(before, torch.float64)
     want32, states32 = expected(before, torch.float32)
     lost_out, lost_states = losses(before) or (None, None)
+    used = real[:, None] & (torch.arange(want.shape[1]) < counts[:, None])
     if real.any():
-        lost = None if lost_out is None else lost_out[:, real]
-        within(out[real], want32[real].to(out.dtype), want[real], (-1,), "out", lost)
+        lost = None if lost_out is None else lost_out[:, used]
+        got = dense({**before, "output": out})["output"]
+        within(got[used], want32[used].to(out.dtype), want[used], (-1,), "out", lost)
 
     def check_state(got, request, count, what):
         if count == 0:
@@ -192,14 +241,15 @@ def check(before: dict, after: dict, out: torch.Tensor) -> None:
     written = []  # (request, tokens, slot)
     for i in real.nonzero().flatten().tolist():
         if before.get("intermediate_states_buffer") is not None:
-            for t in range(tokens):
+            for t in range(int(counts[i])):
                 check_state(after["intermediate_states_buffer"][i, t], i, t + 1, "buffer")
                 before["intermediate_states_buffer"][i, t] = after["intermediate_states_buffer"][i, t]
         if before.get("ssm_state_indices") is not None:
-            written += [(i, t + 1, int(slot)) for t, slot in enumerate(before["ssm_state_indices"][i])]
+            slots = before["ssm_state_indices"][i, : int(counts[i])]
+            written += [(i, t + 1, int(slot)) for t, slot in enumerate(slots)]
         elif not before["disable_state_update"]:
-            slots, counts = before.get("output_state_indices", src), before.get("accepted_steps")
-            written.append((i, tokens if counts is None else int(counts[i]), int(slots[i])))
+            slots, accepted = before.get("output_state_indices", src), before.get("accepted_steps")
+            written.append((i, int((counts if accepted is None else accepted)[i]), int(slots[i])))
     written = [item for item in written if item[2] >= 0]
     for i, count, slot in written:
         check_state(after["initial_state"][slot], i, count, "state")
@@ -207,10 +257,18 @@ def check(before: dict, after: dict, out: torch.Tensor) -> None:
         before["initial_state"][slot] = after["initial_state"][slot]
 
     # what must not change: other slots, gaps, rows of padding, inputs
-    if before.get("output") is not None:
-        before["output"][real] = after["output"][real]
+    if before.get("cu_seqlens") is None:
+        rows = (real,)
     else:
-        assert not out[~real].any(), "rows of padding in an allocated output are zero"
+        starts = before["cu_seqlens"].tolist()
+        places = [t for i in real.nonzero().flatten().tolist() for t in range(starts[i], starts[i + 1])]
+        rows = (0, torch.tensor(places, dtype=torch.long))
+    if before.get("output") is not None:
+        before["output"][rows] = after["output"][rows]
+    else:
+        spare = out.clone()
+        spare[rows] = 0
+        assert not spare.any(), "rows of padding in an allocated output are zero"
         assert out.dtype == before["q"].dtype
     for name, value in before.items():
         if isinstance(value, torch.Tensor):

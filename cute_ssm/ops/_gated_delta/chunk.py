@@ -500,3 +500,16 @@ class TokenChunk:
                     c = s + 2 * e
                     new[half][c] = cute.math.fma(update.decay, old[half][c], total[2 * half + e])
         return new
+
+    def advanced(self, tile: Tile, update: Update, part: int = 0) -> Tile:
+        """Return a tile of float32 after a token, from that before the chunk.
+
+        Keys are loaded ahead within `part` blocks, to limit registers; 0: within all.
+        """
+        after = []
+        for j, block in enumerate(tile):
+            if part and j % part == 0:
+                cute.arch.sync_warp()
+            old = [convert.unpack(words, Float32) for words in block]
+            after.append([convert.pack(row, Float32) for row in self.update(old, j, update)])
+        return after

@@ -70,7 +70,7 @@ class GatedDeltaRuleConfig(Config):
         even = 1 <= self.warps <= MAX_WARPS and self.rows % (TILE * self.warps) == 0
         fitting = {
             "rows": self.rows >= TILE and sizes.V % self.rows == 0,
-            "warps": even and self.tiles() <= MAX_TILES,
+            "warps": even and self.tiles() <= (1 if sizes.one_tile else MAX_TILES),
             "shared memory": self.shared_bytes(spec) <= arch.shared_bytes,
             "sequential": not self.sequential or sizes.tokens <= sizes.sequential_tokens,
         }
@@ -112,7 +112,8 @@ def warp_choice(tiles: int, most: int) -> int:
 def _choose(sizes: Sizes, heads: int, sm_count: int) -> GatedDeltaRuleConfig:
     """Choose 128 rows if that makes two CTAs for every SM, otherwise fewer, down to one tile for each of two warps.
 
-    A warp has two tiles, so that one arrives while the other is multiplied, or one tile of 256 columns.  A single token
+    A warp has two tiles, so that one arrives while the other is multiplied, or one tile of 256 columns; over several
+    chunks of tokens it has one, in registers.  A single token
     takes the sequential path: with few requests, the latency of the longest chain of instructions determines the time,
     and that path is shorter; with many, memory determines it, and the additional instructions are hidden.  For two
     tokens, that path takes three times the instructions of products.
@@ -126,5 +127,5 @@ def _choose(sizes: Sizes, heads: int, sm_count: int) -> GatedDeltaRuleConfig:
     while choices and rows > 2 * TILE and heads * (sizes.V // rows) < 2 * sm_count:
         rows = choices.pop()
     sequential = sizes.sequential_tokens > 0 and sizes.tokens == 1
-    warps = warp_choice(rows // TILE, MAX_WARPS if wide else 4)
+    warps = rows // TILE if sizes.one_tile else warp_choice(rows // TILE, MAX_WARPS if wide else 4)
     return GatedDeltaRuleConfig(rows, warps, sequential=int(sequential))

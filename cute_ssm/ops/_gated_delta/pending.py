@@ -9,7 +9,7 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Numeric
 
-from cute_ssm.device import convert, math, memory
+from cute_ssm.device import math, memory
 from cute_ssm.ops._gated_delta.chunk import TokenChunk
 from cute_ssm.ops._gated_delta.layout import PENDING_CHUNK
 from cute_ssm.ops._gated_delta.shared import SharedLayout, SharedMemory
@@ -103,8 +103,4 @@ class PendingTokens:
         V = self.rows.load_values(chunk.values, column, self.chunk, lane)
         U = self.chunk.updates(products, self.chunk.load_coefficients(chunk.tables, lane), V)
         update = self.chunk.load_update(U, chunk, PENDING_CHUNK - 1, lane)
-        after = []
-        for j, block in enumerate(tile):
-            old = [convert.unpack(words, Float32) for words in block]
-            after.append([convert.pack(row, Float32) for row in self.chunk.update(old, j, update)])
-        return after
+        return self.chunk.advanced(tile, update)

@@ -8,7 +8,9 @@ from typing import NamedTuple
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.spec import FLOATS, Spec, check_alignment
 
-TOKEN_BUCKETS = (1, 2, 4, 8, 16)
+CHUNK_BUCKETS = (1, 2, 4, 8, 16)  # of tokens that are multiplied at once
+CHUNK = CHUNK_BUCKETS[-1]
+TOKEN_BUCKETS = (*CHUNK_BUCKETS, 64)
 WINDOW_BUCKETS = (8, 16, 32, 64)
 KEY_SIZES = range(16, 257, 16)
 VALUE_SIZES = (*KEY_SIZES, 512)
@@ -22,13 +24,15 @@ class Sizes(NamedTuple):
     K, V : int
         Sizes of a key and of a value.
     tokens : int
-        Largest number of new tokens.
+        Largest number of new tokens of a chunk.
     pending_tokens : int
         Largest number of accepted tokens that are not in the state yet.
     sequential_tokens : int
         Largest number of tokens that the kernel can process one after the other, without products; 0: it cannot.
     zero_row : bool
         Whether a row of zeros follows the keys in shared memory.
+    one_tile : bool
+        Whether a warp has one tile, which stays in its registers from chunk to chunk.
     """
 
     K: int
@@ -37,10 +41,11 @@ class Sizes(NamedTuple):
     pending_tokens: int = 0
     sequential_tokens: int = 0
     zero_row: bool = False
+    one_tile: bool = False
 
 
 def token_bucket(tokens: int) -> int:
-    """Return the ``tokens`` of the spec for a number of tokens, 1 to 16: the next entry of `TOKEN_BUCKETS`."""
+    """Return the ``tokens`` of the spec for a number of tokens, 1 to 64: the next entry of `TOKEN_BUCKETS`."""
     return _bucket("tokens", tokens, TOKEN_BUCKETS)
 
 
@@ -86,7 +91,7 @@ class GatedDeltaSpec(Spec):
     K, V : int
         Sizes of a key and of a value.
     tokens : int
-        Largest number of tokens per request, one of `TOKEN_BUCKETS`; the number itself is dynamic.
+        Largest number of tokens per request, one of `CHUNK_BUCKETS`; the number itself is dynamic.
     l2norm : bool
         Normalise q and k.
     src_dtype : str
@@ -117,6 +122,11 @@ class GatedDeltaSpec(Spec):
     saturate: bool = field(default=False, kw_only=True)
 
     @property
+    def buckets(self) -> tuple[int, ...]:
+        """What `tokens` may be."""
+        return CHUNK_BUCKETS
+
+    @property
     def sizes(self) -> Sizes:
         """Sizes of the kernel's work."""
         return Sizes(self.K, self.V, self.tokens)
@@ -131,6 +141,6 @@ class GatedDeltaSpec(Spec):
             if getattr(self, name) not in FLOATS:
                 raise UnsupportedSpecError(describe(name, " or ".join(FLOATS), getattr(self, name)))
         check_input_dtype(self.input_dtype)
-        if self.tokens not in TOKEN_BUCKETS:
-            raise UnsupportedSpecError(describe("tokens", f"one of {TOKEN_BUCKETS}", self.tokens))
+        if self.tokens not in self.buckets:
+            raise UnsupportedSpecError(describe("tokens", f"one of {self.buckets}", self.tokens))
         check_alignment(self.input_bytes)

@@ -1,7 +1,8 @@
-"""`GatedDeltaRule`: up to 16 tokens of the gated delta rule per request.
+"""`GatedDeltaRule`: up to 64 tokens of the gated delta rule per request.
 
 A CTA works on `rows` rows of one head's state, and each of its warps on tiles of 16 of them: all tokens at once by
 products (`ChunkedTokens`), or one token after the other (`SequentialTokens`), which the rule chooses for single tokens.
+More than 16 tokens are processed chunk by chunk (`TokenChunks`).  Packed requests become views of their own tokens.
 
 PDL: everything is read and written after `griddepcontrol.wait`, because the upstream kernel may be the last writer of
 the states; dependents are released at once, and must wait likewise before they read.
@@ -10,7 +11,7 @@ the states; dependents are released at once, and must wait likewise before they 
 from typing import Any, Optional, Protocol
 
 import cutlass.cute as cute
-from cutlass import Float32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from cute_ssm.arch import WARP, Arch
@@ -18,13 +19,15 @@ from cute_ssm.device import convert, launch
 from cute_ssm.device.bounds import in_range
 from cute_ssm.device.fakes import of_table
 from cute_ssm.device.types import Maybe
+from cute_ssm.ops._gated_delta.arguments import ROWS
 from cute_ssm.ops._gated_delta.config import GatedDeltaRuleConfig, choose
 from cute_ssm.ops._gated_delta.outputs import clear_outputs
 from cute_ssm.ops._gated_delta.shared import SharedMemory
+from cute_ssm.ops._gated_delta.spec import CHUNK
 from cute_ssm.ops._gated_delta.tokens import step_dtypes, step_layouts
 from cute_ssm.ops._gated_delta.units import Unit
 from cute_ssm.ops.gated_delta_rule_mtp.arguments import TABLE
-from cute_ssm.ops.gated_delta_rule_mtp.products import ChunkedTokens
+from cute_ssm.ops.gated_delta_rule_mtp.products import ChunkedTokens, TokenChunks
 from cute_ssm.ops.gated_delta_rule_mtp.sequential import SequentialTokens
 from cute_ssm.ops.gated_delta_rule_mtp.spec import GatedDeltaRuleSpec
 from cute_ssm.ops.gated_delta_rule_mtp.tensors import Tensors
@@ -47,7 +50,14 @@ class GatedDeltaRule:
         config.check(spec, arch)
         self.spec, self.config = spec, config
         self.threads = WARP * config.warps
-        self.path: Path = SequentialTokens(spec, config) if config.sequential else ChunkedTokens(spec, config)
+        self.path: Path = self._path()
+
+    def _path(self) -> Path:
+        if self.config.sequential:
+            return SequentialTokens(self.spec, self.config)
+        return (
+            TokenChunks(self.spec, self.config) if self.spec.tokens > CHUNK else ChunkedTokens(self.spec, self.config)
+        )
 
     @staticmethod
     def default_config(spec: GatedDeltaRuleSpec, arch: Arch, units: Optional[int] = None) -> GatedDeltaRuleConfig:
@@ -63,12 +73,14 @@ class GatedDeltaRule:
             "ssm_state_indices": spec.scatter_dtype,
             "output_state_indices": spec.dst_dtype,
             "accepted_steps": spec.accepted_dtype,
+            "cu_seqlens": spec.cu_dtype,
             "intermediate_states_buffer": spec.state_dtype if spec.write_buffer else None,
         }
         sizes = {"K": spec.K, "V": spec.V}
         return (
-            *of_table(TABLE, dtypes, sizes, layouts=step_layouts(spec)),
+            *of_table(TABLE, dtypes, sizes, {"rows": ROWS[spec.cu_dtype is not None]}, step_layouts(spec)),
             Float32(0),
+            None if spec.cu_dtype is None else Int32(0),
             make_fake_stream(use_tvm_ffi_env_stream=True),
         )
 
@@ -89,19 +101,23 @@ class GatedDeltaRule:
         ssm_state_indices: Maybe[cute.Tensor],
         output_state_indices: Maybe[cute.Tensor],
         accepted_steps: Maybe[cute.Tensor],
+        cu_seqlens: Maybe[cute.Tensor],
         scale: Float32,
+        max_seqlen: Maybe[Int32],
         stream: Any,
     ) -> None:
         """Launch one CTA for each unit.  Shapes and types as in `cute_ssm.gated_delta_rule_mtp`."""
         batch, value_heads = v.shape[0], v.shape[2]
+        if const_expr(cu_seqlens is not None):
+            batch = cu_seqlens.shape[0] - 1
         parts = self.spec.V // self.config.rows
         heads = cute.FastDivmodDivisorV2(value_heads)
         group = cute.FastDivmodDivisorV2(value_heads // q.shape[2])
         tensors = Tensors(
             q, k, v, initial_state, initial_state_indices, A_log, a, dt_bias, b, output, intermediate_states_buffer,
-            ssm_state_indices, output_state_indices, accepted_steps,
+            ssm_state_indices, output_state_indices, accepted_steps, cu_seqlens,
         )  # fmt: skip
-        self.kernel(tensors, scale, heads, group).launch(
+        self.kernel(tensors, scale, max_seqlen, heads, group).launch(
             grid=[batch * value_heads * parts, 1, 1],
             block=[self.threads, 1, 1],
             min_blocks_per_mp=1,  # otherwise ptxas may bound registers to fit more CTAs, and spill
@@ -117,6 +133,7 @@ class GatedDeltaRule:
         self,
         tensors: Tensors,
         scale: Float32,
+        max_seqlen: Maybe[Int32],
         heads: cute.FastDivmodDivisorV2,
         group: cute.FastDivmodDivisorV2,
     ) -> None:
@@ -131,6 +148,13 @@ class GatedDeltaRule:
         i, h = divmod(pair, heads)
         slot = Int64(tensors.initial_state_indices[i])
         active = in_range(slot, tensors.initial_state.shape[0])
+        if const_expr(tensors.cu_seqlens is not None):
+            offsets = tensors.cu_seqlens
+            first, last = Int64(offsets[i]), Int64(offsets[i + 1])
+            active = (
+                active and first >= 0 and last <= tensors.q.shape[1] and last > first and last - first <= max_seqlen
+            )
+            tensors = tensors.of_request(Int32(first), Int32(last - first))
         if const_expr(tensors.accepted_steps is not None):
             accepted_steps = tensors.accepted_steps
             active = active and in_range(Int64(accepted_steps[i]), tensors.q.shape[1] + 1)

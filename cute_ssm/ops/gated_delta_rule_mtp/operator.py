@@ -38,8 +38,10 @@ def gated_delta_rule_mtp(
     accepted_steps: Tensor | None = None,
     saturate: bool = False,
     gate_logits: bool = True,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run 1 to 16 tokens of the gated delta rule for every request, and return all outputs.
+    """Run 1 to 64 tokens of the gated delta rule for every request, and return all outputs.
 
     With the state S [V, K] of a (request, value head) and k^, q^ normalised (if ``use_qk_l2norm``), token by token::
 
@@ -47,8 +49,9 @@ def gated_delta_rule_mtp(
         S <- e^g S;   u = beta (v - S k^);   S <- S + u k^^T;   out = S q^
 
     Tensors on a GPU run the compiled kernel.  Tensors on the CPU run the PyTorch reference or, inside
-    ``ptxsim.emulate()``, the compiled kernel in the emulator.  The kernel computes all tokens at once
-    on tensor cores, with float32 states and coefficients split into two parts, so that its error is that of float32.
+    ``ptxsim.emulate()``, the compiled kernel in the emulator.  The kernel computes up to 16 tokens at once on tensor
+    cores, with float32 states and coefficients split into two parts, so that its error is that of float32.  More tokens
+    are processed in chunks, in one launch, and the state stays on the chip between them.
 
     The outputs and states up to a token do not depend on later tokens: NaN, infinities and overflows in q, k, v, a or b
     of a later token change none of their bits.  Tokens that are not accepted, such as padding, may hold anything.
@@ -56,9 +59,10 @@ def gated_delta_rule_mtp(
     Parameters
     ----------
     q, k : Tensor, (batch, tokens, heads, K), bfloat16/float16
-        Queries and keys; tokens is 1 to 16, K a multiple of 16 up to 256.  Stride 1 in the last dimension.  Any
-        alignment is allowed, such as that of slices of a fused projection.  Fastest if addresses and other strides are
-        multiples of 8 bytes in q and k, and of 16 bytes in v.
+        Queries and keys; tokens is 1 to 64, K a multiple of 16 up to 256.  With ``cu_seqlens``, (1, total, heads, K),
+        and so for the other tensors of tokens.  Stride 1 in the last dimension.  Any alignment is allowed, such as that
+        of slices of a fused projection.  Fastest if addresses and other strides are multiples of 8 bytes in q and k,
+        and of 16 bytes in v.
     v : Tensor, (batch, tokens, value_heads, V), type of q
         Values; V is a multiple of 16 up to 256, or 512, value_heads a multiple of heads, and value head h uses row
         ``h // (value_heads / heads)`` of q and k.  Stride 1 in the last dimension.
@@ -75,7 +79,8 @@ def gated_delta_rule_mtp(
     scale : float, optional
         Factor of q after normalisation; None: ``K ** -0.5``.
     output : Tensor, (batch, tokens, value_heads, V), float32/bfloat16/float16, optional
-        **Written.**  Stride 1 in the last dimension and any other strides.  Allocated in the type of q if None.
+        **Written.**  Stride 1 in the last dimension and any other strides.  Allocated in the type of q if None; with
+        ``cu_seqlens``, rows of no request are then zero, which takes another launch.
     intermediate_states_buffer : Tensor, (>= batch, >= tokens, value_heads, V, K), type of initial_state, optional
         **Written** with the state of request i after token t at ``[i, t]``, by position in the batch.  Same
         requirements on strides as initial_state.
@@ -100,6 +105,12 @@ def gated_delta_rule_mtp(
     gate_logits : bool
         False: a and b are the gates themselves, g of any sign and any beta (up to 2 for negative eigenvalues);
         ``A_log`` and ``dt_bias`` are ignored.
+    cu_seqlens : Tensor, (batch + 1,), int32/int64, optional
+        Request i has the packed tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``.  One without tokens is padding.  In
+        ``intermediate_states_buffer`` and ``ssm_state_indices``, tokens is ``max_seqlen``, and entries past those of a
+        request are neither read nor written.
+    max_seqlen : int, 1 to 64
+        The largest number of tokens of a request.  Required with ``cu_seqlens``; None without.
 
     Returns
     -------
@@ -128,8 +139,9 @@ def gated_delta_rule_mtp(
     kernel is launched the same way, it has to wait (``griddepcontrol.wait``) before it uses what this one reads or
     writes.
 
-    The host never reads the contents of tensors on a GPU.  There, a request whose ``initial_state_indices`` or
-    ``accepted_steps`` are out of range is treated as padding, and a destination out of range is not written.
+    The host never reads the contents of tensors on a GPU.  There, a request whose ``initial_state_indices``,
+    ``accepted_steps`` or ``cu_seqlens`` are out of range is treated as padding, and a destination out of range is not
+    written.
 
     The signature follows ``flashinfer.gdn_decode.gated_delta_rule_mtp``; the recurrence is that of Yang, Kautz and
     Hatamizadeh, "Gated Delta Networks" (2024), and its form by products that of Yang et al., "Parallelizing Linear
@@ -143,13 +155,14 @@ def gated_delta_rule_mtp(
             disable_state_update = True
         result = output
         if result is None:
-            result = torch.empty_like(v, dtype=q.dtype, memory_format=torch.contiguous_format)
+            allocate = torch.empty_like if cu_seqlens is None else torch.zeros_like
+            result = allocate(v, dtype=q.dtype, memory_format=torch.contiguous_format)
         if scale is None:
-            scale = default_scale(q)
+            scale = default_scale(q, cu_seqlens is not None)
         _REGISTERED.route(q)(
             q, k, v, initial_state, initial_state_indices, A_log, a, dt_bias, b, scale, result,
             intermediate_states_buffer, ssm_state_indices, disable_state_update, use_qk_l2norm, output_state_indices,
-            accepted_steps, output is None, saturate, gate_logits,
+            accepted_steps, cu_seqlens, output is None and cu_seqlens is None, saturate, gate_logits, max_seqlen,
         )  # fmt: skip
         return result, initial_state
     except NotTensorError:
@@ -192,18 +205,24 @@ def _run(
     use_qk_l2norm: bool,
     dst: Tensor | None,
     accepted: Tensor | None,
+    cu_seqlens: Tensor | None,
     zero_padding: bool,
     saturate: bool = False,
     gate_logits: bool = True,
+    max_seqlen: int | None = None,
 ) -> None:
     if scatter is not None or disable_state_update:
         dst = None
     key: tuple[object, ...] | None
     try:
-        shape = q.shape
-        batch = shape[0]
-        if scatter is not None and (scatter.shape[0] > batch or scatter.shape[1] > shape[1]):
-            scatter = scatter[:batch, : shape[1]]
+        shape: tuple[object, ...] = q.shape
+        values: tuple[object, ...] = v.shape
+        batch, tokens = q.shape[:2]
+        if cu_seqlens is not None:  # the total is left out: the entry compares it among the tensors that have it
+            batch, tokens = cu_seqlens.shape[0] - 1, max_seqlen or 0
+            shape, values = (cu_seqlens.shape, cu_seqlens.dtype, *shape[2:]), values[2:]
+        if scatter is not None and (scatter.shape[0] > batch or scatter.shape[1] > tokens):
+            scatter = scatter[:batch, :tokens]
         if src.shape[0] > batch:
             src = src[:batch]
         if dst is not None and dst.shape[0] > batch:
@@ -211,7 +230,7 @@ def _run(
         if accepted is not None and accepted.shape[0] > batch:
             accepted = accepted[:batch]
         key = (
-            shape, v.shape, state.dtype, q.dtype, src.dtype, a.dtype, dt_bias.dtype, output.dtype,
+            shape, values, max_seqlen, state.dtype, q.dtype, src.dtype, a.dtype, dt_bias.dtype, output.dtype,
             None if buffer is None else (buffer.dtype, buffer.shape),
             None if scatter is None else scatter.dtype, None if dst is None else dst.dtype,
             None if accepted is None else accepted.dtype, disable_state_update, use_qk_l2norm, zero_padding, saturate,
@@ -219,24 +238,26 @@ def _run(
         )  # fmt: skip
     except (AttributeError, IndexError):  # something is no tensor, or has no axes, which the checks will name
         key = None
-        src, scatter, dst, accepted = first_of_batch(q, None, src, scatter, dst, accepted)
+        src, scatter, dst, accepted = first_of_batch(q, cu_seqlens, src, scatter, dst, accepted)
     operands = (
         q, k, v, state, src, A_log, a, dt_bias, b, output, buffer, scatter, dst,
         None if disable_state_update else accepted,  # without a state to write, the kernel has no such argument
-        scale,
+        cu_seqlens, scale, max_seqlen,
     )  # fmt: skip
     if _path.run_plan(key, operands):
         return
     call = Arguments(
         q, k, v, state, src, A_log, a, dt_bias, b, scale, output, buffer, scatter, disable_state_update, use_qk_l2norm,
-        dst, accepted, zero_padding, saturate, gate_logits,
+        dst, accepted, cu_seqlens, zero_padding, saturate, gate_logits, max_seqlen,
     )  # fmt: skip
     _path.run(key, _checked(call, operands))
 
 
 def _checked(call: Arguments, operands: tuple[object, ...]) -> Checked:
     """Check the arguments of a call, and say how it runs."""
-    spec, units = arguments.check(call), call.v.shape[0] * call.v.shape[2]
+    spec = arguments.check(call)
+    batch = call.v.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    units = batch * call.v.shape[2]
     return checked_step(spec, operands, units, lambda: arguments.check_contents(call), lambda: reference.step(call))
 
 

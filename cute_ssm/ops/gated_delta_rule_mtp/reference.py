@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cute_ssm.ops._gated_delta.reference import EPSILON, gates, recurrence
+from cute_ssm.ops.gated_delta_rule_mtp.arguments import lengths
 from cute_ssm.reference.rounding import saturated
 
 if TYPE_CHECKING:
@@ -123,32 +124,50 @@ def step(call: Arguments) -> None:
     """Do to checked arguments what the operator documents: gather, compute in float32, round, scatter."""
     state, src, output = call.initial_state, call.initial_state_indices, call.output
     positions = torch.arange(src.numel(), device=src.device)
-    active = src >= 0
+    counts = lengths(call)
+    active = (src >= 0) & (counts > 0)
     if call.zero_padding:
         output[~active] = 0
-    rows, source = positions[active], src[active].long()
+    rows, source, counts = positions[active], src[active].long(), counts[active]
     if not rows.numel():
         return
     first = state[source]
     g, beta = gates(call.a, call.b, call.A_log, call.dt_bias) if call.gate_logits else (call.a, call.b)
-    out, states = recurrence(
-        first, call.q[rows], call.k[rows], call.v[rows], g[rows], beta[rows], call.scale, call.use_qk_l2norm
-    )
-    output[rows] = out.to(output.dtype)
+    request, token = _tokens(call, rows)  # of row and place in `used`
+    used = torch.arange(token.shape[1]) < counts[:, None]
+
+    def taken(x: Tensor) -> Tensor:
+        """Return a tensor's tokens (rows, tokens, ...); zeros past those of a request leave its state unchanged."""
+        return torch.where(used.view(*used.shape, *[1] * (x.dim() - 2)), x[request, token], 0)
+
+    q, k, v, g, beta = (taken(x) for x in (call.q, call.k, call.v, g, beta))
+    out, states = recurrence(first, q, k, v, g, beta, call.scale, call.use_qk_l2norm)
+    output[request[used], token[used]] = out.to(output.dtype)[used]
     states = (saturated(states) if call.saturate else states).to(state.dtype)
     if call.intermediate_states_buffer is not None:
-        call.intermediate_states_buffer[rows, : call.q.shape[1]] = states
+        row, place = used.nonzero(as_tuple=True)
+        call.intermediate_states_buffer[rows[row], place] = states[used]
     if call.disable_state_update:
         return
     if call.ssm_state_indices is not None:
-        slots = call.ssm_state_indices[rows].long()
-        written = slots >= 0
+        slots = call.ssm_state_indices[rows, : used.shape[1]].long()
+        written = used & (slots >= 0)
         state[slots[written]] = states[written]
         return
     slots = source if call.output_state_indices is None else call.output_state_indices[rows].long()
     written = slots >= 0
-    count = torch.full_like(source, call.q.shape[1])
     if call.accepted_steps is not None:
-        count = call.accepted_steps[rows].long()
+        counts = call.accepted_steps[rows].long()
     all_states = torch.cat([first[:, None], states], 1)
-    state[slots[written]] = all_states[positions[: count.numel()], count][written]
+    state[slots[written]] = all_states[positions[: counts.numel()], counts][written]
+
+
+def _tokens(call: Arguments, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where tokens of requests are, (rows, tokens): in the first two axes of tensors of tokens."""
+    total = call.q.shape[1]
+    if call.cu_seqlens is None:
+        token = torch.arange(total).expand(rows.numel(), total)
+        return rows[:, None].expand_as(token), token
+    places = torch.arange(call.max_seqlen or 0)
+    token = (call.cu_seqlens[rows].long()[:, None] + places).clamp(max=total - 1)
+    return torch.zeros_like(token), token

@@ -9,7 +9,7 @@ from torch import Tensor
 from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
 from cute_ssm.ops._gated_delta import arguments as shared
-from cute_ssm.ops._gated_delta.spec import WINDOW_BUCKETS, token_bucket, window_bucket
+from cute_ssm.ops._gated_delta.spec import CHUNK, WINDOW_BUCKETS, window_bucket
 from cute_ssm.ops._table import Table
 from cute_ssm.ops.gated_delta_rule_replay.spec import GatedDeltaRuleReplaySpec
 
@@ -48,11 +48,11 @@ TABLE = Table(Arguments)
 def check(call: Arguments) -> GatedDeltaRuleReplaySpec:
     """Raise unless the call is as the operator documents it; return its spec."""
     given = TABLE.given(call)
-    sizes = shared.step_sizes(given)
-    tokens, window = sizes["tokens"], call.window
+    sizes = shared.step_sizes(given, CHUNK)
+    tokens, window = sizes.tokens, call.window
     length = call.k_cache.shape[2] if call.k_cache.dim() == 4 else 0
-    given.check_shapes({**sizes, "L": length})
-    shared.check_heads("v", sizes["heads"], sizes["value_heads"])
+    given.check_shapes({**sizes.axes(call.q, False), "L": length})
+    shared.check_heads("v", sizes.heads, sizes.value_heads)
     arguments.check_integer("window", window)
     if not 0 <= window <= MAX_WINDOW:
         fix = "pass window, or other rings"
@@ -64,8 +64,7 @@ def check(call: Arguments) -> GatedDeltaRuleReplaySpec:
     arguments.check_saturate(call.saturate, "initial_state", call.initial_state.dtype)
     given.check_strides()
     given.check_written()
-    fields = shared.spec_fields(given, call.use_qk_l2norm, call.zero_padding)
-    fields["tokens"] = token_bucket(max(tokens, 4))
+    fields = shared.spec_fields(given, max(tokens, 4), call.use_qk_l2norm, call.zero_padding)
     spec = GatedDeltaRuleReplaySpec(**fields, window=window_bucket(max(window, 1)), saturate=call.saturate)
     spec.check()
     return spec

@@ -24,6 +24,7 @@ from cute_ssm.arch import WARP, Arch
 from cute_ssm.device import convert, launch, math, memory
 from cute_ssm.device.bounds import in_range
 from cute_ssm.device.fakes import of_table
+from cute_ssm.ops._gated_delta.arguments import ROWS
 from cute_ssm.ops._gated_delta.chunk import TokenChunk
 from cute_ssm.ops._gated_delta.config import GatedDeltaRuleConfig, choose
 from cute_ssm.ops._gated_delta.layout import PENDING_CHUNK, TILE, chunk_tokens
@@ -95,7 +96,7 @@ class GatedDeltaRuleReplay:
         spec = self.spec
         sizes = {"K": spec.K, "V": spec.V}
         return (
-            *of_table(TABLE, step_dtypes(spec), sizes, layouts=step_layouts(spec)),
+            *of_table(TABLE, step_dtypes(spec), sizes, {"rows": ROWS[False]}, step_layouts(spec)),
             Float32(0),
             Int32(0),
             make_fake_stream(use_tvm_ffi_env_stream=True),

@@ -24,7 +24,7 @@ from cute_ssm.ops.gated_delta_rule_mtp.spec import GatedDeltaRuleSpec
 NAMES = (
     "q", "k", "v", "initial_state", "initial_state_indices", "A_log", "a", "dt_bias", "b", "scale", "output",
     "intermediate_states_buffer", "ssm_state_indices", "disable_state_update", "use_qk_l2norm", "output_state_indices",
-    "accepted_steps",
+    "accepted_steps", "cu_seqlens",
 )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_steady_state_is_one_look_up_and_one_call(plans):
     (got,) = kernel.calls
     for name, value in zip((*NAMES[:9], *NAMES[10:13], *NAMES[15:]), got):
         assert value is call.get(name), name
-    assert got[14:] == (0.5,)
+    assert got[14:] == (None, 0.5, None)
 
 
 def test_a_refusing_kernel_leads_to_the_full_check(plans):
