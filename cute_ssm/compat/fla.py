@@ -16,7 +16,7 @@ from cute_ssm.ops._gradients import refuse
 from cute_ssm.ops.gated_delta_rule_mtp.operator import gated_delta_rule_mtp
 from cute_ssm.spec import FLOATS
 
-TOKENS = 16  # of a call of the operator
+TOKENS = 64  # of a request in a call of the operator
 COLUMNS = 16  # that K and V are multiples of there
 OLD_NAME = "transpose_state_layout"  # of state_v_first
 
@@ -92,13 +92,15 @@ def fused_recurrent_gated_delta_rule(
 
     Notes
     -----
-    The operator takes 16 tokens, so longer sequences take a launch for every 16.  Every call copies states to and from
-    its layout, and gates are computed by PyTorch.  K and V that are no multiples of 16 are padded with zeros.
+    The operator takes 64 tokens per sequence, so longer sequences take a launch for every 64, all sequences together.
+    Every call copies states to and from its layout, and gates are computed by PyTorch.  K and V that are no multiples of
+    16 are padded with zeros.
 
     With v of float32, q, k and v are rounded to float16, which has eight times the precision of bfloat16, and reaches
     65504: larger values on the CPU are refused, and on a GPU make results infinite or NaN.
 
-    Serving engines should call `cute_ssm.gated_delta_rule_mtp`, which updates a pool in place.
+    Serving engines should call `cute_ssm.gated_delta_rule_mtp`, which updates a pool in place and does not read
+    ``cu_seqlens`` on the host.
     """
     if OLD_NAME in kwargs:
         if state_v_first:
@@ -117,29 +119,36 @@ def fused_recurrent_gated_delta_rule(
     gates = _gates(v, g, beta, A_log, dt_bias, use_gate_in_kernel)
     if use_beta_sigmoid_in_kernel:
         gates = gates._replace(step=(2 if allow_neg_eigval else 1) * torch.sigmoid(gates.step))
-    layout = _layout(q, cu_seqlens)
-    sequences = v.shape[0] if layout is None else len(layout.lengths)
+    starts = None if cu_seqlens is None else _starts(q, cu_seqlens)
+    sequences = v.shape[0] if starts is None else len(starts) - 1
+    longest = (
+        q.shape[1] if starts is None else max((end - start for start, end in itertools.pairwise(starts)), default=0)
+    )
     pool = _pool(initial_state, sequences, q, v, state_v_first)
     K, V = q.shape[3], v.shape[3]
     kind = v.dtype if v.dtype != torch.float32 else torch.float16
     scale = K**-0.5 if scale is None else scale
-    rows = [_rounded(name, tensor, kind) for name, tensor in (("q", q), ("k", k), ("v", v))]
-    rows += [gates.decay, gates.step]
-    if layout is not None:
-        rows = [layout.padded(tensor) for tensor in rows]
+    rows = [_rounded(name, tensor, kind).contiguous() for name, tensor in (("q", q), ("k", k), ("v", v))]
     zeros = torch.zeros(v.shape[2], device=v.device)
-    indices = torch.arange(sequences, device=v.device, dtype=torch.int32)
-    tokens = rows[0].shape[1]
-    out = torch.empty(sequences, tokens, v.shape[2], rows[2].shape[3], dtype=kind, device=v.device)
-    for first in range(0, tokens, TOKENS):
-        part = slice(first, first + TOKENS)
-        new_q, new_k, new_v, decay, step = (tensor[:, part].contiguous() for tensor in rows)
+    out = torch.empty_like(rows[2])
+    rows += [gates.decay, gates.step, out]
+    for first in range(0, longest, TOKENS):
+        piece = _Piece(None, torch.arange(sequences, dtype=torch.int32, device=v.device))
+        part = rows
+        if starts is None:
+            part = [tensor[:, first : first + TOKENS] for tensor in rows]
+        elif longest <= TOKENS:
+            piece = piece._replace(cu_seqlens=cu_seqlens)
+        else:
+            piece = _piece(starts, first, v.device)
+        new_q, new_k, new_v, decay, step, new_out = part
         gated_delta_rule_mtp(
-            new_q, new_k, new_v, pool, indices, zeros, decay, zeros, step, scale, out[:, part],
-            disable_state_update=first + TOKENS >= tokens and not output_final_state,
-            use_qk_l2norm=use_qk_l2norm_in_kernel, gate_logits=False,
+            new_q, new_k, new_v, pool, piece.indices, zeros, decay, zeros, step, scale, new_out,
+            disable_state_update=first + TOKENS >= longest and not output_final_state,
+            use_qk_l2norm=use_qk_l2norm_in_kernel, gate_logits=False, cu_seqlens=piece.cu_seqlens,
+            max_seqlen=None if starts is None else min(longest, TOKENS),
         )  # fmt: skip
-    out = (out if layout is None else layout.packed(out))[..., :V].to(v.dtype)
+    out = out[..., :V].to(v.dtype)
     if not output_final_state:
         return out, None
     pool = pool[..., :V, :K]
@@ -168,27 +177,25 @@ def _gates(v: Tensor, g: Any, beta: Any, A_log: Any, dt_bias: Any, activate: boo
     return _Gates(decay, torch.ones_like(decay) if beta is None else beta.float())
 
 
-class _Layout(NamedTuple):
-    """Packed sequences: the row of each token, its place in the sequence, and their lengths."""
+class _Piece(NamedTuple):
+    """What a call of the operator takes of packed sequences: offsets, and the slot of each request between them."""
 
-    row: Tensor
-    place: Tensor
-    lengths: list[int]
-
-    def padded(self, tensor: Tensor) -> Tensor:
-        """Return a packed tensor as (sequences, longest, ...).  Zeros behind a sequence leave its state unchanged."""
-        found = tensor.new_zeros(len(self.lengths), max(self.lengths, default=0), *tensor.shape[2:])
-        found[self.row, self.place] = tensor[0]
-        return found
-
-    def packed(self, tensor: Tensor) -> Tensor:
-        """Return the tokens of padded sequences one behind the other, as a batch of one."""
-        return tensor[self.row, self.place][None]
+    cu_seqlens: Tensor | None
+    indices: Tensor
 
 
-def _layout(q: Tensor, cu_seqlens: Any) -> _Layout | None:
-    if cu_seqlens is None:
-        return None
+def _piece(starts: list[int], first: int, device: torch.device) -> _Piece:
+    """Return the tokens of every sequence from its token `first` on, up to `TOKENS`; between them is padding."""
+    offsets, slots = [starts[0]], []
+    for slot, (start, end) in enumerate(itertools.pairwise(starts)):
+        offsets += [min(start + first, end), min(start + first + TOKENS, end)]
+        slots += [-1, slot]
+    indices = torch.tensor(slots, dtype=torch.int32, device=device)
+    return _Piece(torch.tensor(offsets, dtype=torch.int32, device=device), indices)
+
+
+def _starts(q: Tensor, cu_seqlens: Any) -> list[int]:
+    """Return the offsets of packed sequences; raise unless they cover all tokens."""
     if q.shape[0] != 1:
         fix = "pack the sequences along the tokens"
         raise ValueError(describe("q", "a batch of 1 with cu_seqlens", q.shape[0], fix))
@@ -196,13 +203,10 @@ def _layout(q: Tensor, cu_seqlens: Any) -> _Layout | None:
         expected = "a tensor of shape (sequences + 1,), int32/int64"
         raise ValueError(describe("cu_seqlens", expected, type(cu_seqlens).__name__))
     starts: list[int] = cu_seqlens.tolist()
-    lengths = [end - start for start, end in itertools.pairwise(starts)]
-    if not starts or starts[0] != 0 or starts[-1] != q.shape[1] or min(lengths, default=0) < 0:
+    falls = any(end < start for start, end in itertools.pairwise(starts))
+    if not starts or starts[0] != 0 or starts[-1] != q.shape[1] or falls:
         raise ValueError(describe("cu_seqlens", f"offsets that rise from 0 to {q.shape[1]} tokens", starts))
-    counts = torch.tensor(lengths, device=q.device)
-    row = torch.repeat_interleave(torch.arange(len(lengths), device=q.device), counts)
-    place = torch.arange(q.shape[1], device=q.device) - torch.tensor(starts, device=q.device)[row]
-    return _Layout(row, place, lengths)
+    return starts
 
 
 def _rounded(name: str, tensor: Tensor, kind: torch.dtype) -> Tensor:

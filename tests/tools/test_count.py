@@ -204,6 +204,7 @@ def test_budget_of_a_scan_in_parts(splits):
     assert all(kernel["spill_bytes"] == 0 for kernel in got["kernels"])
 
 
+WIDE = {"config.rows": "128", "config.warps": "8"}
 GATED = {"B": "4", "config.rows": "128", "config.warps": "4"}  # the config of calls that fill a GPU
 
 
@@ -217,6 +218,8 @@ GATED = {"B": "4", "config.rows": "128", "config.warps": "4"}  # the config of c
         ("gated_delta_rule_mtp", {"T": "8"}, 4300),
         ("gated_delta_rule_mtp", {"T": "4", "verify": "0", "buffer": "1"}, 8500),
         ("gated_delta_rule_mtp", {"T": "4", "state_dtype": "bfloat16"}, 2400),
+        ("gated_delta_rule_mtp", {"T": "4", "packed": "1"}, 3150),
+        ("gated_delta_rule_mtp", {"T": "4", "K": "96", "V": "192", "config.rows": "96", "config.warps": "3"}, 4350),
         ("gated_delta_rule_replay", {"T": "4"}, 9500),
         ("gated_delta_rule_replay", {"T": "4", "pnat": "0"}, 3700),
         ("gated_delta_rule_replay", {"T": "4", "pnat": "16"}, 11500),
@@ -230,6 +233,24 @@ def test_budgets_of_the_gated_delta_rule(op, keys, slots):
     assert got["issue_slots_per_unit"] <= slots
     assert got["dram_over_floor"] <= 1.02
     assert got["l2_over_floor"] <= 1.1
+    assert got["smem_excess_fraction"] <= 0.05
+    assert got["launches"] == 1
+    assert got["kernels"]
+    assert all(kernel["spill_bytes"] == 0 for kernel in got["kernels"])
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(
+    ("keys", "slots"),
+    [({"T": "64"}, 38500), pytest.param({"T": "20", "K": "256", "V": "256"}, 65500, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_budget_of_chunks_of_tokens(keys, slots):
+    """A state is read once and written once, whatever the number of tokens; one chunk's keys are staged at a time."""
+    got = counted("gated_delta_rule_mtp", {"B": "1", "H": "2", "HV": "4", "verify": "0", **WIDE, **keys})
+    assert got["issue_slots_per_unit"] <= slots
+    assert got["dram_over_floor"] <= 1.02
+    assert got["l2_over_floor"] <= 1.15
     assert got["smem_excess_fraction"] <= 0.05
     assert got["launches"] == 1
     assert got["kernels"]

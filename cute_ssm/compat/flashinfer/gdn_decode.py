@@ -40,7 +40,7 @@ def gated_delta_rule_mtp(
     *,
     accepted_steps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run 1 to 16 tokens of the gated delta rule for every request, like FlashInfer's function of this name.
+    """Run 1 to 64 tokens of the gated delta rule for every request, like FlashInfer's function of this name.
 
     Parameters
     ----------
@@ -138,7 +138,7 @@ def gated_delta_rule_decode_pretranspose(
     disable_state_update: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Run 1 to 16 tokens on states [V, K], one for each request or a pool, like FlashInfer's function of this name.
+    """Run 1 to 64 tokens on states [V, K], one for each request or a pool, like FlashInfer's function of this name.
 
     Parameters
     ----------
@@ -219,7 +219,7 @@ def gated_delta_rule_decode(
     use_qk_l2norm: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Run 1 to 16 tokens on states [K, V], one for each request, like FlashInfer's function of this name.
+    """Run 1 to 64 tokens on states [K, V], one for each request, like FlashInfer's function of this name.
 
     Parameters
     ----------

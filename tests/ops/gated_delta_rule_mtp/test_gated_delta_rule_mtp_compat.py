@@ -12,6 +12,7 @@ from kernel_backends import both
 from memory import copy
 
 import cute_ssm
+from cute_ssm.compat import fla
 from cute_ssm.compat.fla import fused_recurrent_gated_delta_rule
 from cute_ssm.compat.flashinfer.gdn_decode import gated_delta_rule_mtp
 from cute_ssm.errors import UnsupportedSpecError
@@ -184,10 +185,15 @@ def test_fla_values_beyond_float16_are_refused():
 
 
 @both
-def test_fla_long_and_packed_sequences(backend):
+@pytest.mark.parametrize("lengths", [(35, 0, 1, 16), (67, 0, 3, 130)], ids=["one launch", "a launch for every 64"])
+def test_fla_long_and_packed_sequences(lengths, backend, monkeypatch):
     """More tokens than a call of the operator takes; a sequence without tokens keeps its state."""
     torch.manual_seed(3)
-    lengths, value_heads, K, V = (35, 0, 1, 16), 2, 32, 32
+    value_heads, K, V = 2, 16, 16
+    calls = []
+    monkeypatch.setattr(
+        fla, "gated_delta_rule_mtp", lambda *a, **k: calls.append(a) or cute_ssm.gated_delta_rule_mtp(*a, **k)
+    )
     total = sum(lengths)
     q, k = (torch.nn.functional.normalize(torch.randn(1, total, 1, K), dim=-1).bfloat16() for _ in "qk")
     v = torch.randn(1, total, value_heads, V).bfloat16()
@@ -199,6 +205,7 @@ def test_fla_long_and_packed_sequences(backend):
             q, k, v, g, beta=beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True,
             cu_seqlens=offsets,
         )  # fmt: skip
+    assert len(calls) == -(-max(lengths) // 64)
     equal(final[1], state[1], "no tokens")
     for i, (first, end) in enumerate(itertools.pairwise(offsets.tolist())):
         if end > first:
