@@ -93,8 +93,8 @@ def fused_recurrent_gated_delta_rule(
     Notes
     -----
     The operator takes 64 tokens per sequence, so longer sequences take a launch for every 64, all sequences together.
-    Every call copies states to and from its layout, and gates are computed by PyTorch.  K and V that are no multiples of
-    16 are padded with zeros.
+    Every call copies states to and from its layout, and gates are computed by PyTorch.  K and V that are no multiples
+    of 16 are padded with zeros.
 
     With v of float32, q, k and v are rounded to float16, which has eight times the precision of bfloat16, and reaches
     65504: larger values on the CPU are refused, and on a GPU make results infinite or NaN.
