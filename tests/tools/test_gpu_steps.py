@@ -144,6 +144,15 @@ def test_each_operator_is_timed_first_once_and_at_all_batches():
     assert not {(c.op, c.name) for c, _ in first} & {(c.op, c.name) for c, _ in more}
 
 
+def test_each_half_of_the_times_is_rehearsed_by_small_calls_whose_kernels_are_in_the_kit():
+    known = set(gpu_calls.of_calls([*gpu_calls.modes(), *gpu_calls.checked(), *gpu_calls.timed()], SM_90A))
+    for first, batch in ((True, 1), (False, 3)):
+        found = list(times.declared(first, rehearse=True))
+        assert all(case.name.startswith("small") for case, _ in found) and {b for _, b in found} == {batch}
+        assert set(gpu_calls.of_calls((gpu_calls.Made(c.op, c.call(b)) for c, b in found), SM_90A)) <= known
+        assert len({case.op for case, _ in found}) == (len(workloads.OPERATORS) if first else 1)
+
+
 def test_kernels_of_everything_that_is_timed_are_in_the_kit():
     known = set(gpu_calls.of_calls(gpu_calls.timed(), SM_90A))
     found = [*times.declared(True), *times.declared(False)]

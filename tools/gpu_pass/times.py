@@ -25,22 +25,24 @@ def declared(first: bool, rehearse: bool = False) -> Iterator[tuple[Case, int]]:
     """Yield cases and batches: of each operator the first case, or all others; all cases at one batch before the next.
 
     Where a case's usual batches lack one, it is left out there; a scan has few sequences of many tokens.  To rehearse,
-    small calls stand for those of models, at one batch.
+    small calls stand for those of models: of each operator one request, then of one operator three.
     """
-    chosen, batches = [], BATCHES[1:2] if rehearse else BATCHES
-    for op in workloads.OPERATORS:
-        if rehearse:
+    if rehearse:
+        batch = 1 if first else 3
+        for op in workloads.OPERATORS if first else workloads.OPERATORS[:1]:
             keys = tuple((k, v) for k, v in workloads.small(op).items() if k != workloads.batch_key(op))
-            of_op = [Case("small", op, keys, batches)]
-        else:
-            of_op = list(cases.declared([op]))
+            yield Case("small", op, keys, (batch,)), batch
+        return
+    chosen = []
+    for op in workloads.OPERATORS:
+        of_op = list(cases.declared([op]))
         chosen += of_op[:1] if first else of_op[1:]
-    for batch in batches:
+    for batch in BATCHES:
         for case in chosen:
             usual = case.batches
             if batch in usual:
                 yield case, batch
-            elif max(usual) < batch and batch == next((b for b in batches if b > max(usual)), None):
+            elif max(usual) < batch and batch == next((b for b in BATCHES if b > max(usual)), None):
                 yield case, max(usual)
 
 
