@@ -15,6 +15,7 @@ import cursor_cases as cursors
 import gdn_cases
 import materialize_cases as states
 import materialize_gated_cases as gated
+import materialize_layers_cases as layers
 import pytest
 import replay_cases
 import replay_decode_cases
@@ -34,6 +35,7 @@ from cute_ssm.ops.gated_delta_rule_mtp import operator as gated_delta_rule
 from cute_ssm.ops.gated_delta_rule_replay import operator as gated_delta_rule_replay
 from cute_ssm.ops.materialize import operator as serving_states
 from cute_ssm.ops.materialize_gated_delta import operator as gated_states
+from cute_ssm.ops.materialize_layers import operator as layered_states
 from cute_ssm.ops.replay_decode import operator as replay_decode
 from cute_ssm.ops.selective_scan import operator as selective_scan
 from cute_ssm.ops.selective_state_update import operator as step
@@ -64,6 +66,11 @@ def commit(batch):
 
 def materialize(batch):
     return states.random(states.Case(heads=batch), 0)["call"]
+
+
+def layered(batch):
+    layered.memory = layers.made(layers.Case(heads=4 * batch))  # the call holds addresses alone
+    return layered.memory.call
 
 
 # operator -> its module, the function, arguments of a batch, and the tensors that it asks where they are
@@ -100,6 +107,12 @@ CALLS = {
     ),
     "selective_scan": (selective_scan, cute_ssm.selective_scan, scan, ("u",)),
     "serving.materialize": (serving_states, serving.materialize, materialize, ("state",)),
+    "serving.materialize_layers": (
+        layered_states,
+        serving.materialize_layers,
+        layered,
+        ("state_ptrs",),
+    ),
     "serving.materialize_gated_delta": (
         gated_states,
         serving.materialize_gated_delta,
