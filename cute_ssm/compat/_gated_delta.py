@@ -90,10 +90,11 @@ def tokens_of(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
 
 
 def sequences_of(tensor: Tensor, sequences: int, tokens: int) -> Tensor:
-    """Return (1, total, ...) or (total, ...) or (sequences, tokens, ...) as (sequences, tokens, ...), a view."""
-    if tensor.shape[:2] == (sequences, tokens):
+    """Return rows (total, heads), (1, total, heads, ...) or (sequences, tokens, heads, ...) as the last, a view."""
+    if tensor.dim() > 2 and tensor.shape[:2] == (sequences, tokens):
         return tensor
-    flat = tensor[0] if tensor.shape[0] == 1 and tensor.shape[1] == sequences * tokens else tensor
+    packed = tensor.dim() > 2 and tensor.shape[:2] == (1, sequences * tokens)
+    flat = tensor[0] if packed else tensor
     return torch.unflatten(flat, 0, (sequences, tokens))
 
 

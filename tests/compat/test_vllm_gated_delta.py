@@ -85,6 +85,19 @@ def test_a_step_of_one_token_per_sequence_updates_states_in_place():
     check_states(state, before, stored)
 
 
+@pytest.mark.parametrize("gated", [lambda t: t, lambda t: t[None]], ids=["rows", "a batch of rows"])
+def test_a_single_value_head_is_one_column_of_the_gates(gated):
+    """As on each of many GPUs that share a layer."""
+    call, state, slots = rows(3, heads=1, value_heads=1), pool(5, value_heads=1), torch.tensor([4, 2, 1])
+    before = state.clone()
+    out, _ = speculative({**call, "a": gated(call["a"]), "b": gated(call["b"])}, state, slots, None)
+    stored = {}
+    for row, slot in enumerate(slots.tolist()):
+        stored[slot], want = step(wide(before[slot]), call, row)
+        assert close(out[0, row], want)
+    check_states(state, before, stored)
+
+
 REFUSED = {
     "is_kda": True,
     "beta": 2.0,

@@ -208,7 +208,7 @@ def _run(*values: Any) -> None:
             slots is not None or call.state.shape[0] >= batch, call.philox_rounds,
         )  # fmt: skip
         mask = call.is_flush.view(torch.uint8)  # as the kernel reads it
-    except (AttributeError, IndexError, RuntimeError):  # something is no tensor, or of other types: the checks tell
+    except (AttributeError, IndexError, RuntimeError, TypeError):  # no tensor, or other types: the checks tell
         key, mask = None, call.is_flush
     operands = (*call._replace(is_flush=mask)[: len(TABLE.tensors)], call.null_block_id)
     if _path.run_plan(key, operands):

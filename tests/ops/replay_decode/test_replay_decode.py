@@ -143,6 +143,17 @@ def test_without_heads_and_from_arrays(backend):
     np.testing.assert_allclose(arrays["out"], call["out"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", [name for name, given in arguments(BASE).items() if isinstance(given, torch.Tensor)])
+def test_any_one_argument_may_be_an_array(name):
+    case = Case(heads=2, groups=1, inputs="f32", dt=torch.float32)
+    call, mixed = arguments(case), arguments(case)
+    mixed[name] = mixed[name].numpy()
+    decode(**call)
+    decode(**mixed)
+    for key, value in written(call).items():
+        same_bits(torch.as_tensor(mixed[key]), value, key)
+
+
 def test_longer_indices_and_an_empty_batch(backend):
     call, longer = arguments(BASE), arguments(BASE)
     for name in ("write_pos", "is_flush", "state_batch_indices"):
