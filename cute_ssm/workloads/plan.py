@@ -69,12 +69,13 @@ def _steps_of_peers(keys: Keys) -> None:
     states, inputs = dtype(str(keys["state_dtype"])), dtype(str(keys["input_dtype"]))
     stochastic = keys["rounding"] == "stochastic"
     slots, per_head = torch.zeros(1, dtype=torch.int32), torch.zeros(nheads, dtype=inputs)[:, None].expand(nheads, dim)
-    tables, strides = torch.full((1,), 16), torch.full((1,), nheads * max(rows, dim) * max(dim, dstate))
+    table, stride = torch.full((1,), 16), torch.full((1,), nheads * max(rows, dim) * max(dim, dstate))
     serving.materialize_layers(
-        *[tables, strides] * 4, tables, tables, strides, slots[None], slots[None], slots, slots, slots - 1,
+        table, stride, table, stride, table, stride, table, stride, table, table, stride, slots[None], slots[None],
+        slots, slots, slots - 1,
         state_dtype=states, input_dtype=inputs, matrixA_dtype=torch.float32, dim=dim, dstate=dstate, num_heads=nheads,
         heads_per_group=nheads // ngroups, max_window=rows, ring_buffer_len=rows,
-        rand_seed=tables if stochastic else None, philox_rounds=10 * stochastic,
+        rand_seed=table if stochastic else None, philox_rounds=10 * stochastic,
     )  # fmt: skip
     if states not in (torch.float32, torch.bfloat16, torch.float16) or (stochastic and states != torch.float16):
         return
