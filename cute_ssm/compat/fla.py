@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
+from cute_ssm.compat._arguments import checked_tensor
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops._arguments import name_of
 from cute_ssm.ops._gradients import refuse
@@ -71,7 +72,7 @@ def fused_recurrent_gated_delta_rule(
     use_beta_sigmoid_in_kernel : bool
         The update weights are ``sigmoid(beta)``.
     allow_neg_eigval : bool
-        They are ``2 sigmoid(beta)``; without ``use_beta_sigmoid_in_kernel`` it has no effect, as in fla.
+        They are ``2 sigmoid(beta)``; with ``use_beta_sigmoid_in_kernel`` only.
     state_v_first : bool
         Layout of the states: (sequences, value_heads, V, K).
     cu_seqlens : Tensor, (sequences + 1,), int32/int64, optional
@@ -116,6 +117,9 @@ def fused_recurrent_gated_delta_rule(
         if not isinstance(value, Tensor) or value.dim() != 4:
             raise ValueError(describe(name, "a tensor of 4 dimensions", type(value).__name__))
     refuse("fused_recurrent_gated_delta_rule", q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
+    if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
+        fix = "pass use_beta_sigmoid_in_kernel=True, or beta that is doubled"
+        raise ValueError(describe("allow_neg_eigval", "False without use_beta_sigmoid_in_kernel", True, fix))
     gates = _gates(v, g, beta, A_log, dt_bias, use_gate_in_kernel)
     if use_beta_sigmoid_in_kernel:
         gates = gates._replace(step=(2 if allow_neg_eigval else 1) * torch.sigmoid(gates.step))
@@ -165,7 +169,7 @@ class _Gates(NamedTuple):
 def _gates(v: Tensor, g: Any, beta: Any, A_log: Any, dt_bias: Any, activate: bool) -> _Gates:
     shape = v.shape[:3]
     for name, value in (("g", g), ("beta", beta)):
-        if value is not None and value.shape != shape:
+        if value is not None and checked_tensor(name, value).shape != shape:
             expected = f"shape (batch, tokens, value_heads) = {tuple(shape)}"
             raise ValueError(describe(name, expected, tuple(value.shape)))
     decay = torch.zeros(shape, device=v.device) if g is None else g.float()
@@ -173,6 +177,10 @@ def _gates(v: Tensor, g: Any, beta: Any, A_log: Any, dt_bias: Any, activate: boo
         for name, value in (("A_log", A_log), ("g", g)):
             if value is None:
                 raise ValueError(describe(name, "a tensor with use_gate_in_kernel", None))
+        for name, value in (("A_log", A_log), ("dt_bias", dt_bias)):
+            if value is not None and checked_tensor(name, value).shape != shape[2:]:
+                expected = f"shape (value_heads,) = {tuple(shape[2:])}"
+                raise ValueError(describe(name, expected, tuple(value.shape)))
         decay = -A_log.float().exp() * softplus(decay if dt_bias is None else decay + dt_bias.float())
     return _Gates(decay, torch.ones_like(decay) if beta is None else beta.float())
 

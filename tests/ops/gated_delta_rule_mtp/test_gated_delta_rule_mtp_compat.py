@@ -149,15 +149,28 @@ def test_fla_gates_in_the_call_and_states_with_values_first(kind):
     assert out.dtype is kind and got.shape == state.shape
     assert (out - want).abs().max() < 2**-10 * want.abs().max()
     assert (got.mT - final).abs().max() < 1e-5 * final.abs().max()
-    plain, _ = fused_recurrent_gated_delta_rule(q, k, v, raw, beta=logits, allow_neg_eigval=True)
-    same, _ = fused_recurrent_gated_delta_rule(q, k, v, raw, beta=logits)
-    equal(plain, same, "allow_neg_eigval acts on the sigmoid alone")
+    with pytest.raises(ValueError, match="allow_neg_eigval: expected False without use_beta_sigmoid_in_kernel"):
+        fused_recurrent_gated_delta_rule(q, k, v, raw, beta=logits, allow_neg_eigval=True)
     with pytest.warns(DeprecationWarning, match="transpose_state_layout is called state_v_first"):
         old, _ = fused_recurrent_gated_delta_rule(q, k, v, initial_state=state, transpose_state_layout=True)
     new, _ = fused_recurrent_gated_delta_rule(q, k, v, initial_state=state, state_v_first=True)
     equal(old, new)
     with pytest.raises(ValueError, match="transpose_state_layout: expected not both names"):
         fused_recurrent_gated_delta_rule(q, k, v, state_v_first=True, transpose_state_layout=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("A_log", torch.zeros(1)), ("dt_bias", torch.zeros(3, 2)), ("dt_bias", torch.zeros(1)), ("g", torch.zeros(1, 3))],
+)
+def test_fla_gates_have_one_weight_per_head(name, value):
+    """Others would spread over heads or tokens."""
+    q, v = torch.randn(1, 3, 1, 32), torch.randn(1, 3, 2, 32)
+    weights = {"g": torch.zeros(1, 3, 2), "A_log": torch.zeros(2), "dt_bias": torch.zeros(2), name: value}
+    with pytest.raises(ValueError, match=f"{name}: expected shape"):
+        fused_recurrent_gated_delta_rule(q, q, v, use_gate_in_kernel=True, **weights)
+    with pytest.raises(TypeError, match=f"{name}: expected a torch.Tensor, got list"):
+        fused_recurrent_gated_delta_rule(q, q, v, use_gate_in_kernel=True, **{**weights, name: value.tolist()})
 
 
 @both
