@@ -278,6 +278,17 @@ def test_every_factor_is_in_the_key_of_materialize_gated_delta(change, kernel, m
     assert keys[0] != keys[1]
 
 
+def test_fewer_slots_than_packed_tokens_are_refused_after_a_call_with_enough(kernel):
+    """No entry compares ``max_seqlen`` with a tensor, so that the kernel would read slots beyond the row."""
+    call = gdn_cases.arguments(gdn_cases.Case(batch=2, tokens=4, lengths=(4, 3), pads=(), mode="scatter"))
+    call["q"] = call["q"].as_subclass(OnGpu)
+    cute_ssm.gated_delta_rule_mtp(**call)
+    call["ssm_state_indices"] = call["ssm_state_indices"][:, :2]
+    with pytest.raises(ValueError, match="ssm_state_indices: expected shape"):
+        cute_ssm.gated_delta_rule_mtp(**call)
+    assert kernel.calls == 1
+
+
 @pytest.mark.parametrize("name", ["serving.commit", "serving.build_work_items"])
 @pytest.mark.parametrize("change", [{"ring": True}, {"varlen": True}, {"indices": torch.int64}, {"indexed": False}])
 def test_every_factor_is_in_the_key_of_cursors(name, change, kernel, monkeypatch):

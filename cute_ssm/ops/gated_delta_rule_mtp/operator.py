@@ -232,7 +232,8 @@ def _run(
         key = (
             shape, values, max_seqlen, state.dtype, q.dtype, src.dtype, a.dtype, dt_bias.dtype, output.dtype,
             None if buffer is None else (buffer.dtype, buffer.shape),
-            None if scatter is None else scatter.dtype, None if dst is None else dst.dtype,
+            None if scatter is None else (scatter.dtype, scatter.shape[1]),  # with max_seqlen, which no entry sees
+            None if dst is None else dst.dtype,
             None if accepted is None else accepted.dtype, disable_state_update, use_qk_l2norm, zero_padding, saturate,
             gate_logits, q.device, output.data_ptr() % ROW_BYTES, output.stride(),
         )  # fmt: skip
