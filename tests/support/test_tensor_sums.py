@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gdn_cases
-import kernel_backends
 import pytest
 import tensor_sums
 import torch
@@ -12,7 +11,7 @@ pytest.importorskip("cutlass")
 
 import ptxsim
 from ptxsim import tensorcore
-from ptxsim.arithmetic import HARDWARE, TENSOR_SUMS, Arithmetic
+from ptxsim.arithmetic import HARDWARE, TENSOR_SUMS
 
 FIGURES = HARDWARE.tensor_sum("sm_90a", "mma", "tf32", False)
 SUMS = tensor_sums.of(HARDWARE)
@@ -81,16 +80,6 @@ def test_products_of_int8_states_stay_within_their_losses(sign):
 
 
 CASE = gdn_cases.Case(batch=1, tokens=4, heads=8, ratio=1, V=64, out=None, io="f16", pads=(), mode="update")
-
-
-@pytest.mark.parametrize("scale", [1.0, 32.0])
-def test_larger_losses_exceed_the_bounds(scale):
-    with kernel_backends.kernel(checks=False, arithmetic=Arithmetic("hardware", scale=scale)):
-        if scale == 1:
-            gdn_cases.verify(CASE)
-            return
-        with pytest.raises(AssertionError, match="exceeds"):
-            gdn_cases.verify(CASE)
 
 
 def test_terms_are_those_of_the_arithmetic_in_use():

@@ -13,7 +13,7 @@ import numpy as np
 import tensor_sums
 import torch
 from bits import same_memory
-from bounds import within
+from bounds import rms_within, within
 from cases import Named
 from memory import copy
 from step_cases import DTYPES, PAD
@@ -292,11 +292,19 @@ def check(case: Tokens, before: dict, after: dict, out: torch.Tensor) -> None:
     half = {"f32": 2.0**-24, "bf16": 2.0**-8, "f16": 2.0**-11}[case.io]
     smallest = SUBNORMAL[case.io] / 2
     # `TokenProducts`: dstate / 8 instructions for products with C, and two for those with x
-    lost = tensor_sums.in_use().most(case.dstate // 8 + 2, 8) if path.multiplies else 0.0
+    most, mean = 0.0, 0.0
+    if path.multiplies:
+        most, mean = tensor_sums.in_use().within(torch.ones((), dtype=torch.float64), case.dstate // 8 + 2, 8).tolist()
+    together = []  # in units of the sizes: error, rounding, and what approximate functions and tensor cores add
     for index, (want, size, error) in oracle.outputs.items():
-        error = error + lost * size
-        bound = 1.01 * np.maximum(half * np.abs(want), smallest) + n * 2.0**-22 * size + 1.01 * error + 1e-30
-        within(out[index], want, bound, f"out{list(index)}")
+        bound = 1.01 * np.maximum(half * np.abs(want), smallest) + n * 2.0**-22 * size + 1e-30
+        within(out[index], want, bound + 1.01 * (error + most * size), f"out{list(index)}")
+        rounded = numpy(torch.from_numpy(want).to(out.dtype))
+        parts = (numpy(out[index]) - want, rounded - want, error + mean * size)
+        together.append(np.stack(parts) / (size + 1e-30))
+    if together:
+        got, rounding, more = np.sqrt(np.mean(np.square(np.stack(together)), axis=(0, 2, 3)))
+        rms_within(got, 1.1 * rounding + 2.0**-22 + more, "out (in units of what it is a sum of)")
     share = 1.0 if case.rounds else 0.5  # of the distance between neighbours
     for pool, index, want, size, error in oracle.stores:
         got, noise = numpy(after[pool][index].float()), n * 2.0**-22 * size + 1.01 * error

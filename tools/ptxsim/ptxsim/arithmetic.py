@@ -213,6 +213,8 @@ class Arithmetic:
         nearest power of two.  0: results are those of ``exact``.
     seed : int
         Chooses among the results that the errors allow.
+    early : int
+        Sums of tensor cores are cut so many bits earlier than documented; functions err as documented.
     lean : str
         ``"spread"``: any result within the error; ``"low"``, ``"high"``: always the lowest, the highest one.
     """
@@ -221,6 +223,7 @@ class Arithmetic:
     scale: float = 1.0
     seed: int = 0
     lean: str = "spread"
+    early: int = 0
 
     def __post_init__(self):
         if self.name not in ("exact", "hardware"):
@@ -248,7 +251,7 @@ class Arithmetic:
                 f"arithmetic='hardware': no source tells how {instruction} of {target} adds products of {kind} to "
                 f"{'f16' if half else 'f32'}"
             )
-        lost = round(np.log2(self.scale))
+        lost = round(np.log2(self.scale)) + self.early
         return figures._replace(fraction=figures.fraction - lost, result=figures.result - max(lost, 0))
 
     def approximation(self, op, kind, function):

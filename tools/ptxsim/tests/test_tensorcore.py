@@ -174,6 +174,15 @@ def test_scale_cuts_earlier(rng):
     assert errors[0] < errors[1] < errors[2] < errors[3]
 
 
+def test_sums_alone_are_cut_earlier():
+    documented, early = (Arithmetic("hardware", early=bits) for bits in (0, 2))
+    figures = [each.tensor_sum("sm_90a", "mma", "f16", False) for each in (documented, early)]
+    assert (figures[1].fraction, figures[1].result) == (figures[0].fraction - 2, figures[0].result - 2)
+    x = np.linspace(-3, 3, 100, dtype=np.float32)
+    results = [each.approximation("ex2", "f32", np.exp2)(x) for each in (documented, early)]
+    assert np.array_equal(*results) and not np.array_equal(results[0], np.exp2(x))
+
+
 def test_bits_to_spare_leave_the_cut_of_the_sum_alone(rng):
     """With 28 bits of fraction and products of like size, nothing is lost but behind the result's last bit."""
     a, b, _ = sample(rng, "bf16", spread=0)
