@@ -82,9 +82,15 @@ def check_registers(compiled, config):
 
 
 @pytest.mark.thin(9, "arch")
-@pytest.mark.parametrize("heads", [FEW, MANY])
-@pytest.mark.parametrize("arch", archs.ARCHS)
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("name", "arch", "heads"),
+    [
+        pytest.param(name, arch, heads, marks=() if h == (i + a) % 2 else pytest.mark.slow)  # by turns
+        for i, name in enumerate(SPECS)
+        for a, arch in enumerate(archs.ARCHS)
+        for h, heads in enumerate((FEW, MANY))
+    ],
+)
 def test_no_spills(name, arch, heads):
     target = archs.by_name(arch)
     config = choose(SPECS[name], target, heads, target.sm_count)
