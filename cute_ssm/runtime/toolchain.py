@@ -17,7 +17,7 @@ from cute_ssm.errors import CompileError, describe
 from cute_ssm.spec import digest
 
 DSL = "nvidia-cutlass-dsl"
-DSL_RANGE = ((4, 8, 1), (4, 9))
+DSL_RANGE = ((4, 8, 0), (4, 9))
 TVM_FFI = "apache-tvm-ffi"
 TVM_FFI_RANGE = ((0, 1, 11), (0, 2))
 OPTIONS = "--enable-tvm-ffi --gpu-arch {arch}"
@@ -50,7 +50,7 @@ def within(version: str, accepted: Range) -> bool:
 
 
 def requirement(distribution: str, accepted: Range) -> str:
-    """Return a range as a pip requirement, e.g. ``"nvidia-cutlass-dsl>=4.8.1,<4.9"``."""
+    """Return a range as a pip requirement, e.g. ``"nvidia-cutlass-dsl>=4.8.0,<4.9"``."""
     low, high = (".".join(map(str, bound)) for bound in accepted)
     return f"{distribution}>={low},<{high}"
 

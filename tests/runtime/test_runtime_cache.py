@@ -397,7 +397,7 @@ def test_an_illegal_spec_is_refused_before_anything_is_compiled(cache, compiled)
 def test_a_wrong_compiler_is_named_with_the_command_that_mends_it(cache, monkeypatch, version):
     monkeypatch.setattr(toolchain, "installed", lambda _: version)
     toolchain.check.cache_clear()
-    with pytest.raises(CompileError, match=r"nvidia-cutlass-dsl: expected .*>=4\.8\.1,<4\.9, got .*; run: .* -m pip"):
+    with pytest.raises(CompileError, match=r"nvidia-cutlass-dsl: expected .*>=4\.8\.0,<4\.9, got .*; run: .* -m pip"):
         runtime.get(TinySpec(), arch=SM_90A)
 
 

@@ -55,8 +55,8 @@ def test_without_a_driver_no_version_is_too_new_for_it():
         ({"torch_cuda": "13.0"}, False, "libraries for CUDA 12", "'cute-ssm[cu13]'"),
         ({"cuda_bindings": "13.4.4"}, True, "needs a driver for CUDA 13", "'cuda-python>=12.8,<13'"),
         ({"compiler_cuda": "cu13"}, True, "the driver is for CUDA 12.9", "uninstall nvidia-cutlass-dsl-libs-cu13"),
-        ({"dsl": {}}, True, "nvidia-cutlass-dsl is not installed", "'nvidia-cutlass-dsl>=4.8.1,<4.9'"),
-        ({"dsl": {"nvidia-cutlass-dsl": "4.9.0"}}, True, "4.9.0 is not", "'nvidia-cutlass-dsl>=4.8.1,<4.9'"),
+        ({"dsl": {}}, True, "nvidia-cutlass-dsl is not installed", "'nvidia-cutlass-dsl>=4.8.0,<4.9'"),
+        ({"dsl": {"nvidia-cutlass-dsl": "4.9.0"}}, True, "4.9.0 is not", "'nvidia-cutlass-dsl>=4.8.0,<4.9'"),
         (
             {"dsl": {"nvidia-cutlass-dsl": "4.8.1", "nvidia-cutlass-dsl-libs-cu12": "4.8.2"}},
             *(True, "parts of the compiler have different versions", "--force-reinstall"),
