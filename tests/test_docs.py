@@ -263,12 +263,8 @@ def test_ci_installs_and_tests_as_the_readme_says():
     commands = (ROOT / ".ci" / "run").read_text().splitlines()
     start = section(README, "Quick start")
     packages, extra, test = re.search(r'pip install (.*)"\.\[(\w+)\]" && (pytest.*)', start).groups()
-    first = commands.index(test)
-    assert commands[first : first + 3] == [
-        test,
-        f'{test} -m "wide and not slow"',
-        f"{test} --arithmetic hardware tests",
-    ]
+    (first,) = (i for i, line in enumerate(commands) if line.startswith(f'{test} -m "not slow" #'))  # and what is wide
+    assert commands[first + 1] == f"{test} --arithmetic hardware tests"
     assert f'python -m pip install --quiet {packages}".[{extra},dev]"' in commands
 
 
