@@ -52,6 +52,7 @@ STARS = {
     "*tokens": {1: "batch", 2: "batch T"},
     "*src": {1: "batch"},
     "*cache": {1: "batch"},
+    "*rows": {2: "batch tokens"},
     "*channels": {2: "dim total", 3: "batch dim length"},
     "*columns": {3: "ngroups dstate total", 4: "batch ngroups dstate length"},
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cute_ssm.errors import describe
 from cute_ssm.ops import _arguments as arguments
-from cute_ssm.ops._gated_delta.spec import token_bucket
+from cute_ssm.ops._gated_delta.spec import TOKEN_BUCKETS, token_bucket
 from cute_ssm.ops._table import FLOAT32, INDICES, INT32, Arg, Given
 from cute_ssm.spec import FLOATS
 
@@ -136,7 +136,7 @@ def spec_fields(given: Given, tokens: int, l2norm: bool, zero_padding: bool) -> 
         **{field: arguments.name_of(given[name].dtype) for field, name in sources.items()},
         "K": q.shape[3],
         "V": v.shape[3],
-        "tokens": token_bucket(tokens),
+        "tokens": token_bucket(tokens, TOKEN_BUCKETS),
         "l2norm": l2norm,
         "zero_padding": zero_padding,
         "input_bytes": input_bytes(q, given["k"], v),

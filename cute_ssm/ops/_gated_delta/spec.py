@@ -44,9 +44,9 @@ class Sizes(NamedTuple):
     one_tile: bool = False
 
 
-def token_bucket(tokens: int) -> int:
-    """Return the ``tokens`` of the spec for a number of tokens, 1 to 64: the next entry of `TOKEN_BUCKETS`."""
-    return _bucket("tokens", tokens, TOKEN_BUCKETS)
+def token_bucket(tokens: int, buckets: tuple[int, ...] = CHUNK_BUCKETS) -> int:
+    """Return the ``tokens`` of the spec for a number of tokens, at least 1: the next entry of `buckets`."""
+    return _bucket("tokens", tokens, buckets)
 
 
 def window_bucket(window: int) -> int:

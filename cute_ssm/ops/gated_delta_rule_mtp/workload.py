@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from cute_ssm.workloads import Call
 from cute_ssm.workloads.maker import Maker, dtype, stored_bytes
 
@@ -40,7 +42,9 @@ def build(
     if buffer:
         arguments["intermediate_states_buffer"] = make.empty(B, T, HV, V, K, dtype=states)
     written = ("output", "initial_state", "intermediate_states_buffer")
-    flags = {"disable_state_update": bool(verify), "max_seqlen": T if packed else None}
+    flags: dict[str, Any] = {"disable_state_update": bool(verify)}
+    if packed:
+        flags["max_seqlen"] = T
     return Call("gated_delta_rule_mtp", {**arguments, **flags}, written, B * HV, floor_bytes)
 
 
