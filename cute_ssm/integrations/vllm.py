@@ -199,9 +199,12 @@ def _install_replay(strict: bool, undo: list[Callable[[], object]]) -> str:
         raise EngineError(describe(f"{DISPATCH}._flashinfer_replayssm_kernel", "to be there", "no such variable"))
     ours = _engines.parameters(flashinfer.checkpointing_ssu)
 
+    replaced: Callable[..., Any] | None = None
+
     def use_ring() -> None:
+        nonlocal replaced
         kernel = dispatch._flashinfer_replayssm_kernel
-        if kernel is None:
+        if kernel is None or kernel is replaced:  # a model without Mamba layers leaves it as it is
             return
         theirs = _engines.parameters(kernel)
         if theirs != ours:
@@ -209,9 +212,8 @@ def _install_replay(strict: bool, undo: list[Callable[[], object]]) -> str:
             reason = describe("flashinfer.mamba.checkpointing_ssu", f"({ours})", found)
             env.logger().warning("cute_ssm is not used by vLLM for replay: %s", reason)
             return
-        dispatch._flashinfer_replayssm_kernel = _either(
-            kernel, flashinfer.checkpointing_ssu, Call("FlashInfer's checkpointing_ssu in vLLM", strict)
-        )
+        call = Call("FlashInfer's checkpointing_ssu in vLLM", strict)
+        dispatch._flashinfer_replayssm_kernel = replaced = _either(kernel, flashinfer.checkpointing_ssu, call)
 
     _after(original, use_ring, undo)
     step = compat.selective_state_update_replayssm_output_only

@@ -147,6 +147,9 @@ def test_replay_of_flashinfer_runs_by_our_ring_and_what_it_refuses_by_flashinfer
     assert vllm.register("replay") == ("replay",)
     start(engine, "FLASHINFER", use_replayssm=True)
     kernel = engine.dispatch._flashinfer_replayssm_kernel
+    engine.dispatch.theirs = kernel  # as it stays when a draft model has no Mamba layers
+    start(engine, "FLASHINFER", use_replayssm=True)
+    assert engine.dispatch._flashinfer_replayssm_kernel is kernel, "it is replaced once"
     call, state, history = replay_call()
     slots = torch.tensor([2, 3], dtype=torch.int32)
     before, out = state.clone(), torch.empty_like(call["x"][:, None])
