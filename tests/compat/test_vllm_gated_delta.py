@@ -98,13 +98,45 @@ def test_a_single_value_head_is_one_column_of_the_gates(gated):
     check_states(state, before, stored)
 
 
+@kernel_backends.both
+def test_sequences_of_different_lengths_leave_the_other_columns_alone(backend):
+    """Three, none and one token, and rows of no sequence behind them, as where a CUDA graph has room for more."""
+    call, state = rows(6), pool(10)
+    indices = torch.tensor([[3, 1, 2], [8, 4, 6], [7, 5, 9]], dtype=torch.int32)
+    before = state.clone()
+    with backend(checks=False):
+        out, _ = vllm.fused_sigmoid_gating_delta_rule_update(
+            **gates(call), q=call["q"][None], k=call["k"][None], v=call["v"][None], initial_state=state,
+            cu_seqlens=torch.tensor([0, 3, 3, 4]), ssm_state_indices=indices, use_qk_l2norm_in_kernel=True,
+        )  # fmt: skip
+    stored = {}
+    for first, count, slots in ((0, 3, indices[0].tolist()), (3, 1, indices[2].tolist())):
+        h = wide(before[slots[0]])
+        for t in range(count):
+            h, want = step(h, call, first + t)
+            assert close(out[0, first + t], want)
+            stored[slots[t]] = h
+    assert not out[0, 4:].any(), "rows of no sequence are zero"
+    check_states(state, before, stored)
+
+
+def test_a_sequence_longer_than_its_slots_is_refused():
+    call, state = rows(), pool(6)
+    before = state.clone()
+    with pytest.raises(ValueError, match="cu_seqlens: expected requests of at most 2 tokens, got one of 3"):
+        vllm.fused_sigmoid_gating_delta_rule_update(
+            **gates(call), **{key: call[key][None] for key in ("q", "k", "v")}, initial_state=state,
+            cu_seqlens=torch.tensor([0, 1, 4]), ssm_state_indices=torch.tensor([[1, 2], [3, 4]]),
+        )  # fmt: skip
+    same_bits(state, before, "state")
+
+
 REFUSED = {
     "is_kda": True,
     "beta": 2.0,
     "threshold": 10.0,
     "inplace_final_state": False,
     "ssm_state_indices": None,
-    "cu_seqlens": torch.tensor([0, 1, 4]),
 }
 
 

@@ -97,7 +97,7 @@ def fused_sigmoid_gating_delta_rule_update(
     a, b : Tensor, (tokens, value_heads) or (batch, tokens, value_heads)
         Logits of the decay and of beta.
     q, k : Tensor, (batch, tokens, heads, K), bfloat16/float16
-        With ``cu_seqlens``, all sequences in a batch of 1, of equal length: see Notes.
+        With ``cu_seqlens``, all sequences in a batch of 1.
     v : Tensor, (batch, tokens, value_heads, V)
     beta, threshold : float
         Of softplus; 1 and 20 only.
@@ -108,7 +108,7 @@ def fused_sigmoid_gating_delta_rule_update(
     inplace_final_state : bool
         True only.
     cu_seqlens : Tensor, (sequences + 1,), int32/int64, optional
-        Offsets of packed sequences.
+        Offsets of packed sequences, which have up to as many tokens as ``ssm_state_indices`` has columns.
     ssm_state_indices : Tensor, (>= sequences,) or (>= sequences, columns), int32/int64
         Slots; those up to 0 are padding.  Of a matrix, column t is the slot of the state after token t.
     num_accepted_tokens : Tensor, (>= sequences,), int32/int64, optional
@@ -128,11 +128,6 @@ def fused_sigmoid_gating_delta_rule_update(
     ------
     ValueError, TypeError, UnsupportedSpecError, UnsupportedArchError
         As for `cute_ssm.gated_delta_rule_mtp`, or a feature named above is asked for.  Nothing has been written.
-
-    Notes
-    -----
-    Sequences have as many tokens as ``ssm_state_indices`` has columns, or none.  The host cannot read ``cu_seqlens`` on
-    a GPU; it compares the number of rows with sequences times columns, which are equal only if no sequence is shorter.
     """
     features = {
         "is_kda": is_kda, "beta": beta != 1, "threshold": threshold != 20,
@@ -142,25 +137,28 @@ def fused_sigmoid_gating_delta_rule_update(
     pool, slots = _without_null(
         checked_tensor("initial_state", initial_state), checked_tensor("ssm_state_indices", ssm_state_indices)
     )
-    sequences, tokens = _gated_delta.tokens_of(q, cu_seqlens)
+    sequences, tokens = _gated_delta.tokens_of(q, None)
+    if cu_seqlens is not None:
+        sequences = len(checked_tensor("cu_seqlens", cu_seqlens)) - 1
     slots = slots[:sequences]
     columns = slots.shape[1] if slots.dim() == 2 else 1
     if slots.dim() not in (1, 2) or len(slots) != sequences:
         expected = f"shape (n,) or (n, columns), n >= {sequences} sequences"
         raise ValueError(describe("ssm_state_indices", expected, tuple(checked_tensor("", ssm_state_indices).shape)))
-    if tokens != columns:
+    if cu_seqlens is None and tokens != columns:
         fix = "the kernel takes as many tokens of every sequence as there are slots"
         raise UnsupportedSpecError(describe("q", f"{columns} tokens per sequence", tokens, fix))
     first, scatter = slots if slots.dim() == 1 else slots[:, 0], slots if columns > 1 else None
     if num_accepted_tokens is not None and scatter is not None:
         column = checked_tensor("num_accepted_tokens", num_accepted_tokens)[:sequences].long() - 1
         first = slots.gather(1, column.clamp(0, columns - 1)[:, None])[:, 0]
-    q, k, v_rows, a, b = (_gated_delta.sequences_of(tensor, sequences, tokens) for tensor in (q, k, v, a, b))
+    a, b = (_gated_delta.sequences_of(tensor, *q.shape[:2]) for tensor in (a, b))
     out, _ = gated_delta_rule_mtp(
-        q, k, v_rows, pool, first, A_log.float(), a, dt_bias, b, scale, ssm_state_indices=scatter,
-        disable_state_update=False, use_qk_l2norm=use_qk_l2norm_in_kernel,
+        q, k, v, pool, first, A_log.float(), a, dt_bias, b, scale, ssm_state_indices=scatter,
+        disable_state_update=False, use_qk_l2norm=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens,
+        max_seqlen=None if cu_seqlens is None else columns,
     )  # fmt: skip
-    return out.view(v.shape), checked_tensor("initial_state", initial_state)
+    return out, checked_tensor("initial_state", initial_state)
 
 
 def _without_null(pool: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
