@@ -2,6 +2,9 @@
 
 Results go to ``--out FILE``; the committed ones are ``results/counters.json``, from which ``--docs`` rewrites the
 table of docs/performance/counters.md between its marks.  With ``--table`` nothing is counted.
+
+A row has the digests of its kernels' PTX (tools/digest.py).  ``--check`` compiles the kernels of all rows, or of some
+operators' by ``--only``, and names the rows that are of other kernels; ``--stale --out FILE`` counts these anew.
 """
 
 from __future__ import annotations
@@ -26,19 +29,23 @@ PAGE = ROOT / "docs" / "performance" / "counters.md"
 ARCHS = ("sm_90a", "sm_100a")
 
 
-def record(only: list[str], before: Path = RESULTS) -> dict:
-    """Count every case of the operators `only`, or of all, on every target; rows of others stay as in the file."""
+def record(only: list[str], before: Path = RESULTS, stale: bool = False) -> dict:
+    """Count every case of the operators `only`, or of all, on every target; rows of others stay as in the file.
+
+    With `stale`, so do rows whose kernels are the same.
+    """
     sys.path.insert(0, str(ROOT / "tools"))
     from count import count
 
-    kept = json.loads(before.read_text())["rows"] if only and before.exists() else []
+    kept = json.loads(before.read_text())["rows"] if (only or stale) and before.exists() else []
     known = {identity(row["op"], row["keys"], row["arch"]): row for row in kept}
     now, rows = commit(), []
     for op, keys, arch in calls():
         row = known.get(identity(op, keys, arch))
-        if not only or op in only:
+        if (not only or op in only) and not (stale and row is not None and of_these_kernels(row, op, keys, arch)):
             said = " ".join(f"{key}={value}" for key, value in keys.items())
-            row = as_row(count(op, keys, arch)) | {"call": said, "configs": configs(op, keys, arch), "commit": now}
+            chosen = {"configs": configs(op, keys, arch), "digests": digests(op, keys, arch)}
+            row = as_row(count(op, keys, arch)) | {"call": said, **chosen, "commit": now}
         if row is not None:
             rows.append(row)
     versions = {name: metadata.version(name) for name in ("nvidia-cutlass-dsl", "torch", "numpy")}
@@ -55,8 +62,8 @@ def as_row(counted: dict) -> dict:
     return {name: value for name, value in counted.items() if name != "tensors"} | {"kernels": kernels}
 
 
-def configs(op: str, keys: dict[str, str], arch: str) -> list[dict]:
-    """Return the configs of the kernels that a case runs, which take no compile to know."""
+def kernels(op: str, keys: dict[str, str], arch: str) -> list[tuple]:
+    """Return the distinct kernels that a case runs, which take no compile to know: (spec, config, target) each."""
     from cute_ssm import arch as archs
     from cute_ssm import tuning
     from cute_ssm.workloads import plan
@@ -64,8 +71,38 @@ def configs(op: str, keys: dict[str, str], arch: str) -> list[dict]:
     fields = {k.removeprefix("config."): int(v) for k, v in keys.items() if k.startswith("config.")}
     shapes = {k: v for k, v in keys.items() if not k.startswith("config.")}
     with tuning.override(**fields):
-        kernels = plan.of_call(op, shapes, archs.by_name(arch))
-    return [plan.as_entry(*kernel)["config"] for kernel in dict.fromkeys(kernels)]
+        return list(dict.fromkeys(plan.of_call(op, shapes, archs.by_name(arch))))
+
+
+def configs(op: str, keys: dict[str, str], arch: str) -> list[dict]:
+    """Return the configs of the kernels that a case runs."""
+    from cute_ssm.workloads import plan
+
+    return [plan.as_entry(*kernel)["config"] for kernel in kernels(op, keys, arch)]
+
+
+def digests(op: str, keys: dict[str, str], arch: str) -> list[str]:
+    """Return the digests of the kernels that a case runs; those that are not in the cache on disk are compiled."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import digest
+
+    return [digest.digest(ptx) for ptx in digest.compiled(kernels(op, keys, arch))]
+
+
+def of_these_kernels(row: dict, op: str, keys: dict[str, str], arch: str) -> bool:
+    """Whether the kernels that a case runs are those that its row was counted with."""
+    return row["configs"] == configs(op, keys, arch) and row.get("digests") == digests(op, keys, arch)
+
+
+def check(results: dict, only: list[str]) -> list[str]:
+    """Return the rows of the operators `only`, or of all, that are missing or were counted with other kernels."""
+    known = {identity(row["op"], row["keys"], row["arch"]): row for row in results["rows"]}
+    stale = []
+    for op, keys, arch in calls():
+        row = known.get(identity(op, keys, arch))
+        if (not only or op in only) and (row is None or not of_these_kernels(row, op, keys, arch)):
+            stale.append(f"{op} {' '.join(f'{key}={value}' for key, value in keys.items())} {arch}")
+    return stale
 
 
 def cases() -> list[tuple[str, dict]]:
@@ -167,10 +204,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"write results, e.g. to {RESULTS.relative_to(ROOT)}")
     parser.add_argument("--table", action="store_true", help="count nothing: the table of the committed results")
     parser.add_argument("--docs", action="store_true", help="rewrite the table of the docs from the committed results")
+    parser.add_argument("--check", action="store_true", help="count nothing: name the rows that are of other kernels")
+    parser.add_argument("--stale", action="store_true", help="count only the rows that are of other kernels")
     options = parser.parse_args(argv)
     if options.table and (options.out or options.only):
         parser.error("--table: expected neither --out nor --only, as nothing is counted")
-    results = json.loads(RESULTS.read_text()) if options.table else record(options.only, options.out or RESULTS)
+    if options.check:
+        stale = check(json.loads(RESULTS.read_text()), options.only)
+        print("\n".join(f"of other kernels: {row}" for row in stale) or "every row is of the kernels that run now")
+        return int(bool(stale))
+    if options.table:
+        results = json.loads(RESULTS.read_text())
+    else:
+        results = record(options.only, options.out or RESULTS, options.stale)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n")
