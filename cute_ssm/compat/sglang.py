@@ -14,6 +14,7 @@ from torch import Tensor
 from cute_ssm.compat import _gated_delta
 from cute_ssm.compat._arguments import checked_tensor
 from cute_ssm.compat._padding import NOBODY, padding
+from cute_ssm.compat._types import of_one_type
 from cute_ssm.errors import describe
 from cute_ssm.ops.gated_delta_rule_mtp.operator import gated_delta_rule_mtp
 from cute_ssm.ops.selective_state_update.operator import selective_state_update as _update
@@ -63,7 +64,8 @@ def selective_state_update(
     x, dt : Tensor, (batch[, T], nheads, dim)
     A : Tensor, (nheads, dim, dstate)
     B, C : Tensor, (batch[, T], ngroups, dstate)
-        Converted to the type of x, which costs small kernels, if theirs is another one.
+        If x, B, C, z and ``out`` have different types, those that are not float32 are converted to it, and ``out``
+        back, each by a small kernel: nothing but ``out`` is rounded, as in SGLang.
     D, dt_bias : Tensor, (nheads, dim), optional
     z : Tensor, like x, optional
     dt_softplus : bool
@@ -108,11 +110,10 @@ def selective_state_update(
         if checked_tensor("state", state).dtype != torch.float16:
             raise TypeError(describe("state", "dtype float16 with enable_stochastic_rounding", state.dtype))
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=state.device)
-    kind = checked_tensor("x", x).dtype
-    B, C = checked_tensor("B", B).to(kind), checked_tensor("C", C).to(kind)
-    if isinstance(z, Tensor):
-        z = z.to(kind)
-    if checked_tensor("state", state).dim() == 4 and state.shape[2] == 1 and state.shape[1] > 1:
+    result = out
+    x, B, C, z, out = of_one_type(x, B, C, z, out)
+    swapped = checked_tensor("state", state).dim() == 4 and state.shape[2] == 1 and state.shape[1] > 1
+    if swapped:
         state, x, dt, z, out = (_swap(t, -3, -2) if t is state else _swap(t, -2, -1) for t in (state, x, dt, z, out))
         A, D, dt_bias = _swap(A, 0, 1), _swap(D, 0, 1), _swap(dt_bias, 0, 1)
         intermediate_states_buffer = _swap(intermediate_states_buffer, -3, -2)
@@ -130,6 +131,8 @@ def selective_state_update(
     if write_padded_rows and state_batch_indices is not None:
         padded = padding(state, None, state_batch_indices, None, pad_slot_id)
         update(padded.state, padded.slots, NOBODY, True)
+    if out.dtype is not result.dtype:
+        result.copy_(_swap(out, -2, -1) if swapped else out)
 
 
 def _swap(tensor: Any, first: int, second: int) -> Any:

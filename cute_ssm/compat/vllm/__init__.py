@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch import Tensor
 from cute_ssm import env, tuning
 from cute_ssm.compat._arguments import checked_tensor, rename
 from cute_ssm.compat._padding import NOBODY, padding
+from cute_ssm.compat._types import of_one_type
 from cute_ssm.compat.vllm import configs as vllm_configs
 from cute_ssm.errors import describe
 from cute_ssm.ops.replay_decode.operator import selective_state_update_replayssm_output_only
@@ -157,7 +157,7 @@ def selective_state_update(
         dst = src
     seed = _seed(state, enable_stochastic_rounding, cache_philox_rounds, rand_seed, speculative)
     result = out
-    x, B, C, z, out = _of_one_type(x, B, C, z, out)
+    x, B, C, z, out = of_one_type(x, B, C, z, out)
 
     def update(pool: Tensor, slots: Tensor | None, destinations: Tensor | None, pad: int, scratch: bool) -> None:
         _update(
@@ -197,14 +197,6 @@ def selective_state_update(
         update(padded.state, padded.slots, None, NOBODY, scratch=True)
     if out is not result:
         result.copy_(out)
-
-
-def _of_one_type(*rows: Any) -> list[Any]:
-    """Return the tensors, as float32 if their types differ; others than of floats are left to the operator's checks."""
-    types = {tensor.dtype for tensor in rows if isinstance(tensor, Tensor)}
-    if len(types) == 1 or not types <= {torch.float32, torch.bfloat16, torch.float16}:
-        return list(rows)
-    return [tensor.float() if isinstance(tensor, Tensor) else tensor for tensor in rows]
 
 
 def _batch(cu_seqlens: Tensor) -> int:
