@@ -16,7 +16,8 @@ from cute_ssm.device.bounds import in_range
 from cute_ssm.device.fakes import of_table
 from cute_ssm.device.types import Maybe
 from cute_ssm.ops.materialize.config import MaterializeConfig, choose_materialize
-from cute_ssm.ops.materialize.kernel import ROWS, MaterializeState, Pending, Tensors, Unit
+from cute_ssm.ops.materialize.kernel import ROWS, MaterializeState, Pending, Unit
+from cute_ssm.ops.materialize.kernel import Tensors as LayerMemory
 from cute_ssm.ops.materialize_layers.arguments import ACCESS_BYTES, TABLE
 from cute_ssm.ops.materialize_layers.spec import MaterializeLayersSpec
 
@@ -145,7 +146,7 @@ class MaterializeLayers:
                         self.layer.fold(tensors, unit, Pending(count, start, group, sizes.ring_rows), lane)
 
     # ----------------------------------------------------------------------------------------------------------- parts
-    def tensors(self, tables: Tables, sizes: Sizes, layer: Int32) -> Tensors:
+    def tensors(self, tables: Tables, sizes: Sizes, layer: Int32) -> LayerMemory:
         """Return the tensors of a layer, as `MaterializeState` takes them."""
         dim, dstate, heads, rows = self.spec.dim, self.spec.dstate, sizes.num_heads, sizes.ring_rows
         state_dtype, input_dtype = self.layer.state_dtype, self.layer.input_dtype
@@ -159,7 +160,7 @@ class MaterializeLayers:
             seed = cute.make_tensor(tables.rand_seed.iterator + layer, cute.make_layout(1))
         A_dtype = self.layer.A_dtype
         A = cute.make_ptr(A_dtype, tables.A_ptrs[layer], cute.AddressSpace.gmem, assumed_align=A_dtype.width // 8)
-        return Tensors(
+        return LayerMemory(
             state,
             scale,
             view(tables.x_cache_ptrs, tables.x_cache_slot_strides, layer, input_dtype, (heads, rows, dim)),

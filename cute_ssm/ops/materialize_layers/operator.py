@@ -146,8 +146,9 @@ def _run(*values: Any) -> None:
     tensors = call[: call._fields.index("state_dtype")]
     key: tuple[object, ...] | None
     try:
-        key = (*call[len(tensors) :], call.src_slots.shape, call.src_slots.device, call.rand_seed is None)
-    except AttributeError:  # something is no tensor, which the checks will name
+        layers, batch = call.src_slots.shape
+        key = (*call[len(tensors) :], layers, batch > 0, call.src_slots.device, call.rand_seed is None)
+    except (AttributeError, ValueError):  # something is no tensor, or of another rank, which the checks will name
         key = None
     operands = (
         *tensors, call.num_heads, call.heads_per_group, min_of(call.max_window, call.ring_buffer_len),
