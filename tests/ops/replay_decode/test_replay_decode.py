@@ -12,7 +12,7 @@ import torch
 from bits import each_same_bits, same_bits
 from kernel_backends import both
 from memory import copy
-from replay_decode_cases import BASE, CASES, NULL, Case, arguments, sequences, verify
+from replay_decode_cases import BASE, FEW, MORE, NULL, Case, arguments, sequences, verify
 
 from cute_ssm import arch as archs
 from cute_ssm import runtime, tuning
@@ -27,13 +27,13 @@ def written(call):
     return {name: call[name] for name in ("state", "x_cache", "B_cache", "dt_cache", "out")}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*FEW, *MORE], ids=str)
 def test_reference(case):
     verify(case)
 
 
-@pytest.mark.thin(9)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.thin(3)
+@pytest.mark.parametrize("case", [*FEW, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)], ids=str)
 def test_emulated(case, backend):
     with backend() as session:
         verify(case)
