@@ -16,7 +16,7 @@ from cute_ssm.ops.gated_delta_rule_mtp.operator import gated_delta_rule_mtp
 
 # Arguments that change a result and that the operators lack; transformers' own functions ignore all others.
 MEANT = ("cu_seqlens", "seq_idx", "state_batch_indices")
-TOKENS = 16  # of a call of gated_delta_rule_mtp
+TOKENS = 64  # of a call of gated_delta_rule_mtp
 
 
 class Fallback:
@@ -186,7 +186,7 @@ def _delta_rule(
     output_final_state: bool,
     use_qk_l2norm: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run any number of tokens, with a launch for every 16.
+    """Run any number of tokens, with a launch for every 64.
 
     States of a cache, (batch, value_heads, K, V), are updated in place if K is last in memory, which is how this
     function returns new ones: a cache keeps the strides of the first states that it is given.

@@ -62,7 +62,7 @@ RECURRENCES = (
     Recurrence(
         "gated delta", "torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule",
         calls.delta_step, calls.delta_prefill,
-        "gated_delta_rule_mtp, 1", "gated_delta_rule_mtp, 1 for 16 tokens",
+        "gated_delta_rule_mtp, 1", "gated_delta_rule_mtp, 1 for 64 tokens",
     ),
 )  # fmt: skip
 FLA = "the kernels of fla, which is installed, take fewer launches"
@@ -109,7 +109,7 @@ def patch(*models: str) -> Patch:
 
     Mamba-1 and Mamba-2 layers decode by `cute_ssm.selective_state_update`, and gated delta nets by
     `cute_ssm.gated_delta_rule_mtp`.  The prefill of Mamba-1 layers runs by `cute_ssm.selective_scan`, that of Mamba-2
-    layers does not change, and that of gated delta nets runs by `cute_ssm.gated_delta_rule_mtp`, 16 tokens at a time,
+    layers does not change, and that of gated delta nets runs by `cute_ssm.gated_delta_rule_mtp`, 64 tokens at a time,
     unless ``fla`` is installed, whose kernels of chunks take fewer launches.  Training does not change.
 
     ``patch()`` is in effect until `unpatch`, ``with patch(): ...`` until the end of the block.  It applies to existing

@@ -85,8 +85,9 @@ def close(got, want):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """(tokens, address of the states, whether they are updated) of every call of the operator."""
+    """(tokens, address of the states, whether they are updated) of every call of the operator, of up to 16 tokens."""
     seen = []
+    monkeypatch.setattr(_transformers_calls, "TOKENS", 16)  # so that prompts of tests take two
 
     def spy(q, k, v, state, *args, **kwargs):
         seen.append((q.shape[1], state.data_ptr(), not kwargs["disable_state_update"]))
@@ -116,13 +117,13 @@ def test_the_same_tokens(name, calls, caplog):
 
 
 def test_the_same_tokens_from_the_kernel(backend):
-    model, prompt = build("qwen3_next"), PROMPT[:, :17]  # 16 and 1, which decode steps are too
+    model, prompt = build("qwen3_next"), PROMPT[:, :17]  # more than the kernel has in a chunk
     want = generate(model, 3, prompt)
     with integration.patch("qwen3_next"), backend(checks=False) as session:
         got = generate(model, 3, prompt)
     equal(got, want)
     kernels = [launch.program.kernel.name for launch in session.launches]
-    assert sum("GatedDelta" in kernel for kernel in kernels) == len(kernels) == 2 + 2
+    assert sum("GatedDelta" in kernel for kernel in kernels) == len(kernels) == 1 + 2
 
 
 @families
@@ -272,7 +273,7 @@ def test_launches_of_a_prefill(tokens, theirs, calls):
     del call["initial_state"]
     with torch.no_grad(), Launches() as counted:
         original(**call, output_final_state=True, use_qk_l2norm_in_kernel=True)
-    assert -(-tokens // 16) < theirs
+    assert -(-tokens // 64) < theirs
     if transformers.__version__.startswith("5.24."):
         assert counted.count == theirs
 
