@@ -351,7 +351,11 @@ def test_offsets_of_packed_requests(form, run):
         buffer = [("intermediate_states_buffer", i)] if "intermediate_states_buffer" in call else []
         return [("initial_state", slots[i]), ("output", (0, slice(starts[i], starts[i + 1]))), *buffer]
 
-    offsets(Sweep(run(cute_ssm.gated_delta_rule_mtp), call), "cu_seqlens", call["q"].shape[1], owned)
+    rule = Sweep(run(cute_ssm.gated_delta_rule_mtp), call)
+    offsets(rule, "cu_seqlens", call["q"].shape[1], owned)
+    far = case.tokens // 2 * 2  # with two more, a request exceeds max_seqlen, and the next one has no tokens left
+    longer = {i: starts[i] + far for i in range(1, ROWS - far // 2, 4)}
+    rule.check("cu_seqlens", longer, lambda i: [*owned(i - 1), *owned(i)])
 
 
 REPLAY = [{}, {"tokens": 5, "state": "bf16", "out": "bf16", "K": 128, "indices": torch.int32}]
