@@ -6,6 +6,7 @@ waits until its first instructions are there, and if they come more slowly than 
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -15,30 +16,59 @@ STEP = 16  # bytes of a machine instruction
 WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # bytes, of machine opcodes
 
 
+REGISTER = re.compile(r"\bR(\d+)\b")
+
+
+class Load(NamedTuple):
+    """A load of global memory in machine code.
+
+    ``n_bytes`` per lane; ``at``: instructions before it; ``awaited``: earlier loads, by their number, whose results are
+    used before it.
+    """
+
+    n_bytes: int
+    at: int
+    awaited: tuple[int, ...] = ()
+
+
 class MachineCode(NamedTuple):
     """What is known of a kernel's machine code.
 
     ``instructions`` leaves padding out; ``spills`` are those that access spilled registers (LDL, STL).  ``straight``:
-    there are no loops.  ``loads`` are the loads of global memory, in order: (bytes per lane, instructions before it).
+    there are no loops.  ``loads`` are those of global memory, in order.
     """
 
     code_bytes: int
     instructions: int
     spills: int = 0
     straight: bool = False
-    loads: tuple[tuple[int, int], ...] = ()
+    loads: tuple[Load, ...] = ()
 
     @classmethod
     def of(cls, kernel) -> MachineCode:
         """Return that of a ``ptxsim.sass.KernelCode``."""
         spills = sum(instruction.base in ("LDL", "STL") for instruction in kernel.code)
-        loads = tuple((width_of(each.opcode), at) for at, each in enumerate(kernel.code) if each.base == "LDG")
-        return cls(kernel.code_bytes, len(kernel.code), spills, not kernel.loops, loads)
+        return cls(kernel.code_bytes, len(kernel.code), spills, not kernel.loops, loads_of(kernel.code))
 
     @property
     def spill_share(self) -> float:
         """Share of the instructions that access spilled registers."""
         return self.spills / self.instructions
+
+
+def loads_of(code) -> tuple[Load, ...]:
+    """Return the loads of global memory in machine instructions, in order."""
+    found: list[Load] = []
+    holds: dict[int, int] = {}  # register -> load whose result it gets
+    awaited: set[int] = set()
+    for at, each in enumerate(code):
+        registers = [int(number) for number in REGISTER.findall(each.operands)]
+        awaited.update(holds.pop(register) for register in registers if register in holds)
+        if each.base == "LDG":
+            n_bytes = width_of(each.opcode)
+            holds.update(dict.fromkeys(range(registers[0], registers[0] + -(-n_bytes // 4)), len(found)))
+            found.append(Load(n_bytes, at, tuple(sorted(awaited))))
+    return tuple(found)
 
 
 def width_of(opcode: str) -> int:

@@ -124,6 +124,7 @@ class Machine:
     cta_threads: float = 0.35  # Q: and the share more for one of 1024
     launch_us: float = 1.1  # F; N: 1.3 for small kernels.  Of an empty kernel in a CUDA graph, start to start
     stream_launch_us: float = 2.0  # Q: without a graph
+    profiler_us: float = 2.0  # G: of an empty kernel that runs alone, as a profiler records it
     pdl_launch_us: float = 0.2  # F: of a kernel whose launch and start overlap the end of the one before
     window: int = 256  # S: instructions that ptxas looks ahead when it schedules a basic block
 
@@ -229,6 +230,7 @@ B200 = Machine(
     l2_latency=300, l2_far_latency=640, l2_near_bytes=60e6, l2_bytes=126e6,  # Q; E: times of warm calls rise from 60 MB
     l2_share=70, l2_port=85,  # Q: 60-77 of all SMs, up to 89 of one
     launch_us=0.7,  # Q: 0.56-0.82
+    profiler_us=2.175,  # F: `gpumodel.validate`, gated delta rules and KDA by FlashInfer's benchmarks
     mma_clocks=8.5, mma_latency=20,  # Q
     pipes=PIPES_100,  # Q
 )  # fmt: skip

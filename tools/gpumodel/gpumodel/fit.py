@@ -52,6 +52,7 @@ BOUNDS = {
     "store_latency": Bounds(100, 700, "no measurement"),
     "launch_us": Bounds(0.5, 2.2, "kernels in a CUDA graph, start to start: 0.56-0.82 empty on a B300, 1.3 on an H200"),
     "stream_launch_us": Bounds(1.5, 8, "2.0 on a B300; up to 7 between two events, by times of small batches"),
+    "profiler_us": Bounds(0.7, 3, "from a launch in a graph to a launch by itself"),
     "pipes.int.occupancy": Bounds(1, 2, "64 results a clock on Hopper; 128 on a Blackwell of compute capability 10.3"),
     "pipes.convert.occupancy": Bounds(2, 12, "16 to 64 results a clock, by the pair of types"),
 }  # fmt: skip

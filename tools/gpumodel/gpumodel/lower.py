@@ -55,6 +55,16 @@ class Op:
     other: str = ""
 
 
+class Place(NamedTuple):
+    """Where a load stands in the machine code: issue slots before it, and loads whose results are used before it."""
+
+    slots: float = 0.0
+    awaited: frozenset[int] = frozenset()
+
+
+ANYWHERE = Place()
+
+
 class Words(NamedTuple):
     """Halves of 32-bit words.
 
@@ -83,23 +93,30 @@ class Lowering:
         self.program = weakref.proxy(program)  # which may be a key of the lowerings
         self.names, self.blocks, self.counts, self.skips = {}, {}, {}, {}
         self.ops = [self.lower(ins) for ins in program.kernel.instrs]
-        self.places: dict[int, float] = {}
+        self.places: dict[int, Place] = {}
 
     def follow(self, code: MachineCode | None) -> None:
-        """Let loads of global memory stand no earlier than in the machine code, if that has no loops.
+        """Let loads of global memory stand where the machine code has them, if that has no loops.
 
         ptxas delays loads so that their results do not all need registers at once; which of them wait, registers alone
         do not say.  Loads of equal width are told apart by their order only.
         """
-        places: dict[int, float] = {}
+        places: dict[int, Place] = {}
         if code is not None and code.straight and code.loads:
             mine = self.scheduled_loads()
             growth = self.growth(code)
-            for width in {width for width, _ in code.loads}:
-                found = [at for wide, at in code.loads if wide == width]
-                loads = mine.get(width, [])
-                if len(found) == len(loads):
-                    places.update(zip(loads, (at / growth for at in found)))
+            numbers: dict[int, list[int]] = {}  # bytes per lane -> loads of the machine code
+            for number, load in enumerate(code.loads):
+                numbers.setdefault(load.n_bytes, []).append(number)
+            pcs = {
+                number: pc
+                for width, known in numbers.items()
+                if len(known) == len(mine.get(width, ()))
+                for number, pc in zip(known, mine[width])
+            }
+            for number, pc in pcs.items():
+                load = code.loads[number]
+                places[pc] = Place(load.at / growth, frozenset(pcs[n] for n in load.awaited if n in pcs))
         if places != self.places:
             self.places, self.blocks = places, {}
 
@@ -417,8 +434,8 @@ def bytes_per_lane(text: str) -> int:
 def schedule(ops, window, places=MappingProxyType({}), before=0.0):
     """Return the ops of a basic block as a compiler orders them; control and synchronisation ops do not move.
 
-    ``places`` are the issue slots of the kernel before which some of them do not stand, by their number; ``before`` are
-    those before the block.
+    ``places`` say where some of them stand, by their number; ``before`` are the issue slots before the block.  Such an
+    op moves up only where the warp would otherwise wait for a load that it does not follow in the machine code.
     """
     out, start = [], 0
 
@@ -438,7 +455,10 @@ def schedule(ops, window, places=MappingProxyType({}), before=0.0):
 
 
 def _list_schedule(ops, window, places, before):
-    """Schedule by longest path, among the next ``window`` ops whose inputs are scheduled."""
+    """Schedule what can issue first, then by longest path, among the next ``window`` ops whose inputs are scheduled.
+
+    Times are those of the warp alone: when results are there, and when pipes are free.
+    """
     n = len(ops)
     if n < 3:
         return list(ops)
@@ -471,7 +491,7 @@ def _list_schedule(ops, window, places, before):
                 for j in loads.pop(space, ()):
                     edge(j, i)
                 last_store[space] = i
-    height = [0.0] * n
+    height, waits = [0.0] * n, [0.0] * n
     for i in range(n - 1, -1, -1):
         op = ops[i]
         wait = op.latency
@@ -479,25 +499,50 @@ def _list_schedule(ops, window, places, before):
             wait = 30 if op.space == "shared" else 400
         elif op.kind == "matrix":
             wait = 33
+        waits[i] = wait
         height[i] = op.slots + wait + max((height[j] for j in after[i]), default=0)
+
+    def moves_up(late, other):
+        """Whether a load goes before the wait for the result of another op."""
+        other = ops[other]
+        loads = other.kind == "memory" and other.space == "global"
+        return loads and other.pc not in places[ops[late].pc].awaited
+
     done, out, first = [False] * n, [], 0
+    now, arrives, cause, free = 0.0, [0.0] * n, [-1] * n, {}  # cause: the op whose result comes last
     while len(out) < n:
         while done[first]:
             first += 1
         best = late = None
+        chosen = ()
         for i in range(first, min(n, first + window)):
             if done[i] or missing[i]:
                 continue
-            place = places.get(ops[i].pc, 0.0)
-            if place > at:
-                if late is None or place < places[ops[late].pc]:
+            op = ops[i]
+            if places.get(op.pc, ANYWHERE).slots > at:
+                if late is None or places[op.pc].slots < places[ops[late].pc].slots:
                     late = i
-            elif best is None or height[i] > height[best]:
-                best = i
-        best = late if best is None else best
-        at += ops[best].slots
+                continue
+            start = max(now, arrives[i])
+            if op.occupancy:
+                start = max(start, min(free.get(op.pipe, 0.0), free.get(op.other or op.pipe, 0.0)))
+            key = (start, -height[i])
+            if best is None or key < chosen:
+                best, chosen = i, key
+        if best is None or (late is not None and arrives[best] > now and moves_up(late, cause[best])):
+            best = late
+        op = ops[best]
+        now = max(now, arrives[best])
+        if op.occupancy:
+            pipe = min((op.pipe, op.other or op.pipe), key=lambda name: free.get(name, 0.0))
+            now = max(now, free.get(pipe, 0.0))
+            free[pipe] = now + op.occupancy
+        at += op.slots
+        now += op.slots
         done[best] = True
-        out.append(ops[best])
+        out.append(op)
         for j in after[best]:
             missing[j] -= 1
+            if now + waits[best] > arrives[j]:
+                arrives[j], cause[j] = now + waits[best], best
     return out

@@ -154,7 +154,8 @@ class Conditions:
         repeated.  ``"l2"``: in the L2.  ``"cold"``: in DRAM, as when a model's other kernels and weights have come
         between.
     launch : str
-        ``"graph"``: in a CUDA graph; ``"stream"``: launched one by one.
+        ``"graph"``: in a CUDA graph; ``"stream"``: launched one by one; ``"profiler"``: in a graph on an idle GPU, from
+        the start of the first kernel to the end of the last one as a profiler (CUPTI) records them.
     follows : bool
         Whether the first launch follows a kernel that lets it start early, if it has the attribute for it
         (programmatic dependent launch).  Of the launches of a call, each follows the one before.
@@ -166,7 +167,11 @@ class Conditions:
     follows: bool = False
 
     def __post_init__(self) -> None:
-        known = {"data": ("cold", "activations", "warm"), "code": ("warm", "l2", "cold"), "launch": ("graph", "stream")}
+        known = {
+            "data": ("cold", "activations", "warm"),
+            "code": ("warm", "l2", "cold"),
+            "launch": ("graph", "stream", "profiler"),
+        }
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}: expected one of {', '.join(values)}, got {getattr(self, name)!r}")
@@ -274,7 +279,6 @@ def time_session(
     """Model the launches of a session that was opened with the options of `sampling`; arguments as of `time_call`."""
     registers = resources(session)
     held = L2(session.launches, machine, conditions)
-    launch_us = machine.launch_us if conditions.launch == "graph" else machine.stream_launch_us
     kernels, us = [], 0.0
     for launch in session.launches:
         name = launch.program.kernel.name
@@ -286,11 +290,20 @@ def time_session(
         kernel = time_launch(launch, registers.get(name, REGISTERS), machine, total_bytes, timeline, setting=setting)
         kernels.append(kernel)
         us += machine.microseconds(kernel.clocks - min(depends_until, kernel.clocks))
-        us += machine.pdl_launch_us if follows else launch_us
+        us += launch_us(machine, conditions, len(kernels) == 1, follows)
     if total_bytes is None:
         total_bytes = sum(bytes_of(kernel.trace) * kernel.active_sms for kernel in kernels)
     roof = machine.microseconds(total_bytes / machine.dram_rate)
     return Modelled(machine.name, us, kernels, total_bytes, roof, fitted=machine.fitted)
+
+
+def launch_us(machine: Machine, conditions: Conditions, first: bool, follows: bool) -> float:
+    """Return the microseconds of a launch itself; ``follows``: it starts early, behind the one before."""
+    if first and conditions.launch == "profiler":
+        return machine.profiler_us
+    if follows:
+        return machine.pdl_launch_us
+    return machine.stream_launch_us if conditions.launch == "stream" else machine.launch_us
 
 
 def overlap(before: KernelTime, launch, machine: Machine) -> float:

@@ -9,9 +9,10 @@ import small_kernels
 import gpumodel
 import ptxsim
 from gpumodel import MachineCode, Residency, Setting
-from gpumodel.code import width_of
+from gpumodel.code import Load, loads_of, width_of
 from gpumodel.lower import bytes_per_lane
 from gpumodel.model import lowered
+from ptxsim.sass import Instruction
 
 H200 = gpumodel.H200
 
@@ -89,14 +90,28 @@ ld.param.u64 %d1, [in]; ld.global.f32 %f1, [%d1];"""
     )  # fmt: skip
 
     def clocks(*loads, straight=True):
+        loads = tuple(Load(*load) for load in loads)
         code = MachineCode(16 * 45, 45, straight=straight, loads=loads)
         return gpumodel.time_launch(launch, 32, H200, setting=Setting(machine_code=code)).timing.clocks
 
     early = clocks()
-    assert clocks((4, 0), (4, 41)) - early == pytest.approx(H200.dram_latency, rel=0.3)
+    assert clocks((4, 0), (4, 41, (0,))) - early == pytest.approx(H200.dram_latency, rel=0.3)
+    assert clocks((4, 0), (4, 41)) == early, "the first one is not used before the second one"
     assert clocks((4, 0), (4, 1)) == early
-    assert clocks((4, 0), (4, 41), straight=False) == pytest.approx(early, rel=0.05), "loops: the places say nothing"
-    assert clocks((16, 0), (16, 41)) == early, "other widths: not these loads"
+    assert clocks((4, 0), (4, 41, (0,)), straight=False) == pytest.approx(early, rel=0.05), (
+        "loops: the places say nothing"
+    )
+    assert clocks((16, 0), (16, 41, (0,))) == early, "other widths: not these loads"
+
+
+def test_loads_of_machine_code_know_which_results_are_used_before_them():
+    listed = [
+        ("LDG.E.128", "R4,desc[UR6][R2.64]"), ("LDG.E", "R9,desc[UR6][R2.64+0x10]"), ("FADD", "R10,R1,R2"),
+        ("LDG.E.64", "R12,desc[UR6][R2.64]"), ("FADD", "R10,R10,R6"), ("LDG.E", "R11,desc[UR6][R2.64]"),
+        ("STG.E", "desc[UR6][R2.64],R13"), ("LDG.E.U16", "R9,desc[UR6][R2.64]"),
+    ]  # fmt: skip
+    code = [Instruction(16 * i, "", *each) for i, each in enumerate(listed)]
+    assert loads_of(code) == (Load(16, 0), Load(4, 1), Load(8, 3), Load(4, 5, (0,)), Load(2, 7, (0, 1, 2)))
 
 
 @pytest.mark.parametrize(

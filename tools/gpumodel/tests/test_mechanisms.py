@@ -75,6 +75,22 @@ def test_additions_go_to_two_pipes_and_logic_to_one(instruction, pipes):
     assert found == pytest.approx(4 * 4 * 64 * H200.pipes["int"].occupancy / pipes, rel=0.15)
 
 
+def test_instructions_of_a_slow_pipe_are_scheduled_among_others():
+    """Exponentials that nothing needs soon do not hold up a chain of multiply-adds: the slower of both takes all."""
+    body = "".join(f"ex2.approx.ftz.f32 %f{2 + i}, %f0;" for i in range(12))
+    body += "fma.rn.f32 %f1, %f1, %f1, %f1;" * 24 + "".join(f"add.f32 %f1, %f1, %f{2 + i};" for i in range(12))
+    text = (
+        small_kernels.HEAD
+        + """.visible .entry mixed() {
+    .reg .f32 %f<16>; mov.f32 %f0, 0f3F800000; mov.f32 %f1, 0f3F800000;"""
+        + body
+        + "ret; }"
+    )
+    chain = 36 * FMA
+    assert clocks(recorded(text, 1, 32, [])) == pytest.approx(chain, rel=0.15)
+    assert 12 * H200.pipes["ex2"].occupancy + chain > 1.5 * chain
+
+
 def test_two_halves_of_a_word_are_packed_by_one_instruction():
     pair = "cvt.rn.f16.f32 %h{0}, %f1; cvt.rn.f16.f32 %k{0}, %f1; mov.b32 %g{0}, {{%h{0}, %k{0}}};"
     apart = pair.replace("mov.b32 %g{0}, {{%h{0}, %k{0}}};", "")
@@ -229,6 +245,12 @@ def test_a_launch_costs_more_without_a_graph():
     launch = chase()
     graph, stream = us(Conditions(), launch, launch), us(Conditions(launch="stream"), launch, launch)
     assert stream - graph == pytest.approx(2 * (H200.stream_launch_us - H200.launch_us))
+
+
+def test_a_profiler_sees_the_launch_of_the_first_kernel_alone():
+    launch = chase()
+    graph, profiler = us(Conditions(), launch, launch), us(Conditions(launch="profiler"), launch, launch)
+    assert profiler - graph == pytest.approx(H200.profiler_us - H200.launch_us)
 
 
 def pair(triggers, before=400, pdl=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -131,6 +132,35 @@ def test_a_recording_from_disk_takes_the_same_time(recording, tmp_path):
 def test_a_call_is_continued_from_the_record_of_its_first_ctas(recording):
     part, whole = (times.time_of(recording(whole), SMALL, POINT) for whole in (False, True))
     assert part == pytest.approx(whole, rel=0.05)
+
+
+def test_machines_that_differ_in_launches_alone_share_a_replay(recording, tmp_path, monkeypatch):
+    library = times.Library(tmp_path, tmp_path)
+    library.cache.put(POINT.recorded, recording(whole=True))
+    replays = []
+    monkeypatch.setattr(times, "time_of", lambda *given: replays.append(given) or 5.0)
+    for field in ("launch_us", "stream_launch_us", "profiler_us"):
+        conditions = gpumodel.Conditions(
+            launch=field.partition("_us")[0].replace("_launch", "").replace("launch", "graph")
+        )
+        for us in (1.0, 2.0):
+            machine = dataclasses.replace(SMALL, **{field: us})
+            assert library.modelled(POINT._replace(conditions=conditions), machine) == 5.0 + us
+    assert len(replays) == 3
+    library.modelled(POINT, dataclasses.replace(SMALL, dram_latency=500.0))
+    assert len(replays) == 4
+
+
+def test_a_modelled_point_takes_the_time_of_its_call(recording, tmp_path):
+    made = recording(whole=True)
+    library = times.Library(tmp_path, tmp_path)
+    library.cache.put(POINT.recorded, made)
+    assert library.modelled(POINT, SMALL) == pytest.approx(times.time_of(made, SMALL, POINT))
+
+
+def test_a_call_without_a_launch_is_no_recording():
+    with pytest.raises(ValueError, match="launched no kernel"):
+        recordings.recording_of(types.SimpleNamespace(launches=[]), 2)
 
 
 def test_what_the_first_ctas_of_all_sms_read_together_is_counted(recording):

@@ -149,15 +149,146 @@ def flashinfer_gated_delta(peers: Path, keys: Keys) -> Call:
     return Call(run, language="CuTe DSL")
 
 
+def flashinfer_gated_delta_bf16(peers: Path, keys: Keys) -> Call:
+    """FlashInfer's CuTe DSL gated delta rule with bfloat16 states: kernel and tiles are FlashInfer's choice.
+
+    One token updates its slot of the pool; of several, the state after each is written to a buffer and the pool stays.
+    """
+    import torch
+
+    from . import hosted
+
+    name = "flashinfer.gdn_kernels.gdn_decode_bf16_state"
+    wanted = (name, "flashinfer.gdn_kernels.dtype_compat")
+    ops = kernels_of(folder_of(peers, keys["package"]), name, wanted.__contains__)
+    batch, tokens, h, hv, k, v = (keys[n] for n in ("batch", "tokens", "heads", "value_heads", "key_dim", "value_dim"))
+    bf16 = torch.bfloat16
+    q, key = (torch.zeros(batch, tokens, h, k, dtype=bf16) for _ in range(2))
+    value, out = (torch.zeros(batch, tokens, hv, v, dtype=bf16) for _ in range(2))
+    a, b = (torch.zeros(batch, tokens, hv, dtype=bf16) for _ in range(2))
+    decay, bias = torch.zeros(hv), torch.zeros(hv)
+    pool, slots = torch.zeros(batch, hv, v, k, dtype=bf16), torch.arange(batch, dtype=torch.int32)
+    several: dict[str, Any] = {}
+    if tokens > 1:
+        buffer = torch.zeros(batch, tokens, hv, v, k, dtype=bf16)
+        several = {"intermediate_states_buffer": buffer, "disable_state_update": True}
+
+    def run() -> None:
+        with hosted.on_emulator(keys["sms"], ops):
+            (ops.gated_delta_rule_mtp if tokens > 1 else ops.gated_delta_rule)(
+                decay, a, bias, q=q, k=key, v=value, b=b, initial_state_source=pool, initial_state_indices=slots,
+                output=out, **several,
+            )  # fmt: skip
+
+    return Call(run, language="CuTe DSL")
+
+
+def kda_tensors(keys: Keys) -> dict[str, Any]:
+    """Tensors of a Kimi delta attention with gates that are given, K x V heads of one size, in bfloat16."""
+    import torch
+
+    batch, tokens, h, d = (keys[n] for n in ("batch", "tokens", "heads", "dim"))
+    names, bf16 = ("q", "k", "v", "g"), torch.bfloat16
+    return {
+        **{name: torch.zeros(batch, tokens, h, d, dtype=bf16) for name in names},
+        "beta": torch.zeros(batch, tokens, h, dtype=bf16),
+        "output": torch.zeros(batch, tokens, h, d, dtype=bf16),
+    }
+
+
+def flashinfer_kda(peers: Path, keys: Keys) -> Call:
+    """FlashInfer's recurrent KDA: every token's state is written, to a slot of its own if there are several.
+
+    ``source``: the state before the first token lies in a pool of its own.
+    """
+    import torch
+
+    from . import hosted
+
+    folder = "flashinfer.kda_kernels."
+    names = (folder + "recurrent_kda", folder + "packed_kda_decode_cute")
+    ops = kernels_of(folder_of(peers, keys["package"]), names[0], names.__contains__)
+    batch, tokens, h, d = (keys[n] for n in ("batch", "tokens", "heads", "dim"))
+    given = kda_tensors(keys)
+    pool = torch.zeros(batch * tokens, h, d, d, dtype=torch.bfloat16)
+    slots = torch.arange(batch * tokens, dtype=torch.int32)
+    given = {name: tensor.view(1, batch * tokens, *tensor.shape[2:]) for name, tensor in given.items()}
+    given["cu_seqlens"] = torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32)
+    if keys["source"]:
+        given["initial_state_source"] = torch.zeros(max(batch, 2), h, d, d, dtype=torch.bfloat16)
+        given["initial_state_indices"] = torch.arange(batch, dtype=torch.int32)
+    if tokens > 1:
+        given["num_spec_tokens"] = tokens - 1
+        slots = slots.view(batch, tokens)
+
+    def run() -> None:
+        with hosted.on_emulator(keys["sms"], ops):
+            ops.run_recurrent_kda(**given, initial_state=pool, ssm_state_indices=slots)
+
+    return Call(run, language="CuTe DSL")
+
+
+def flashinfer_kda_output_only(peers: Path, keys: Keys) -> Call:
+    """FlashInfer's KDA that only reads states, by matrices (WY)."""
+    import torch
+
+    from . import hosted
+
+    names = (
+        "flashinfer.kda_kernels.kda_decode_wy_output_only", "flashinfer.gdn_kernels.gdn_decode_bf16_wy_output_only"
+    )  # fmt: skip
+    ops = kernels_of(folder_of(peers, keys["package"]), names[0], names.__contains__)
+    h, d = keys["heads"], keys["dim"]
+    given = kda_tensors(keys)
+    pool = torch.zeros(max(keys["batch"], 2), h, d, d, dtype=torch.bfloat16)
+
+    def run() -> None:
+        with hosted.on_emulator(keys["sms"], ops):
+            ops.kda_wy_output_only(**given, initial_state_source=pool, backend="wy")
+
+    return Call(run, language="CuTe DSL")
+
+
+def fla_kda(peers: Path, keys: Keys) -> Call:
+    """fla's Triton ``fused_recurrent_kda`` with states K x V by slot, as FlashInfer's benchmark calls it."""
+    import torch
+
+    wanted = ("fla.ops.kda.fused_recurrent", "fla.ops.utils.op", "fla.ops.utils.softplus")
+    ops = kernels_of(folder_of(peers, keys["package"]), wanted[0], wanted.__contains__)
+    batch, tokens, h, d = (keys[n] for n in ("batch", "tokens", "heads", "dim"))
+    given = {name: tensor.view(1, batch * tokens, *tensor.shape[2:]) for name, tensor in kda_tensors(keys).items()}
+    given["out"] = given.pop("output")
+    pool = torch.zeros(batch * tokens, h, d, d, dtype=torch.bfloat16)
+    starts = torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32)
+    slots = torch.arange(batch * tokens, dtype=torch.int32).view(batch, tokens)
+    accepted = torch.ones(batch, dtype=torch.int32) if tokens > 1 else None
+
+    def run() -> None:
+        ops.fused_recurrent_kda_fwd(
+            **given, initial_state=pool, cu_seqlens=starts, ssm_state_indices=slots if tokens > 1 else slots[:, 0],
+            num_accepted_tokens=accepted, use_qk_l2norm_in_kernel=True,
+        )  # fmt: skip
+
+    return Call(run)
+
+
 STATE_UPDATE = {"package": "vllm-0.22.0", "batch": 1, "nheads": 8, "headdim": 64, "dstate": 128, "ngroups": 8,
     "state_dtype": "float16", "block_m": 4, "warps": 1}  # fmt: skip
 GATED_DELTA = {"package": "vllm-0.14.0", "batch": 32, "heads": 8, "value_heads": 16, "key_dim": 128, "value_dim": 128,
     "state_dtype": "bfloat16"}  # fmt: skip
 FLASHINFER_GATED_DELTA = {"package": "flashinfer_python-0.7.2.post1", "batch": 1, "heads": 16, "value_heads": 32,
     "key_dim": 128, "value_dim": 128}  # fmt: skip
+FLASHINFER_GATED_DELTA_BF16 = {**FLASHINFER_GATED_DELTA, "tokens": 1, "value_heads": 64, "sms": 148}
+KDA = {"package": "flashinfer_python-0.7.2.post1", "batch": 1, "tokens": 1, "heads": 8, "dim": 64,
+    "source": False, "sms": 148}  # fmt: skip
+FLA_KDA = {**KDA, "package": "fla-core-0.6.0"}
 
 KERNELS = {
     "vllm selective_state_update": Kernel(STATE_UPDATE, vllm_state_update),
     "vllm fused_recurrent_gated_delta_rule": Kernel(GATED_DELTA, vllm_gated_delta),
     "flashinfer gated_delta_rule_decode_pretranspose": Kernel(FLASHINFER_GATED_DELTA, flashinfer_gated_delta),
+    "flashinfer gated_delta_rule_mtp bfloat16 states": Kernel(FLASHINFER_GATED_DELTA_BF16, flashinfer_gated_delta_bf16),
+    "flashinfer recurrent_kda": Kernel(KDA, flashinfer_kda),
+    "flashinfer kda_wy_output_only": Kernel(KDA, flashinfer_kda_output_only),
+    "fla fused_recurrent_kda": Kernel(FLA_KDA, fla_kda),
 }

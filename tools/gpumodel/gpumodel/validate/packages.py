@@ -34,6 +34,11 @@ class Nothing:
     def __bool__(self) -> bool:
         return False
 
+    def __or__(self, other: object) -> Nothing:
+        return self
+
+    __ror__ = __or__
+
 
 class NothingModule(types.ModuleType):
     """A module that has every name."""
@@ -46,7 +51,15 @@ class NothingModule(types.ModuleType):
         return KNOWN[name] if name in KNOWN else Nothing()
 
 
-KNOWN = {"NULL_BLOCK_ID": 0, "PAD_SLOT_ID": -1, "VLLM_TUNED_CONFIG_FOLDER": None}  # constants that kernels take
+def undecorated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Stands for a decorator."""
+    return function
+
+
+KNOWN = {  # constants that kernels take, and decorators of what launches them
+    "NULL_BLOCK_ID": 0, "PAD_SLOT_ID": -1, "VLLM_TUNED_CONFIG_FOLDER": None,
+    "dispatch": lambda *_: undecorated, "input_guard": undecorated,
+}  # fmt: skip
 
 
 class _Finder(MetaPathFinder, Loader):

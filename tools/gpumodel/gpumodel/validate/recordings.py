@@ -24,12 +24,12 @@ from ptxsim.launch import load
 from ptxsim.ptxas import KernelInfo
 
 from .. import trace as tracing
-from ..code import MachineCode
+from ..code import Load, MachineCode
 from ..model import resident_ctas
 from ..trace import Trace, Visit
 
 EVENTS = {kind.__name__: kind for kind in tracing.Event.__args__}
-FORMAT = 4  # of the files
+FORMAT = 5  # of the files
 LEAST_CTAS = 16  # of an SM that are recorded, if there are as many
 WAVES = 3  # of resident CTAs that are recorded
 
@@ -148,6 +148,8 @@ def recording_of(session: Any, sms: int) -> Recording:
         )  # fmt: skip
         recorded.trace = trace_of(recorded, warps, plain(launch.trace))
         found.append(recorded)
+    if not found:
+        raise ValueError("the call launched no kernel")
     return Recording(found)
 
 
@@ -251,7 +253,7 @@ def from_json(data: dict[str, Any]) -> Recording:
         kernel, state, warps = found.pop("kernel"), found.pop("state"), found.pop("warps")
         program = load(found["ptx"]).program(kernel)
         *code, loads = found["code"]
-        found["code"] = MachineCode(*code, tuple(map(tuple, loads)))
+        found["code"] = MachineCode(*code, tuple(Load(n, at, tuple(awaited)) for n, at, awaited in loads))
         found["together"] = {int(line): share for line, share in found["together"].items()}
         found["grid"], found["block"] = tuple(found["grid"]), tuple(found["block"])
         launch = RecordedLaunch(program=program, **found)
