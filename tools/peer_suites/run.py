@@ -130,6 +130,10 @@ def page(results: dict[str, Any]) -> str:
         numbers = (count["not applicable"], count["skipped by the suite"], bounds, count[FAILED] + count[STALE])
         cells = " | ".join(map(str, (*numbers, count[LEFT_OUT])))
         lines.append(f"| `{row['suite']}` | {how} | {passed} | {cells} |")
+    done = {(row["suite"], row["backend"]) for row in results["rows"]}
+    rest = [f"`{name}` ({way})" for name, suite in SUITES.items() for way in suite.backends if (name, way) not in done]
+    if rest:
+        lines += ["", f"Not run for these results: {', '.join(rest)}."]
     lines += ["", "Cases that are not applicable, and those that a suite skips by itself:", ""]
     lines += ["| suite | cases | why |", "| --- | --: | --- |"]
     said = set()
