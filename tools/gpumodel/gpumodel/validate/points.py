@@ -9,7 +9,7 @@ where    where the time and the protocol are written, for people
 gpu      name of a machine, as in `gpumodel.MACHINES`
 kernel   a name of `gpumodel.validate.kernels.KERNELS`
 keys     what the kernel's call depends on; those that are left out have the values that ``KERNELS`` shows
-protocol "data": "cold", "warm" or "activations"; "launch": "graph" or "stream"; see `gpumodel.Conditions`
+protocol "data" and "launch", as `gpumodel.Conditions` has them
 us       the published microseconds
 half     "fit": constants may be fitted on it; "held out"
 sweep    optional, a name: points of a sweep differ in launch configuration alone
