@@ -12,10 +12,8 @@ from cute_ssm.errors import describe
 from cute_ssm.ops._table import INT32, Arg, Table
 from cute_ssm.ops.materialize.arguments import STATES
 from cute_ssm.ops.materialize.config import MOST_PENDING
-from cute_ssm.ops.materialize.reference import Pool
-from cute_ssm.ops.materialize_layers.reference import Layer, at_address
 from cute_ssm.ops.materialize_layers.spec import MaterializeLayersSpec
-from cute_ssm.reference.history import Move, Ring
+from cute_ssm.reference.history import Move
 from cute_ssm.spec import FLOATS, QUANTISED
 
 ACCESS_BYTES = 16
@@ -186,34 +184,3 @@ def moves_of(call: Arguments) -> Iterator[list[Move]]:
                 expected = "slots that no other request of the layer reads or writes"
                 raise ValueError(describe("dst_slots", expected, f"{move.destination} of layer {layer}"))
         yield moves
-
-
-def layers_of(call: Arguments) -> Iterator[Layer]:
-    """Yield what each layer is, with tensors over the memory that the tables speak of."""
-    heads, groups, rows = call.num_heads, call.num_heads // call.heads_per_group, call.ring_buffer_len
-    state_dtype, input_dtype, A_dtype = (
-        getattr(torch, name) for name in (call.state_dtype, call.input_dtype, call.matrixA_dtype)
-    )
-    for layer, moves in enumerate(moves_of(call)):
-        slots = 1 + max((max(move[:2]) for move in moves), default=-1)
-        sources = 1 + max((move.source for move in moves), default=-1)
-
-        def view(name: str, dtype: torch.dtype, *shape: int, layer: int = layer) -> Tensor:
-            address, stride = (int(getattr(call, f"{name}_{of}")[layer]) for of in ("ptrs", "slot_strides"))
-            return at_address(address, dtype, shape, stride)
-
-        quantised = call.state_dtype in QUANTISED
-        yield Layer(
-            Pool(
-                view("state", state_dtype, slots, heads, call.dim, call.dstate),
-                view("state_scale", torch.float32, slots, heads, call.dim) if quantised else None,
-            ),
-            Ring(
-                view("x_cache", input_dtype, sources, heads, rows, call.dim),
-                view("B_cache", input_dtype, sources, groups, rows, call.dstate),
-                view("dt_cache", torch.float32, sources, heads, rows),
-            ),
-            at_address(int(call.A_ptrs[layer]), A_dtype, (1, heads), heads)[0],
-            moves,
-            None if call.rand_seed is None else call.rand_seed[layer : layer + 1],
-        )

@@ -174,7 +174,9 @@ def _checked(call: Arguments, operands: tuple[Any, ...]) -> Checked:
         units=call.src_slots.numel() * call.num_heads,
         choose=lambda arch, sm_count: choose_materialize(),
         check_contents=lambda: arguments.check_contents(call),
-        reference=lambda: reference.materialize_layers(list(arguments.layers_of(call)), spec.philox_rounds),
+        reference=lambda: reference.materialize_layers(
+            list(reference.layers_of(call, arguments.moves_of(call))), spec.philox_rounds
+        ),
     )
 
 
