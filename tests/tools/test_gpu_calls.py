@@ -101,12 +101,15 @@ def test_kernels_of_tests_are_those_that_they_run_on_such_a_gpu():
     forms = "checkpointing_ssu/test_checkpointing_ssu_gpu.py::test_forms_and_repetitions_have_the_same_bits[f32-37]"
     configs = "commit/test_commit_and_build_work_items.py::test_bits_do_not_depend_on_the_config"
     small = "tests/test_gpu.py::test_a_call_in_steady_state_does_not_synchronise"
-    found = set(gpu_calls.tested(TARGET, 114, [small, f"tests/ops/{forms}", f"tests/ops/{configs}"]))
+    second = "tests/ops/test_serving_gpu.py::test_cursors"  # of each test the second call, behind a comparison
+    found = set(gpu_calls.tested(TARGET, 114, [small, second, f"tests/ops/{forms}", f"tests/ops/{configs}"]))
     for op in workloads.OPERATORS:
         made = gpu_calls.Made(op, {**workloads.small(op), workloads.batch_key(op): 3})
         assert set(gpu_calls.of_calls([made], TARGET, 114)) <= found, op
     assert {config.form for spec, config, _ in found if spec.op == "checkpointing_ssu"} >= {FUSED, DYNAMIC, PAIR}
-    assert {config.warps for spec, config, _ in found if spec.op == "serving_commit"} == {1, 2, 32}
+    commits = [(spec, config) for spec, config, _ in found if spec.op == "serving_commit"]
+    assert {config.warps for _, config in commits} >= {1, 2, 32}
+    assert {(spec.ring, spec.cu_dtype) for spec, _ in commits} == {(False, None), (True, None), (False, "int32")}
     assert all(target == TARGET for _, _, target in found)
 
 

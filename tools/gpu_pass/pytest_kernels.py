@@ -8,6 +8,7 @@ kernel has fails, which matters to nobody: what it ran before is noted.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,15 @@ from cute_ssm.ops._calls import CallPath, Checked
 from cute_ssm.runtime import registry
 from cute_ssm.workloads import plan
 
+SMALL = 1 << 16  # elements of a call on a device: for more, the reference would take seconds
+
 
 class Noted(dict[plan.Kernel, None]):
     """The kernels of the tests' calls, in order; those of classes that tests define are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.computed: set[Any] = set()  # specs whose results a test on a device has had, enough to reach its next one
 
     def note(self, *kernel: Any) -> None:
         """Add a kernel."""
@@ -31,13 +38,18 @@ class Noted(dict[plan.Kernel, None]):
             self[kernel] = None
 
     def run(self, _: CallPath, __: Any, call: Checked) -> None:
-        """Take the place of `CallPath.run`.  Of CUDA tensors nothing is computed: references read their contents."""
+        """Take the place of `CallPath.run`."""
         device, session = call.operands[0].device, runtime.emulator()
         if device.type == "cuda":
             if call.units:
                 arch = runtime.target(device)
                 sm_count = torch.cuda.get_device_properties(device).multi_processor_count
                 self.note(call.spec, call.choose(arch, sm_count), arch)
+            small = sum(one.numel() for one in call.operands if isinstance(one, torch.Tensor)) < SMALL
+            if small and call.spec not in self.computed and not torch.cuda.is_current_stream_capturing():
+                self.computed.add(call.spec)
+                with contextlib.suppress(RuntimeError), torch.no_grad(), torch.device(device):
+                    call.reference()  # written for CPU tensors, and made for others as far as may be
             return
         if call.units and session is not None:
             arch = archs.by_name(session.arch)
@@ -68,6 +80,11 @@ def pytest_configure(config: pytest.Config) -> None:
     CallPath.run = lambda *call: noted.run(*call)  # type: ignore[method-assign]
     hardware.Session.kernel = lambda *call: noted.kernel(*call)  # type: ignore[method-assign]
     shim.active = lambda: False  # tests take the sizes that they take on a GPU
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Compute each result anew."""
+    item.config.stash[NOTED].computed.clear()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
