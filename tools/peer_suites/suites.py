@@ -152,7 +152,14 @@ SUITES = {
         ),
         Suite(
             "flashinfer-checkpointing-ssu", "flashinfer", "tests/mamba/test_checkpointing_ssu.py",
-            stand_ins.flashinfer, every={REFERENCE: 24, KERNEL: 200},
+            stand_ins.flashinfer,
+            rules=(
+                Rule(
+                    r"\[tma_p|test_persistent_main_matches_monolithic|test_two_kernel_meta_ring_refill",
+                    "the suite's oracle asks PyTorch for the properties of a GPU",
+                ),
+            ),
+            every={REFERENCE: 24, KERNEL: 200},
         ),
         Suite(
             "flashinfer-gdn-decode", "flashinfer", "tests/gdn/test_decode_delta_rule.py", stand_ins.flashinfer,
