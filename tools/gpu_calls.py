@@ -33,7 +33,8 @@ from cute_ssm.workloads import plan  # noqa: E402
 
 BATCHES = (1, 16, 64, 512)  # of the calls that are timed
 CANDIDATES = 40  # configs of a call that is tuned, at most
-SELECTED = "not test_reference and not configuration_of_the_reference"  # what runs no kernel is left out
+# what runs no kernel is left out, and pools of 34 GB, which several processes cannot copy to one GPU at a time
+SELECTED = "not test_reference and not configuration_of_the_reference and not slots_beyond"
 
 
 def tests() -> list[str]:

@@ -283,6 +283,7 @@ def test_padding_rows_keep_a_sentinel_and_nan_inputs_of_others_stay_away(backend
     same_memory(call["initial_state"], clean["initial_state"])
 
 
+@pytest.mark.long
 def test_slots_beyond_2_to_the_31_elements(backend):
     """A pool of 2^33 elements, mapped but never touched except in its last slot: offsets are 64 bits wide."""
     stride, K, V = 2**31, 64, 64

@@ -354,6 +354,7 @@ def test_padding_rows_keep_a_sentinel_and_nan_inputs_of_others_stay_away(backend
         same_memory(call[name], clean[name], name)
 
 
+@pytest.mark.long
 def test_slots_beyond_2_to_the_31_elements(backend):
     """Pool and rings of 2^33 elements, mapped but never touched except in the last slot: offsets are 64 bits wide."""
     K = V = 64

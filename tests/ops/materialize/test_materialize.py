@@ -202,6 +202,7 @@ def test_an_empty_batch(backend):
     same_bits(call["state"], state)
 
 
+@pytest.mark.long
 def test_slots_beyond_31_bits(backend):
     """Offsets in elements of the pool and of the history pass 2^31."""
     small = random(Case(counts=False, history="ring"), 0)["call"]
