@@ -17,7 +17,7 @@ TOOLS = ("ptxsim", "gpumodel", "gpushim")
 FOLDERS = {"cute-ssm": ROOT, **{name: ROOT / "tools" / name for name in TOOLS}}
 OWN = {
     "ptxsim": {"numpy", "torch", "cutlass", "triton", "networkx", "scipy", "ptxsim"},
-    "gpumodel": {"numpy", "ptxsim", "matplotlib", "gpumodel", "scipy", "cutlass", "torch", "triton"},
+    "gpumodel": {"numpy", "ptxsim", "matplotlib", "gpumodel", "scipy", "cuda", "cutlass", "torch", "triton"},
     "gpushim": {"numpy", "torch", "cutlass", "ptxsim", "gpushim"},
 }
 
