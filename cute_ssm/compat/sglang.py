@@ -12,15 +12,19 @@ import torch
 from torch import Tensor
 
 from cute_ssm.compat import _gated_delta
-from cute_ssm.compat._arguments import checked_tensor
+from cute_ssm.compat._arguments import checked_tensor, rename
 from cute_ssm.compat._padding import NOBODY, padding
 from cute_ssm.compat._types import of_one_type
 from cute_ssm.errors import describe
-from cute_ssm.ops.gated_delta_rule_mtp.operator import gated_delta_rule_mtp
+from cute_ssm.ops._gated_delta.spec import TOKEN_BUCKETS
 from cute_ssm.ops.selective_state_update.operator import selective_state_update as _update
 
 PAD_SLOT_ID = -1
 PHILOX_ROUNDS = 10  # for `cache_philox_rounds` = 0
+WORDS = {
+    "initial_state": "initial_state_source",
+    "use_qk_l2norm": "use_qk_l2norm_in_kernel",
+}  # of the operator's errors, and SGLang's
 
 __all__ = [
     "PAD_SLOT_ID",
@@ -87,7 +91,9 @@ def selective_state_update(
     intermediate_state_indices : Tensor, (>= batch,), int32/int64, optional
         Row of each request in that buffer.
     enable_stochastic_rounding : bool
-        Of SGLang's Triton function.  Round float16 states stochastically, with a seed drawn on the device.
+        Of SGLang's Triton function.  Round float16 states stochastically when they are written to the pool, with a
+        seed drawn on the device.  States in ``intermediate_states_buffer`` are rounded to nearest, as in SGLang; a call
+        that writes both takes another launch.
     cache_philox_rounds : int
         Of SGLang's Triton function.  0: 10.
     write_padded_rows : bool
@@ -109,7 +115,8 @@ def selective_state_update(
     if enable_stochastic_rounding:
         if checked_tensor("state", state).dtype != torch.float16:
             raise TypeError(describe("state", "dtype float16 with enable_stochastic_rounding", state.dtype))
-        seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=state.device)
+        if not disable_state_update:
+            seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=state.device)
     result = out
     x, B, C, z, out = of_one_type(x, B, C, z, out)
     swapped = checked_tensor("state", state).dim() == 4 and state.shape[2] == 1 and state.shape[1] > 1
@@ -118,19 +125,27 @@ def selective_state_update(
         A, D, dt_bias = _swap(A, 0, 1), _swap(D, 0, 1), _swap(dt_bias, 0, 1)
         intermediate_states_buffer = _swap(intermediate_states_buffer, -3, -2)
 
-    def update(pool: Tensor, slots: Tensor | None, pad: int, scratch: bool) -> None:
-        _update(
-            pool, x, dt, A, B, C, D, z, dt_bias, dt_softplus, slots, pad, out=out,
-            disable_state_update=scratch or disable_state_update,
-            intermediate_states_buffer=None if scratch else intermediate_states_buffer,
-            intermediate_state_indices=None if scratch else intermediate_state_indices,
-            rand_seed=None if scratch else seed, philox_rounds=cache_philox_rounds or PHILOX_ROUNDS,
-        )  # fmt: skip
+    def update(pool: Tensor, slots: Tensor | None, pad: int, rows: Tensor, **options: Any) -> None:
+        try:
+            _update(pool, x, dt, A, B, C, D, z, dt_bias, dt_softplus, slots, pad, out=rows, **options)
+        except (ValueError, TypeError) as error:
+            rename(error, {"philox_rounds": "cache_philox_rounds"})
+            raise
 
-    update(state, state_batch_indices, pad_slot_id, False)
+    drafts: dict[str, Any] = {
+        "intermediate_states_buffer": intermediate_states_buffer,
+        "intermediate_state_indices": intermediate_state_indices,
+    }
+    rounding: dict[str, Any] = {"rand_seed": seed, "philox_rounds": cache_philox_rounds or PHILOX_ROUNDS}
+    if intermediate_states_buffer is not None and seed is not None:
+        update(state, state_batch_indices, pad_slot_id, torch.empty_like(out), disable_state_update=True, **drafts)
+        drafts = {}
+    update(
+        state, state_batch_indices, pad_slot_id, out, disable_state_update=disable_state_update, **drafts, **rounding
+    )
     if write_padded_rows and state_batch_indices is not None:
         padded = padding(state, None, state_batch_indices, None, pad_slot_id)
-        update(padded.state, padded.slots, NOBODY, True)
+        update(padded.state, padded.slots, NOBODY, out, disable_state_update=True)
     if out.dtype is not result.dtype:
         result.copy_(_swap(out, -2, -1) if swapped else out)
 
@@ -214,8 +229,9 @@ def fused_sigmoid_gating_delta_rule_update(
     match_cutedsl_decode: bool = False,
     *,
     positional_rows: bool = False,
+    max_seqlen: int | None = None,
 ) -> Tensor:
-    """Run the same number of tokens of every request, like SGLang's function of this name.
+    """Run one token of every request, or the tokens of a speculative step, like SGLang's function of this name.
 
     Parameters
     ----------
@@ -237,27 +253,30 @@ def fused_sigmoid_gating_delta_rule_update(
     use_qk_l2norm_in_kernel : bool
         Normalise queries and keys.
     cu_seqlens : Tensor, (sequences + 1,), int32/int64, optional
-        Offsets of packed sequences, which have equal lengths: on a GPU the host cannot check that they do.
+        Offsets of packed sequences of up to 64 tokens, and of up to as many as ``intermediate_states_buffer`` has
+        steps.  On a GPU, where the host does not read them, a longer one is treated as padding.
     disable_state_update : bool
         Do not write the pool.
     intermediate_states_buffer : Tensor, (rows, steps, value_heads, V, K), type of the states, optional
-        **Written** with the state after each token.
+        **Written** with the state after each token; steps past those of a request are left unchanged.
     intermediate_state_indices : Tensor, (>= sequences,), int32/int64, with that buffer only
-        Row of each request, 0 or more; that of padding holds anything afterwards.  The kernel writes rows in order, so
-        a copy moves them to these rows.
+        Row of each request, 0 or more.  The kernel writes rows in order, so copies of these rows are read and written.
     cache_steps : int, optional
-        Number of steps of that buffer.
+        Number of steps of that buffer that are used.
     is_kda, lower_bound, retrieve_parent_token, cache_ring, replayssm_rawv, replayssm_rawk, replayssm_g, \
     replayssm_beta, match_cutedsl_decode
         Not supported: their defaults only.
     positional_rows : bool
         Not in SGLang.  True: request i has row i of the buffer, and ``intermediate_state_indices`` is ignored, which
-        saves the copy.
+        saves the copies.
+    max_seqlen : int, 1 to 64
+        Not in SGLang, and with ``cu_seqlens`` only.  The largest number of tokens of a request: the kernel for 1 is
+        faster.  None: the steps of the buffer, or else all tokens, up to 64.
 
     Returns
     -------
     Tensor, of the shape of v
-        Rows of padding are zero.
+        Rows of padding, and of no request, are zero.
 
     Raises
     ------
@@ -273,25 +292,40 @@ def fused_sigmoid_gating_delta_rule_update(
             ("replayssm_beta", replayssm_beta))},
     }  # fmt: skip
     _gated_delta.refuse(features)
-    sequences, tokens = _gated_delta.tokens_of(q, cu_seqlens)
+    sequences = _gated_delta.count_sequences(q, cu_seqlens)
     buffer, rows = intermediate_states_buffer, None
+    longest, fix = q.shape[1], "split the call"
     if buffer is not None:
         if checked_tensor("intermediate_states_buffer", buffer).dim() != 5:
             expected = "shape (rows, steps, value_heads, V, K)"
             raise ValueError(describe("intermediate_states_buffer", expected, tuple(buffer.shape)))
-        if cache_steps is not None and cache_steps != buffer.shape[1]:
-            raise ValueError(
-                describe("cache_steps", f"{buffer.shape[1]}, as intermediate_states_buffer has", cache_steps)
-            )
+        longest, fix = buffer.shape[1], "give intermediate_states_buffer as many steps"
+        if cache_steps is not None and cache_steps > longest:
+            expected = f"up to {longest}, as intermediate_states_buffer has"
+            raise ValueError(describe("cache_steps", expected, cache_steps))
         if not positional_rows:
-            rows = checked_tensor("intermediate_state_indices", intermediate_state_indices)[:sequences].long()
-            buffer = buffer.new_empty(sequences, tokens, *buffer.shape[2:])
-    q, k, v_rows, a, b = (_gated_delta.sequences_of(tensor, sequences, tokens) for tensor in (q, k, v, a, b))
-    out, _ = gated_delta_rule_mtp(
-        q, k, v_rows, initial_state_source, checked_tensor("initial_state_indices", initial_state_indices),
-        checked_tensor("A_log", A_log).float(), a, dt_bias, b, scale, intermediate_states_buffer=buffer,
-        disable_state_update=disable_state_update, use_qk_l2norm=use_qk_l2norm_in_kernel,
+            rows = _checked_rows(intermediate_state_indices, sequences, buffer.shape[0])
+            buffer = buffer.index_select(0, rows)
+    words = WORDS
+    if cu_seqlens is not None and max_seqlen is None:
+        max_seqlen, words = max(1, min(longest, TOKEN_BUCKETS[-1])), WORDS | {"raise max_seqlen": fix}
+    out = _gated_delta.run(
+        words, q, k, v, initial_state_source, checked_tensor("initial_state_indices", initial_state_indices),
+        _gated_delta.rates(A_log), _gated_delta.gate_rows("a", a, q), dt_bias, _gated_delta.gate_rows("b", b, q),
+        scale, intermediate_states_buffer=buffer, disable_state_update=disable_state_update,
+        use_qk_l2norm=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
     )  # fmt: skip
     if rows is not None and intermediate_states_buffer is not None and buffer is not None:
-        intermediate_states_buffer[:, :tokens].index_copy_(0, rows, buffer)
-    return out.view(v.shape)
+        intermediate_states_buffer.index_copy_(0, rows, buffer)
+    return out
+
+
+def _checked_rows(indices: Tensor | None, sequences: int, count: int) -> Tensor:
+    """Return the rows of the sequences in a buffer of so many; raise if one on the CPU is out of range."""
+    name = "intermediate_state_indices"
+    rows = checked_tensor(name, indices)
+    _gated_delta.check_indices(name, rows, sequences)
+    rows = rows[:sequences].long()
+    if not rows.is_cuda and bool(((rows < 0) | (rows >= count)).any()):
+        raise ValueError(describe(name, f"rows from 0 to {count - 1}", rows.tolist()))
+    return rows

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cute_ssm import env
 from cute_ssm.compat import sglang as compat
-from cute_ssm.errors import describe
+from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.integrations import _engines
 from cute_ssm.integrations._engines import Call, EngineError, Hook
 
@@ -50,6 +50,8 @@ GDN_HOOKS = (
     Hook(f"{LINEAR}.kernels.kernel_backend", "LinearAttnKernelBase.target_verify", VERIFY),
     Hook(f"{LINEAR}.kernels.gdn_triton", "TritonGDNKernel.packed_decode", PACKED),
 )
+# SGLang's ring for decode steps: values after the delta rule's correction, keys after normalisation, decays.  That of
+# `gated_delta_rule_replay` holds values and keys as they came, and its step decides when states are stored.
 REPLAYSSM = ("replayssm_d", "replayssm_k", "replayssm_g", "replayssm_write_pos")
 
 
@@ -273,6 +275,9 @@ def _kernel(base: type[Any], triton: Any, strict: bool) -> Any:
                 )  # fmt: skip
 
             def ours() -> Tensor:
+                if all(kwargs.get(name) is not None for name in REPLAYSSM):
+                    fix = "no operator reads or writes rings of corrected values"
+                    raise UnsupportedSpecError(describe("--enable-linear-replayssm", "not to be set", "rings", fix))
                 out = mixed_qkv.new_zeros(len(mixed_qkv), 1, num_v_heads, head_v_dim)  # rows of padding stay zero
                 compat.fused_recurrent_gated_delta_rule_packed_decode(
                     mixed_qkv, a, b, A_log, dt_bias, scale, ssm_states, out, cache_indices, True,
@@ -280,8 +285,6 @@ def _kernel(base: type[Any], triton: Any, strict: bool) -> Any:
                 )  # fmt: skip
                 return out.transpose(0, 1)
 
-            if all(kwargs.get(name) is not None for name in REPLAYSSM):  # SGLang's ring, which no operator reads
-                return theirs()
             return self.cute_ssm(ours, theirs)
 
         def decode(
@@ -301,8 +304,9 @@ def _kernel(base: type[Any], triton: Any, strict: bool) -> Any:
         ) -> Any:
             def ours() -> Tensor:
                 return compat.fused_sigmoid_gating_delta_rule_update(
-                    A_log, a, dt_bias, 1.0, 20.0, q, k, v, b, ssm_states, cache_indices, None, True, query_start_loc
-                )
+                    A_log, a, dt_bias, 1.0, 20.0, q, k, v, b, ssm_states, cache_indices, None, True, query_start_loc,
+                    max_seqlen=1,
+                )  # fmt: skip
 
             def theirs() -> Any:
                 return triton.decode(

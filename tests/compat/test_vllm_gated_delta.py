@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import broken_arguments
 import kernel_backends
 import numpy as np
 import pytest
@@ -129,6 +130,30 @@ def test_a_sequence_longer_than_its_slots_is_refused():
             cu_seqlens=torch.tensor([0, 1, 4]), ssm_state_indices=torch.tensor([[1, 2], [3, 4]]),
         )  # fmt: skip
     same_bits(state, before, "state")
+
+
+def test_errors_of_the_recurrence_name_vllms_arguments():
+    call = rows()
+    given = {
+        **gates(call), **{key: call[key][None] for key in ("q", "k", "v")}, "initial_state": pool(6), "scale": 0.1,
+        "cu_seqlens": torch.tensor([0, 2, 4]), "ssm_state_indices": torch.tensor([[1, 2], [3, 4]]),
+        "num_accepted_tokens": torch.tensor([1, 2]),
+    }  # fmt: skip
+    wrong = {"ssm_state_indices": torch.tensor([[1, 6], [3, 4]])}
+    broken_arguments.check(vllm.fused_sigmoid_gating_delta_rule_update, given, wrong)
+    too_long = given | {"ssm_state_indices": torch.tensor([[1], [3]]), "num_accepted_tokens": None}
+    with pytest.raises(ValueError, match="got one of 2; give ssm_state_indices as many columns"):
+        vllm.fused_sigmoid_gating_delta_rule_update(**too_long)
+
+
+def test_errors_of_the_packed_step_name_vllms_arguments():
+    call = rows(2)
+    given = {
+        "mixed_qkv": packed(call), **gates(call), "scale": 0.1, "initial_state": pool(3),
+        "out": torch.zeros(2, 1, 4, 32, dtype=torch.bfloat16), "ssm_state_indices": torch.tensor([1, 2]),
+    }  # fmt: skip
+    wrong = {"ssm_state_indices": torch.tensor([1, 3])}
+    broken_arguments.check(vllm.fused_recurrent_gated_delta_rule_packed_decode, given, wrong)
 
 
 REFUSED = {

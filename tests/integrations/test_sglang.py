@@ -14,7 +14,7 @@ from bits import same_bits
 from gated_loop import packed, pool, rows, step
 from step_oracle import at_row, close, states, token, tokens, wide
 
-from cute_ssm.errors import CuteSsmError
+from cute_ssm.errors import CuteSsmError, UnsupportedSpecError
 from cute_ssm.integrations import sglang
 
 
@@ -147,12 +147,19 @@ def test_verification_stores_states_by_request_and_a_tree_goes_to_triton(engine)
     assert kernel.target_verify(**given, retrieve_parent_token=torch.zeros(2, 2)) == "target_verify"
 
 
-def test_rings_of_sglang_stay_with_sglang(engine):
-    sglang.register()
+@pytest.mark.parametrize("strict", [False, True])
+def test_rings_of_sglang_stay_with_sglang(engine, caplog, strict):
+    sglang.register(strict=strict)
     kernel = dispatcher(engine).decode_kernel
     ring = dict.fromkeys(sglang.REPLAYSSM, torch.zeros(1))
     given = dict.fromkeys(("A_log", "dt_bias", "scale", "ssm_states", "cache_indices", "num_v_heads", "head_v_dim"))
+    if strict:
+        with pytest.raises(UnsupportedSpecError, match="--enable-linear-replayssm"):
+            kernel.packed_decode(None, None, None, **given, **ring)
+        return
     assert kernel.packed_decode(None, None, None, **given, **ring) == "packed_decode"
+    (record,) = (r for r in caplog.records if r.levelno == logging.WARNING)
+    assert "--enable-linear-replayssm" in record.getMessage()
 
 
 def test_another_verify_backend_stays_selected(engine):

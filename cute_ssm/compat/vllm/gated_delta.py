@@ -5,12 +5,25 @@ They are those of ``vllm.third_party.flash_linear_attention.ops``.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from cute_ssm.compat import _gated_delta
 from cute_ssm.compat._arguments import checked_tensor
 from cute_ssm.errors import UnsupportedSpecError, describe
-from cute_ssm.ops.gated_delta_rule_mtp.operator import gated_delta_rule_mtp
+
+LESS_1 = {
+    "slots below": "slots less 1 below",
+    "distinct slots to write": "distinct slots to write (less 1)",
+    "no slot that another request reads": "no slot (less 1) that another request reads",
+}  # of errors about slots of the pool behind the null slot
+WORDS = {
+    "raise max_seqlen": "give ssm_state_indices as many columns",
+    "max_seqlen": "ssm_state_indices",
+    "initial_state_indices": "ssm_state_indices",
+    "use_qk_l2norm": "use_qk_l2norm_in_kernel",
+    **LESS_1,
+}  # of the operator's errors, and vLLM's
 
 __all__ = ["fused_recurrent_gated_delta_rule_packed_decode", "fused_sigmoid_gating_delta_rule_update"]
 
@@ -64,8 +77,9 @@ def fused_recurrent_gated_delta_rule_packed_decode(
     rows = _gated_delta.split(mixed_qkv, initial_state)
     pool, slots = _without_null(initial_state, checked_tensor("ssm_state_indices", ssm_state_indices))
     _gated_delta.packed_step(
-        rows, a, b, A_log, dt_bias, scale, pool, slots, out, use_qk_l2norm_in_kernel, write_padded_rows
-    )
+        rows, a, b, A_log, dt_bias, scale, pool, slots, out, use_qk_l2norm_in_kernel, write_padded_rows,
+        _gated_delta.PACKED_WORDS | LESS_1,
+    )  # fmt: skip
     return out, initial_state
 
 
@@ -137,9 +151,7 @@ def fused_sigmoid_gating_delta_rule_update(
     pool, slots = _without_null(
         checked_tensor("initial_state", initial_state), checked_tensor("ssm_state_indices", ssm_state_indices)
     )
-    sequences, tokens = _gated_delta.tokens_of(q, None)
-    if cu_seqlens is not None:
-        sequences = len(checked_tensor("cu_seqlens", cu_seqlens)) - 1
+    sequences, tokens = _gated_delta.count_sequences(q, cu_seqlens), q.shape[1]
     slots = slots[:sequences]
     columns = slots.shape[1] if slots.dim() == 2 else 1
     if slots.dim() not in (1, 2) or len(slots) != sequences:
@@ -149,12 +161,14 @@ def fused_sigmoid_gating_delta_rule_update(
         fix = "the kernel takes as many tokens of every sequence as there are slots"
         raise UnsupportedSpecError(describe("q", f"{columns} tokens per sequence", tokens, fix))
     first, scatter = slots if slots.dim() == 1 else slots[:, 0], slots if columns > 1 else None
+    if num_accepted_tokens is not None:
+        _gated_delta.check_indices("num_accepted_tokens", num_accepted_tokens, sequences)
     if num_accepted_tokens is not None and scatter is not None:
-        column = checked_tensor("num_accepted_tokens", num_accepted_tokens)[:sequences].long() - 1
+        column = num_accepted_tokens[:sequences].long() - 1
         first = slots.gather(1, column.clamp(0, columns - 1)[:, None])[:, 0]
-    a, b = (_gated_delta.sequences_of(tensor, *q.shape[:2]) for tensor in (a, b))
-    out, _ = gated_delta_rule_mtp(
-        q, k, v, pool, first, A_log.float(), a, dt_bias, b, scale, ssm_state_indices=scatter,
+    a, b = _gated_delta.gate_rows("a", a, q), _gated_delta.gate_rows("b", b, q)
+    out = _gated_delta.run(
+        WORDS, q, k, v, pool, first, _gated_delta.rates(A_log), a, dt_bias, b, scale, ssm_state_indices=scatter,
         disable_state_update=False, use_qk_l2norm=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens,
         max_seqlen=None if cu_seqlens is None else columns,
     )  # fmt: skip
@@ -163,4 +177,8 @@ def fused_sigmoid_gating_delta_rule_update(
 
 def _without_null(pool: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Return the pool behind vLLM's null slot 0, and slots in it: one subtraction makes padding negative."""
+    if pool.dim() != 4:
+        raise ValueError(describe("initial_state", "shape (slots, value_heads, V, K)", tuple(pool.shape)))
+    if slots.dtype not in (torch.int32, torch.int64):
+        raise TypeError(describe("ssm_state_indices", "dtype int32 or int64", slots.dtype))
     return pool[1:], slots - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -40,6 +41,12 @@ def default_scale(q: Tensor, packed: bool = False) -> float:
         raise ValueError(describe("q", expected, tuple(q.shape), "K is at least 1"))
     scale: float = q.shape[-1] ** -0.5
     return scale
+
+
+def check_scale(scale: object) -> None:
+    """Raise unless the factor of the queries is a number."""
+    if not isinstance(scale, Real):
+        raise TypeError(describe("scale", "a float or None", type(scale).__name__))
 
 
 class StepSizes(NamedTuple):

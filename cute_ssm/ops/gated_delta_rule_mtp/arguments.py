@@ -57,6 +57,7 @@ def check(call: Arguments) -> GatedDeltaRuleSpec:
     shared.check_heads("v", sizes.heads, sizes.value_heads)
     given.check_dtypes()
     arguments.check_saturate(call.saturate, "initial_state", call.initial_state.dtype)
+    shared.check_scale(call.scale)
     _check_combinations(call)
     given.check_strides()
 

@@ -62,6 +62,7 @@ def check(call: Arguments) -> GatedDeltaRuleReplaySpec:
         raise ValueError(describe("k_cache", expected, length, "allocate all rings with that many rows"))
     given.check_dtypes()
     arguments.check_saturate(call.saturate, "initial_state", call.initial_state.dtype)
+    shared.check_scale(call.scale)
     given.check_strides()
     given.check_written()
     fields = shared.spec_fields(given, max(tokens, 4), call.use_qk_l2norm, call.zero_padding)
