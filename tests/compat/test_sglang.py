@@ -105,7 +105,7 @@ def sigmoid(call, state, slots, cu_seqlens, **more):
 def test_verification_of_gated_delta_nets_stores_states_by_row(positional, backend):
     """Of one and three tokens, which are two each on average: the lengths count, not the average."""
     call, state, slots = rows(4), pool(3), torch.tensor([2, 0])
-    before, buffer = state.clone(), torch.full((4, 3, 4, 32, 32), 7.0)
+    before, buffer = state.clone(), torch.full((4, 4, 4, 32, 32), 7.0)  # of more steps than drafts
     where = torch.tensor([0, 1] if positional else [3, 0])
     with backend(checks=False):
         out = sigmoid(
