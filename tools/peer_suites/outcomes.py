@@ -7,3 +7,4 @@ SKIPPED = "skipped by the suite"
 TOO_LONG, TOO_LARGE = "over the time", "over the memory"
 LEFT_OUT = "left out"
 FAILED, STALE = "failed", "rule is stale"
+NOT_SHOWN = (SKIPPED, TOO_LONG, TOO_LARGE)  # a case ran, or was to, and says nothing

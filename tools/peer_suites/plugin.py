@@ -73,13 +73,20 @@ class Run:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         every, seen = self.suite.every.get(self.backend, 1), defaultdict[str, int](int)
+        light = {
+            item: self.suite.light is not None and bool(re.search(self.suite.light, item.nodeid)) for item in items
+        }
+        has_light = {_test(item) for item in items if light[item]} if every > 1 else set()
         kept = []
         for item in items:
             rule = self.rule(item)
             if rule is not None and rule.error is None:
                 self.note(item, NOT_APPLICABLE, rule.reason)
                 continue
-            test = item.nodeid.partition("[")[0]
+            test = _test(item)
+            if test in has_light and not light[item]:
+                self.note(item, LEFT_OUT, "lighter cases of the test are run")
+                continue
             if seen[test] % every == 0:
                 kept.append(item)
             else:
@@ -153,6 +160,11 @@ class Run:
             reason = str(call.excinfo.value) if call.excinfo else ""
             self.note(item, SKIPPED if report.skipped else FAILED, reason)
         return report
+
+
+def _test(item: pytest.Item) -> str:
+    """Return the test of which an item is a case."""
+    return item.nodeid.partition("[")[0]
 
 
 if __name__ == "__main__":

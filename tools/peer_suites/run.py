@@ -31,13 +31,13 @@ if __package__ in (None, ""):  # run as a file
 from bench import outputs, report  # noqa: E402
 
 from peer_suites import sources  # noqa: E402
-from peer_suites.outcomes import FAILED, LEFT_OUT, PASSED, STALE  # noqa: E402
+from peer_suites.outcomes import FAILED, LEFT_OUT, NO_KERNEL, NOT_SHOWN, PASSED, STALE  # noqa: E402
 from peer_suites.suites import BACKENDS, KERNEL, PEERS, SUITES, Peer, Suite  # noqa: E402
 
 RESULTS = outputs.RESULTS / "peer_suites.json"
 PAGE = ROOT / "docs" / "peers.md"
 ARCH = "sm_90a"
-SECONDS, GIB = 60, 10  # of a case; of a process
+GIB = 10  # of a process
 
 
 def missing(suite: Suite) -> str | None:
@@ -52,13 +52,19 @@ def missing(suite: Suite) -> str | None:
     return None
 
 
-def run(suite: Suite, backend: str, arch: str = ARCH, seconds: int = SECONDS) -> dict[str, Any]:
+def run(suite: Suite, backend: str, arch: str = ARCH, seconds: int | None = None) -> dict[str, Any]:
     """Run a suite, and return what became of its cases.
+
+    Parameters
+    ----------
+    seconds : int, optional
+        Processor time that a case may take, instead of the suite's own.
 
     Returns
     -------
     dict
-        ``suite``, ``backend``, ``arch``, ``outcomes`` (numbers of cases), ``reasons`` (numbers, of those not passed),
+        ``suite``, ``backend``, ``arch``, ``seconds`` that a case could take, ``outcomes`` (numbers of cases),
+        ``reasons`` (numbers, of those not passed),
         ``launches`` of kernels, ``failures`` (what failed, with messages) and ``output`` of pytest.
 
     Raises
@@ -66,6 +72,7 @@ def run(suite: Suite, backend: str, arch: str = ARCH, seconds: int = SECONDS) ->
     RuntimeError
         The run ended before its cases did.
     """
+    seconds = suite.seconds if seconds is None else seconds
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "cases.json"
         command = [sys.executable, "-m", "pytest", "-p", "peer_suites.plugin", "-c", os.devnull, "--noconftest", "-q"]
@@ -88,10 +95,29 @@ def run(suite: Suite, backend: str, arch: str = ARCH, seconds: int = SECONDS) ->
             reasons.setdefault(case["outcome"], Counter())[case["reason"].strip()] += 1
     failures = {name: case["reason"] for name, case in cases.items() if case["outcome"] in (FAILED, STALE)}
     return {
-        "suite": suite.name, "backend": backend, "arch": arch if backend == KERNEL else None,
+        "suite": suite.name, "backend": backend, "arch": arch if backend == KERNEL else None, "seconds": seconds,
         "outcomes": dict(sorted(outcomes.items())), "reasons": {k: dict(v) for k, v in sorted(reasons.items())},
         "launches": sum(case["launches"] for case in cases.values()), "failures": failures, "output": output,
     }  # fmt: skip
+
+
+def not_shown(row: dict[str, Any], results: dict[str, Any]) -> str | None:
+    """Return what is wrong with the number of cases that a run skipped or gave up; None if it is small or as recorded.
+
+    Parameters
+    ----------
+    row : dict
+        Of `run`.
+    results : dict
+        Of the committed file.
+    """
+    count = Counter(row["outcomes"])
+    passed, lost = count[PASSED] + count[NO_KERNEL], sum(count[outcome] for outcome in NOT_SHOWN)
+    same = (old for old in results["rows"] if (old["suite"], old["backend"]) == (row["suite"], row["backend"]))
+    before = next((sum(old["outcomes"].get(outcome, 0) for outcome in NOT_SHOWN) for old in same), 0)
+    if passed and lost <= max(before, passed // 10):
+        return None
+    return f"{passed} cases passed; {lost} were skipped or went over the bounds, {before} in the committed results"
 
 
 def bounded_memory() -> None:
@@ -110,7 +136,7 @@ def record(rows: Iterable[dict[str, Any]], before: Path) -> dict[str, Any]:
     versions = {name: metadata.version(name) for name in ("torch", "triton", "numpy")}
     return {
         "method": "tools/peer_suites: tests as their projects publish them, over cute_ssm.compat, without a GPU",
-        "bounds": {"seconds_per_case": SECONDS, "gib": GIB},
+        "bounds": {"gib": GIB},
         "versions": {"python": platform.python_version(), **versions},
         "rows": [known[key] for key in order if key in known],
     }
@@ -163,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--clone", action="append", default=[], metavar="PEER=FOLDER", help="a clone to fetch from")
     parser.add_argument("--backend", choices=BACKENDS)
     parser.add_argument("--arch", default=ARCH)
-    parser.add_argument("--seconds", type=int, default=SECONDS, help="processor time of a case")
+    parser.add_argument("--seconds", type=int, help="processor time of a case, instead of the suite's")
     parser.add_argument("--out", type=Path, help="results; rows of other suites stay as in the file")
     parser.add_argument("--docs", action="store_true", help="rewrite the table of docs/peers.md")
     options = parser.parse_args(argv)

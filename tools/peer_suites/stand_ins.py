@@ -139,8 +139,12 @@ def _here(device: Any) -> Any:
 @contextlib.contextmanager
 def pretended_gpu(arch: Arch) -> Iterator[None]:
     """Let ``torch.cuda`` speak of a GPU of a target, whose tensors are on the CPU."""
-    capability = (int(arch.name[3:-2]), int(arch.name[-2]))
+    capability = arch.capability
     generator = torch.Generator
+    name = f"CPU in place of {arch.name}"
+    properties = SimpleNamespace(
+        name=name, major=capability[0], minor=capability[1], multi_processor_count=arch.sm_count
+    )
     said: Mapping[str, Any] = {
         "is_available": lambda: True,
         "get_device_capability": lambda *_: capability,
@@ -151,7 +155,8 @@ def pretended_gpu(arch: Arch) -> Iterator[None]:
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
         "mem_get_info": lambda *_: (4 << 30, 4 << 30),
-        "get_device_name": lambda *_: f"CPU in place of {arch.name}",
+        "get_device_name": lambda *_: name,
+        "get_device_properties": lambda *_: properties,
     }
     before = {name: getattr(torch.cuda, name) for name in said}
     for name, value in said.items():
