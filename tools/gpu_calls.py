@@ -24,7 +24,6 @@ if __package__ in (None, ""):  # run as a file
 
 from gpu_pass import probes  # noqa: E402
 
-import cute_ssm  # noqa: E402
 from cute_ssm import arch as archs  # noqa: E402
 from cute_ssm import runtime, workloads  # noqa: E402
 from cute_ssm.ops import operators  # noqa: E402
@@ -106,7 +105,7 @@ def dependent() -> list[Made]:
     """Return calls that wait for the kernel ahead of them, of the operators that have the choice (``enable_pdl``)."""
     found = []
     for op in workloads.OPERATORS:
-        if "enable_pdl" in inspect.signature(getattr(cute_ssm, op)).parameters:
+        if "enable_pdl" in inspect.signature(workloads.function(op)).parameters:
             found += [base(op)._replace(arguments=(("enable_pdl", wait),)) for wait in (True, "early_reads")]
             found += [call._replace(arguments=(("enable_pdl", True),)) for call in timed(op)]
     return found

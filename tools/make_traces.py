@@ -46,6 +46,7 @@ OP_TYPES = {
     "selective_scan": "mamba_scan",
     "gated_delta_rule_mtp": "gdn",
     "gated_delta_rule_replay": "gdn",
+    "replay_decode": "mamba_ssu",
 }
 # Axes that tables of arguments call *name, by number of dimensions; and arguments that they have under other names.
 STARS = {
@@ -63,7 +64,14 @@ SHAPES = {
     "old_cumAdt": "slots buffers nheads W",
     "cache_buf_idx": "slots",
 }
-GIVEN = ("A", "old_dt", "old_cumAdt", "g_cache", "beta_cache")  # floating-point arguments that are not random
+GIVEN = (
+    "A",
+    "old_dt",
+    "old_cumAdt",
+    "dt_cache",
+    "g_cache",
+    "beta_cache",
+)  # floating-point arguments that are not random
 NAMESPACE = uuid.UUID("6d1f3a52-9a55-5f0f-9f0c-6f0f6a0c6b5e")
 
 
@@ -177,7 +185,7 @@ class Trace:
             "name": self.name,
             "op_type": OP_TYPES[self.op],
             "tags": ["stage:prefill" if self.op == "selective_scan" else "stage:decode", *tags],
-            "description": f"cute_ssm.{self.op}: {_summary(self.op)}",
+            "description": f"{workloads.public_name(self.op)}: {_summary(self.op)}",
             "axes": axes,
             "constraints": ["slots >= batch"] if {"slots", "batch"} <= variable else [],
             "inputs": tensors,
@@ -201,11 +209,13 @@ class Trace:
 
     def solution(self) -> dict[str, Any]:
         """Return the solution: a call of the operator, which updates states and histories in place."""
-        text = [f'"""cute_ssm.{self.op}, which updates its arguments in place."""', "import torch\n\nimport cute_ssm"]
+        name = workloads.public_name(self.op)
+        imported = f"import torch\n\nimport {name.rpartition('.')[0]}"
+        text = [f'"""{name}, which updates its arguments in place."""', imported]
         body = [self._head()]
         body += [f"    {name} = {self._allocation(name)}" for name in self.buffers]
         call = ", ".join([self._call(), *(f"{name}={name}" for name in self.buffers)])
-        body += [f"    cute_ssm.{self.op}({call})", f"    return {', '.join(self.results)}"]
+        body += [f"    {name}({call})", f"    return {', '.join(self.results)}"]
         return {
             "name": f"{self.name}_cute_ssm",
             "definition": self.name,
@@ -321,7 +331,7 @@ def _tensor(axes: tuple[str, ...], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _summary(op: str) -> str:
-    return (inspect.getdoc(getattr(cute_ssm, op)) or "").split("\n\n")[0].replace("\n", " ")
+    return (inspect.getdoc(workloads.function(op)) or "").split("\n\n")[0].replace("\n", " ")
 
 
 def _source(value: Any, name: str) -> str:

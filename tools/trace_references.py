@@ -16,6 +16,8 @@ from cute_ssm.ops._gated_delta.reference import EPSILON, Tokens, gates, heads, r
 from cute_ssm.ops.checkpointing_ssu.reference import outputs, step_sizes
 from cute_ssm.ops.gated_delta_rule_replay.reference import MIN_G
 from cute_ssm.ops.gated_delta_rule_replay.reference import gated_delta_rule_replay as fold_and_verify
+from cute_ssm.ops.replay_decode.reference import Weights
+from cute_ssm.ops.replay_decode.reference import replay_decode as decode
 from cute_ssm.ops.selective_scan.reference import selective_scan as scan
 from cute_ssm.ops.selective_state_update.reference import selective_state_update as advance
 from cute_ssm.reference.history import fold, running_sums
@@ -38,6 +40,13 @@ EMBEDDED: dict[str, dict[str, Any]] = {
         "running_sums": running_sums,
         "fold": fold,
         "outputs": outputs,
+        "step_sizes": step_sizes,
+    },
+    "replay_decode": {
+        "Weights": Weights,
+        "running_sums": running_sums,
+        "fold": fold,
+        "decode": decode,
         "step_sizes": step_sizes,
     },
 }
@@ -204,4 +213,47 @@ def checkpointing_ssu(
         written["old_B"][slot, target, rows] = B[i, :stored]
         written["old_dt"][slot, target, :, rows] = new_dt[:, :stored]
         written["old_cumAdt"][slot, target, :, rows] = sums[:, :stored]
+    return {"out": out, **written}
+
+
+def replay_decode(
+    state: Tensor,
+    x_cache: Tensor,
+    dt_cache: Tensor,
+    B_cache: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    write_pos: Tensor,
+    is_flush: Tensor,
+    state_batch_indices: Tensor,
+    dt_softplus: bool,
+    max_cache_len: int,
+    null_block_id: int,
+    enable_stochastic_rounding: bool,
+    z: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """A sequence stores its state, or appends its token to the caches."""
+    written = {"state": state, "x_cache": x_cache, "dt_cache": dt_cache, "B_cache": B_cache}
+    written = {name: tensor.clone() for name, tensor in written.items()}
+    out, weights = torch.empty_like(x), Weights(A[:, 0, 0], D)
+    new_dt = step_sizes(dt[..., 0], dt_bias[:, 0], dt_softplus)
+    for b, slot in enumerate(state_batch_indices.tolist()):
+        if slot == null_block_id:
+            continue
+        k = int(write_pos[b])
+        xs = torch.cat([x_cache[slot, :, :k].transpose(0, 1), x[b, None]])
+        Bs = torch.cat([B_cache[slot, :, :k].transpose(0, 1), B[b, None]])
+        dts = torch.cat([dt_cache[slot, :, :k], new_dt[:, b, None]], 1)
+        y, new = decode(state[slot].float(), xs, Bs, dts, C[b], None if z is None else z[b], weights)
+        out[b] = y.to(out.dtype)
+        if is_flush[b]:
+            written["state"][slot] = new.to(state.dtype)
+        else:
+            written["x_cache"][slot, :, k], written["B_cache"][slot, :, k] = x[b], B[b]
+            written["dt_cache"][slot, :, k] = new_dt[:, b]
     return {"out": out, **written}

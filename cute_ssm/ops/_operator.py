@@ -45,6 +45,11 @@ class Operator(NamedTuple):
         return self.package.rpartition(".")[2]
 
     @property
+    def public_name(self) -> str:
+        """Full name of its first public function, the one that the calls of a workload are of."""
+        return f"{self.home}.{self.functions[0]}"
+
+    @property
     def spec_class(self) -> type[Spec]:
         """What its kernel is specialised on."""
         found: type[Spec] = self._class("spec", self.spec)

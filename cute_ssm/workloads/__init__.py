@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import cute_ssm
 from cute_ssm.errors import describe
 from cute_ssm.ops import operators
 
@@ -63,7 +62,7 @@ class Call:
 
     def run(self) -> Any:
         """Make the call."""
-        return getattr(cute_ssm, self.op)(**self.arguments)
+        return function(self.op)(**self.arguments)
 
     def results(self) -> dict[str, Any]:
         """What it has written so far."""
@@ -205,6 +204,18 @@ def workload(op: str, keys: Keys, batches: Sequence[int] | None = None) -> Workl
         batches = _module(op).BATCHES
     kept = tuple((key, value) for key, value in sorted(keys.items()) if key != batch and known.get(key) != value)
     return Workload(op, kept, tuple(batches))
+
+
+def function(op: str) -> Callable[..., Any]:
+    """Return the public function that an operator's calls are of."""
+    home, _, name = public_name(op).rpartition(".")
+    found: Callable[..., Any] = getattr(import_module(home), name)
+    return found
+
+
+def public_name(op: str) -> str:
+    """Return the full name of the public function that an operator's calls are of."""
+    return next(operator.public_name for operator in operators() if operator.name == op)
 
 
 def registered(op: str) -> Callable[..., Call]:

@@ -13,7 +13,6 @@ import torch
 from cute_ssm import arch as archs
 from cute_ssm import runtime, serving, workloads
 from cute_ssm.arch import Arch
-from cute_ssm.compat import vllm
 from cute_ssm.errors import UnsupportedArchError, UnsupportedSpecError, describe
 from cute_ssm.ops import operators
 from cute_ssm.runtime import registry
@@ -43,7 +42,7 @@ def of_call(op: str, keys: Keys, arch: Arch, sm_count: int | None = None) -> lis
 
 def around(workload: Workload, arch: Arch, sm_count: int | None = None) -> list[Kernel]:
     """Return the kernels that an engine runs around declared calls, with 32-bit indices: those of its
-    `serving.StatePool`, and for Mamba-2 those of the steps of vLLM and FlashInfer on the same states."""
+    `serving.StatePool`, and for Mamba-2 that of FlashInfer's fold on the same states."""
     pool = workloads.pool(workload.op, dict(workload.keys))
     if pool is None:
         return []
@@ -56,19 +55,19 @@ def around(workload: Workload, arch: Arch, sm_count: int | None = None) -> list[
             A = torch.zeros(pool.state.shape[2], 1, 1).expand(pool.state.shape[2:])
             for count in (None, one):
                 pool.materialize([A], one, one, num_tokens=count)
-            _steps_of_peers({**workloads.parameters(workload.op), **dict(workload.keys)})
+            _fold_of_layers({**workloads.parameters(workload.op), **dict(workload.keys)})
         else:
             for count in (None, one):
                 pool.materialize(None, one, one, num_tokens=count)
     return plan.kernels
 
 
-def _steps_of_peers(keys: Keys) -> None:
-    """Call vLLM's step from a state that is stored now and then, and FlashInfer's fold of the rings of all layers."""
+def _fold_of_layers(keys: Keys) -> None:
+    """Call FlashInfer's fold of the rings of all layers."""
     nheads, dim, dstate, ngroups, rows = (int(keys[name]) for name in ("nheads", "dim", "dstate", "ngroups", "W"))
     states, inputs = dtype(str(keys["state_dtype"])), dtype(str(keys["input_dtype"]))
     stochastic = keys["rounding"] == "stochastic"
-    slots, per_head = torch.zeros(1, dtype=torch.int32), torch.zeros(nheads, dtype=inputs)[:, None].expand(nheads, dim)
+    slots = torch.zeros(1, dtype=torch.int32)
     table, stride = torch.full((1,), 16), torch.full((1,), nheads * max(rows, dim) * max(dim, dstate))
     serving.materialize_layers(
         table, stride, table, stride, table, stride, table, stride, table, table, stride, slots[None], slots[None],
@@ -76,16 +75,6 @@ def _steps_of_peers(keys: Keys) -> None:
         state_dtype=states, input_dtype=inputs, matrixA_dtype=torch.float32, dim=dim, dstate=dstate, num_heads=nheads,
         heads_per_group=nheads // ngroups, max_window=rows, ring_buffer_len=rows,
         rand_seed=table if stochastic else None, philox_rounds=10 * stochastic,
-    )  # fmt: skip
-    if states not in (torch.float32, torch.bfloat16, torch.float16) or (stochastic and states != torch.float16):
-        return
-    x, B = torch.empty(1, nheads, dim, dtype=inputs), torch.empty(1, ngroups, dstate, dtype=inputs)
-    vllm.selective_state_update_replayssm_output_only(
-        torch.empty(1, nheads, dim, dstate, dtype=states), x, per_head[None],
-        torch.zeros(nheads, 1, 1).expand(nheads, dim, dstate), B, B, per_head, per_head, dt_softplus=True,
-        x_cache=x.new_empty(1, nheads, rows, dim), dt_cache=torch.empty(1, nheads, rows),
-        B_cache=x.new_empty(1, ngroups, rows, dstate), write_pos=slots, is_flush=slots.bool(), max_cache_len=rows,
-        state_batch_indices=slots, null_block_id=-1, out=torch.empty_like(x), enable_stochastic_rounding=stochastic,
     )  # fmt: skip
 
 

@@ -27,6 +27,8 @@ CALLS = {
     "replay": ("gated_delta_rule_replay", {"H": 2, "HV": 4, "K": 32, "V": 16}),
     "full replay": ("gated_delta_rule_replay", {"H": 2, "HV": 4, "K": 32, "V": 16, "pnat": "14"}),
     "checkpointing": ("checkpointing_ssu", {"nheads": 4, "ngroups": 2, "pnat": "8"}),
+    "replay decode": ("replay_decode", {"nheads": 4, "ngroups": 2, "cached": "3", "W": 8}),
+    "full replay decode": ("replay_decode", {"nheads": 4, "cached": "7", "W": 8, "state_dtype": "float32", "z": 1}),
     "full checkpointing": ("checkpointing_ssu", {"nheads": 4, "pnat": "12", "state_dtype": "bfloat16"}),
 }
 BATCH = 3
@@ -101,9 +103,9 @@ def test_every_operator_with_declared_calls_has_a_reference():
 def test_files_of_a_model(tmp_path, capsys):
     out = tmp_path / "traces"
     assert make_traces.main([str(out), "--model", "codestral-mamba", "--batches", "1,5"]) == 0
-    assert "3 definitions, each with 2 workloads" in capsys.readouterr().out
+    assert "4 definitions, each with 2 workloads" in capsys.readouterr().out
     names = sorted(path.stem for path in out.glob("definitions/*/*.json"))
-    assert len(names) == 3
+    assert len(names) == 4
     assert names[0] == "checkpointing_ssu_T6_W16_dim64_dstate128_ngroups8_nheads128_bfloat16"
     for path in out.glob("definitions/*/*.json"):
         definition = json.loads(path.read_text())
@@ -163,7 +165,7 @@ def test_flashinfer_bench_reads_and_runs_them(tmp_path, monkeypatch):
 
     monkeypatch.setenv("FIB_CACHE_PATH", str(tmp_path / "cache"))
     out = tmp_path / "traces"
-    calls = [CALLS[name] for name in ("step", "packed scan", "gated delta", "replay", "checkpointing")]
+    calls = [CALLS[name] for name in ("step", "packed scan", "gated delta", "replay", "replay decode", "checkpointing")]
     for op, keys in calls:
         make_traces.write(out, op, keys, ["a-model"], (BATCH,))
     found = bench.TraceSet.from_path(str(out))

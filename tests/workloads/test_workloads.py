@@ -25,6 +25,7 @@ SMALL = {
     "gated_delta_rule_mtp": {"B": 2, "H": 1, "HV": 2, "K": 64, "V": 64},
     "gated_delta_rule_replay": {"B": 3, "H": 1, "HV": 2, "K": 64, "V": 64},
     "checkpointing_ssu": {"batch": 3, "nheads": 2, "dstate": 64},
+    "replay_decode": {"batch": 3, "nheads": 2, "dstate": 64, "W": 4},
 }
 
 

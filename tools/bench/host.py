@@ -168,7 +168,7 @@ def captured(call: workloads.Call) -> torch.cuda.CUDAGraph:
 
 def compiled(call: workloads.Call):
     """The call inside a function that torch.compile has made, without graph breaks."""
-    operator = getattr(cute_ssm, call.op)
+    operator = workloads.function(call.op)
     function = torch.compile(lambda arguments: operator(**arguments), fullgraph=True)
     return lambda: function(call.arguments)
 

@@ -11,5 +11,4 @@ OPERATOR = Operator(
     config="ReplayDecodeConfig",
     kernel="ReplayDecode",
     home="cute_ssm.compat.vllm",
-    workload=False,
 )

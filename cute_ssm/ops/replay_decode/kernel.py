@@ -112,8 +112,8 @@ class ReplayDecode:
 
     @staticmethod
     def default_config(spec: ReplayDecodeSpec, arch: Arch, units: int | None = None) -> ReplayDecodeConfig:
-        """Return the only config."""
-        return choose_replay_decode()
+        """Return the config for a number of (sequence, head) pairs, by default one."""
+        return choose_replay_decode(spec, arch, units or 1)
 
     def fakes(self) -> tuple[Any, ...]:
         """Return the arguments of `__call__` that the kernel is compiled for."""

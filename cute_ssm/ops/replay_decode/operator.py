@@ -223,7 +223,7 @@ def _checked(call: Arguments, operands: tuple[Any, ...]) -> Checked:
         spec,
         operands,
         units=call.x.numel(),
-        choose=lambda arch, sm_count: choose_replay_decode(),
+        choose=lambda arch, sm_count: choose_replay_decode(spec, arch, call.dt.numel()),
         check_contents=lambda: arguments.check_contents(call),
         reference=lambda: reference.update(call, spec.philox_rounds),
         strict=spec.vector_inputs,
