@@ -306,6 +306,39 @@ def test_budget_of_a_checkpointed_step(state, pnat, rounding, slots):
     assert all(kernel["spill_bytes"] == 0 for kernel in got["kernels"])
 
 
+DECODE = {"batch": "2", "nheads": "16", "dim": "64", "dstate": "128", "ngroups": "1", "W": "16"}
+
+
+@pytest.mark.parametrize(
+    ("state", "cached", "slots"),
+    [("bfloat16", 8, 3700), ("float16", 8, 3700), ("bfloat16", 15, 9500), ("float16", 15, 9500)],
+)
+def test_budget_of_a_step_that_replays_its_window(state, cached, slots):
+    """With 8 tokens in the caches it keeps the state, with 15 it stores it; each quarter of a head reads every B."""
+    got = counted("replay_decode", {**DECODE, "state_dtype": state, "cached": str(cached)})
+    assert got["issue_slots_per_unit"] <= slots
+    assert got["dram_over_floor"] <= 1.01
+    assert got["l2_over_floor"] <= 1.65
+    assert got["smem_wavefronts"] == 0
+    assert got["launches"] == 1
+    assert got["kernels"]
+    assert all(kernel["spill_bytes"] == 0 for kernel in got["kernels"])
+
+
+def test_floor_of_a_step_that_replays_its_window():
+    """The state, what is in the caches, and what is appended to them or, at the end of the window, the new state."""
+    keys = {"batch": "2", "nheads": "4", "dim": "64", "dstate": "64", "ngroups": "2", "W": "8"}
+    state, row = 2 * 4 * 64 * 64 * 2, 2 * ((4 * 64 + 2 * 64) * 2 + 4 * 4)
+    tokens = 2 * (2 * 4 * 64 + 2 * 2 * 64) * 2 + 2 * 4 * 2 + 4 * (4 + 2 + 2)  # x, out, B, C; dt; A, D, dt_bias
+    kept = counted("replay_decode", {**keys, "cached": "4"})
+    assert kept["floor_bytes"] == state + 5 * row + tokens + 2 * (4 + 4 + 1)
+    assert kept["tensors"]["state"]["dram_write_bytes"] == 0
+    flushed = counted("replay_decode", {**keys, "cached": "7"})
+    assert flushed["floor_bytes"] == 2 * state + 7 * row + tokens + 2 * (4 + 4 + 1)
+    assert flushed["tensors"]["state"]["dram_write_bytes"] == state
+    assert flushed["tensors"]["B_cache"]["dram_write_bytes"] == 0
+
+
 @pytest.mark.parametrize(
     ("heads", "slots"),
     [(4, 1550), pytest.param(6, 1650, marks=pytest.mark.slow), pytest.param(5, 2200, marks=pytest.mark.slow)],
