@@ -64,14 +64,8 @@ SHAPES = {
     "old_cumAdt": "slots buffers nheads W",
     "cache_buf_idx": "slots",
 }
-GIVEN = (
-    "A",
-    "old_dt",
-    "old_cumAdt",
-    "dt_cache",
-    "g_cache",
-    "beta_cache",
-)  # floating-point arguments that are not random
+# Floating-point arguments that are not random.
+GIVEN = ("A", "old_dt", "old_cumAdt", "dt_cache", "g_cache", "beta_cache")
 NAMESPACE = uuid.UUID("6d1f3a52-9a55-5f0f-9f0c-6f0f6a0c6b5e")
 
 
