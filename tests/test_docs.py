@@ -292,6 +292,17 @@ def test_names_of_the_package_in_documents_exist(document):
             assert re.search(rf"^(?:def|class) {name}\b", modules[module], re.M), f"{module}.{name}"
 
 
+def test_controls_that_contributing_lists_exist():
+    _, _, text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Controls")
+    listed = [line for line in text.partition("\n## ")[0].splitlines() if line.startswith("| ")]
+    assert len(listed) > 10
+    kept = ""  # of the row before: "the same file"
+    for line in listed[2:]:
+        kept = "".join((ROOT / f).read_text() for f in re.findall(r"\]\(([^)]*\.py)\)", line)) or kept
+        for name in re.findall(r"`(test_\w+)`", line):
+            assert f"def {name}(" in kept, (name, line)
+
+
 def test_no_tracked_file_names_a_path_of_one_machine():
     listed = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True)
     if listed.returncode:
