@@ -218,8 +218,8 @@ H200 = Machine(
     "H200", "sm_90a", sms=132, ghz=1.83, dram_bytes=4.8e12,  # C; clocks under load G
     dram_efficiency=0.81,  # E: above 0.78
     dram_read_efficiency=0.84, dram_bulk_efficiency=0.84, dram_write_efficiency=0.85,  # N: above 0.81, board unknown
-    dram_latency=646,  # F: `gpumodel.validate`, state updates and gated delta rules; D: 480-560 in an idle memory
-    stream_launch_us=4.84,  # F: the same, a gated delta rule between two events; N: 2.5 one after the other
+    dram_latency=587,  # F: `gpumodel.validate`, state updates and gated delta rules; D: 480-560 in an idle memory
+    stream_launch_us=7.29,  # F: the same, a gated delta rule between two events; N: 2.5 one after the other
 )  # fmt: skip
 B200 = Machine(
     "B200", "sm_100a", sms=148, ghz=1.85, dram_bytes=8.0e12,  # C; clocks under load G
@@ -230,7 +230,6 @@ B200 = Machine(
     l2_latency=300, l2_far_latency=640, l2_near_bytes=60e6, l2_bytes=126e6,  # Q; E: times of warm calls rise from 60 MB
     l2_share=70, l2_port=85,  # Q: 60-77 of all SMs, up to 89 of one
     launch_us=0.7,  # Q: 0.56-0.82
-    profiler_us=2.175,  # F: `gpumodel.validate`, gated delta rules and KDA by FlashInfer's benchmarks
     mma_clocks=8.5, mma_latency=20,  # Q
     pipes=PIPES_100,  # Q
 )  # fmt: skip

@@ -46,6 +46,7 @@ BOUNDS = {
     "lines_per_clock": Bounds(0.5, 2, "one tag lookup of a 128-byte line a clock, at most two"),
     "cta_start": Bounds(50, 800, "no measurement; dispatch of 1000 CTAs takes 0.54 us on a B300"),
     "cta_ns": Bounds(0.3, 1.1, "0.54 on a B300; Hopper unknown"),
+    "cta_ns@B200": Bounds(0.5, 0.6, "0.512 and 0.543 on a B300, two figures of one source; 0.6 at a B200's clocks"),
     "barrier": Bounds(15, 40, "22 + 2 a warp on a B300"),
     "branch": Bounds(4, 16, "no measurement"),
     "shared_latency": Bounds(23, 33, "28.6 clocks on an H100, 29 on a B300"),
@@ -274,8 +275,8 @@ class Constant:
             raise ValueError(f"names: expected numeric fields of Machine, got {name!r}") from None
         if isinstance(names, Mapping):
             bounds = Bounds(*names[name][:2], "given")
-        elif field in BOUNDS:
-            bounds = BOUNDS[field]
+        elif name in BOUNDS or field in BOUNDS:
+            bounds = BOUNDS.get(name) or BOUNDS[field]
         else:
             raise ValueError(f"names: {field!r} has no known bounds; pass a mapping of names to (lowest, highest)")
         if not 0 < bounds.low < bounds.high:

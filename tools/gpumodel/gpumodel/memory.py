@@ -98,6 +98,8 @@ class Memory:
         clocks = n_bytes * part / rate
         self.dram = max(t, self.dram) + clocks
         self.port = max(t, self.port) + n_bytes / machine.l2_port
+        self.timing.dram_busy += clocks
+        self.timing.port_busy += n_bytes / machine.l2_port
         self.timing.dram_read += n_bytes
         while flying and flying[0][0] <= t:
             self.depth -= flying.popleft()[1]
@@ -113,6 +115,7 @@ class Memory:
         machine = self.machine
         port = max(t, min(self.port, t + queued))
         self.port = max(t, self.port) + n_bytes / self.l2_rate
+        self.timing.port_busy += n_bytes / self.l2_rate
         self.timing.l2_read += n_bytes
         return port + n_bytes / self.l2_rate + (machine.l2_far_latency if far else machine.l2_latency)
 
@@ -170,7 +173,10 @@ class Memory:
             self.seen[line] = (known | mask, arrival)
         if fresh:
             self.dram = max(t, self.dram) + fresh / self.dram_rate
+            self.timing.dram_busy += fresh / self.dram_rate
             self.timing.dram_write += fresh
-        self.port = max(t, self.port) + total * self.machine.l2_write_cost / self.l2_rate
+        port = total * self.machine.l2_write_cost / self.l2_rate
+        self.timing.port_busy += port
+        self.port = max(t, self.port) + port
         ready = max(self.port, t + total / self.machine.l2_port)
         return (max(self.dram, ready) if fresh else ready) + self.machine.store_latency

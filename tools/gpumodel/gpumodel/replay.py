@@ -74,6 +74,8 @@ class Timing:
     dram_read: int = 0  # bytes
     dram_write: int = 0
     l2_read: int = 0
+    dram_busy: float = 0.0  # clocks of the queue of DRAM, and of the port to the L2
+    port_busy: float = 0.0
     shared: int = 0  # wavefronts
     tensor: float = 0.0  # clocks of one sub-partition's pipe, summed
     ctas: int = 0

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from gpumodel import B200, H200
+from gpumodel import B200, H200, MACHINES
 from gpumodel.fit import BOUNDS, Errors, Observation, fit
 
 pytest.importorskip("scipy")
@@ -62,7 +62,8 @@ def test_constants_stay_within_bounds_and_pipes_can_be_fitted():
 
 def test_bounds_are_of_constants_that_exist():
     for name in BOUNDS:
-        fit([Observation("p", 1.0, lambda m: 1.0)], H200, [name], rounds=1)
+        machine = MACHINES[name.partition("@")[2] or H200.name]
+        fit([Observation("p", 1.0, lambda m: 1.0)], machine, [name], rounds=1)
 
 
 @pytest.mark.parametrize(

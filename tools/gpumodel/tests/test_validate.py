@@ -16,9 +16,9 @@ import small_kernels
 import gpumodel
 import ptxsim
 from gpumodel import MachineCode, validated
-from gpumodel.constants import MACHINES
-from gpumodel.validate import points, recordings, sweeps, tables, times
-from gpumodel.validate.command import main
+from gpumodel.constants import MACHINES, value_of
+from gpumodel.fit import Observation
+from gpumodel.validate import command, points, recordings, sweeps, tables, times
 from gpumodel.validate.kernels import Call
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -76,7 +76,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 def test_the_command_says_for_each_point_why_it_is_not_modelled(tmp_path, capsys):
     path = file_of(tmp_path, GOOD, {**GOOD, "name": "q", "kernel": "mine"})
     folders = ["--peers", str(tmp_path / "peers"), "--cache", str(tmp_path / "cache")]
-    assert main(["--points", str(path), *folders, "--out", str(tmp_path / "out.json")]) == 1
+    assert command.main(["--points", str(path), *folders, "--out", str(tmp_path / "out.json")]) == 1
     printed, said = capsys.readouterr()
     assert "q: kernel: expected one of" in said
     assert "p: Absent: " in said and "pip install --no-deps --target" in said
@@ -134,6 +134,18 @@ def test_a_call_is_continued_from_the_record_of_its_first_ctas(recording):
     assert part == pytest.approx(whole, rel=0.05)
 
 
+def test_the_pace_is_that_of_the_starts_and_not_of_the_end():
+    lives = {}
+    for cta in range(6):  # 2 are resident; a wave takes 100 clocks, the last CTA ends late
+        for warp in range(2):
+            lives[2 * cta + warp] = (100.0 * (cta // 2) + 10 * (cta % 2) + warp, 0.0 if cta < 5 else 9999.0)
+    timing = types.SimpleNamespace(lives=lives, dram_busy=240.0, port_busy=120.0)
+    kernel = types.SimpleNamespace(trace=types.SimpleNamespace(warps_per_cta=2), timing=timing)
+    assert times.pace(kernel, 2) == 50
+    timing.dram_busy = 6 * 60.0  # of writes, which no CTA waits for
+    assert times.pace(kernel, 2) == 60
+
+
 def test_machines_that_differ_in_launches_alone_share_a_replay(recording, tmp_path, monkeypatch):
     library = times.Library(tmp_path, tmp_path)
     library.cache.put(POINT.recorded, recording(whole=True))
@@ -182,6 +194,36 @@ def test_a_launch_is_of_the_function_that_has_its_kernel():
     a, b = (types.SimpleNamespace(kernels=[types.SimpleNamespace(name=name)]) for name in "ab")
     launch = types.SimpleNamespace(program=types.SimpleNamespace(kernel=types.SimpleNamespace(name="b")))
     assert recordings.function_of(types.SimpleNamespace(functions=[a, b]), launch) is b
+
+
+# ------------------------------------------------------------------------------------------------------------------ fit
+def test_constants_of_a_gpu_are_fitted_on_its_points_from_their_start():
+    pytest.importorskip("scipy")
+    said = [(3.0, "H200", "fit"), (4.0, "H200", "held out"), (1.5, "B200", "fit")]
+    made = [POINT._replace(name=f"{gpu} {us}", us=us, gpu=gpu, half=half) for us, gpu, half in said]
+    seen = []
+
+    def observation(point):
+        def modelled(machine):
+            seen.append((machine.name, machine.launch_us))
+            return machine.launch_us
+
+        return Observation(point.name, point.us, modelled, point.gpu, point.source, point.half)
+
+    library = types.SimpleNamespace(observation=observation)
+    found = command.fit_of(made, library, ["launch_us@H200=1.5", "launch_us@B200"], rounds=12)
+    after = {name: change["after"] for name, change in found["constants"].items()}
+    assert after == {"launch_us@H200": pytest.approx(2.2, rel=0.01), "launch_us@B200": pytest.approx(1.5, rel=0.01)}
+    assert ("H200", 1.5) in seen and ("B200", MACHINES["B200"].launch_us) in seen
+    assert found["errors"]["held out"] == {"n": 1, "before": [0.625, 0.375], "after": pytest.approx([0.45, 0.55], 0.01)}
+    assert found["errors"]["fit"]["n"] == 2
+
+
+def test_the_constants_are_those_that_the_committed_fit_found():
+    fit = json.loads(validated.RESULT.read_text(encoding="utf-8"))["fit"]
+    for name, change in fit["constants"].items():
+        field, _, gpu = name.partition("@")
+        assert value_of(MACHINES[gpu], field) == pytest.approx(change["after"], rel=0.002), name
 
 
 # --------------------------------------------------------------------------------------------------------------- tables

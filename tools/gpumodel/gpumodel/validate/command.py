@@ -12,8 +12,8 @@ from typing import Any
 
 from ptxsim.errors import PtxError
 
-from ..constants import MACHINES
-from ..fit import Fit, fit
+from ..constants import MACHINES, with_value
+from ..fit import AT_ALL, Errors, fit
 from . import sweeps, tables
 from .packages import Absent
 from .points import PUBLISHED, Point, Refused, read
@@ -33,8 +33,12 @@ def parser() -> argparse.ArgumentParser:
     )
     parsed.add_argument("--only", metavar="TEXT", help="points whose name has it")
     parsed.add_argument(
-        "--fit", nargs="+", metavar="CONSTANT", help="fit constants on the half 'fit', and show what is won"
+        "--fit",
+        nargs="+",
+        metavar="CONSTANT[=START]",
+        help="fit constants on the half 'fit', and show what is won; without a start, from its present value",
     )
+    parsed.add_argument("--fit-on", nargs="+", metavar="TEXT", help="of the points, those whose name has one of these")
     parsed.add_argument("--rounds", type=int, default=3, help="of the fit")
     parsed.add_argument("--sweeps", action="store_true", help="rank the configurations of published tuning tables")
     parsed.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON")
@@ -85,14 +89,37 @@ def validated(options: argparse.Namespace) -> dict[str, Any]:
     )
     fitted = None
     if options.fit:
-        fitted = fit_of([point for point, _ in modelled], library, options.fit, options.rounds).as_json()
+        used = [point for point, _ in modelled if any(text in point.name for text in options.fit_on or [""])]
+        fitted = fit_of(used, library, options.fit, options.rounds)
     return tables.result(modelled, refused, swept, fitted)
 
 
-def fit_of(points: Sequence[Point], library: Library, names: Sequence[str], rounds: int) -> Fit:
-    """Fit constants on the points of the half "fit"."""
-    machines = [MACHINES[gpu] for gpu in dict.fromkeys(point.gpu for point in points)]
-    return fit([library.observation(point) for point in points], machines, names, rounds, say)
+def fit_of(points: Sequence[Point], library: Library, given: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Fit constants on the points of the half "fit", and return what was found as types of JSON.
+
+    A constant is ``NAME`` or ``NAME=START`` with names of `gpumodel.fit.fit`.  Those of one GPU are fitted on its
+    points, apart from those of another.
+    """
+    found: dict[str, Any] = {"constants": {}, "errors": {}, "points": {}}
+    starts = {name: start for name, _, start in (text.partition("=") for text in given)}
+    for where in dict.fromkeys(name.partition(AT_ALL)[2] for name in starts):
+        used = [point for point in points if where in ("", point.gpu)]
+        machines = {gpu: MACHINES[gpu] for gpu in dict.fromkeys(point.gpu for point in used)}
+        mine = [name for name in starts if name.partition(AT_ALL)[2] == where]
+        for name in (name for name in mine if starts[name]):
+            for gpu in machines:
+                machines[gpu] = with_value(machines[gpu], name.partition(AT_ALL)[0], float(starts[name]))
+        observed = [library.observation(point) for point in used]
+        one = fit(observed, list(machines.values()), mine, rounds, say).as_json()
+        for key in ("constants", "points"):
+            found[key].update(one[key])
+    half = {point.name: point.half for point in points}
+    for key in ("fit", "held out"):
+        pairs = [pair for name, pair in found["points"].items() if half[name] == key]
+        before, after = (Errors.of([pair[i] for pair in pairs]) for i in (0, 1))
+        if pairs:
+            found["errors"][key] = {"n": len(pairs), "before": list(before[1:]), "after": list(after[1:])}
+    return found
 
 
 def say(text: str) -> None:

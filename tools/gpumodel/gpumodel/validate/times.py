@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import ptxsim
 
 from ..constants import MACHINES, Machine
 from ..fit import Observation
-from ..model import Conditions, launch_us, resident_ctas, time_session
+from ..model import Conditions, KernelTime, launch_us, resident_ctas, time_session
 from .kernels import KERNELS, Call
 from .points import Point
 from .recordings import Cache, RecordedLaunch, Recording, options, recording_of
@@ -88,30 +89,44 @@ def recorded(call: Call, machine: Machine) -> Recording:
 def time_of(recording: Recording, machine: Machine, point: Point) -> float:
     """Return modelled microseconds.
 
-    Of a launch with more CTAs than were recorded, the record and a shorter part of it are replayed, and the time is
-    continued in a straight line: both are whole numbers of waves.
+    Of a launch with more CTAs than were recorded, whole waves of the record are replayed, and the others follow at the
+    `pace` of these.
     """
-
-    def us_of(launches: list[RecordedLaunch]) -> float:
-        codes = {launch.name: launch.code for launch in launches}
-        return time_session(Recording(launches), machine, conditions=point.conditions, codes=codes).us
-
     waves = [whole_waves(launch, machine) for launch in recording.launches]
-    longest = [launch.first(long) for launch, (long, _) in zip(recording.launches, waves)]
-    us = replayed = us_of(longest)
-    for i, (launch, (long, short)) in enumerate(zip(recording.launches, waves)):
-        if long < launch.all_ctas:
-            shorter = [*longest[:i], launch.first(short), *longest[i + 1 :]]
-            us += (replayed - us_of(shorter)) / (long - short) * (launch.all_ctas - long)
+    replayed = [launch.first(ctas) for launch, (ctas, _) in zip(recording.launches, waves)]
+    codes = {launch.name: launch.code for launch in replayed}
+    modelled = time_session(Recording(replayed), machine, conditions=point.conditions, codes=codes)
+    us = modelled.us
+    for launch, (ctas, resident), kernel in zip(recording.launches, waves, modelled.kernels):
+        if ctas < launch.all_ctas:
+            us += machine.microseconds(pace(kernel, resident)) * (launch.all_ctas - ctas)
     return us
 
 
+def pace(kernel: KernelTime, resident: int) -> float:
+    """Return the clocks from CTA to CTA: by the mean starts of the last wave and of one before, or what memory needs.
+
+    Ends of a launch depend on its last CTAs alone, and differ more between records of nearly the same length.  Writes
+    delay no start, but queue.
+    """
+    per_cta = kernel.trace.warps_per_cta
+    starts: dict[int, float] = {}
+    for warp, (first, _) in kernel.timing.lives.items():
+        starts[warp // per_cta] = min(first, starts.get(warp // per_cta, first))
+    ordered = sorted(starts.values())
+    last = len(ordered) // resident - 1
+    before = last // 2
+    early, late = (fmean(ordered[wave * resident : (wave + 1) * resident]) for wave in (before, last))
+    busy = max(kernel.timing.dram_busy, kernel.timing.port_busy) / len(ordered)
+    return max(busy, (late - early) / ((last - before) * resident))
+
+
 def whole_waves(launch: RecordedLaunch, machine: Machine) -> tuple[int, int]:
-    """Return how many CTAs to replay, and how many of them for a shorter run."""
-    if launch.ctas == launch.all_ctas:
-        return launch.ctas, launch.ctas
+    """Return how many CTAs to replay, and how many of them are resident."""
     resident = resident_ctas(machine, launch.registers, launch.smem_total - 1024, launch.block_threads)
+    if launch.ctas == launch.all_ctas:
+        return launch.ctas, resident
     waves = launch.ctas // resident
     if waves < 2:
         raise ValueError(f"{launch.name}: {launch.ctas} CTAs of an SM are recorded, but {resident} are resident")
-    return waves * resident, -(-waves // 2) * resident
+    return waves * resident, resident
