@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cute_ssm.compat._types import of_one_type
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops._gradients import requires_grad
 from cute_ssm.ops.selective_scan.operator import selective_scan
@@ -195,14 +196,14 @@ def selective_state_update(
 
     Notes
     -----
-    B, C and z are converted to the dtype of x.
+    If x, B, C and z have different types, those that are not float32 are converted to it, and the output back: nothing
+    but the output is rounded, as in mamba_ssm.
     """
-    if isinstance(x, Tensor):
-        B, C, z = (_like(tensor, x.dtype) for tensor in (B, C, z))
-        x = _like(x, x.dtype)
+    kind = x.dtype if isinstance(x, Tensor) else None
+    x, B, C, z = map(_dense, of_one_type(x, *map(_narrow, (B, C, z))))
     if isinstance(A, Tensor) and A.dim() >= 2 and A.stride(-1) != 1 and (A.stride(-1) or A.stride(-2)):
         A = A.contiguous()
-    return _update(
+    out = _update(
         state,
         x,
         dt,
@@ -216,11 +217,16 @@ def selective_state_update(
         state_batch_indices=state_batch_indices,
         pad_slot_id=PAD_SLOT_ID,
     )
+    return out if kind in (None, out.dtype) else out.to(kind)
 
 
-def _like(tensor: Any, dtype: torch.dtype) -> Any:
-    """Convert a tensor to a dtype, and to stride 1 in its last dimension."""
-    if not isinstance(tensor, Tensor):
+def _narrow(tensor: Any) -> Any:
+    """Return a tensor of float64 as float32."""
+    return tensor.float() if isinstance(tensor, Tensor) and tensor.dtype == torch.float64 else tensor
+
+
+def _dense(tensor: Any) -> Any:
+    """Return a tensor with stride 1 in its last dimension."""
+    if not isinstance(tensor, Tensor) or tensor.dim() == 0 or tensor.stride(-1) == 1:
         return tensor
-    tensor = tensor if tensor.dtype == dtype or not tensor.is_floating_point() else tensor.to(dtype)
-    return tensor if tensor.dim() == 0 or tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor.contiguous()

@@ -80,6 +80,18 @@ def test_any_strides_and_types_of_the_token():
     assert np.isfinite(wide(out)).all()
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_projections_in_float32_beside_16_bit_tokens_are_not_rounded(kind):
+    call = tokens(3)
+    call |= {name: call[name].to(kind) for name in ("x", "dt", "z")}
+    state, want_state = states(3), states(3)
+    out = selective_state_update(state, **call)
+    exact = selective_state_update(want_state, **{**call, "x": call["x"].float(), "z": call["z"].float()})
+    assert out.dtype == kind
+    same_bits(out, exact.to(kind))
+    same_bits(state, want_state)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -62,7 +62,14 @@ def mamba_ssm(folder: Path, arch: Arch) -> None:
 
     bare(folder, "mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton")
     theirs = importlib.import_module("mamba_ssm.ops.triton.selective_state_update")
+    theirs.own_selective_state_update = theirs.selective_state_update  # type: ignore[attr-defined]
     theirs.selective_state_update = ours.selective_state_update
+
+
+def mamba_ssm_own() -> dict[str, Callable[..., Any]]:
+    """Return the step of ``mamba_ssm`` itself: a Triton kernel."""
+    theirs = sys.modules["mamba_ssm.ops.triton.selective_state_update"]
+    return {"selective_state_update": theirs.own_selective_state_update}  # type: ignore[attr-defined]
 
 
 def fla(folder: Path, arch: Arch) -> None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 from peer_suites import stand_ins
 
@@ -80,11 +81,14 @@ class Suite:
         Puts modules that the file imports into ``sys.modules``, given the peer's folder and the target.
     rules : tuple of Rule
     every : mapping of str to int
-        By backend: of each test, the first case and every n-th are run.
+        By backend: of each test, the first case and every n-th are run.  A prime meets all values of every parameter.
     light : str, optional
         Regular expression of cases that take the least; of a test that has any, `every` counts these alone.
     seconds : int
         Processor time that a case may take.
+    own : function, optional
+        Returns the project's own functions under test, by their names in the file.  A case that fails with these too,
+        at the same line, is not applicable.
     needs : tuple of str
         Packages that must be installed.
     backends : tuple of str
@@ -101,6 +105,7 @@ class Suite:
     every: Mapping[str, int] = field(default_factory=dict)
     light: str | None = None
     seconds: int = 60
+    own: Callable[[], Mapping[str, Callable[..., Any]]] | None = None
     needs: tuple[str, ...] = ("triton", "einops")
     backends: tuple[str, ...] = BACKENDS
     no_grad: bool = False
@@ -185,7 +190,7 @@ SUITES = {
         ),
         Suite(
             "mamba_ssm-state-update", "mamba_ssm", "tests/ops/triton/test_selective_state_update.py",
-            stand_ins.mamba_ssm, every={KERNEL: 60},
+            stand_ins.mamba_ssm, every={KERNEL: 61}, own=stand_ins.mamba_ssm_own,
         ),
         Suite(
             "vllm-mamba-ssm", "vllm", "tests/kernels/mamba/test_mamba_ssm.py", stand_ins.vllm,
