@@ -136,9 +136,10 @@ def test_a_call_is_continued_from_the_record_of_its_first_ctas(recording):
 
 def test_the_pace_is_that_of_the_starts_and_not_of_the_end():
     lives = {}
-    for cta in range(6):  # 2 are resident; a wave takes 100 clocks, the last CTA ends late
+    for cta in range(6):  # 2 are resident; the first wave takes 300 clocks, the second one 100; the last CTA ends late
         for warp in range(2):
-            lives[2 * cta + warp] = (100.0 * (cta // 2) + 10 * (cta % 2) + warp, 0.0 if cta < 5 else 9999.0)
+            start = (0.0, 300.0, 400.0)[cta // 2] + 10 * (cta % 2)
+            lives[2 * cta + warp] = (start + warp * cta, 0.0 if cta < 5 else 9999.0)
     timing = types.SimpleNamespace(lives=lives, dram_busy=240.0, port_busy=120.0)
     kernel = types.SimpleNamespace(trace=types.SimpleNamespace(warps_per_cta=2), timing=timing)
     assert times.pace(kernel, 2) == 50
