@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,10 +92,34 @@ def test_what_launches_nothing_is_not_counted_as_a_kernel(outcomes):
     assert [found[f"test_many[{n}]"] for n in range(5)] == ["passed without a kernel"] + ["passed"] * 4
 
 
-def test_tensors_for_a_gpu_are_on_the_cpu():
+def test_of_a_test_with_lighter_cases_these_alone_are_sampled(outcomes, monkeypatch):
+    monkeypatch.setitem(suites.SUITES, "theirs", replace(suites.SUITES["theirs"], light=r"\[[134]\]"))
+    found = outcomes("reference", "-k", "test_many or test_wrong")
+    assert [n for n in range(5) if found[f"test_many[{n}]"] == "passed"] == [1, 4]
+    assert found["test_wrong"] == "failed"
+
+
+@pytest.mark.parametrize(("value", "outcome"), [(8, "not applicable"), (7, "failed")])
+def test_a_case_that_fails_with_the_functions_of_its_project_too_is_not_applicable(
+    outcomes, monkeypatch, value, outcome
+):
+    def own():
+        return {"step": lambda x: torch.full((1,), value)}
+
+    monkeypatch.setitem(suites.SUITES, "theirs", replace(suites.SUITES["theirs"], own=own))
+    assert outcomes("reference", "-k", "test_wrong") == {
+        "test_of_their_kernel": "not applicable",
+        "test_wrong": outcome,
+    }
+
+
+def test_tensors_for_a_gpu_are_on_the_cpu(tmp_path):
     arch = archs.by_name("sm_100a")
-    with stand_ins.pretended_gpu(arch):
+    with stand_ins.pretended_gpu(arch, tmp_path):
         assert torch.cuda.get_device_capability() == (10, 0)
+        assert torch.cuda.get_device_properties(0).multi_processor_count == 148
+        of_a_suite = compile("torch.zeros(1).is_cuda", str(tmp_path / "test_theirs.py"), "eval")
+        assert eval(of_a_suite) is True and torch.zeros(1).is_cuda is False
         made = [
             torch.zeros(2, device="cuda"), torch.zeros(2, device=torch.device("cuda")), torch.zeros(2).cuda(),
             torch.zeros(2).to("cuda"), torch.randn(2, device="cuda", generator=torch.Generator("cuda")),

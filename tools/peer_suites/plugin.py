@@ -63,7 +63,7 @@ class Run:
 
     def pytest_sessionstart(self) -> None:
         self.suite.prepare(sources.FOLDER / self.suite.peer, self.arch)
-        self.stack.enter_context(stand_ins.pretended_gpu(self.arch))
+        self.stack.enter_context(stand_ins.pretended_gpu(self.arch, sources.FOLDER))
         if importlib.util.find_spec("triton"):  # what the suite's own oracle may be written in
             from ptxsim.triton_hook import emulate_triton
 
