@@ -132,6 +132,7 @@ OPERATORS = {
     "gated_delta_rule_one": (RULE, gated, {"tokens": 1, "mode": "buffer_update"}),
     "gated_delta_rule_scatter": (RULE, gated, {"mode": "scatter", "out": "bf16"}),
     "gated_delta_rule_verify": (RULE, verified, {}),
+    "gated_delta_rule_packed": (RULE, gated, {"lengths": (2, 1), "mode": "accepted_split"}),
     "replay": (cute_ssm.gated_delta_rule_replay, replay, {}),
     "scan": (cute_ssm.selective_scan, scan, {"ngroups": 2}),
     "scan_of_blocks": (
@@ -231,7 +232,8 @@ def test_the_entry_of_a_kernel_takes_independent_strides_of_each_tensor(name, mo
     on_cpu = functools.partial(make_fake_tensor, memspace=cute.AddressSpace.generic)
     monkeypatch.setattr(fakes_of_kernels, "make_fake_tensor", on_cpu)
     fakes = fakes_of(spec, config)
-    count = sum(fake is None or is_tensor(fake) for fake in fakes)
+    scalars = (i for i, fake in enumerate(fakes) if fake is not None and not is_tensor(fake))
+    count = next(scalars, len(fakes))  # tensors come first; both may be absent
     function = cute.compile(entry, list(fakes[:count]), list(fakes[count:]), options="--enable-tvm-ffi")
     function = function.__tvm_ffi_object__()
     tensors, scalars = list(args[:count]), list(args[count:])
