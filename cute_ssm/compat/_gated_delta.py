@@ -10,8 +10,10 @@ from torch import Tensor
 
 from cute_ssm.compat._arguments import checked_tensor, rename
 from cute_ssm.errors import UnsupportedSpecError, describe
+from cute_ssm.ops._gated_delta.spec import TOKEN_BUCKETS
 from cute_ssm.ops.gated_delta_rule_mtp.operator import gated_delta_rule_mtp
 
+TOKENS = TOKEN_BUCKETS[-1]  # of a request in a call of gated_delta_rule_mtp, at most
 PACKED_WORDS = {
     "initial_state_indices": "ssm_state_indices",
     "output": "out",

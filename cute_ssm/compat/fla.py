@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn.functional import pad, softplus
 
 from cute_ssm.compat._arguments import checked_tensor
+from cute_ssm.compat._gated_delta import TOKENS
 from cute_ssm.errors import UnsupportedSpecError, describe
 from cute_ssm.ops._arguments import name_of
 from cute_ssm.ops._gradients import refuse
 from cute_ssm.ops.gated_delta_rule_mtp.operator import gated_delta_rule_mtp
 from cute_ssm.spec import FLOATS
 
-TOKENS = 64  # of a request in a call of the operator
 COLUMNS = 16  # that K and V are multiples of there
 OLD_NAME = "transpose_state_layout"  # of state_v_first
 

@@ -16,11 +16,10 @@ from cute_ssm.compat._arguments import checked_tensor, rename
 from cute_ssm.compat._padding import NOBODY, padding
 from cute_ssm.compat._types import of_one_type
 from cute_ssm.errors import describe
-from cute_ssm.ops._gated_delta.spec import TOKEN_BUCKETS
+from cute_ssm.ops._arguments import PHILOX_ROUNDS, draw_seed
 from cute_ssm.ops.selective_state_update.operator import selective_state_update as _update
 
 PAD_SLOT_ID = -1
-PHILOX_ROUNDS = 10  # for `cache_philox_rounds` = 0
 WORDS = {
     "initial_state": "initial_state_source",
     "use_qk_l2norm": "use_qk_l2norm_in_kernel",
@@ -116,7 +115,7 @@ def selective_state_update(
         if checked_tensor("state", state).dtype != torch.float16:
             raise TypeError(describe("state", "dtype float16 with enable_stochastic_rounding", state.dtype))
         if not disable_state_update:
-            seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=state.device)
+            seed = draw_seed(state.device)
     result = out
     x, B, C, z, out = of_one_type(x, B, C, z, out)
     swapped = checked_tensor("state", state).dim() == 4 and state.shape[2] == 1 and state.shape[1] > 1
@@ -308,7 +307,7 @@ def fused_sigmoid_gating_delta_rule_update(
             buffer = buffer.index_select(0, rows)
     words = WORDS
     if cu_seqlens is not None and max_seqlen is None:
-        max_seqlen, words = max(1, min(longest, TOKEN_BUCKETS[-1])), WORDS | {"raise max_seqlen": fix}
+        max_seqlen, words = max(1, min(longest, _gated_delta.TOKENS)), WORDS | {"raise max_seqlen": fix}
     out = _gated_delta.run(
         words, q, k, v, initial_state_source, checked_tensor("initial_state_indices", initial_state_indices),
         _gated_delta.rates(A_log), _gated_delta.gate_rows("a", a, q), dt_bias, _gated_delta.gate_rows("b", b, q),

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from cute_ssm import env
+from cute_ssm.compat._gated_delta import TOKENS
 from cute_ssm.compat.mamba_ssm import selective_scan_fn, selective_state_update
 from cute_ssm.errors import UnsupportedArchError, UnsupportedSpecError, describe
 from cute_ssm.ops.gated_delta_rule_mtp.operator import gated_delta_rule_mtp
 
 # Arguments that change a result and that the operators lack; transformers' own functions ignore all others.
 MEANT = ("cu_seqlens", "seq_idx", "state_batch_indices")
-TOKENS = 64  # of a call of gated_delta_rule_mtp
 
 
 class Fallback:

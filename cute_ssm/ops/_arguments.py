@@ -22,6 +22,7 @@ WRITTEN = frozenset((
 ))  # fmt: skip
 # Arguments of one value per head, and the dimensions that are expanded.
 PER_HEAD = {"dt": 1, "A": 2, "D": 1, "dt_bias": 1}
+PHILOX_ROUNDS = 10  # for `cache_philox_rounds` = 0, in functions of vLLM and SGLang
 
 
 def allocation(
@@ -31,6 +32,21 @@ def allocation(
     sizes = tuple(tensor.shape if shape is None else shape)
     made = f"torch.zeros({sizes}, dtype={dtype or tensor.dtype}, device={str(device or tensor.device)!r})"
     return f"it is written, so allocate it as {made}"
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """Return a seed of stochastic rounding, (1,) int64, drawn on the device."""
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def check_rounding(state: Tensor, enabled: bool, rounds: int, seed: Tensor | None, fix: str = "") -> None:
+    """Check the arguments by which vLLM's functions ask for stochastic rounding."""
+    if not enabled and seed is not None:
+        raise ValueError(describe("rand_seed", "None without enable_stochastic_rounding", "a tensor"))
+    if enabled and state.dtype != torch.float16:
+        raise TypeError(describe("state", "dtype float16 with enable_stochastic_rounding", state.dtype, fix))
+    if enabled and rounds < 0:
+        raise ValueError(describe("cache_philox_rounds", "0 or more", rounds))
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -25,12 +25,12 @@ from cute_ssm.compat._padding import NOBODY, padding
 from cute_ssm.compat._types import of_one_type
 from cute_ssm.compat.vllm import configs as vllm_configs
 from cute_ssm.errors import describe
+from cute_ssm.ops._arguments import PHILOX_ROUNDS, check_rounding, draw_seed
 from cute_ssm.ops.replay_decode.operator import selective_state_update_replayssm_output_only
 from cute_ssm.ops.selective_scan.operator import selective_scan_fn
 from cute_ssm.ops.selective_state_update.operator import selective_state_update as _update
 
 NULL_BLOCK_ID = 0
-PHILOX_ROUNDS = 10  # for `cache_philox_rounds` = 0
 WORDS = {
     "raise cache_steps, and give dst_state_batch_indices and intermediate_states_buffer as many steps": (
         "give dst_state_batch_indices as many columns"
@@ -222,20 +222,11 @@ def _indices(name: str, indices: Tensor | None, batch: int, speculative: bool) -
 
 def _seed(state: Tensor, enabled: bool, rounds: int, seed: Tensor | None, speculative: bool) -> Tensor | None:
     """Return the given or a drawn seed, or None to round to nearest."""
-    if not enabled:
-        if seed is not None:
-            raise ValueError(describe("rand_seed", "None without enable_stochastic_rounding", "a tensor"))
+    fix = "call cute_ssm.selective_state_update to round other types stochastically"
+    check_rounding(state, enabled, rounds, seed, fix)
+    if not enabled or speculative:
         return None
-    if state.dtype != torch.float16:
-        fix = "call cute_ssm.selective_state_update to round other types stochastically"
-        raise TypeError(describe("state", "dtype float16 with enable_stochastic_rounding", state.dtype, fix))
-    if rounds < 0:
-        raise ValueError(describe("cache_philox_rounds", "0 or more", rounds))
-    if speculative:
-        return None
-    if seed is None:
-        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=state.device)
-    return seed
+    return draw_seed(state.device) if seed is None else seed
 
 
 def _tuned(state: Tensor, x: Tensor, batch: int, packed: bool) -> dict[str, int] | None:

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from cute_ssm.errors import describe
 from cute_ssm.ops import _library
-from cute_ssm.ops._arguments import check_tied, first_rows
+from cute_ssm.ops._arguments import PHILOX_ROUNDS, check_rounding, check_tied, draw_seed, first_rows
 from cute_ssm.ops._calls import CallPath, Checked
 from cute_ssm.ops._dlpack import NotTensorError, again, not_tensor
 from cute_ssm.ops.replay_decode import arguments, reference
 from cute_ssm.ops.replay_decode.arguments import TABLE, Arguments
 from cute_ssm.ops.replay_decode.config import choose_replay_decode
 
-PHILOX_ROUNDS = 10  # for `cache_philox_rounds` = 0
 RESHAPED = ("state", "x", "dt", "A", "B", "C", "D", "dt_bias", "z")  # may get an axis of one element
 
 
@@ -170,15 +169,8 @@ def _column(name: str, indices: Any) -> Any:
 
 def _seed(state: Tensor, enabled: bool, rounds: int, seed: Tensor | None) -> Tensor | None:
     """Return the given or a drawn seed, or None to round to nearest."""
-    if not enabled:
-        if seed is not None:
-            raise ValueError(describe("rand_seed", "None without enable_stochastic_rounding", "a tensor"))
-        return None
-    if state.dtype != torch.float16:
-        raise TypeError(describe("state", "dtype float16 with enable_stochastic_rounding", state.dtype))
-    if rounds < 0:
-        raise ValueError(describe("cache_philox_rounds", "0 or more", rounds))
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=state.device) if seed is None else seed
+    check_rounding(state, enabled, rounds, seed)
+    return draw_seed(state.device) if enabled and seed is None else seed
 
 
 _inputs = TABLE.getter("B", "C")
