@@ -54,6 +54,11 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def type_of(tensor: Tensor | None) -> str | None:
+    """Return the name of a tensor's type, or None for an argument that is absent."""
+    return None if tensor is None else name_of(tensor.dtype)
+
+
 def not_tensors(**given: object) -> NotTensorError:
     """Return the error that names the first argument that is no tensor."""
     return not_tensor(*next((name, value) for name, value in given.items() if not isinstance(value, Tensor)))

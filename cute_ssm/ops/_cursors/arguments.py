@@ -110,11 +110,8 @@ def check_rows(table: Table, call: CursorCall, listed: str) -> None:
 def spec_fields(call: CursorCall) -> dict[str, Any]:
     """Return the fields that the specs of both operators have."""
 
-    def name_of(tensor: Tensor | None) -> str | None:
-        return None if tensor is None else arguments.name_of(tensor.dtype)
-
     src, cu = call.state_batch_indices, call.cu_seqlens
-    return {"ring": call.ring, "src_dtype": name_of(src), "cu_dtype": name_of(cu)}
+    return {"ring": call.ring, "src_dtype": arguments.type_of(src), "cu_dtype": arguments.type_of(cu)}
 
 
 def cursors_of(call: CursorCall, batch: int) -> Cursors:

@@ -341,16 +341,13 @@ def _check_strides(given: Given, ring: bool) -> None:
 
 
 def _spec(call: Arguments, tokens: int, window: int) -> CheckpointingSSUSpec:
-    def name_of(tensor: Tensor | None) -> str | None:
-        return None if tensor is None else arguments.name_of(tensor.dtype)
-
     return CheckpointingSSUSpec(
         state_dtype=arguments.name_of(call.state.dtype),
         input_dtype=arguments.name_of(call.x.dtype),
         A_dtype=arguments.name_of(call.A.dtype),
         dt_dtype=arguments.name_of(call.dt.dtype),
-        D_dtype=name_of(call.D),
-        dt_bias_dtype=name_of(call.dt_bias),
+        D_dtype=arguments.type_of(call.D),
+        dt_bias_dtype=arguments.type_of(call.dt_bias),
         heads=call.state.shape[1],
         groups=call.B.shape[2],
         dim=call.state.shape[2],
@@ -360,8 +357,8 @@ def _spec(call: Arguments, tokens: int, window: int) -> CheckpointingSSUSpec:
         history="ring" if call.ring else "double_x" if call.x_history.dim() == 5 else "double",
         has_z=call.z is not None,
         dt_softplus=call.dt_softplus,
-        src_dtype=name_of(call.state_batch_indices),
-        cu_dtype=name_of(call.cu_seqlens),
+        src_dtype=arguments.type_of(call.state_batch_indices),
+        cu_dtype=arguments.type_of(call.cu_seqlens),
         work_items=call.work_items is not None,
         philox_rounds=call.philox_rounds if call.rand_seed is not None else 0,
         seed_per_slot=call.rand_seed is not None and call.rand_seed.shape[0] != 1,

@@ -61,19 +61,16 @@ def check(call: Arguments) -> GatedDeltaRuleSpec:
     _check_combinations(call)
     given.check_strides()
 
-    def name_of(tensor: Tensor | None) -> str | None:
-        return None if tensor is None else arguments.name_of(tensor.dtype)
-
     spec = GatedDeltaRuleSpec(
         **shared.spec_fields(given, sizes.tokens, call.use_qk_l2norm, call.zero_padding),
-        dst_dtype=name_of(call.output_state_indices),
-        scatter_dtype=name_of(call.ssm_state_indices),
-        accepted_dtype=None if call.disable_state_update else name_of(call.accepted_steps),
+        dst_dtype=arguments.type_of(call.output_state_indices),
+        scatter_dtype=arguments.type_of(call.ssm_state_indices),
+        accepted_dtype=None if call.disable_state_update else arguments.type_of(call.accepted_steps),
         write_final=not call.disable_state_update and call.ssm_state_indices is None,
         write_buffer=call.intermediate_states_buffer is not None,
         saturate=call.saturate,
         gate_logits=call.gate_logits,
-        cu_dtype=name_of(call.cu_seqlens),
+        cu_dtype=arguments.type_of(call.cu_seqlens),
     )
     spec.check()
     return spec

@@ -111,22 +111,19 @@ def check_rows(max_cache_len: int, x_cache: object) -> None:
 
 
 def _spec(call: Arguments) -> ReplayDecodeSpec:
-    def name_of(tensor: Tensor | None) -> str | None:
-        return None if tensor is None else arguments.name_of(tensor.dtype)
-
     vectors = arguments.common_alignment((call.B, call.C), ACCESS_BYTES) == ACCESS_BYTES
     return ReplayDecodeSpec(
         state_dtype=arguments.name_of(call.state.dtype),
         input_dtype=arguments.name_of(call.x.dtype),
         A_dtype=arguments.name_of(call.A.dtype),
         dt_dtype=arguments.name_of(call.dt.dtype),
-        D_dtype=name_of(call.D),
-        dt_bias_dtype=name_of(call.dt_bias),
+        D_dtype=arguments.type_of(call.D),
+        dt_bias_dtype=arguments.type_of(call.dt_bias),
         dim=call.state.shape[2],
         dstate=call.state.shape[3],
         has_z=call.z is not None,
         dt_softplus=call.dt_softplus,
-        src_dtype=name_of(call.state_batch_indices),
+        src_dtype=arguments.type_of(call.state_batch_indices),
         vector_inputs=vectors or not call.B.numel(),
         philox_rounds=call.philox_rounds if call.rand_seed is not None else 0,
         saturate=call.saturate,

@@ -101,22 +101,19 @@ def aligned(tensor: Tensor | None, n_bytes: int) -> bool:
 def spec_of(call: Arguments, ungated: Tensor | None) -> SelectiveScanSpec:
     """Return the spec of a call, with the outputs before the gate in `ungated`."""
 
-    def name_of(tensor: Tensor | None) -> str | None:
-        return None if tensor is None else arguments.name_of(tensor.dtype)
-
     dstate, states = call.A.shape[1], call.ssm_states
     quads = all(aligned(t, QUAD * t.element_size()) for t in (call.A, states) if t is not None)
     rows = (call.u, call.delta, call.B, call.C, call.z, call.out, ungated)
     return SelectiveScanSpec(
         input_dtype=arguments.name_of(call.u.dtype),
-        state_dtype=name_of(states),
+        state_dtype=arguments.type_of(states),
         dstate=dstate,
         has_D=call.D is not None,
         has_z=call.z is not None,
         has_bias=call.delta_bias is not None,
         delta_softplus=bool(call.delta_softplus),
-        query_dtype=name_of(call.query_start_loc),
-        cache_dtype=name_of(call.cache_indices),
+        query_dtype=arguments.type_of(call.query_start_loc),
+        cache_dtype=arguments.type_of(call.cache_indices),
         has_initial=call.has_initial_state is not None,
         blocks=call.block_idx_first_scheduled_token is not None,
         chunks=call.cu_chunk_seqlen is not None,

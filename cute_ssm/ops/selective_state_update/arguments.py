@@ -224,16 +224,13 @@ def _tied(tensor: Tensor) -> bool:
 def _spec(call: Arguments, tokens: str) -> SelectiveStateUpdateSpec:
     """Return the spec of a call, for rows that are not aligned."""
 
-    def name_of(tensor: Tensor | None) -> str | None:
-        return None if tensor is None else arguments.name_of(tensor.dtype)
-
     return SelectiveStateUpdateSpec(
         state_dtype=arguments.name_of(call.state.dtype),
         input_dtype=arguments.name_of(call.x.dtype),
         A_dtype=arguments.name_of(call.A.dtype),
         dt_dtype=arguments.name_of(call.dt.dtype),
-        D_dtype=name_of(call.D),
-        dt_bias_dtype=name_of(call.dt_bias),
+        D_dtype=arguments.type_of(call.D),
+        dt_bias_dtype=arguments.type_of(call.dt_bias),
         dim=call.state.shape[2],
         dstate=call.state.shape[3],
         A_tied=_tied(call.A),
@@ -241,18 +238,18 @@ def _spec(call: Arguments, tokens: str) -> SelectiveStateUpdateSpec:
         D_tied=call.D is not None and call.D.stride(-1) == 0,
         has_z=call.z is not None,
         dt_softplus=call.dt_softplus,
-        src_dtype=name_of(call.state_batch_indices),
-        dst_dtype=name_of(call.dst_state_batch_indices),
+        src_dtype=arguments.type_of(call.state_batch_indices),
+        dst_dtype=arguments.type_of(call.dst_state_batch_indices),
         update_state=not call.disable_state_update,
         zero_padding=call.zero_padding and call.state_batch_indices is not None,
         vector_inputs=False,
         tokens=tokens,
-        accepted_dtype=name_of(call.num_accepted_tokens),
-        cu_dtype=name_of(call.cu_seqlens),
+        accepted_dtype=arguments.type_of(call.num_accepted_tokens),
+        cu_dtype=arguments.type_of(call.cu_seqlens),
         src_columns=_matrix(call.state_batch_indices),
         dst_columns=_matrix(call.dst_state_batch_indices),
         intermediates=call.intermediate_states_buffer is not None,
-        intermediate_dtype=name_of(call.intermediate_state_indices),
+        intermediate_dtype=arguments.type_of(call.intermediate_state_indices),
         philox_rounds=call.philox_rounds if call.rand_seed is not None else 0,
         seed_per_slot=call.rand_seed is not None and call.rand_seed.shape[0] != 1,
         saturate=call.saturate,
